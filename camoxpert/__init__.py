@@ -1,0 +1,1 @@
+"""CamoXpert: mixture-of-experts segmentation of camouflaged objects."""

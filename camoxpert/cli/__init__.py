@@ -1,0 +1,156 @@
+"""The command line: one module per command, imported only when its command is typed.
+
+Every expected fault ends in one readable paragraph and its exit code; ``--debug`` shows the
+traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+from camoxpert.errors import CamoXpertError, ConfigError
+
+# Command -> what it does. The module camoxpert.cli.<command> has add_arguments() and run().
+COMMANDS = {
+    "train": "train a model in two stages, then score it and write its report",
+    "evaluate": "score a checkpoint on data sets with the field's measures",
+    "predict": "find the hidden objects in images, folders, globs or a CSV",
+    "report": "write one self-contained HTML page about a run",
+    "synthesize": "generate image and mask pairs with hidden objects",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a typo with the nearest flag and raises instead of leaving."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError with argparse's message, made a sentence."""
+        raise ConfigError(
+            f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the flags."
+        )
+
+    def parse_checked(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; return the namespace and the arguments that are not flags (dotted overrides).
+
+        Raises:
+            ConfigError: an unknown flag, with the nearest known one.
+        """
+        namespace, rest = self.parse_known_args(list(arguments))
+        known = [option for action in self._actions for option in action.option_strings]
+        for argument in rest:
+            if argument.startswith("-") and not _is_number(argument):
+                flag = argument.partition("=")[0]
+                close = get_close_matches(flag, known, n=1, cutoff=0.6)
+                hint = (
+                    f" Did you mean {close[0]}?" if close else f" `{self.prog} --help` lists them."
+                )
+                raise ConfigError(f"Unknown flag {flag}.{hint}")
+        return namespace, rest
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code.
+
+    Args:
+        arguments: what was typed after the program's name; None reads ``sys.argv``.
+    """
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in typed
+    typed = [argument for argument in typed if argument != "--debug"]
+    try:
+        return run_command(typed)
+    except CamoXpertError as error:
+        if debug:
+            raise
+        print_paragraph(str(error), prefix="" if error.exit_code in (75, 130, 143) else "error: ")
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print_paragraph("Stopped (Ctrl-C) before anything needed saving.")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`| head`); the interpreter must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run_command(typed: list[str]) -> int:
+    """Dispatch to the command's module."""
+    if not typed or typed[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if typed else 2
+    if typed[0] == "--version":
+        from importlib import metadata
+
+        try:
+            print(f"camoxpert {metadata.version('camoxpert')}")
+        except metadata.PackageNotFoundError:
+            print("camoxpert (not installed)")
+        return 0
+    name = typed[0]
+    if name not in COMMANDS:
+        close = get_close_matches(name, list(COMMANDS), n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"Unknown command {name!r}.{hint} Commands: {', '.join(COMMANDS)}.")
+    module = importlib.import_module(f"camoxpert.cli.{name}")
+    parser = Parser(prog=f"camoxpert {name}", description=f"{COMMANDS[name]}.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.add_arguments(parser)
+    options, rest = parser.parse_checked(typed[1:])
+    result: int = module.run(options, rest, typed)
+    return result
+
+
+def overview() -> str:
+    """Return the text of ``--help`` without a command."""
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "CamoXpert: mixture-of-experts segmentation of camouflaged objects.",
+            "",
+            "usage: camoxpert COMMAND ...   (or: python train_ultimate.py COMMAND ...)",
+            "",
+            *lines,
+            "",
+            "`camoxpert COMMAND --help` lists a command's flags. Exit codes: 0 done, 2 usage or "
+            "settings,",
+            "3 data, 4 checkpoint, 5 numeric failure, 75 stopped at the deadline (run the same "
+            "command again),",
+            "130 Ctrl-C, 143 SIGTERM.",
+        ]
+    )
+
+
+def print_paragraph(text: str, *, prefix: str = "") -> None:
+    """Print a message to stderr, wrapped to 100 columns; line breaks in it stay."""
+    lines = [
+        textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
+        for line in f"{prefix}{text}".splitlines()
+    ]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def no_overrides(rest: list[str]) -> None:
+    """Raise ConfigError for arguments a command does not take."""
+    if rest:
+        raise ConfigError(f"Unexpected argument {rest[0]!r}.")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,62 @@
+"""Every setting of the product: a typed tree with its defaults, and the one way to fill it.
+
+``load_config`` merges, in this order, the defaults, a YAML file, command-line flags and dotted
+overrides (``optim.lr=3e-4``), and returns frozen dataclasses.
+"""
+
+from camoxpert.config.checks import check_conflicts, nearest
+from camoxpert.config.load import (
+    build_config,
+    config_from_dict,
+    load_config,
+    parse_text,
+    read_yaml,
+)
+from camoxpert.config.tree import (
+    DISPATCH_NAMES,
+    EXPERT_KINDS,
+    SCHEDULERS,
+    SELECTION_MEASURES,
+    AugmentConfig,
+    Config,
+    DataConfig,
+    Leaf,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    changed_settings,
+    get_setting,
+    leaves,
+    to_dict,
+    to_yaml,
+)
+
+__all__ = [
+    "DISPATCH_NAMES",
+    "EXPERT_KINDS",
+    "SCHEDULERS",
+    "SELECTION_MEASURES",
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "Leaf",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+    "build_config",
+    "changed_settings",
+    "check_conflicts",
+    "config_from_dict",
+    "get_setting",
+    "leaves",
+    "load_config",
+    "nearest",
+    "parse_text",
+    "read_yaml",
+    "to_dict",
+    "to_yaml",
+]

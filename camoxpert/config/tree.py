@@ -1,0 +1,368 @@
+"""The settings tree: every setting with its type, default, range, flag and help text.
+
+It imports neither torch nor numpy, so that a typo is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+EXPERT_KINDS = ("texture", "attention", "hybrid", "frequency", "edge", "semantic", "contrast")
+DISPATCH_NAMES = ("auto", "loop", "sorted")
+SCHEDULERS = ("cosine", "poly", "linear", "step", "constant", "onecycle")
+SELECTION_MEASURES = ("wFmeasure", "Smeasure", "meanEm", "meanFm", "IoU", "Dice", "MAE")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Declare one leaf of the tree: default, help text, its ``train`` flag if it has one, and its
+    range."""
+    metadata = {
+        "help": help,
+        "flag": flag,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to training samples. Probabilities and strengths; 0 switches one off."""
+
+    hflip: float = setting(0.5, "probability of a left-right flip", minimum=0, maximum=1)
+    vflip: float = setting(0.0, "probability of an up-down flip", minimum=0, maximum=1)
+    rotate: float = setting(15.0, "largest rotation, degrees either way", minimum=0, maximum=180)
+    scale: float = setting(
+        0.2, "largest relative change of size, 0.2 = 0.8x to 1.2x", minimum=0, maximum=0.9
+    )
+    translate: float = setting(0.08, "largest shift, fraction of the side", minimum=0, maximum=0.5)
+    brightness: float = setting(0.2, "largest relative brightness change", minimum=0, maximum=1)
+    contrast: float = setting(0.2, "largest relative contrast change", minimum=0, maximum=1)
+    saturation: float = setting(0.2, "largest relative saturation change", minimum=0, maximum=1)
+    hue: float = setting(0.02, "largest hue shift, fraction of the circle", minimum=0, maximum=0.5)
+    blur: float = setting(0.05, "probability of a slight Gaussian blur", minimum=0, maximum=1)
+    noise: float = setting(0.05, "probability of slight Gaussian noise", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they reach the model."""
+
+    roots: tuple[str, ...] = setting(
+        (), "training data: one or more data set folders or CSV files", flag="--dataset-path"
+    )
+    layout: str = setting(
+        "auto", "name of a known layout, or auto to recognise it", flag="--layout"
+    )
+    noncam: str = setting(
+        "exclude",
+        "COD10K images without a camouflaged object (their masks are black)",
+        flag="--noncam",
+        choices=("exclude", "include"),
+    )
+    val_fraction: float = setting(
+        0.1,
+        "share of TRAIN set aside to choose the best checkpoint; test sets never choose anything. "
+        "0: keep the last",
+        flag="--val-fraction",
+        minimum=0,
+        maximum=0.5,
+    )
+    img_size: int = setting(
+        352, "side of the square training image, a multiple of 32", flag="--img-size", minimum=32
+    )
+    num_workers: int | None = setting(
+        None, "data worker processes; unset: chosen from the cores", flag="--num-workers", minimum=0
+    )
+    persistent_workers: bool = setting(True, "keep the workers between epochs")
+    prefetch_factor: int = setting(4, "batches each worker prepares ahead", minimum=1)
+    pin_memory: bool = setting(True, "page-locked batches for faster copies (CUDA only)")
+    max_pixels: int = setting(50_000_000, "larger images are refused from their header", minimum=1)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: backbone, decoder and its experts."""
+
+    backbone: str = setting(
+        "edgenext_base", "any timm backbone with a four-level pyramid", flag="--backbone"
+    )
+    pretrained: bool = setting(
+        True, "start from timm's ImageNet weights (downloads)", flag="--pretrained"
+    )
+    weights: str = setting(
+        "", "backbone weights file (.pth, .pt, .safetensors), used instead", flag="--weights"
+    )
+    drop_path: float = setting(0.0, "stochastic depth rate of the backbone", minimum=0, maximum=0.9)
+    layer_scale_init: float | None = setting(
+        None,
+        "initial layer scale of the backbone's blocks; unset: timm's value, or 0.1 without weights",
+        above=0,
+    )
+    width: int = setting(96, "channels of every decoder level, a multiple of 8", minimum=8)
+    num_experts: int = setting(7, "experts per decoder level", flag="--num-experts", minimum=1)
+    top_k: int = setting(2, "experts each image uses per level", flag="--top-k", minimum=1)
+    experts: tuple[str, ...] = setting(
+        (), f"expert kinds in order, repeated up to num_experts; empty: {', '.join(EXPERT_KINDS)}"
+    )
+    expert_expansion: float = setting(
+        1.0, "width of an expert's hidden features over the decoder width", above=0
+    )
+    dispatch: str = setting(
+        "auto", "how images reach their experts", flag="--dispatch", choices=DISPATCH_NAMES
+    )
+    detail_width: int = setting(
+        16,
+        "channels of the stride-2 detail branch that sharpens outlines, a multiple of 8; 0: none",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms; every term takes logits and is computed in float32."""
+
+    structure: float = setting(
+        1.0, "weight of the structure loss (weighted BCE + weighted IoU)", minimum=0
+    )
+    structure_weighting: bool = setting(
+        True, "false: the unweighted form many public scripts compute by accident"
+    )
+    bce: float = setting(0.0, "weight of plain binary cross entropy", minimum=0)
+    iou: float = setting(0.0, "weight of the soft IoU loss", minimum=0)
+    dice: float = setting(0.0, "weight of the soft Dice loss", minimum=0)
+    deep_supervision: bool = setting(
+        True, "also train the side heads, one per decoder level", flag="--deep-supervision"
+    )
+    side_weight: float = setting(0.4, "weight of each side head's loss", minimum=0)
+    balance: float = setting(0.01, "weight of the load-balance loss", minimum=0)
+    router_z: float = setting(0.001, "weight of the router z-loss", minimum=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule, a pure function of the optimizer step."""
+
+    lr: float = setting(2.5e-4, "peak learning rate of the decoder", flag="--lr", above=0)
+    stage2_lr: float | None = setting(
+        None, "peak learning rate of stage 2; unset: the same as --lr", flag="--stage2-lr", above=0
+    )
+    backbone_lr_scale: float | None = setting(
+        None,
+        "backbone learning rate over the decoder's; unset: 0.1 with weights, 1 without",
+        above=0,
+    )
+    weight_decay: float = setting(
+        1e-4, "decoupled weight decay (not on norms and biases)", flag="--weight-decay", minimum=0
+    )
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas")
+    scheduler: str = setting(
+        "cosine", "shape of the schedule", flag="--scheduler", choices=SCHEDULERS
+    )
+    min_lr: float = setting(
+        1e-6, "learning rate at the end of each stage", flag="--min-lr", minimum=0
+    )
+    warmup_epochs: float = setting(
+        1.0,
+        "epochs of linear warm-up at the start of each stage",
+        flag="--warmup-epochs",
+        minimum=0,
+    )
+    clip_grad_norm: float = setting(
+        1.0, "largest gradient norm; 0: no clipping", flag="--clip-grad-norm", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The course of a run."""
+
+    epochs: int = setting(120, "epochs of both stages together", flag="--epochs", minimum=1)
+    stage1_epochs: int | None = setting(
+        None,
+        "epochs with the backbone frozen; unset: a quarter of --epochs with weights, 0 without",
+        flag="--stage1-epochs",
+        minimum=0,
+    )
+    skip_stage1: bool = setting(False, "train everything from the start", flag="--skip-stage1")
+    progressive_unfreeze: bool = setting(
+        False,
+        "stage 2 frees the backbone level by level, deepest first",
+        flag="--progressive-unfreeze",
+    )
+    batch_size: int = setting(16, "images per micro-batch", flag="--batch-size", minimum=1)
+    stage2_batch_size: int | None = setting(
+        None, "micro-batch of stage 2; unset: the same", flag="--stage2-batch-size", minimum=1
+    )
+    accumulation_steps: int = setting(
+        1, "micro-batches per optimizer step", flag="--accumulation-steps", minimum=1
+    )
+    amp: bool = setting(True, "mixed precision where the hardware gains from it", flag="--amp")
+    precision: str = setting(
+        "auto",
+        "number format of the forward pass",
+        flag="--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    tf32: bool = setting(True, "TF32 matrix products on Ampere and later", flag="--tf32")
+    compile: bool = setting(False, "torch.compile the network", flag="--compile")
+    channels_last: bool = setting(False, "channels-last memory format", flag="--channels-last")
+    gradient_checkpointing: str = setting(
+        "auto",
+        "recompute activations to save memory; bare flag = on; auto decides from measured memory",
+        flag="--gradient-checkpointing",
+        choices=("auto", "on", "off"),
+    )
+    use_ema: bool = setting(
+        True, "evaluate and keep an exponential moving average", flag="--use-ema"
+    )
+    ema_decay: float = setting(
+        0.9999,
+        "largest EMA decay; warmed up from the first step",
+        flag="--ema-decay",
+        minimum=0,
+        maximum=1,
+    )
+    early_stopping: int = setting(
+        0,
+        "stop after this many epochs without a better score; 0: never",
+        flag="--early-stopping",
+        minimum=0,
+    )
+    select: str = setting(
+        "wFmeasure",
+        "measure on the validation split that chooses the best checkpoint",
+        flag="--select",
+        choices=SELECTION_MEASURES,
+    )
+    validate_every: int = setting(
+        1, "epochs between validations", flag="--validate-every", minimum=1
+    )
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", flag="--device")
+    seed: int = setting(42, "seed of everything random", flag="--seed", minimum=0)
+    max_skipped_steps: int = setting(
+        10, "non-finite steps in a row that are skipped before giving up", minimum=0
+    )
+    max_hours: float | None = setting(
+        None, "save and stop with code 75 after this time", flag="--max-hours", above=0
+    )
+    resume: str = setting(
+        "auto",
+        "auto: continue a stopped run of the same command; never; or a checkpoint or run folder",
+        flag="--resume",
+    )
+    resume_from: str = setting(
+        "", "checkpoint or run folder to continue from", flag="--resume-from"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go and how much is told."""
+
+    dir: str = setting("runs", "folder that holds the run folders", flag="--checkpoint-dir")
+    name: str = setting(
+        "", "name of the run folder; empty: made from the settings", flag="--run-name"
+    )
+    log_every: int = setting(10, "optimizer steps between logged training records", minimum=1)
+    save_every: int = setting(
+        0,
+        "also save every this many optimizer steps; 0: at each epoch's end",
+        flag="--save-every",
+        minimum=0,
+    )
+    tensorboard: bool = setting(True, "write TensorBoard events", flag="--tensorboard")
+    num_images: int = setting(
+        6, "validation pictures in TensorBoard and images per gallery in the report", minimum=0
+    )
+    test: bool = setting(
+        True, "score the test sets found beside the training data when training ends", flag="--test"
+    )
+    report: bool = setting(True, "write report.html when training ends", flag="--report")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting of the tree: its dotted path, type and declaration."""
+
+    path: str
+    type: Any
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+def leaves(cls: type = Config, prefix: str = "") -> Iterator[Leaf]:
+    """Yield every setting of the tree in declaration order."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        path = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from leaves(hints[field.name], f"{path}.")
+        else:
+            yield Leaf(path, hints[field.name], field.default, field.metadata)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the tree as nested plain dictionaries, lists and scalars."""
+    return {
+        field.name: (
+            to_dict(value)
+            if dataclasses.is_dataclass(value := getattr(config, field.name))
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
+        for field in dataclasses.fields(config)
+    }
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole tree as YAML that ``load_config(file=...)`` reads back to an equal tree."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Return dotted path -> value of every setting that differs from its default."""
+    return {
+        leaf.path: value
+        for leaf in leaves()
+        if (value := get_setting(config, leaf.path)) != leaf.default
+    }
+
+
+def get_setting(config: Config, path: str) -> Any:
+    """Return the value at a dotted path."""
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

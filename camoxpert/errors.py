@@ -1,0 +1,48 @@
+"""The faults a user can meet, each with the exit code the command line ends with.
+
+Every error carries one readable paragraph as its only argument: what is wrong, where, and what to
+do. One positional
+argument on purpose: worker processes send exceptions back by pickling ``args``, and an
+``__init__`` with more than one
+required argument cannot be rebuilt on the other side.
+"""
+
+
+class CamoXpertError(Exception):
+    """Base of all expected faults; the command line prints its text without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(CamoXpertError):
+    """A flag, a config file or an override is wrong or contradicts another."""
+
+    exit_code = 2
+
+
+class DataError(CamoXpertError):
+    """A data set, an image or a mask is missing, unreadable or not what it claims to be."""
+
+    exit_code = 3
+
+
+class CheckpointError(CamoXpertError):
+    """A checkpoint or weight file is missing, damaged or does not fit the model."""
+
+    exit_code = 4
+
+
+class NumericError(CamoXpertError):
+    """Training met a non-finite loss or gradient that it could not step over."""
+
+    exit_code = 5
+
+
+class Stopped(CamoXpertError):
+    """The run was asked to stop and saved its state; the same command continues it.
+
+    ``exit_code`` is 75 (deadline), 130 (Ctrl-C) or 143 (SIGTERM), set on the instance by whoever
+    raises it.
+    """
+
+    exit_code = 75

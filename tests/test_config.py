@@ -1,0 +1,166 @@
+"""Settings: one tree, filled in order, and every mistake answered with the nearest name."""
+
+from pathlib import Path
+
+import pytest
+
+from camoxpert.config import (
+    EXPERT_KINDS,
+    Config,
+    changed_settings,
+    config_from_dict,
+    leaves,
+    load_config,
+    to_dict,
+    to_yaml,
+)
+from camoxpert.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", "optim: {lr: 1e-3, min_lr: 1e-7}\ntrain: {epochs: 9}\n")
+    config = load_config(file=file, flags={"optim.lr": 2e-3}, overrides=["train.epochs=7"])
+    assert (config.optim.lr, config.optim.min_lr, config.train.epochs) == (2e-3, 1e-7, 7)
+    assert config.data.img_size == Config().data.img_size
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optim.lr=3e-4", 3e-4),
+        ("optim.lr=1", 1.0),
+        ("train.epochs=12", 12),
+        ("train.use_ema=false", False),
+        ("train.gradient_checkpointing=on", "on"),
+        ("train.gradient_checkpointing=off", "off"),
+        ("data.roots=[a, b]", ("a", "b")),
+        ("data.roots=a", ("a",)),
+        ("optim.betas=[0.9, 0.95]", (0.9, 0.95)),
+        ("optim.stage2_lr=null", None),
+        ("run.name=007", "007"),
+        ("run.name=1.50", "1.50"),
+    ],
+)
+def test_override_values_keep_their_type(override: str, value: object) -> None:
+    config = load_config(overrides=[override])
+    group, name = override.partition("=")[0].split(".")
+    got = getattr(getattr(config, group), name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optim.lrr=1"], "Did you mean optim.lr?"),
+        (["lr=1"], "Did you mean optim.lr?"),
+        (["model.num_expert=3"], "Did you mean model.num_experts?"),
+        (["optim.lr=fast"], "optim.lr must be a number, got 'fast'"),
+        (["train.epochs=2.5"], "train.epochs must be a whole number"),
+        (["train.epochs=true"], "train.epochs must be a whole number"),
+        (["train.use_ema=1"], "train.use_ema must be true or false"),
+        (["optim.betas=[0.9]"], "optim.betas must be a list"),
+        (["optim.scheduler=cosin"], "Did you mean cosine?"),
+        (["optim.lr=0"], "must be above 0"),
+        (["optim.lr=.nan"], "must be a number"),
+        (["data.val_fraction=0.9"], "at most 0.5"),
+        (["data.img_size=100"], "Use 96 or 128"),
+        (["model.width=30"], "multiple of 8"),
+        (["model.top_k=8"], "Lower --top-k"),
+        (["model.experts=[edges]"], "Did you mean edge?"),
+        (["model.num_experts=2", "model.experts=[edge,texture,contrast]"], "names 3 kinds"),
+        (["train.epochs=5", "train.stage1_epochs=6"], "--stage1-epochs 6"),
+        (["train.amp=false", "train.precision=bf16"], "contradict"),
+        (["train.resume=never", "train.resume_from=x"], "contradict"),
+        (["optim.min_lr=1"], "--min-lr"),
+        (["loss.structure=0"], "weight 0"),
+        (["train.early_stopping=3", "data.val_fraction=0"], "validation split"),
+        (["train.device=gpu"], "--device"),
+        (["optim"], "group.name=value"),
+        (["optim=3"], "Did you mean"),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=overrides)
+    assert says in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim: {lrr: 1}", "Did you mean optim.lr?"),
+        ("optim: 3", "group of settings"),
+        ("optim: {lr: 1}\noptim: {lr: 2}", "duplicate key"),
+        ("- a\n- b", "mapping"),
+        ("optim: [", "cannot be read as YAML"),
+        ("run: {name: '${oc.env:HOME}'}", "resolver"),
+        ("a: &x [1, 2]\nb: *x", "alias"),
+        ("optim: {lr: {peak: 1}}", "optim.lr must be a number"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=r"(?s).*") as caught:
+        load_config(file=write(tmp_path / "c.yaml", text))
+    assert says in str(caught.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_config(file="nowhere.yaml")
+
+
+def test_interpolation_inside_the_file_is_allowed(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", "optim: {lr: 0.002, stage2_lr: '${optim.lr}'}")
+    assert load_config(file=file).optim.stage2_lr == 0.002
+
+
+def test_round_trips(tmp_path: Path) -> None:
+    config = load_config(overrides=["optim.lr=3e-4", "data.roots=[a]", "model.experts=[edge]"])
+    assert config_from_dict(to_dict(config)) == config
+    assert load_config(file=write(tmp_path / "c.yaml", to_yaml(config))) == config
+    assert set(changed_settings(config)) == {"optim.lr", "data.roots", "model.experts"}
+
+
+def test_every_setting_is_documented_and_flags_are_unique() -> None:
+    flags = [leaf.metadata["flag"] for leaf in leaves() if leaf.metadata["flag"]]
+    assert len(flags) == len(set(flags))
+    assert all(len(leaf.metadata["help"]) > 10 for leaf in leaves())
+
+
+def test_expert_kinds_match_the_table() -> None:
+    from camoxpert.models.build import EXPERTS
+
+    assert tuple(EXPERTS) == EXPERT_KINDS
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_load_and_start_with_their_command(path: Path) -> None:
+    load_config(file=path)
+    head = path.read_text().splitlines()
+    assert any("train_ultimate.py train" in line for line in head[:4] if line.startswith("#"))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "steps", "size", "checkpointing"),
+    [
+        ("balanced", 32, 4, 352, "auto"),
+        ("max_speed", 48, 3, 320, "off"),
+        ("memory", 16, 8, 352, "on"),
+    ],
+)
+def test_presets_are_the_ones_users_know(
+    name: str, batch: int, steps: int, size: int, checkpointing: str
+) -> None:
+    config = load_config(file=CONFIGS / f"{name}.yaml")
+    assert (config.train.batch_size, config.train.accumulation_steps) == (batch, steps)
+    assert config.data.img_size == size
+    assert config.train.gradient_checkpointing == checkpointing
