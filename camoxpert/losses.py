@@ -1,0 +1,179 @@
+"""Losses on logits, always in float32, and the routing terms computed from the routing record.
+
+Masks are 0 or 1. Shape letters: B batch, H height, W width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from camoxpert.config import LossConfig
+
+
+class RoutingRecord(Protocol):
+    """The part of a routing record the losses read (see ``models.router.Routing``)."""
+
+    @property
+    def logits_BE(self) -> Tensor:
+        """Gate logits."""
+
+    @property
+    def probs_BE(self) -> Tensor:
+        """Softmax over all experts."""
+
+    @property
+    def experts_BK(self) -> Tensor:
+        """Chosen experts."""
+
+
+class Output(Protocol):
+    """The part of a model's output the losses read (see ``models.camoxpert.ModelOutput``)."""
+
+    @property
+    def logits_B1HW(self) -> Tensor:
+        """Final logits."""
+
+    @property
+    def side_logits(self) -> tuple[Tensor, ...]:
+        """Logits of the decoder levels."""
+
+    @property
+    def routing(self) -> Sequence[RoutingRecord]:
+        """One record per level."""
+
+
+def edge_weight(mask_B1HW: Tensor) -> Tensor:
+    """Return 1 + 5 |mean over 31x31 - mask|: pixels near an outline count up to six times.
+
+    Source: Wei et al., F3Net, AAAI 2020, equation 3 (outside the image counts as background). The
+    square window is two strips, which is the same sum in 62 instead of 961 additions.
+    """
+    strips = F.avg_pool2d(mask_B1HW, (31, 1), 1, (15, 0))
+    mean = F.avg_pool2d(strips, (1, 31), 1, (0, 15))
+    return 1 + 5 * (mean - mask_B1HW).abs()
+
+
+def structure_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, *, weighted: bool = True) -> Tensor:
+    """Weighted BCE plus weighted IoU, both with the edge weight; mean over images.
+
+    Args:
+        logits_B1HW: logits.
+        mask_B1HW: target, 0 or 1.
+        weighted: False drops the weight, which is what the many scripts compute that call
+            ``binary_cross_entropy_with_logits(..., reduce='none')``.
+
+    Source: Wei et al., F3Net, AAAI 2020, equations 3 to 6.
+    """
+    logits, mask = logits_B1HW.float(), mask_B1HW.float()
+    weight = edge_weight(mask) if weighted else torch.ones_like(mask)
+    bce = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
+    weighted_bce = (weight * bce).sum((1, 2, 3)) / weight.sum((1, 2, 3))
+    return (weighted_bce + _soft_iou(logits, mask, weight)).mean()
+
+
+def bce_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
+    """Plain binary cross entropy, mean over pixels."""
+    return F.binary_cross_entropy_with_logits(logits_B1HW.float(), mask_B1HW.float())
+
+
+def iou_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
+    """1 - soft IoU (intersection and union each plus 1), mean over images."""
+    mask = mask_B1HW.float()
+    return _soft_iou(logits_B1HW.float(), mask, torch.ones_like(mask)).mean()
+
+
+def dice_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
+    """1 - soft Dice (numerator and denominator plus 1), mean over images."""
+    probability, mask = logits_B1HW.float().sigmoid(), mask_B1HW.float()
+    both = (probability * mask).sum((1, 2, 3))
+    total = (probability + mask).sum((1, 2, 3))
+    return (1 - (2 * both + 1) / (total + 1)).mean()
+
+
+def balance_loss(probs_BE: Tensor, experts_BK: Tensor) -> Tensor:
+    """E * sum over experts of (mean probability) * (share of choices); 1 when both are uniform.
+
+    The share is a count and carries no gradient; the mean of the full softmax does. A loss made of
+    counts alone trains nothing. Source: Fedus et al., Switch Transformers, JMLR 2022, equation 4.
+    """
+    num_experts = probs_BE.shape[1]
+    chosen = F.one_hot(experts_BK, num_experts).sum(1).float()
+    share_E = chosen.sum(0) / chosen.sum().clamp_min(1)
+    return num_experts * (probs_BE.mean(0) * share_E.detach()).sum()
+
+
+def router_z_loss(logits_BE: Tensor) -> Tensor:
+    """Mean squared log-sum-exp of the gate logits: keeps them small (Zoph et al., ST-MoE, eq.
+    5)."""
+    return logits_BE.float().logsumexp(-1).square().mean()
+
+
+def segmentation_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, config: LossConfig) -> Tensor:
+    """Sum of the configured mask losses for one logit map at the mask's size."""
+    total = logits_B1HW.new_zeros((), dtype=torch.float32)
+    if config.structure:
+        weighted = config.structure_weighting
+        total = total + config.structure * structure_loss(logits_B1HW, mask_B1HW, weighted=weighted)
+    if config.bce:
+        total = total + config.bce * bce_loss(logits_B1HW, mask_B1HW)
+    if config.iou:
+        total = total + config.iou * iou_loss(logits_B1HW, mask_B1HW)
+    if config.dice:
+        total = total + config.dice * dice_loss(logits_B1HW, mask_B1HW)
+    return total
+
+
+def total_loss(
+    output: Output, mask_B1HW: Tensor, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Everything training minimises.
+
+    Args:
+        output: logits, side logits and routing of a batch.
+        mask_B1HW: target, 0 or 1, any float or integer type.
+        config: weights of the terms.
+
+    Returns:
+        The scalar loss and its weighted parts, detached, still on the device: ``mask``, ``side``,
+        ``balance``, ``router_z``; they sum to the loss.
+    """
+    mask = mask_B1HW.float()
+    parts = {"mask": segmentation_loss(output.logits_B1HW, mask, config)}
+    if config.deep_supervision and config.side_weight:
+        parts["side"] = config.side_weight * sum(
+            (
+                segmentation_loss(_resized(side.float(), mask), mask, config)
+                for side in output.side_logits
+            ),
+            start=mask.new_zeros(()),
+        )
+    if output.routing and output.routing[0].probs_BE.shape[1] > 1:
+        levels = len(output.routing)
+        parts["balance"] = config.balance * sum(
+            (balance_loss(r.probs_BE, r.experts_BK) / levels for r in output.routing),
+            start=mask.new_zeros(()),
+        )
+        parts["router_z"] = config.router_z * sum(
+            (router_z_loss(r.logits_BE) / levels for r in output.routing),
+            start=mask.new_zeros(()),
+        )
+    total = torch.stack(list(parts.values())).sum()
+    return total, {name: part.detach() for name, part in parts.items()}
+
+
+def _soft_iou(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    probability = logits.sigmoid()
+    both = (weight * probability * mask).sum((1, 2, 3))
+    total = (weight * (probability + mask)).sum((1, 2, 3))
+    return 1 - (both + 1) / (total - both + 1)
+
+
+def _resized(logits: Tensor, like: Tensor) -> Tensor:
+    if logits.shape[-2:] == like.shape[-2:]:
+        return logits
+    return F.interpolate(logits, size=like.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,262 @@
+"""The backbone: any timm network that yields a pyramid at strides 4, 8, 16 and 32.
+
+Unknown names are an error with the nearest one, never another backbone.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camoxpert.config import ModelConfig, nearest
+from camoxpert.errors import CheckpointError, ConfigError
+
+STRIDES = (4, 8, 16, 32)
+TINY = "tiny_test"
+
+# Tested with this framework: each builds, trains a step and keeps its shapes in the test suite.
+# Other timm names work where timm gives them four levels at the strides above.
+BACKBONES: dict[str, str] = {
+    "edgenext_xx_small": "EdgeNeXt, 1.2 M parameters",
+    "edgenext_x_small": "EdgeNeXt, 2.1 M parameters",
+    "edgenext_small": "EdgeNeXt, 5.3 M parameters",
+    "edgenext_base": "EdgeNeXt, 17.9 M parameters: the default",
+    "tf_efficientnet_lite0": "EfficientNet-Lite0, 3.4 M parameters",
+    "resnet18": "ResNet-18, 11.2 M parameters",
+    "resnet50": "ResNet-50, 23.5 M parameters",
+    "pvt_v2_b2": "PVTv2-B2, 24.8 M parameters",
+    TINY: "four plain convolutions for tests: no weights, no promise",
+}
+
+
+class TinyBackbone(nn.Module):
+    """Four strided convolutions, a backbone that a test can afford."""
+
+    def __init__(self, channels: tuple[int, ...] = (16, 24, 32, 48)) -> None:
+        super().__init__()
+        self.channels = channels
+        previous, blocks = 3, []
+        for index, width in enumerate(channels):
+            stride = 4 if index == 0 else 2
+            blocks.append(
+                nn.Sequential(
+                    nn.Conv2d(previous, width, stride + 1, stride, stride // 2),
+                    nn.GroupNorm(1, width),
+                    nn.GELU(),
+                    nn.Conv2d(width, width, 3, padding=1, groups=width),
+                    nn.Conv2d(width, width, 1),
+                    nn.GELU(),
+                )
+            )
+            previous = width
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Return four feature maps at strides 4, 8, 16, 32."""
+        features = []
+        for block in self.blocks:
+            x_BCHW = block(x_BCHW)
+            features.append(x_BCHW)
+        return features
+
+
+class Backbone(nn.Module):
+    """Four feature maps of a timm network.
+
+    Attributes:
+        channels: channels of the maps at strides 4, 8, 16, 32.
+        mean, std: the per-channel normalisation the weights were trained with, for images in 0..1.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.name = config.backbone
+        if config.backbone == TINY:
+            tiny = TinyBackbone()
+            self.net: nn.Module = tiny
+            self.levels = (0, 1, 2, 3)
+            self.channels = tiny.channels
+            self.level_modules = tuple(f"blocks.{i}" for i in range(4))
+            self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        else:
+            self.net, self.levels, self.channels, self.mean, self.std = _build_timm(config)
+            modules = self.net.feature_info.module_name()  # type: ignore[union-attr, operator]
+            self.level_modules = tuple(modules[level] for level in self.levels)
+        if config.weights:
+            load_weights(self.net, Path(config.weights))
+        elif not config.pretrained or config.backbone == TINY:
+            initialise_layer_scale(self.net, config.layer_scale_init or 0.1)
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Map normalised images (B, 3, H, W) to four maps at strides 4, 8, 16, 32."""
+        maps = self.net(x_BCHW)
+        return [maps[level] for level in self.levels]
+
+    def parameter_levels(self) -> list[list[nn.Parameter]]:
+        """Split the parameters by level, strides 4, 8, 16, 32, for freeing one level at a time.
+
+        A level owns everything after the level above it, so that together they hold all.
+        """
+        names = [name for name, _ in self.net.named_parameters()]
+        # features_only writes stages.0 as stages_0 for some networks: compare without the dots.
+        plain = [name.replace(".", "_") for name in names]
+        ends = []
+        for module in self.level_modules:
+            prefix = module.replace(".", "_") + "_"
+            ends.append(max(i for i, name in enumerate(plain) if name.startswith(prefix)) + 1)
+        parameters = [parameter for _, parameter in self.net.named_parameters()]
+        ends[-1] = len(parameters)
+        starts = [0, *ends[:-1]]
+        return [parameters[start:end] for start, end in zip(starts, ends, strict=True)]
+
+    def set_gradient_checkpointing(self, enabled: bool) -> bool:
+        """Recompute the blocks' activations in the backward pass; False where timm cannot."""
+        setter: Any = getattr(self.net, "set_grad_checkpointing", None)
+        if setter is None:
+            return False
+        setter(enabled)
+        return True
+
+
+def _build_timm(
+    config: ModelConfig,
+) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+    import timm
+
+    if not timm.is_model(config.backbone):
+        known = [*BACKBONES, *timm.list_models()]
+        raise ConfigError(
+            f"Unknown backbone {config.backbone!r}.{nearest(config.backbone, known)} Tested: "
+            f"{', '.join(BACKBONES)}; any timm network with levels at strides 4, 8, 16 and 32 "
+            f"works."
+        )
+    options: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    pretrained = config.pretrained and not config.weights
+    # timm reports every download attempt as a log record; our own error says it once and better.
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        net = timm.create_model(
+            config.backbone, pretrained=pretrained, features_only=True, **options
+        )
+    except TypeError as error:
+        raise ConfigError(
+            f"Backbone {config.backbone} does not accept model.drop_path: {error}."
+        ) from error
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        if pretrained and "pretrained" in str(error).lower():
+            raise ConfigError(_no_weights(config.backbone, error)) from error
+        raise ConfigError(
+            f"Backbone {config.backbone} gives no feature pyramid: {error}."
+        ) from error
+    except OSError as error:
+        raise ConfigError(_no_weights(config.backbone, error)) from error
+    reductions = list(net.feature_info.reduction())
+    missing = [stride for stride in STRIDES if stride not in reductions]
+    if missing:
+        raise ConfigError(
+            f"Backbone {config.backbone} has levels at strides {reductions}; the decoder needs "
+            f"{list(STRIDES)} ({missing} missing). Choose another, for example "
+            f"{', '.join(list(BACKBONES)[:4])}."
+        )
+    # The last level of a stride: some networks list a stem and a stage at the same one.
+    levels = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES)
+    channels = tuple(net.feature_info.channels()[level] for level in levels)
+    settings = net.pretrained_cfg or {}
+    mean = tuple(settings.get("mean", (0.485, 0.456, 0.406)))
+    std = tuple(settings.get("std", (0.229, 0.224, 0.225)))
+    return net, levels, channels, mean, std
+
+
+def _no_weights(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return (
+        f"The ImageNet weights of {name} could not be loaded ({type(error).__name__}: {reason}). "
+        "Without internet access give a file with --weights FILE, or train from scratch with "
+        "--no-pretrained."
+    )
+
+
+def initialise_layer_scale(net: nn.Module, value: float) -> None:
+    """Set every untrained layer scale (parameters named gamma..., constant and tiny) to ``value``.
+
+    Blocks of EdgeNeXt and ConvNeXt start at 1e-6: harmless over 300 epochs with weights to keep
+    stable, but from scratch the blocks contribute nothing for the first thousands of steps.
+    """
+    for name, parameter in net.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        if (
+            last.startswith("gamma")
+            and parameter.ndim == 1
+            and float(parameter.detach().max()) <= 1e-4
+        ):
+            nn.init.constant_(parameter, value)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read tensors from a .safetensors or torch file without running code from it.
+
+    Raises:
+        CheckpointError: missing, damaged, not a state dict, or a pickle with code inside.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"--weights: there is no file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(str(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch and safetensors raise half a dozen unrelated types for a damaged or hostile file.
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"--weights: {path} cannot be read as weights ({type(error).__name__}: {reason}). "
+            "Expected a .safetensors file or a torch state dict that loads with weights_only=True."
+        ) from error
+    for key in ("ema", "model", "state_dict", "state_dict_ema"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    tensors = (
+        {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+        if isinstance(loaded, dict)
+        else {}
+    )
+    if not tensors:
+        raise CheckpointError(f"--weights: {path} holds no state dict.")
+    return tensors
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Load backbone weights from a file; every parameter of the backbone must be found in it.
+
+    Accepts timm's names, CamoXpert checkpoints and the usual prefixes; the classifier of a
+    classification checkpoint is not needed and is left out.
+    """
+    own = net.state_dict()
+    source: dict[str, Tensor] = {}
+    for key, tensor in read_state_dict(path).items():
+        for prefix in ("module.", "_orig_mod.", "model.", "backbone.", "net.", "encoder."):
+            key = key.removeprefix(prefix)
+        source[next((name for name in _flattened(key) if name in own), key)] = tensor
+    missing = [name for name in own if name not in source]
+    wrong = [name for name in own if name in source and source[name].shape != own[name].shape]
+    if missing or wrong:
+        name = (missing or wrong)[0]
+        raise CheckpointError(
+            f"--weights: {path} does not fit this backbone: of {len(own)} tensors {len(missing)} "
+            f"are missing "
+            f"and {len(wrong)} have another shape (first: {name}). Is it the file of another "
+            f"backbone?"
+        )
+    net.load_state_dict({name: source[name] for name in own})
+
+
+def _flattened(key: str) -> list[str]:
+    """Spellings of a timm name: features_only turns the first dots into underscores."""
+    parts = key.split(".")
+    return [".".join(["_".join(parts[:n]), *parts[n:]]) for n in range(1, min(len(parts), 4) + 1)]

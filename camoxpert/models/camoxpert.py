@@ -1,0 +1,69 @@
+"""The network: images in, logits, side logits and routing records out."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from camoxpert.config import ModelConfig
+from camoxpert.models.backbone import STRIDES, Backbone
+from camoxpert.models.decoder import Decoder
+from camoxpert.models.router import Routing
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        logits_B1HW: logits of the object mask at the input's size; sigmoid gives probabilities.
+        side_logits: logits of the four decoder levels, stride 32 first, each (B, 1, H/s, W/s).
+        routing: one record per decoder level, in the same order.
+    """
+
+    logits_B1HW: Tensor
+    side_logits: tuple[Tensor, ...]
+    routing: tuple[Routing, ...]
+
+
+class CamoXpert(nn.Module):
+    """EdgeNeXt (or any timm pyramid) with a top-k mixture-of-experts decoder.
+
+    Nothing in it depends on the batch size, the device or a global setting.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.decoder = Decoder(self.backbone.channels, config)
+        # Saved with the weights: a checkpoint must carry the normalisation it was trained with.
+        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1))
+
+    def forward(self, images_BCHW: Tensor) -> ModelOutput:
+        """Segment a batch.
+
+        Args:
+            images_BCHW: RGB, uint8 in 0..255 or float in 0..1; H and W multiples of 32.
+        """
+        # Normalised in float32 even under autocast; the first convolution casts on its own.
+        images = images_BCHW.float()
+        if images_BCHW.dtype == torch.uint8:
+            images = images / 255
+        images = (images - self.mean) / self.std
+        return ModelOutput(*self.decoder(images, self.backbone(images)))
+
+    def set_gradient_checkpointing(self, enabled: bool) -> str:
+        """Recompute activations in the backward pass; returns what it covers, in words."""
+        covered = self.backbone.set_gradient_checkpointing(enabled)
+        self.decoder.checkpointing = enabled
+        if not enabled:
+            return "nothing"
+        return "backbone blocks and decoder levels" if covered else "decoder levels only"
+
+    def level_names(self) -> tuple[str, ...]:
+        """Name the routing records, in the order of ``ModelOutput.routing``."""
+        return tuple(f"stride {stride}" for stride in reversed(STRIDES))

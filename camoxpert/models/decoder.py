@@ -1,0 +1,132 @@
+"""Top-down decoder: at every level project, fuse with the level above, mixture of experts, side
+head.
+
+Shape letters: B batch, C channels, H height, W width; levels are ordered strides 4, 8, 16, 32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from camoxpert.config import ModelConfig
+from camoxpert.models.layers import LayerNorm2d, depthwise, pointwise, resize
+from camoxpert.models.moe import MoE, choose_dispatch
+from camoxpert.models.router import Routing
+
+
+class Fuse(nn.Module):
+    """Join a level with the one above it: concatenate, mix channels, filter 3x3."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter = pointwise(2 * width, width)
+        self.norm = LayerNorm2d(width)
+        self.filter = depthwise(width, 3)
+        self.leave = pointwise(width, width)
+
+    def forward(self, lateral_BCHW: Tensor, above_BCHW: Tensor) -> Tensor:
+        """Return (B, C, H, W) at the lateral's size; ``above`` is resized to it."""
+        above = resize(above_BCHW, lateral_BCHW.shape[-2:])
+        h = self.enter(torch.cat([lateral_BCHW, above], 1))
+        return lateral_BCHW + above + self.leave(nn.functional.gelu(self.filter(self.norm(h))))
+
+
+class Level(nn.Module):
+    """One decoder level: lateral projection, fusion, mixture of experts and side head."""
+
+    def __init__(self, channels: int, config: ModelConfig, *, top: bool) -> None:
+        super().__init__()
+        self.lateral = nn.Sequential(pointwise(channels, config.width), LayerNorm2d(config.width))
+        self.fuse = None if top else Fuse(config.width)
+        self.moe = MoE(
+            config.width,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            kinds=config.experts,
+            expansion=config.expert_expansion,
+            dispatch=choose_dispatch(config.dispatch)[0],
+        )
+        self.head = pointwise(config.width, 1)
+
+    def forward(
+        self, feature_BCHW: Tensor, above_BCHW: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """Return this level's features, side logits (B, 1, H, W) and routing."""
+        x = self.lateral(feature_BCHW)
+        if self.fuse is not None and above_BCHW is not None:
+            x = self.fuse(x, above_BCHW)
+        x, routing = self.moe(x)
+        return x, self.head(x), routing
+
+
+class DetailHead(nn.Module):
+    """The final logits at stride 2: decoder features joined with a thin branch on the image itself.
+
+    A stride-4 mask cannot follow legs and antennae; two cheap convolutions at stride 2 can.
+    """
+
+    def __init__(self, width: int, detail: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, detail, 3, stride=2, padding=1),
+            LayerNorm2d(detail),
+            nn.GELU(),
+            depthwise(detail, 3),
+            pointwise(detail, detail),
+        )
+        self.reduce = pointwise(width, detail)
+        self.mix = nn.Sequential(
+            nn.Conv2d(2 * detail, detail, 3, padding=1), LayerNorm2d(detail), nn.GELU()
+        )
+        self.head = nn.Conv2d(detail, 1, 3, padding=1)
+
+    def forward(self, images_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+        """Return logits (B, 1, H/2, W/2) for normalised images (B, 3, H, W)."""
+        stem = self.stem(images_BCHW)
+        decoded = resize(self.reduce(x_BCHW), stem.shape[-2:])
+        return self.head(self.mix(torch.cat([stem, decoded], 1)))
+
+
+class Decoder(nn.Module):
+    """From four backbone levels to logits.
+
+    Args:
+        channels: backbone channels at strides 4, 8, 16, 32.
+        config: width, experts and detail branch.
+    """
+
+    def __init__(self, channels: Sequence[int], config: ModelConfig) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            Level(c, config, top=index == len(channels) - 1) for index, c in enumerate(channels)
+        )
+        self.detail = DetailHead(config.width, config.detail_width) if config.detail_width else None
+        self.checkpointing = False
+
+    def forward(
+        self, images_BCHW: Tensor, features: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Routing, ...]]:
+        """Decode.
+
+        Args:
+            images_BCHW: normalised images (B, 3, H, W), for the detail branch.
+            features: maps at strides 4, 8, 16, 32.
+
+        Returns:
+            logits (B, 1, H, W); side logits from stride 32 to stride 4, each at its own size;
+            routing records in the same order.
+        """
+        above: Tensor | None = None
+        side_logits, routings = [], []
+        for level, feature in zip(reversed(self.levels), reversed(features), strict=True):
+            if self.checkpointing and torch.is_grad_enabled():
+                above, side, routing = checkpoint(level, feature, above, use_reentrant=False)
+            else:
+                above, side, routing = level(feature, above)
+            side_logits.append(side)
+            routings.append(routing)
+        assert above is not None
+        logits = side_logits[-1] if self.detail is None else self.detail(images_BCHW, above)
+        return resize(logits, images_BCHW.shape[-2:]), tuple(side_logits), tuple(routings)

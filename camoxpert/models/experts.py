@@ -1,0 +1,229 @@
+"""The seven specialist experts: each looks at the same features through another operator.
+
+Every expert maps (B, C, H, W) to (B, C, H, W), costs time linear in the number of pixels, accepts
+any
+size from 1x1 up and a batch of zero samples (an idle expert still runs, so that every rank of a
+distributed run executes the same program). Shape letters: B batch, C width, D hidden width,
+H height, W width in pixels, N pixels.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camoxpert.models.layers import (
+    LayerNorm2d,
+    depthwise,
+    fixed_depthwise,
+    local_mean,
+    mix,
+    pointwise,
+    resize,
+)
+
+
+class TextureExpert(nn.Module):
+    """Texture statistics: local mean and standard deviation beside multi-scale dilated filters.
+
+    A camouflaged animal copies the colours of its surroundings better than their second-order
+    statistics, so the local standard deviation is an input of its own.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.enter = mix(width, hidden)
+        self.filters = nn.ModuleList(depthwise(hidden, 3, dilation=d) for d in (1, 2, 4))
+        self.statistics = mix(2 * hidden, hidden)
+        self.leave = pointwise(hidden, width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return texture features, (B, C, H, W)."""
+        h = self.enter(x_BCHW)
+        mean = local_mean(h, 5)
+        # E[(h - mean)^2], not E[h^2] - mean^2: the difference of two big numbers is noise in bf16.
+        deviation = (local_mean((h - mean).square(), 5) + 1e-5).sqrt()
+        # Contiguous: oneDNN's bf16 weight gradient of a dilated depthwise convolution reads
+        # uninitialised memory for channels-last inputs, which the norm's output is.
+        packed = h.contiguous()
+        responses = sum(conv(packed) for conv in self.filters)
+        return self.leave(F.gelu(responses + self.statistics(torch.cat([mean, deviation], 1))))
+
+
+class AttentionExpert(nn.Module):
+    """Cross-covariance attention: channels attend to channels, so the cost is linear in pixels.
+
+    Source: El-Nouby et al., XCiT, NeurIPS 2021, equation 5, with a depthwise filter on the values.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = next(heads for heads in (4, 2, 1) if hidden % heads == 0)
+        self.norm = LayerNorm2d(width)
+        self.project = pointwise(width, 3 * hidden)
+        self.local = depthwise(hidden, 3)
+        self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
+        self.leave = pointwise(hidden, width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return attended features, (B, C, H, W)."""
+        height, width = x_BCHW.shape[-2:]
+        query, key, value = self.project(self.norm(x_BCHW)).chunk(3, dim=1)
+        value = value + self.local(value)
+        shape = (x_BCHW.shape[0], self.heads, query.shape[1] // self.heads, height * width)
+        # Unit length over the pixels, in float32: with thousands of pixels bf16 loses the norm.
+        query_BhDN = F.normalize(query.reshape(shape).float(), dim=-1)
+        key_BhDN = F.normalize(key.reshape(shape).float(), dim=-1)
+        attention_BhDD = (query_BhDN @ key_BhDN.transpose(-1, -2)) * self.temperature
+        attended = attention_BhDD.softmax(-1).to(value.dtype) @ value.reshape(shape)
+        return self.leave(attended.reshape_as(value))
+
+
+class HybridExpert(nn.Module):
+    """Local detail and global reach: a 3x3 filter beside long row and column strips."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.enter = mix(width, hidden)
+        self.local = depthwise(hidden, 3)
+        self.row = depthwise(hidden, (1, 11))
+        self.column = depthwise(hidden, (11, 1))
+        self.gate = pointwise(hidden, hidden)
+        self.leave = pointwise(hidden, width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return local features gated by their far surroundings, (B, C, H, W)."""
+        h = self.enter(x_BCHW)
+        reach = self.column(self.row(h)) + h.mean((2, 3), keepdim=True)
+        return self.leave(F.gelu(self.local(h)) * torch.sigmoid(self.gate(reach)) + reach)
+
+
+class FrequencyExpert(nn.Module):
+    """A band split with fixed binomial low-pass filters: low, middle and high bands, each mixed
+    alone.
+
+    The bands add up to the input exactly (a Laplacian pyramid without decimation; Burt and Adelson,
+    1983). A learned gain per channel and band lets the expert listen to a part of the spectrum.
+    """
+
+    kernel_hw: Tensor
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+        self.register_buffer("kernel_hw", torch.outer(row, row), persistent=False)
+        self.enter = mix(width, hidden)
+        self.gain = nn.Parameter(torch.ones(3, hidden, 1, 1))
+        self.bands = nn.ModuleList(depthwise(hidden, 3) for _ in range(3))
+        self.leave = nn.Sequential(mix(3 * hidden, hidden), pointwise(hidden, width))
+
+    def split(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the (low, middle, high) bands of x; their sum is x."""
+        blurred = fixed_depthwise(x_BCHW, self.kernel_hw)
+        low = fixed_depthwise(blurred, self.kernel_hw, dilation=2)
+        return low, blurred - low, x_BCHW - blurred
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return features of the re-weighted bands, (B, C, H, W)."""
+        bands = self.split(self.enter(x_BCHW))
+        heard = [
+            conv(band * gain) for conv, band, gain in zip(self.bands, bands, self.gain, strict=True)
+        ]
+        return self.leave(torch.cat(heard, 1))
+
+
+class EdgeExpert(nn.Module):
+    """Fixed Sobel and Laplacian operators: gradient magnitude and curvature of every feature."""
+
+    sobel_hw: Tensor
+    laplacian_hw: Tensor
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+        laplacian = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]) / 4
+        self.register_buffer("sobel_hw", sobel, persistent=False)
+        self.register_buffer("laplacian_hw", laplacian, persistent=False)
+        self.enter = mix(width, hidden)
+        self.refine = depthwise(hidden, 3)
+        self.leave = nn.Sequential(mix(3 * hidden, hidden), pointwise(hidden, width))
+
+    def edges(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gradient magnitude (>= 0) and Laplacian of every channel, (B, C, H, W) each."""
+        horizontal = fixed_depthwise(x_BCHW, self.sobel_hw)
+        vertical = fixed_depthwise(x_BCHW, self.sobel_hw.t())
+        # The small constant keeps the square root's gradient finite on flat areas.
+        magnitude = (horizontal.square() + vertical.square() + 1e-6).sqrt()
+        return magnitude, fixed_depthwise(x_BCHW, self.laplacian_hw)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return features of the outlines, (B, C, H, W)."""
+        h = self.enter(x_BCHW)
+        magnitude, laplacian = self.edges(h)
+        return self.leave(torch.cat([self.refine(h), magnitude, laplacian], 1))
+
+
+class SemanticExpert(nn.Module):
+    """Scene context: pyramid pooling, the whole image and grids of 2, 3 and 6 cells.
+
+    Source: Zhao et al., PSPNet, CVPR 2017, section 3.2.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.grids = (1, 2, 3, 6)
+        part = max(hidden // 4, 1)
+        self.enter = mix(width, hidden)
+        self.cells = nn.ModuleList(mix(hidden, part) for _ in self.grids)
+        self.refine = depthwise(hidden, 3)
+        self.leave = nn.Sequential(mix(hidden + 4 * part, hidden), pointwise(hidden, width))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return features of the surroundings at four scales, (B, C, H, W)."""
+        h = self.enter(x_BCHW)
+        context = [
+            resize(cell(F.adaptive_avg_pool2d(h, grid)), h.shape[-2:])
+            for grid, cell in zip(self.grids, self.cells, strict=True)
+        ]
+        return self.leave(torch.cat([self.refine(h), *context], 1))
+
+
+class ContrastExpert(nn.Module):
+    """Centre against surround: every feature minus its local mean at three window sizes.
+
+    Source: Itti, Koch and Niebur, PAMI 1998 (centre-surround differences).
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.windows = (3, 7, 15)
+        self.enter = mix(width, hidden)
+        self.refine = depthwise(hidden, 3)
+        self.leave = nn.Sequential(mix(4 * hidden, hidden), pointwise(hidden, width))
+
+    def differences(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Return x minus its mean over each window, (B, C, H, W) each."""
+        return [x_BCHW - local_mean(x_BCHW, window) for window in self.windows]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return features of local contrast, (B, C, H, W)."""
+        h = self.enter(x_BCHW)
+        return self.leave(torch.cat([self.refine(h), *self.differences(h)], 1))
+
+
+EXPERTS: dict[str, Callable[[int, int], nn.Module]] = {
+    "texture": TextureExpert,
+    "attention": AttentionExpert,
+    "hybrid": HybridExpert,
+    "frequency": FrequencyExpert,
+    "edge": EdgeExpert,
+    "semantic": SemanticExpert,
+    "contrast": ContrastExpert,
+}
+
+
+def expert_kinds(num_experts: int, kinds: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return one kind per expert: ``kinds`` (or all seven, in table order) repeated as needed."""
+    order = kinds or tuple(EXPERTS)
+    return tuple(order[i % len(order)] for i in range(num_experts))

@@ -1,0 +1,66 @@
+"""The gate: which experts see which image, decided from the image's own features.
+
+Shape letters: B batch, C channels, E experts, K experts chosen per image.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """What one MoE level decided for a batch; everything auxiliary losses and reports need.
+
+    Attributes:
+        logits_BE: gate logits, float32.
+        probs_BE: softmax over all experts, float32; carries the gradient of the balance loss.
+        experts_BK: indices of the chosen experts, int64, most probable first.
+        gates_BK: weights of the chosen experts, float32; they sum to 1 for K > 1. For K = 1 the
+            gate is the probability itself: renormalised it would always be 1 and the router
+            would never get a gradient.
+    """
+
+    logits_BE: Tensor
+    probs_BE: Tensor
+    experts_BK: Tensor
+    gates_BK: Tensor
+
+
+class Router(nn.Module):
+    """Content-aware top-k gate over the mean and the spread of an image's features.
+
+    The spread (standard deviation over pixels) tells a busy texture from a flat one where the mean
+    cannot. Everything runs in float32 even under autocast: bf16 logits flip the top-2 set of some
+    images, and then training and evaluation use different experts.
+    """
+
+    def __init__(self, channels: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        hidden = max(channels // 2, num_experts)
+        self.norm = nn.LayerNorm(2 * channels)
+        self.hidden = nn.Linear(2 * channels, hidden)
+        self.gate = nn.Linear(hidden, num_experts)
+        # Nearly uniform at first, so that no expert starves before it has learned anything.
+        nn.init.normal_(self.gate.weight, std=0.02)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x_BCHW: Tensor) -> Routing:
+        """Route a batch of feature maps (B, C, H, W), one decision per image."""
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            x = x_BCHW.float()
+            mean_BC = x.mean((2, 3))
+            spread_BC = (x - mean_BC[..., None, None]).square().mean((2, 3)).add(1e-6).sqrt()
+            summary = self.norm(torch.cat([mean_BC, spread_BC], 1))
+            logits_BE = self.gate(torch.nn.functional.gelu(self.hidden(summary)))
+            return choose(logits_BE, self.top_k)
+
+
+def choose(logits_BE: Tensor, top_k: int) -> Routing:
+    """Turn gate logits (B, E) into a routing decision with ``top_k`` experts per image."""
+    probs_BE = logits_BE.softmax(-1)
+    gates_BK, experts_BK = probs_BE.topk(top_k, dim=-1)
+    if top_k > 1:
+        gates_BK = gates_BK / gates_BK.sum(-1, keepdim=True)
+    return Routing(logits_BE, probs_BE, experts_BK, gates_BK)
