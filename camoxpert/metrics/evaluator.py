@@ -1,0 +1,250 @@
+"""Scores of a data set, gathered image by image, in any order and from any number of processes.
+
+The evaluator keeps one row of scores and one small histogram per image, nothing else. Results are
+computed from the images sorted by name, so one process, eight workers or two GPUs give the same
+number to the last bit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Set
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camoxpert.errors import ConfigError, DataError
+from camoxpert.metrics.inputs import check_same_size, checked_mask, checked_prediction
+from camoxpert.metrics.scoring import (
+    EMPTY_GT,
+    PROTOCOLS,
+    RESULT_KEYS,
+    ImageScore,
+    Row,
+    score_curves,
+    score_image,
+)
+
+HIGHER_IS_BETTER = {key: key != "MAE" for key in RESULT_KEYS}
+"""Direction of each result."""
+
+STATE_VERSION = 1
+
+
+def is_better(key: str, a: float, b: float) -> bool:
+    """Return whether value ``a`` of result ``key`` is strictly better than ``b``.
+
+    NaN is worse than any number.
+
+    Raises:
+        ConfigError: ``key`` is not one of RESULT_KEYS.
+    """
+    _check_choice("measure", key, RESULT_KEYS)
+    if math.isnan(a) or math.isnan(b):
+        return math.isnan(b) and not math.isnan(a)
+    return a > b if HIGHER_IS_BETTER[key] else a < b
+
+
+def all_foreground_scores(masks: Iterable[NDArray], **options: str) -> dict[str, float]:
+    """Return the results of calling every pixel the object: the floor that a model has to beat.
+
+    Args:
+        masks: (H, W) masks as ``Evaluator.add`` takes them.
+        **options: of the Evaluator.
+
+    Raises:
+        DataError: a mask is refused, or there is none.
+    """
+    evaluator = Evaluator(**options)
+    for index, mask in enumerate(masks):
+        evaluator.add(f"mask {index}", np.full(np.shape(mask), 255, np.uint8), mask)
+    return evaluator.results()
+
+
+def _check_choice(what: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        close = difflib.get_close_matches(str(value), options, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"Unknown {what} {value!r}; choose from {', '.join(options)}.{hint}")
+
+
+class Evaluator:
+    """Collects the scores of a data set's images.
+
+    Args:
+        protocol: "pysod" stretches every map to its own full range first, as the field's evaluation
+            code does: these are the numbers of the papers. "raw" takes the values as they are, and
+            a model that is unsure looks unsure.
+        empty_gt: what an image without an object scores. "pysod": as the papers' code, 0 in F,
+            weighted F, IoU and Dice even where nothing was predicted. "correct": a map that claims
+            no object scores 1 in these and in E; a false claim scores as in "pysod"; MAE and
+            S-measure are the same in both. A claim is a value above one half before the stretch,
+            which would blow the least noise up to certainty. "skip": left out, and counted in
+            ``num_skipped``.
+
+    Raises:
+        ConfigError: an unknown option.
+    """
+
+    def __init__(self, *, protocol: str = "pysod", empty_gt: str = "pysod") -> None:
+        _check_choice("protocol", protocol, PROTOCOLS)
+        _check_choice("empty_gt", empty_gt, EMPTY_GT)
+        self.protocol = protocol
+        self.empty_gt = empty_gt
+        self._scores: dict[str, ImageScore] = {}
+        self._skipped: set[str] = set()
+
+    @property
+    def num_images(self) -> int:
+        """Number of images that the results are made of."""
+        return len(self._scores)
+
+    @property
+    def num_skipped(self) -> int:
+        """Number of images left out because they have no object."""
+        return len(self._skipped)
+
+    def add(self, name: str, prediction: NDArray, mask: NDArray, *, group: str = "") -> Row:
+        """Score one image. Threads may call this at the same time, with different names.
+
+        Args:
+            name: unique within the data set; goes into the row and into every error.
+            prediction: (H, W), uint8 0..255 or floating point 0..1. The latter becomes
+                trunc(255 * x), what a map holds after it was saved as PNG the usual way.
+            mask: (H, W), bool, or uint8 with only {0, 255} or only {0, 1}.
+            group: free label of the row: class, source, size.
+
+        Returns:
+            The row of this image: name, group, the values of RESULT_KEYS, and object_fraction in
+            0..1. The scores of a skipped image are NaN.
+
+        Raises:
+            DataError: the name was added before, or prediction or mask are not as above.
+        """
+        self._check_new({name})
+        prediction_HW = checked_prediction(name, prediction)
+        mask_HW = checked_mask(name, mask)
+        check_same_size(name, prediction_HW, mask_HW)
+        if self.empty_gt == "skip" and not mask_HW.any():
+            self._skipped.add(name)
+            nothing = dict.fromkeys(RESULT_KEYS, math.nan)
+            return {"name": name, "group": group, **nothing, "object_fraction": 0.0}
+        score = score_image(
+            name,
+            prediction_HW,
+            mask_HW,
+            group=group,
+            protocol=self.protocol,
+            empty_gt=self.empty_gt,
+        )
+        self._scores[name] = score
+        return dict(score.row)
+
+    def merge(self, other: Evaluator) -> None:
+        """Take over the images of another evaluator, which stays as it is.
+
+        Raises:
+            DataError: the options differ, or an image is in both; nothing is taken over then.
+        """
+        self._check_options(other.protocol, other.empty_gt)
+        self._check_new(other._scores.keys() | other._skipped)
+        self._scores.update(other._scores)
+        self._skipped |= other._skipped
+
+    def results(self) -> dict[str, float]:
+        """Return the mean over images of every measure, keyed by RESULT_KEYS, as fractions.
+
+        The curves are averaged over images first, and their mean and maximum taken then: one
+        threshold for the whole data set, not the best one for each image.
+
+        Raises:
+            DataError: no image was added.
+        """
+        curves = self.curves()
+        rows = self.rows()
+        results = {key: math.fsum(row[key] for row in rows) / len(rows) for key in RESULT_KEYS}
+        for letter in "EF":
+            results[f"mean{letter}m"] = float(curves[letter].mean())
+            results[f"max{letter}m"] = float(curves[letter].max())
+        return results
+
+    def curves(self) -> dict[str, NDArray[np.float64]]:
+        """Return E, F, precision and recall over the thresholds 255 ... 0, averaged over images.
+
+        Returns:
+            Four float64 arrays (256,) under "E", "F", "precision", "recall".
+
+        Raises:
+            DataError: no image was added.
+        """
+        if not self._scores:
+            skipped = f" ({self.num_skipped} without an object were skipped)" * bool(self._skipped)
+            raise DataError(f"There is nothing to evaluate: no image was scored{skipped}.")
+        totals: dict[str, NDArray[np.float64]] = {}
+        for score in self._sorted():
+            curves = score_curves(score.counts_CL, rightly_empty=score.rightly_empty)
+            for key, curve in curves.items():
+                totals[key] = totals.get(key, 0.0) + curve
+        return {key: total / self.num_images for key, total in totals.items()}
+
+    def rows(self) -> list[Row]:
+        """Return one row per scored image, sorted by name; see ``add``.
+
+        maxEm and maxFm are an image's own best: their mean is not the data set's maxEm and maxFm.
+        """
+        return [dict(score.row) for score in self._sorted()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain Python and numpy: to be pickled, or gathered from ranks."""
+        scores = self._sorted()
+        counts = np.array([score.counts_CL for score in scores], np.int64)
+        return {
+            "version": STATE_VERSION,
+            "protocol": self.protocol,
+            "empty_gt": self.empty_gt,
+            "rows": [dict(score.row) for score in scores],
+            "counts": counts.reshape(-1, 2, 256),
+            "rightly_empty": [score.rightly_empty for score in scores],
+            "skipped": sorted(self._skipped),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the content by that of ``state_dict``.
+
+        Raises:
+            DataError: the state has another version or was made with other options.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise DataError(
+                f"The evaluator's state has version {state.get('version')!r}, this release reads"
+                f" {STATE_VERSION}. Evaluate again."
+            )
+        self._check_options(state["protocol"], state["empty_gt"])
+        parts = zip(state["rows"], state["counts"], state["rightly_empty"], strict=True)
+        self._scores = {
+            row["name"]: ImageScore(dict(row), np.array(counts), rightly_empty)
+            for row, counts, rightly_empty in parts
+        }
+        self._skipped = set(state["skipped"])
+
+    def _sorted(self) -> list[ImageScore]:
+        return [self._scores[name] for name in sorted(self._scores)]
+
+    def _check_options(self, protocol: str, empty_gt: str) -> None:
+        if (protocol, empty_gt) != (self.protocol, self.empty_gt):
+            raise DataError(
+                f"Scores made with protocol={protocol}, empty_gt={empty_gt} cannot be mixed with"
+                f" protocol={self.protocol}, empty_gt={self.empty_gt}. Evaluate both parts with the"
+                " same options."
+            )
+
+    def _check_new(self, names: Set[str]) -> None:
+        doubled = sorted(names & (self._scores.keys() | self._skipped))
+        if doubled:
+            more = f" and {len(doubled) - 1} more" if len(doubled) > 1 else ""
+            raise DataError(
+                f"{doubled[0]}{more}: scored before. Every image counts once: put the data set or"
+                " folder in front of names that repeat, and let no two ranks share an image."
+            )

@@ -1,0 +1,122 @@
+"""The joint histogram of one prediction and its mask, from which nearly every measure follows.
+
+A prediction has only 256 grey levels. Counting how often each meets the object and the background,
+in each of the four blocks around the object's centroid, keeps all that MAE, S-, E- and F-measure,
+IoU and Dice need to know about an image: 2048 integers instead of a million pixels, and a measure
+costs microseconds.
+
+Suffixes: H, W height and width; Q 4 blocks; C background (0), foreground (1); L 256 grey levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Slices = tuple[slice, slice]
+
+
+def joint_histogram(prediction_HW: NDArray[np.uint8], mask_HW: NDArray[np.bool_]) -> JointHistogram:
+    """Count grey levels per block (split at the object's centroid) and class.
+
+    Args:
+        prediction_HW: uint8 map, 0..255.
+        mask_HW: bool mask of the same shape, True on the object.
+
+    Returns:
+        The histogram; its counts add up to H * W.
+    """
+    split = _split_point(mask_HW)
+    # One key of 9 bits per pixel: class, then level.
+    keys_HW = prediction_HW.astype(np.uint16)
+    keys_HW += mask_HW.astype(np.uint16) << 8
+    counts_QCL = np.stack(
+        [
+            np.bincount(keys_HW[block].ravel(), minlength=512).reshape(2, 256)
+            for block in _blocks(split)
+        ]
+    ).astype(np.int64, copy=False)
+    height, width = mask_HW.shape
+    return JointHistogram(counts=counts_QCL, shape=(height, width), split=split)
+
+
+def level_values(histogram: JointHistogram, *, normalise: bool) -> NDArray[np.float64]:
+    """Return the value in 0..1 that each grey level stands for.
+
+    Args:
+        histogram: of the image; its darkest and brightest level are the ends of the stretch.
+        normalise: stretch the image's own range to 0..1 (min-max), as the field's evaluation code
+            does. A map of one level cannot be stretched and keeps its value.
+
+    Returns:
+        float64 (256,), rising. Levels outside the image's range are clipped to 0 and 1.
+    """
+    values = np.arange(256) / 255
+    if not normalise:
+        return values
+    present = np.flatnonzero(histogram.totals.sum(axis=0))
+    low, high = values[present[0]], values[present[-1]]
+    if low == high:
+        return values
+    # Same order of operations as the oracle: thresholds fall between the very same doubles.
+    return np.clip((values - low) / (high - low), 0.0, 1.0)
+
+
+def _split_point(mask_HW: NDArray[np.bool_]) -> tuple[int, int]:
+    """Return the first row and column of the lower right block: the rounded centroid, plus one.
+
+    The one is a MATLAB index that the S-measure's reference code carried along; every published
+    number has it. A
+    centroid in the last row or column therefore leaves blocks without a pixel.
+    """
+    height, width = mask_HW.shape
+    rows = np.count_nonzero(mask_HW, axis=1)
+    num_foreground = int(rows.sum())
+    if num_foreground == 0:
+        return round(height / 2) + 1, round(width / 2) + 1
+    columns = np.count_nonzero(mask_HW, axis=0)
+    row = int(rows @ np.arange(height)) / num_foreground
+    column = int(columns @ np.arange(width)) / num_foreground
+    return round(row) + 1, round(column) + 1  # round: half to even, as numpy's
+
+
+def _blocks(split: tuple[int, int]) -> tuple[Slices, Slices, Slices, Slices]:
+    row, column = split
+    upper, lower = slice(0, row), slice(row, None)
+    left, right = slice(0, column), slice(column, None)
+    return (upper, left), (upper, right), (lower, left), (lower, right)
+
+
+@dataclass(frozen=True, eq=False)
+class JointHistogram:
+    """Grey levels of a prediction, counted per block and class."""
+
+    counts: NDArray[np.int64]
+    """(4, 2, 256): block (upper left, upper right, lower left, lower right),
+    background/foreground, level."""
+    shape: tuple[int, int]
+    """Height and width in pixels."""
+    split: tuple[int, int]
+    """First row and first column of the lower right block."""
+
+    @property
+    def totals(self) -> NDArray[np.int64]:
+        """Counts of the whole image, (2, 256)."""
+        return self.counts.sum(axis=0)
+
+    @property
+    def num_pixels(self) -> int:
+        """Number of pixels, H * W."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def num_foreground(self) -> int:
+        """Number of object pixels in the mask."""
+        return int(self.counts[:, 1].sum())
+
+    @property
+    def blocks(self) -> tuple[Slices, Slices, Slices, Slices]:
+        """Index of each block into an (H, W) array, in the order of ``counts``."""
+        return _blocks(self.split)

@@ -1,0 +1,190 @@
+"""The bookkeeping: names, parts that come together again, options, directions."""
+
+import itertools
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from camoxpert.errors import ConfigError, DataError
+from camoxpert.metrics import RESULT_KEYS, Evaluator, is_better
+from camoxpert.metrics.evaluator import HIGHER_IS_BETTER, all_foreground_scores
+
+KEYS = (
+    "Smeasure", "MAE", "wFmeasure", "meanEm", "maxEm", "adpEm", "meanFm", "maxFm", "adpFm", "IoU",
+    "Dice",
+)  # fmt: skip
+
+
+def images(count=12):
+    """Name, prediction, mask; every fourth mask is empty."""
+    rng = np.random.default_rng(4)
+    for index in range(count):
+        shape = rng.integers(10, 40, 2)
+        mask = rng.random(shape) < (index % 4) * 0.2
+        prediction = np.clip(rng.normal(mask * 120 + 60, 60), 0, 255).astype(np.uint8)
+        yield f"image {index}", prediction, mask
+
+
+def filled(items, **options):
+    evaluator = Evaluator(**options)
+    for item in items:
+        evaluator.add(*item, group="a" if item[0] < "image 5" else "b")
+    return evaluator
+
+
+def content(evaluator):
+    """Everything an evaluator reports; repr keeps every bit of a float."""
+    curves = {key: curve.tobytes() for key, curve in evaluator.curves().items()}
+    return repr((evaluator.results(), evaluator.rows(), curves, evaluator.num_skipped))
+
+
+def test_keys_and_rows():
+    evaluator = filled(images())
+    assert tuple(evaluator.results()) == RESULT_KEYS == KEYS
+    assert all(type(value) is float for value in evaluator.results().values())
+    rows = evaluator.rows()
+    assert set(rows[0]) == {"name", "group", *KEYS, "object_fraction"}
+    assert [row["name"] for row in rows] == sorted(name for name, _, _ in images())
+    assert rows[0] == Evaluator().add(*next(images()), group="a")
+    assert rows[1]["object_fraction"] == pytest.approx(
+        next(itertools.islice(images(), 1, 2))[2].mean()
+    )
+    assert set(evaluator.curves()) == {"E", "F", "precision", "recall"}
+    assert all(curve.shape == (256,) for curve in evaluator.curves().values())
+    assert evaluator.num_images == 12
+
+
+def test_a_returned_row_is_the_callers_own():
+    evaluator = filled(images())
+    before = content(evaluator)
+    evaluator.rows()[0]["MAE"] = 7
+    evaluator.add("extra", *next(images())[1:])["MAE"] = 7
+    evaluator.state_dict()["rows"][0]["MAE"] = 7
+    assert evaluator.results()["MAE"] < 1
+    assert content(evaluator) != before  # the extra image counts
+
+
+@pytest.mark.parametrize("empty_gt", ["pysod", "correct", "skip"])
+def test_parts_in_any_order_give_the_same_bits(empty_gt):
+    items = list(images())
+    whole = content(filled(items, empty_gt=empty_gt))
+    rng = np.random.default_rng(1)
+    for num_parts in (1, 2, 5):
+        shuffled = [items[index] for index in rng.permutation(len(items))]
+        merged = Evaluator(empty_gt=empty_gt)
+        for part in range(num_parts):
+            worker = filled(shuffled[part::num_parts], empty_gt=empty_gt)
+            received = Evaluator(empty_gt=empty_gt)
+            received.load_state_dict(pickle.loads(pickle.dumps(worker.state_dict())))
+            merged.merge(received)
+        assert content(merged) == whole
+    # Negative control: one image more or less is seen.
+    assert content(filled(items[:-1], empty_gt=empty_gt)) != whole
+
+
+def test_threads_give_the_same_bits():
+    evaluator = Evaluator()
+    with ThreadPoolExecutor(4) as pool:
+        list(
+            pool.map(lambda i: evaluator.add(*i, group="a" if i[0] < "image 5" else "b"), images())
+        )
+    assert content(evaluator) == content(filled(images()))
+
+
+def test_state_is_plain_and_survives_without_images():
+    state = filled(images()).state_dict()
+    assert state["counts"].shape == (12, 2, 256)
+    assert all(type(value) in (str, float) for row in state["rows"] for value in row.values())
+    empty = Evaluator()
+    empty.load_state_dict(Evaluator().state_dict())
+    assert empty.num_images == 0
+    with pytest.raises(DataError, match="no image was scored"):
+        empty.results()
+    with pytest.raises(DataError, match="no image was scored"):
+        empty.curves()
+
+
+def test_loading_replaces():
+    evaluator = filled(itertools.islice(images(), 3))
+    evaluator.load_state_dict(filled(images()).state_dict())
+    assert content(evaluator) == content(filled(images()))
+
+
+def test_doubled_names_are_refused_and_nothing_is_taken_over():
+    items = list(images())
+    evaluator = filled(items[:6])
+    with pytest.raises(DataError, match=r"^image 0: scored before"):
+        evaluator.add(*items[0])
+    before = content(evaluator)
+    with pytest.raises(DataError, match="image 4 and 1 more: scored before"):
+        evaluator.merge(filled(items[4:]))
+    assert content(evaluator) == before
+
+
+def test_other_options_do_not_mix():
+    with pytest.raises(DataError, match="cannot be mixed"):
+        Evaluator().merge(Evaluator(protocol="raw"))
+    with pytest.raises(DataError, match="cannot be mixed"):
+        Evaluator().load_state_dict(Evaluator(empty_gt="skip").state_dict())
+    with pytest.raises(DataError, match="version 99"):
+        Evaluator().load_state_dict({**Evaluator().state_dict(), "version": 99})
+
+
+def test_unknown_options_are_named_with_the_closest():
+    with pytest.raises(ConfigError, match="Did you mean 'pysod'"):
+        Evaluator(protocol="pysd")
+    with pytest.raises(ConfigError, match="Did you mean 'correct'"):
+        Evaluator(empty_gt="corect")
+    with pytest.raises(ConfigError, match="Did you mean 'Smeasure'"):
+        is_better("smeasure", 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floating_point_maps_score_like_their_saved_form(dtype):
+    values = np.random.default_rng(0).random((20, 30)).astype(dtype)
+    values[0, :2] = 0, 1
+    saved = (values.astype(np.promote_types(dtype, np.float32)) * 255).astype(np.uint8)
+    rounded = np.rint(values.astype(np.float64) * 255).astype(np.uint8)
+    mask = values > 0.6
+    row = Evaluator().add("image", values, mask)
+    assert row == Evaluator().add("image", saved, mask)
+    assert row != Evaluator().add("image", rounded, mask)
+
+
+def test_memory_layout_does_not_matter():
+    name, prediction, mask = list(images())[3]
+    row = Evaluator().add(name, prediction, mask)
+    assert Evaluator().add(name, np.asfortranarray(prediction), np.asfortranarray(mask)) == row
+    doubled = np.repeat(np.repeat(prediction, 2, 0), 2, 1)[::2, ::2]
+    assert Evaluator().add(name, doubled, mask) == row
+
+
+def test_inputs_are_left_alone():
+    name, prediction, mask = list(images())[3]
+    prediction.setflags(write=False)
+    mask.setflags(write=False)
+    Evaluator().add(name, prediction, mask)
+
+
+def test_direction_of_every_result():
+    assert tuple(HIGHER_IS_BETTER) == KEYS
+    assert [key for key in KEYS if not HIGHER_IS_BETTER[key]] == ["MAE"]
+    assert is_better("MAE", 0.1, 0.2) and not is_better("MAE", 0.2, 0.1)
+    assert is_better("IoU", 0.2, 0.1) and not is_better("IoU", 0.1, 0.2)
+    assert not is_better("IoU", 0.1, 0.1)
+    assert not is_better("IoU", math.nan, 0.1) and not is_better("IoU", math.nan, math.nan)
+    assert is_better("MAE", 0.9, math.nan)
+
+
+def test_all_foreground_baseline():
+    masks = [mask for _, _, mask in images() if mask.any()]
+    scores = all_foreground_scores(masks)
+    assert scores["IoU"] == pytest.approx(np.mean([mask.mean() for mask in masks]))
+    assert scores["MAE"] == pytest.approx(1 - scores["IoU"])
+    as_bytes = [mask.astype(np.uint8) * 255 for mask in masks]
+    assert all_foreground_scores(iter(as_bytes)) == scores
+    with pytest.raises(DataError):
+        all_foreground_scores([])
