@@ -16,6 +16,8 @@ from camoxpert.config import ModelConfig, nearest
 from camoxpert.errors import CheckpointError, ConfigError
 
 STRIDES = (4, 8, 16, 32)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 TINY = "tiny_test"
 
 # Tested with this framework: each builds, trains a step and keeps its shapes in the test suite.
@@ -78,14 +80,23 @@ class Backbone(nn.Module):
         if config.backbone == TINY:
             tiny = TinyBackbone()
             self.net: nn.Module = tiny
-            self.levels = (0, 1, 2, 3)
-            self.channels = tiny.channels
-            self.level_modules = tuple(f"blocks.{i}" for i in range(4))
-            self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+            self.levels: tuple[int, ...] = (0, 1, 2, 3)
+            self.channels: tuple[int, ...] = tiny.channels
+            self.level_modules: tuple[str, ...] = tuple(f"blocks.{i}" for i in range(4))
+            self.mean: tuple[float, ...] = IMAGENET_MEAN
+            self.std: tuple[float, ...] = IMAGENET_STD
         else:
-            self.net, self.levels, self.channels, self.mean, self.std = _build_timm(config)
-            modules = self.net.feature_info.module_name()  # type: ignore[union-attr, operator]
-            self.level_modules = tuple(modules[level] for level in self.levels)
+            net: Any = _build_timm(config)
+            info = net.feature_info
+            reductions = list(info.reduction())
+            # The last level of a stride: some networks list a stem and a stage at the same one.
+            self.levels = tuple(max(i for i, r in enumerate(reductions) if r == s) for s in STRIDES)
+            self.channels = tuple(info.channels()[level] for level in self.levels)
+            self.level_modules = tuple(info.module_name()[level] for level in self.levels)
+            settings: dict[str, Any] = net.pretrained_cfg or {}
+            self.mean = tuple(settings.get("mean", IMAGENET_MEAN))
+            self.std = tuple(settings.get("std", IMAGENET_STD))
+            self.net = net
         if config.weights:
             load_weights(self.net, Path(config.weights))
         elif not config.pretrained or config.backbone == TINY:
@@ -122,9 +133,8 @@ class Backbone(nn.Module):
         return True
 
 
-def _build_timm(
-    config: ModelConfig,
-) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+def _build_timm(config: ModelConfig) -> Any:
+    """Build timm's feature pyramid, or say what is wrong with the name, options or weights."""
     import timm
 
     if not timm.is_model(config.backbone):
@@ -139,7 +149,7 @@ def _build_timm(
     # timm reports every download attempt as a log record; our own error says it once and better.
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
-        net = timm.create_model(
+        net: Any = timm.create_model(
             config.backbone, pretrained=pretrained, features_only=True, **options
         )
     except TypeError as error:
@@ -162,13 +172,7 @@ def _build_timm(
             f"{list(STRIDES)} ({missing} missing). Choose another, for example "
             f"{', '.join(list(BACKBONES)[:4])}."
         )
-    # The last level of a stride: some networks list a stem and a stage at the same one.
-    levels = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES)
-    channels = tuple(net.feature_info.channels()[level] for level in levels)
-    settings = net.pretrained_cfg or {}
-    mean = tuple(settings.get("mean", (0.485, 0.456, 0.406)))
-    std = tuple(settings.get("std", (0.229, 0.224, 0.225)))
-    return net, levels, channels, mean, std
+    return net
 
 
 def _no_weights(name: str, error: Exception) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from camoxpert.config import ModelConfig
 from camoxpert.models.backbone import STRIDES, Backbone
 from camoxpert.models.decoder import Decoder
+from camoxpert.models.moe import MoE
 from camoxpert.models.router import Routing
 
 
@@ -63,6 +64,11 @@ class CamoXpert(nn.Module):
         if not enabled:
             return "nothing"
         return "backbone blocks and decoder levels" if covered else "decoder levels only"
+
+    @property
+    def moe_levels(self) -> list[MoE]:
+        """The mixture-of-experts blocks, stride 4 first."""
+        return [module for module in self.decoder.modules() if isinstance(module, MoE)]
 
     def level_names(self) -> tuple[str, ...]:
         """Name the routing records, in the order of ``ModelOutput.routing``."""

@@ -1,0 +1,73 @@
+"""``predict``: probability maps, masks, cut-outs and overlays of images at their original size."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from camoxpert.cli import no_overrides, print_paragraph
+from camoxpert.errors import ConfigError
+
+KINDS = ("map", "mask", "cutout", "overlay")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    parser.add_argument("checkpoint", help="a run folder (its best weights) or a .pt file")
+    parser.add_argument("inputs", nargs="+", help="images, folders, globs or CSV (column image)")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="where results go")
+    parser.add_argument(
+        "--save",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="what to write: probability map, binary mask, RGBA cut-out, overlay [all]",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass [8]")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="probability that counts as object [0.5]"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="predict again what is there")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 [auto]")
+
+
+def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
+    """Predict; unreadable images are named at the end and give exit code 3."""
+    no_overrides(rest)
+    if options.batch_size < 1 or not 0 <= options.threshold <= 1:
+        raise ConfigError("--batch-size must be at least 1 and --threshold between 0 and 1.")
+    from camoxpert.inference.batch import find_photos, predict_photos
+    from camoxpert.inference.predictor import load_predictor
+    from camoxpert.training.guards import StopFlag, watch
+
+    photos = find_photos(options.inputs)
+    predictor = load_predictor(
+        Path(options.checkpoint), device=options.device, precision=options.precision
+    )
+    stop = StopFlag()
+
+    def check_stop() -> None:
+        if stop.code():
+            raise stop.stopped("What is done is written; run the same command again for the rest.")
+
+    with watch(stop):
+        result = predict_photos(
+            predictor,
+            photos,
+            Path(options.output),
+            kinds=options.save,
+            batch_size=options.batch_size,
+            threshold=options.threshold,
+            overwrite=options.overwrite,
+            check_stop=check_stop,
+        )
+    there = f", {result.skipped} were there already" if result.skipped else ""
+    print(f"{result.done} images predicted{there}; results in {options.output}")
+    if result.failed:
+        listed = "\n".join(f"  {path}: {reason}" for path, reason in result.failed)
+        print_paragraph(
+            f"{len(result.failed)} images could not be read:\n{listed}", prefix="error: "
+        )
+        return 3
+    return 0

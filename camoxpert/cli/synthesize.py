@@ -1,0 +1,48 @@
+"""``synthesize``: new image and mask pairs; ``toy`` generates camouflage from nothing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from camoxpert.cli import no_overrides
+from camoxpert.errors import ConfigError, DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    parser.add_argument("kind", choices=("toy",), help="toy: generated textures and shapes")
+    parser.add_argument("output", help="a new folder; gets TrainDataset/ and TestDataset/")
+    parser.add_argument("--train", type=int, default=320, help="training pairs [320]")
+    parser.add_argument("--test", type=int, default=80, help="test pairs [80]")
+    parser.add_argument("--size", type=int, default=96, help="side of the images in pixels [96]")
+    parser.add_argument(
+        "--difficulty", type=float, default=0.4, help="0 easy to see, 1 nearly invisible [0.4]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal data [0]")
+
+
+def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
+    """Generate the data set."""
+    no_overrides(rest)
+    if options.train < 1 or options.test < 0 or options.size < 32:
+        raise ConfigError("--train must be at least 1, --test at least 0 and --size at least 32.")
+    if not 0 <= options.difficulty <= 1:
+        raise ConfigError(f"--difficulty must be between 0 and 1; got {options.difficulty:g}.")
+    output = Path(options.output)
+    if output.exists() and any(output.iterdir()):
+        raise DataError(
+            f"{output} exists and is not empty; nothing is overwritten. Name a new folder."
+        )
+    from camoxpert.data.toy import generate_toy
+
+    generate_toy(
+        output,
+        num_train=options.train,
+        num_test=options.test,
+        size=options.size,
+        difficulty=options.difficulty,
+        seed=options.seed,
+    )
+    print(f"{options.train} training and {options.test} test pairs in {output}")
+    return 0

@@ -1,0 +1,341 @@
+"""Which image belongs to which mask: pairing, splits and a content hash. Nothing is dropped
+silently."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from camoxpert.data.image_io import MAX_PIXELS, pair_orientation, probe, require_whole
+from camoxpert.data.layouts import (
+    CSV_LAYOUT,
+    LAYOUTS,
+    Found,
+    class_of,
+    image_files,
+    is_noncam,
+    recognise,
+)
+from camoxpert.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask.
+
+    Attributes:
+        name: stem of the image, unique in its data set.
+        image, mask: files.
+        dataset: name of the data set.
+        group: class the name carries, or "".
+    """
+
+    name: str
+    image: Path
+    mask: Path
+    dataset: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The pairs of one split.
+
+    Attributes:
+        pairs: ordered by data set and name.
+        dataset: name, joined with + for several.
+        split: train, test, all or validation.
+        layout: names of the layouts recognised.
+        excluded: images left out on purpose (``notes`` says why).
+        notes: sentences for the user.
+    """
+
+    pairs: tuple[Pair, ...]
+    dataset: str
+    split: str
+    layout: str
+    excluded: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def content_hash(self) -> str:
+        """Return a sha256 over names and file sizes: moving the data keeps it, changing it does
+        not."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            sizes = (pair.image.stat().st_size, pair.mask.stat().st_size)
+            digest.update(f"{pair.dataset}/{pair.name}\t{sizes[0]}\t{sizes[1]}\n".encode())
+        return digest.hexdigest()
+
+
+def load_train(
+    roots: Sequence[str | Path], *, layout: str = "auto", noncam: str = "exclude"
+) -> Manifest:
+    """Find the training pairs of one or more data sets.
+
+    Args:
+        roots: folders or CSV files.
+        layout: name of a known layout, or auto.
+        noncam: exclude or include COD10K images without a camouflaged object.
+
+    Raises:
+        DataError: nothing found, unknown layout, missing masks, doubled names.
+        ConfigError: no such layout name.
+    """
+    manifests = []
+    for root in roots:
+        splits = _read(Path(root), layout, noncam)
+        chosen = [m for m in splits if m.split == "train"] or [
+            m for m in splits if m.split == "all"
+        ]
+        if not chosen:
+            names = ", ".join(sorted({m.split for m in splits}))
+            raise DataError(f"{root} has no training split (found: {names}).")
+        manifests += chosen
+    return concat(manifests)
+
+
+def find_test_sets(
+    roots: Sequence[str | Path], *, layout: str = "auto", noncam: str = "exclude"
+) -> dict[str, Manifest]:
+    """Return the test sets that come with training data, by name; {} where there are none."""
+    sets: dict[str, Manifest] = {}
+    for root in roots:
+        for manifest in _read(Path(root), layout, noncam):
+            if manifest.split == "test":
+                sets[_free_name(manifest.dataset, sets)] = manifest
+    return sets
+
+
+def load_eval(
+    path: str | Path, *, layout: str = "auto", noncam: str = "exclude", split: str = "test"
+) -> dict[str, Manifest]:
+    """Return what to score of a data set: its test sets, or all of it where it has no splits."""
+    splits = _read(Path(path), layout, noncam)
+    chosen = [m for m in splits if m.split == split] or [m for m in splits if m.split == "all"]
+    if not chosen:
+        names = ", ".join(sorted({m.split for m in splits}))
+        raise DataError(f"{path} has no {split} split (found: {names}). --split chooses another.")
+    sets: dict[str, Manifest] = {}
+    for manifest in chosen:
+        sets[_free_name(manifest.dataset, sets)] = manifest
+    return sets
+
+
+def concat(manifests: Sequence[Manifest]) -> Manifest:
+    """Join manifests of one split; pairs keep the name of their data set."""
+    pairs = tuple(pair for manifest in manifests for pair in manifest.pairs)
+    doubled = [k for k, n in Counter((p.dataset, p.name) for p in pairs).items() if n > 1]
+    if doubled:
+        raise DataError(
+            f"{len(doubled)} samples are in more than one of the given folders, for example "
+            f"{'/'.join(doubled[0])}. Is a folder given twice?"
+        )
+    return Manifest(
+        pairs,
+        "+".join(dict.fromkeys(m.dataset for m in manifests)),
+        manifests[0].split,
+        ", ".join(dict.fromkeys(m.layout for m in manifests)),
+        sum(m.excluded for m in manifests),
+        tuple(note for m in manifests for note in m.notes),
+    )
+
+
+def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
+    """Set part of TRAIN aside for validation.
+
+    Each class gives its share (largest remainders first). Who is chosen depends on the seed and the
+    names alone, not on the order of files on disk.
+
+    Returns:
+        (train, validation); validation is empty for fraction 0 and has at least one pair otherwise.
+    """
+    total = len(manifest)
+    wanted = min(max(1, round(fraction * total)), total - 1) if fraction > 0 and total > 1 else 0
+
+    def rank(pair: Pair) -> str:
+        return hashlib.sha256(f"{seed}/{pair.dataset}/{pair.name}".encode()).hexdigest()
+
+    groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)
+    for pair in manifest.pairs:
+        groups[pair.dataset, pair.group].append(pair)
+    shares = {key: wanted * len(pairs) / total for key, pairs in groups.items()} if total else {}
+    counts = {key: math.floor(share) for key, share in shares.items()}
+    by_remainder = sorted(
+        shares, key=lambda key: (counts[key] - shares[key], rank(groups[key][0]), key)
+    )
+    for key in by_remainder[: wanted - sum(counts.values())]:
+        counts[key] += 1
+    chosen = {
+        pair for key, pairs in groups.items() for pair in sorted(pairs, key=rank)[: counts[key]]
+    }
+    train = tuple(pair for pair in manifest.pairs if pair not in chosen)
+    validation = tuple(pair for pair in manifest.pairs if pair in chosen)
+    return (
+        replace(manifest, pairs=train),
+        replace(manifest, pairs=validation, split="validation", excluded=0, notes=()),
+    )
+
+
+def require_readable(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Check every header, the ends of the files and the sizes of each pair, before hours are spent.
+
+    Raises:
+        DataError: one error that lists up to ten faulty files.
+    """
+
+    def fault(pair: Pair) -> str | None:
+        try:
+            heads = [probe(path, max_pixels=max_pixels) for path in (pair.image, pair.mask)]
+            pair_orientation(*heads, image_path=pair.image, mask_path=pair.mask)
+            for path, head in zip((pair.image, pair.mask), heads, strict=True):
+                require_whole(path, head)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        faults = [text for text in pool.map(fault, manifest.pairs, chunksize=32) if text]
+    if faults:
+        more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
+        listed = "\n".join(f"  {text}" for text in faults[:10])
+        raise DataError(
+            f"{len(faults)} of {len(manifest)} pairs of {manifest.dataset} cannot be used:\n"
+            f"{listed}{more}\nRepair, replace or remove these files (image and mask)."
+        )
+
+
+def _read(root: Path, layout: str, noncam: str) -> list[Manifest]:
+    """Return a manifest per split (and per test set) of one root."""
+    known = [row.name for row in LAYOUTS] + [CSV_LAYOUT]
+    if layout != "auto" and layout not in known:
+        raise ConfigError(f"--layout {layout}: known layouts are auto, {', '.join(known)}.")
+    if not root.exists():
+        raise DataError(f"There is no file or folder {root}.")
+    if root.is_file():
+        if root.suffix.lower() != ".csv":
+            raise DataError(f"{root} is a file but no CSV. Give a data set folder or a CSV file.")
+        return _read_csv(root)
+    recognised = recognise(root, layout)
+    if recognised is None:
+        entries = ", ".join(sorted(p.name for p in root.iterdir())[:12]) or "nothing"
+        raise DataError(
+            f"No known data set layout in {root} (it holds: {entries}). Known: {', '.join(known)}; "
+            f"the simplest "
+            "is a folder with Imgs/ and GT/, one mask per image with the same name."
+        )
+    row, _, found = recognised
+    return [_pair_up(source, row.name, noncam) for source in found]
+
+
+def _pair_up(found: Found, layout: str, noncam: str) -> Manifest:
+    images, masks = _by_stem(found.images), _by_stem(found.masks)
+    where = f"{found.images} and {found.masks}"
+    if not images:
+        raise DataError(f"{found.images} holds no images.")
+    kept = {s: p for s, p in images.items() if noncam == "include" or not is_noncam(s)}
+    left_out = len(images) - len(kept)
+    notes = []
+    if left_out:
+        notes.append(
+            f"{found.dataset} {found.source.split}: {left_out} images without a camouflaged object "
+            f"are left out "
+            "(--noncam include keeps them)"
+        )
+    if not kept:
+        raise DataError(f"{found.images}: all {left_out} images are NonCAM; see --noncam include.")
+    of_image = {stem: found.source.mask_stem(stem) for stem in kept}
+    missing = [stem for stem, mask in of_image.items() if mask not in masks]
+    unused = sorted(set(masks) - {found.source.mask_stem(stem) for stem in images})
+    if missing:
+        hint = f" {len(unused)} masks have no image, for example {unused[0]}." if unused else ""
+        raise DataError(
+            f"{len(missing)} of {len(kept)} images have no mask ({where}): {_some(missing)}.{hint} "
+            f"A mask has "
+            "its image's name; add the masks or take the images out."
+        )
+    if unused and not found.source.shared_masks:
+        notes.append(
+            f"{found.dataset}: {len(unused)} masks have no image ({_some(unused)}); unused"
+        )
+    pairs = tuple(
+        Pair(stem, path, masks[of_image[stem]], found.dataset, class_of(stem))
+        for stem, path in sorted(kept.items())
+    )
+    return Manifest(pairs, found.dataset, found.source.split, layout, left_out, tuple(notes))
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in image_files(folder):
+        # macOS writes decomposed accents: the same name must compare equal.
+        stem = unicodedata.normalize("NFC", path.stem)
+        if stem in files:
+            raise DataError(
+                f"{files[stem]} and {path} have the same name; which one is meant? Remove one of "
+                f"them."
+            )
+        files[stem] = path
+    return files
+
+
+def _read_csv(path: Path) -> list[Manifest]:
+    """Read columns image, mask and optionally split and class; paths are relative to the file."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        if not {"image", "mask"} <= set(columns):
+            raise DataError(f"{path} needs the columns image and mask; it has {list(columns)}.")
+        rows = list(reader)
+    root = path.parent.resolve()
+    splits: dict[str, list[Pair]] = defaultdict(list)
+    for number, row in enumerate(rows, start=2):
+        image, mask = (_inside(root, row[key] or "", path, number) for key in ("image", "mask"))
+        for file_path in (image, mask):
+            if not file_path.is_file():
+                raise DataError(f"{path}, line {number}: there is no file {file_path}.")
+        name = image.relative_to(root).with_suffix("").as_posix()
+        group = row.get("class") or class_of(image.stem)
+        splits[row.get("split") or "all"].append(Pair(name, image, mask, path.stem, group))
+    if not rows:
+        raise DataError(f"{path} has no rows.")
+    unknown = set(splits) - {"train", "test", "all"}
+    if unknown:
+        raise DataError(f"{path}: split must be train or test, not {_some(sorted(unknown))}.")
+    manifests = []
+    for split, pairs in splits.items():
+        ordered = tuple(sorted(pairs, key=lambda pair: pair.name))
+        manifests.append(concat([Manifest(ordered, path.stem, split, CSV_LAYOUT)]))
+    return manifests
+
+
+def _inside(root: Path, text: str, path: Path, number: int) -> Path:
+    candidate = (root / text).resolve()
+    if not text or Path(text).is_absolute() or not candidate.is_relative_to(root):
+        raise DataError(
+            f"{path}, line {number}: {text!r} is not a path inside the CSV's own folder. Paths are "
+            f"relative "
+            "to it; put the CSV beside the images."
+        )
+    return candidate
+
+
+def _free_name(name: str, taken: Iterable[str]) -> str:
+    used = set(taken)
+    candidate, number = name, 2
+    while candidate in used:
+        candidate, number = f"{name}-{number}", number + 1
+    return candidate
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -1,0 +1,121 @@
+"""Progress bars on stderr: a live line on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_EVERY_SECONDS = 30.0
+
+
+class TrainingBar:
+    """The bar of one epoch.
+
+    ``Epoch 1/30: 45%|####      | 1350/3000 [02:15<03:10, 8.2it/s, loss=1.2340, gpu=87%, data=3%]``
+
+    Args:
+        total: micro-batches of the epoch.
+        epoch, epochs: position, from 1.
+        stage: shown behind the epoch, or "".
+        initial: micro-batches already done (a resumed epoch).
+        live: True on a terminal, False in a log; None finds out.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int,
+        epoch: int,
+        epochs: int,
+        stage: str = "",
+        initial: int = 0,
+        live: bool | None = None,
+    ) -> None:
+        label = f"Epoch {epoch}/{epochs}" + (f" ({stage})" if stage else "")
+        self._live = sys.stderr.isatty() if live is None else live
+        self._last_line = time.monotonic()
+        self._tenths = 10 * initial // max(total, 1)
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            desc=label,
+            ascii=" #",
+            bar_format="{desc}: {percentage:.0f}%|{bar:10}| {n_fmt}/{total_fmt} "
+            "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            # In a log file carriage returns make a mess: tqdm stays silent, lines are printed below.
+            file=sys.stderr if self._live else io.StringIO(),
+            leave=False,
+            mininterval=0.2,
+        )
+
+    def update(
+        self,
+        n: int = 1,
+        *,
+        loss: float | None,
+        gpu: str,
+        memory: int | None,
+        data_wait: float | None,
+    ) -> None:
+        """Advance by ``n`` micro-batches.
+
+        Args:
+            n: micro-batches done.
+            loss: of the step before, or None.
+            gpu: text of the monitor, such as ``gpu=87%``.
+            memory: peak bytes on the device, or None.
+            data_wait: share of the time spent waiting for data, 0..1, or None.
+        """
+        parts = [f"loss={loss:.4f}" if loss is not None else "", gpu]
+        parts.append(f"mem={memory / 1e9:.1f}G" if memory is not None else "")
+        parts.append(f"data={data_wait:.0%}" if data_wait is not None else "")
+        self._bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)
+        self._bar.update(n)
+        if not self._live:
+            self._log_line()
+
+    def text(self) -> str:
+        """Return the bar as it would be shown now."""
+        return str(self._bar)
+
+    def _log_line(self) -> None:
+        tenths = 10 * int(self._bar.n) // max(int(self._bar.total), 1)
+        due = time.monotonic() - self._last_line >= LOG_EVERY_SECONDS
+        if due or tenths == 10 > self._tenths:
+            self._last_line = time.monotonic()
+            self._tenths = tenths
+            print(self.text(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Remove the live bar; what it said is in the log records."""
+        self._bar.close()
+
+    def __enter__(self) -> TrainingBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def bar(iterable: Iterable[Any] | None, *, description: str, total: int | None) -> Any:
+    """Return a plain bar over an iterable (or to update by hand), silent outside a terminal."""
+    return tqdm(
+        iterable,
+        desc=description,
+        total=total,
+        ascii=" #",
+        file=sys.stderr,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )

@@ -1,0 +1,212 @@
+"""The run folder: records, TensorBoard, what was run, and how long each phase took."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGES = (
+    "camoxpert",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "opencv-python-headless",
+    "albumentations",
+)
+
+
+def create_run_dir(parent: Path, name: str) -> Path:
+    """Create ``parent/name``, or name-2, name-3 ...: a run never overwrites another."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+class RunLog:
+    """Writes a run's records.
+
+    Args:
+        run_dir: an existing folder.
+        tensorboard: also write TensorBoard events; where it is missing, one warning.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self._file = self.path.open("a", encoding="utf-8")
+        self._phases: dict[str, float] = {}
+        self._writer: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(run_dir))
+            except Exception as error:
+                # Its import fails in many ways (protobuf, setuptools, numpy); none is the run's
+                # fault.
+                warnings.warn(f"TensorBoard is not available: {error}", stacklevel=2)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Wall seconds per phase so far."""
+        return dict(self._phases)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record as a line of JSON; NaN and infinity become null."""
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write TensorBoard scalars."""
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def image(self, tag: str, array_HWC: np.ndarray, step: int) -> None:
+        """Write a TensorBoard picture, uint8 RGB (H, W, 3)."""
+        if self._writer is not None:
+            self._writer.add_image(tag, array_HWC, step, dataformats="HWC")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop records beyond ``step``: a run resumed from there will write them again."""
+        self._file.close()
+        kept = [record for record in read_jsonl(self.path) if record.get("step", 0) <= step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the wall time of the block; a phase inside another is taken off the outer one."""
+        outer_before = sum(self._phases.values())
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            inside = sum(self._phases.values()) - outer_before
+            self.add_phase(name, time.monotonic() - started - inside)
+
+    def add_phase(self, name: str, seconds: float) -> None:
+        """Add seconds to a phase."""
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read records; a torn line (the process died while writing it) ends the file."""
+    records: list[dict[str, Any]] = []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all; NaN and infinity become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(_finite(value), file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_run_json(
+    run_dir: Path,
+    *,
+    argv: Sequence[str],
+    device: str,
+    data_hash: str,
+    phases: Mapping[str, float],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``run.json``: what was run, with what, on what. No host or user name is in it."""
+    info = {
+        "argv": list(argv),
+        "status": "running",
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "git_commit": git_commit(Path(__file__).parents[2]),
+        "data_hash": data_hash,
+        "phases": dict(phases),
+        **(extra or {}),
+    }
+    write_json(run_dir / "run.json", info)
+
+
+def update_run_json(run_dir: Path, **fields: Any) -> None:
+    """Change fields of ``run.json``."""
+    path = run_dir / "run.json"
+    write_json(path, {**json.loads(path.read_text()), **fields})
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of what matters, without importing it."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit(folder: Path) -> str | None:
+    """Return the commit of the checkout the package runs from, ``-dirty`` if changed; else None."""
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        return _finite(value.item())
+    return value

@@ -1,0 +1,64 @@
+"""Exponential moving average of the weights, the weights that are evaluated and shipped."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camoxpert.errors import CheckpointError
+
+
+def warmed_decay(decay: float, updates: int) -> float:
+    """Return min(decay, (1 + n) / (10 + n)) for the n-th update, from 0.
+
+    A constant 0.9999 keeps most of the random initialisation for thousands of steps; warmed up, the
+    average spans about the last tenth of the updates until ``decay`` is reached.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class ModelEma:
+    """A second model whose parameters follow the first; buffers are copied.
+
+    Args:
+        model: the trained model, before it is compiled or wrapped.
+        decay: largest decay.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, keep: Tensor) -> None:
+        """Move towards ``model``; a scalar tensor ``keep`` of 0 leaves the average as it is.
+
+        ``keep`` is 0 for a skipped optimizer step. It is a tensor so that the host need not wait
+        for the device to learn which.
+        """
+        weight = keep * (1 - warmed_decay(self.decay, self.updates))
+        self.updates += 1
+        averaged: list[Tensor] = list(self.module.parameters())
+        trained: list[Tensor] = [parameter.detach() for parameter in model.parameters()]
+        steps = list(torch._foreach_sub(trained, averaged))
+        torch._foreach_mul_(steps, weight)
+        torch._foreach_add_(averaged, steps)
+        pairs = zip(self.module.buffers(), model.buffers(), strict=True)
+        for own, new in pairs:
+            own.copy_(torch.where(keep > 0, new, own) if own.is_floating_point() else new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights (the model's own keys) and the update count."""
+        return {"weights": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; raises CheckpointError if it does not fit."""
+        try:
+            self.module.load_state_dict(state["weights"])
+            self.updates = int(state["updates"])
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"The EMA weights do not fit this model: {error}") from error

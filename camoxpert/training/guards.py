@@ -1,0 +1,87 @@
+"""Asking a run to stop: signals and the deadline only set a flag; the loop acts on it between
+steps."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from camoxpert.errors import Stopped
+
+DEADLINE_CODE = 75
+
+
+class StopFlag:
+    """Whether a run should stop, and with which exit code.
+
+    Args:
+        max_hours: deadline from now, or None.
+        clock: seconds, monotonic; a test gives its own.
+    """
+
+    def __init__(self, max_hours: float | None = None, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self.deadline = None if max_hours is None else clock() + max_hours * 3600
+        self.signal_number = 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal; a second Ctrl-C leaves at once. No output and no file access in here."""
+        if self.signal_number and number == signal.SIGINT:
+            os._exit(130)
+        self.signal_number = number
+
+    def code(self) -> int:
+        """Return 0 to go on, or the exit code to stop with: 130, 143 or 75."""
+        if self.signal_number:
+            return 128 + self.signal_number
+        if self.deadline is not None and self.clock() >= self.deadline:
+            return DEADLINE_CODE
+        return 0
+
+    def stopped(self, what: str) -> Stopped:
+        """Build the exception that ends the run."""
+        code = self.code()
+        why = {130: "Ctrl-C", 143: "SIGTERM", DEADLINE_CODE: "--max-hours is over"}.get(
+            code, "signal"
+        )
+        error = Stopped(f"Stopped ({why}). {what}")
+        error.exit_code = code
+        return error
+
+
+@contextmanager
+def watch(flag: StopFlag) -> Iterator[StopFlag]:
+    """Route SIGINT and SIGTERM to the flag for the time of the block."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, flag.handle) for number in numbers}
+    except ValueError:
+        # Not the main thread (a notebook's helper, a test): signals stay as they are.
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def try_lock(run_dir: Path) -> IO[str] | None:
+    """Claim a run folder for this process; None where another live process has it.
+
+    The kernel drops the lock when the process dies, however it dies.
+    """
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file

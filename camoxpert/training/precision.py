@@ -1,0 +1,121 @@
+"""Which device and number format a run uses, and the sentence that says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from camoxpert.config import TrainConfig
+from camoxpert.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number format of the forward pass.
+
+    Attributes:
+        dtype: autocast type, or None for float32.
+        scaler: whether gradients need loss scaling (fp16 only).
+        reason: one sentence for the user.
+    """
+
+    dtype: torch.dtype | None
+    scaler: bool
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """fp32, bf16 or fp16."""
+        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        ConfigError: the device is not there; it is never replaced by another one.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"--device {name}: PyTorch {torch.__version__} sees no CUDA device. "
+                "Check the driver with nvidia-smi, or use --device cpu."
+            )
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(
+                f"--device {name}: there are {count} CUDA devices, cuda:0 to {count - 1}."
+            )
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: this machine has no Metal device. Use --device cpu.")
+    return device
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raise ConfigError where this build of PyTorch has no kernels for the GPU (a P100, say)."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    # Kernels run on the same major version at any later minor one; PTX runs on anything later.
+    built = [name.split("_") for name in torch.cuda.get_arch_list()]
+    numbers = [
+        (kind, int(number.rstrip("af"))) for kind, number in built if number.rstrip("af").isdigit()
+    ]
+    own = major * 10 + minor
+    fits = any(
+        (kind == "sm" and number // 10 == major and number <= own)
+        or (kind == "compute" and number <= own)
+        for kind, number in numbers
+    )
+    if numbers and not fits:
+        raise ConfigError(
+            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) is not "
+            f"supported by "
+            f"this build of PyTorch ({', '.join(torch.cuda.get_arch_list())}). On Kaggle choose "
+            f"the T4 "
+            "accelerator instead of the P100, or install a PyTorch built for this GPU."
+        )
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> Precision:
+    """Choose the number format from the settings and the hardware."""
+    if not config.amp:
+        return Precision(None, False, "fp32: --no-amp")
+    if config.precision == "fp32":
+        return Precision(None, False, "fp32: as asked")
+    if config.precision == "bf16":
+        return Precision(torch.bfloat16, False, "bf16: as asked")
+    if config.precision == "fp16":
+        if device.type == "cpu":
+            raise ConfigError("--precision fp16 trains on CUDA only; on a CPU use bf16 or fp32.")
+        return Precision(torch.float16, True, "fp16 with loss scaling: as asked")
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(torch.bfloat16, False, f"bf16: {name} computes it natively")
+        if major >= 7:
+            reason = f"fp16 with loss scaling: {name} has tensor cores but no bf16"
+            return Precision(torch.float16, True, reason)
+        return Precision(None, False, f"fp32: {name} has no tensor cores")
+    return Precision(
+        None, False, f"fp32: the default on {device.type} (--precision bf16 may be faster)"
+    )
+
+
+def set_tf32(enabled: bool, device: torch.device) -> str:
+    """Switch TF32 for matrix products and convolutions; returns what that means here."""
+    if device.type != "cuda":
+        return "n/a"
+    mode = "tf32" if enabled else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = mode
+    torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
+    if not enabled:
+        return "off"
+    ampere = torch.cuda.get_device_capability(device)[0] >= 8
+    return "on" if ampere else "no effect: this GPU has none"

@@ -1,0 +1,174 @@
+"""Which folder a run writes to, and whether it continues a stopped one.
+
+The same command finds its own stopped run again; a finished run is never touched, a new one gets
+the
+next free name beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from camoxpert.config import Config, get_setting, leaves
+from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.observe.runlog import create_run_dir
+from camoxpert.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from camoxpert.training.guards import try_lock
+
+# Settings that say how long, how fast or where, not what is trained.
+FREE = (
+    "data.num_workers",
+    "data.persistent_workers",
+    "data.prefetch_factor",
+    "data.pin_memory",
+    "train.device",
+    "train.max_hours",
+    "train.resume",
+    "train.resume_from",
+)
+# Settings that decide what the weights mean or which samples are which.
+FIXED = ("model.", "data.", "train.seed")
+
+
+@dataclass
+class Opened:
+    """A run folder this process owns.
+
+    Attributes:
+        path: the folder; it exists.
+        resume: verified checkpoint to continue from, or None to start anew.
+        notes: lines for the user.
+        lock: kept open for the life of the run.
+    """
+
+    path: Path
+    resume: Checkpoint | None
+    notes: list[str]
+    lock: IO[str] | None
+
+
+def run_name(config: Config) -> str:
+    """Name a run after its settings: equal settings, equal name."""
+    if config.run.name:
+        return config.run.name
+    settings = {
+        leaf.path: get_setting(config, leaf.path)
+        for leaf in leaves()
+        if leaf.path not in FREE and not leaf.path.startswith("run.")
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{config.model.backbone}-{config.data.img_size}-{digest}"
+
+
+def open_run(config: Config) -> Opened:
+    """Find the stopped run that these settings continue, or create a new folder.
+
+    Raises:
+        CheckpointError: the run to continue has no usable checkpoint or other settings.
+        ConfigError: the run folder is in use by a live process.
+    """
+    wanted = config.train.resume_from or config.train.resume
+    if wanted not in ("auto", "never"):
+        return _continue(Path(wanted), config)
+    parent, name = Path(config.run.dir), run_name(config)
+    notes = []
+    if wanted == "auto":
+        for folder in _candidates(parent, name):
+            if _status(folder) == "finished":
+                notes.append(f"run         {folder} is finished and stays as it is")
+                continue
+            if not (folder / "checkpoints").is_dir():
+                continue
+            lock = try_lock(folder)
+            if lock is None:
+                notes.append(f"run         {folder} is being trained by another process")
+                continue
+            checkpoint, problems = CheckpointFolder(folder / "checkpoints").newest()
+            if checkpoint is None:
+                lock.close()
+                continue
+            changes = compare(checkpoint.config, config)
+            return Opened(folder, checkpoint, notes + problems + changes, lock)
+    try:
+        path = create_run_dir(parent, name)
+    except OSError as error:
+        raise ConfigError(
+            f"--checkpoint-dir: the run folder {parent / name} cannot be created: {error}."
+        ) from error
+    return Opened(path, None, notes, try_lock(path))
+
+
+def compare(old: Config, new: Config) -> list[str]:
+    """List settings that differ from those of the run being continued.
+
+    Raises:
+        CheckpointError: one of them decides what the weights mean or which samples are used.
+    """
+    changed = [
+        (leaf.path, get_setting(old, leaf.path), get_setting(new, leaf.path))
+        for leaf in leaves()
+        if leaf.path not in FREE and not leaf.path.startswith("run.")
+        if get_setting(old, leaf.path) != get_setting(new, leaf.path)
+    ]
+    lines = [f"{path}: {before} -> {after}" for path, before, after in changed]
+    if any(path.startswith(FIXED) for path, _, _ in changed):
+        raise CheckpointError(
+            "The stopped run cannot be continued with these settings: "
+            + "; ".join(lines)
+            + ". Use the settings it was started with, or --resume never for a new run."
+        )
+    return [f"changed     {line}" for line in lines]
+
+
+def check_data(checkpoint: Checkpoint, data_hash: str) -> None:
+    """Raise CheckpointError where the data changed since the checkpoint was written."""
+    if checkpoint.values.get("data_hash") != data_hash:
+        raise CheckpointError(
+            f"The training data changed since {checkpoint.path} was written (another content "
+            f"hash), so the order of "
+            "samples and the validation split would no longer be the same. Restore the data, or "
+            "start "
+            "a new run with --resume never."
+        )
+
+
+def _continue(path: Path, config: Config) -> Opened:
+    if path.is_file():
+        folder = path.parent.parent
+        checkpoint = load_checkpoint(path)
+        problems: list[str] = []
+    elif path.is_dir():
+        folder = path
+        newest, problems = CheckpointFolder(path / "checkpoints").newest()
+        if newest is None:
+            raise CheckpointError(f"--resume: {path} holds no checkpoint to continue from.")
+        checkpoint = newest
+    else:
+        raise CheckpointError(f"--resume: there is no checkpoint or run folder {path}.")
+    lock = try_lock(folder)
+    if lock is None:
+        raise ConfigError(f"--resume: {folder} is being trained by another process.")
+    return Opened(folder, checkpoint, problems + compare(checkpoint.config, config), lock)
+
+
+def _candidates(parent: Path, name: str) -> list[Path]:
+    """Return name, name-2, name-3 ... as far as they exist, newest first."""
+    found = []
+    folder, number = parent / name, 1
+    while folder.is_dir():
+        found.append(folder)
+        number += 1
+        folder = parent / f"{name}-{number}"
+    return found[::-1]
+
+
+def _status(folder: Path) -> str:
+    try:
+        info: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return "unknown"
+    return str(info.get("status", "unknown"))

@@ -1,0 +1,449 @@
+"""The training loop: one function that reads top to bottom, and the step it repeats."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from camoxpert.config import Config, to_dict
+from camoxpert.data.loader import Batch, build_eval_loader, device_batches
+from camoxpert.errors import CheckpointError, NumericError
+from camoxpert.losses import total_loss
+from camoxpert.metrics import Evaluator, is_better
+from camoxpert.observe.gpu import GpuMonitor
+from camoxpert.observe.plots import panel
+from camoxpert.observe.progress import TrainingBar
+from camoxpert.observe.runlog import RunLog
+from camoxpert.training.checkpoint import FORMAT, Checkpoint, CheckpointFolder
+from camoxpert.training.guards import StopFlag
+from camoxpert.training.meters import LateReader, RoutingMeter
+from camoxpert.training.optim import Stage, lr_at, set_lr
+from camoxpert.training.setup import Setup, autocast, mask_target, training_loader
+from camoxpert.training.state import TrainState
+from camoxpert.training.validation import score
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Summary:
+    """How a run ended: the final state, and the scores of the best validation (None without
+    one)."""
+
+    state: TrainState
+    best_scores: dict[str, float] | None
+
+
+def train(
+    setup: Setup,
+    run_dir: Path,
+    log: RunLog,
+    *,
+    stop: StopFlag,
+    say: Say,
+    resume: Checkpoint | None = None,
+) -> Summary:
+    """Train until the plan is done, early stopping strikes or ``stop`` is raised.
+
+    Args:
+        setup: everything decided and built.
+        run_dir: an existing run folder.
+        log: receives records, scalars and pictures.
+        stop: looked at after every optimizer step; the state is saved before leaving.
+        say: prints one line for the user.
+        resume: checkpoint of this run to continue from.
+
+    Raises:
+        Stopped: asked to stop; the same command continues.
+        NumericError: too many non-finite steps in a row.
+        DataError, CheckpointError: a file cannot be read or written.
+    """
+    config, plan, device = setup.config, setup.plan, setup.device
+    checkpoints = CheckpointFolder(run_dir / "checkpoints")
+    state = TrainState()
+    if resume is not None:
+        state = restore(setup, resume)
+        log.truncate_after(state.step)
+        say(f"resumed     {resume.path.name}: epoch {state.epoch + 1}, step {state.step}")
+    meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+    reader = LateReader()
+    best_scores: dict[str, float] | None = None
+    loader, loader_stage = None, 0
+    started, seconds_before = time.monotonic(), state.seconds
+
+    def save() -> None:
+        state.seconds = seconds_before + time.monotonic() - started
+        with log.phase("checkpoints"):
+            checkpoints.save(snapshot(setup, state), step=state.step)
+
+    with GpuMonitor(str(device)) as gpu:
+        while state.epoch < plan.epochs:
+            # --- one epoch: which parameters learn, in which order the samples come
+            epoch, stage = state.epoch, plan.stage_of_epoch(state.epoch)
+            freed = set_trainable(setup, stage, epoch)
+            if loader is None or loader_stage != stage.number:
+                if loader is not None:
+                    loader.close()
+                loader, loader_stage = training_loader(setup, stage.batch_size), stage.number
+                if epoch == stage.first_epoch and state.batch == 0:
+                    text = f"stage {stage.number}: {freed}"
+                    log.write(
+                        {"kind": "event", "step": state.step, "epoch": epoch + 1, "text": text}
+                    )
+            loader.set_epoch(epoch, start_batch=state.batch)
+            meter.reset()
+            speed = Speed()
+            bar = TrainingBar(
+                total=stage.batches,
+                epoch=epoch + 1,
+                epochs=plan.epochs,
+                stage=f"stage {stage.number}" if len(plan.stages) > 1 else "",
+                initial=state.batch,
+            )
+            with bar, log.phase("training"):
+                batches = device_batches(loader, device)
+                for window in windows(batches, config.train.accumulation_steps):
+                    # --- one optimizer step
+                    lr = lr_at(plan, config.optim, state.step)
+                    set_lr(setup.optimizer, lr)
+                    values = train_step(setup, [batch for batch, _ in window], meter)
+                    state.step += 1
+                    state.batch += len(window)
+                    names = [name for batch, _ in window for name in batch.names]
+                    state.images += len(names)
+                    speed.add(len(names), sum(wait for _, wait in window))
+                    late = reader.push(values, (state.step, stage.number, epoch + 1, lr, names))
+
+                    # --- what the step before this one says
+                    if late is not None:
+                        inspect(late, config, state, log, gpu, speed)
+                        bar.update(
+                            len(window),
+                            loss=late[0]["loss"],
+                            gpu=gpu.text(),
+                            memory=peak_memory(device),
+                            data_wait=speed.data_wait(),
+                        )
+                    else:
+                        bar.update(
+                            len(window), loss=None, gpu=gpu.text(), memory=None, data_wait=None
+                        )
+
+                    # --- due work
+                    if stop.code():
+                        inspect(reader.flush(), config, state, log, gpu, speed)
+                        save()
+                        raise stop.stopped(
+                            f"Saved at epoch {epoch + 1}, step {state.step} of {plan.steps} in "
+                            f"{run_dir}. "
+                            "Run the same command again to continue."
+                        )
+                    if config.run.save_every and state.step % config.run.save_every == 0:
+                        inspect(reader.flush(), config, state, log, gpu, speed)
+                        save()
+            inspect(reader.flush(), config, state, log, gpu, speed)
+
+            # --- end of the epoch: routing, validation, checkpoints
+            write_routing(meter, log, state, stage, epoch)
+            state.epoch, state.batch = epoch + 1, 0
+            last = state.epoch == plan.epochs
+            if len(setup.data.validation) and (
+                last or state.epoch % config.train.validate_every == 0
+            ):
+                with log.phase("validation"):
+                    scores = validate(setup, log, state, stop)
+                better = state.best is None or is_better(
+                    config.train.select, scores[config.train.select], state.best
+                )
+                if better:
+                    state.best, state.best_epoch = scores[config.train.select], state.epoch
+                    state.stale, best_scores = 0, scores
+                    checkpoints.save_best(shipped(setup, state, scores), step=state.step)
+                else:
+                    state.stale += 1
+                record = {"kind": "validation", "step": state.step, "epoch": state.epoch}
+                weights = "ema" if setup.ema else "model"
+                record |= {
+                    "stage": stage.number,
+                    "scores": scores,
+                    "best": better,
+                    "weights": weights,
+                }
+                log.write(record)
+                log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
+                say(
+                    f"epoch {state.epoch:>3}/{plan.epochs}  S {scores['Smeasure']:.3f}  "
+                    f"wF {scores['wFmeasure']:.3f}  E {scores['meanEm']:.3f}  IoU "
+                    f"{scores['IoU']:.3f}  "
+                    f"MAE {scores['MAE']:.3f}{'  best so far' if better else ''}"
+                )
+            elif not len(setup.data.validation) and last:
+                state.best_epoch = state.epoch
+                checkpoints.save_best(shipped(setup, state, {}), step=state.step)
+            save()
+            if config.train.early_stopping and state.stale >= config.train.early_stopping:
+                text = f"early stopping: no better {config.train.select} since epoch {state.best_epoch}"
+                note_event(log, state, text)
+                say(text)
+                break
+            if stop.code() and not last:
+                raise stop.stopped(
+                    f"Saved after epoch {state.epoch} in {run_dir}. Run the same command again to "
+                    f"continue."
+                )
+    return Summary(state, best_scores)
+
+
+def train_step(setup: Setup, window: list[Batch], meter: RoutingMeter) -> dict[str, torch.Tensor]:
+    """Take one optimizer step over the micro-batches of a window.
+
+    Each image weighs the same, in a short last window too. A non-finite loss or gradient leaves
+    weights, optimizer and EMA exactly as they were; the device decides it, the host does not wait.
+
+    Returns:
+        Scalars on the device: ``loss``, its parts, ``grad_norm`` and ``skipped`` (0 or 1).
+    """
+    model, optimizer, scaler, config = setup.model, setup.optimizer, setup.scaler, setup.config
+    model.train()
+    if not any(p.requires_grad for p in model.backbone.parameters()):
+        # Frozen means frozen: batch norm statistics and dropout, too.
+        model.backbone.eval()
+    images = sum(len(batch.names) for batch in window)
+    values: dict[str, torch.Tensor] = {}
+    for batch in window:
+        share = len(batch.names) / images
+        with autocast(setup):
+            output = model(batch.images)
+        loss, parts = total_loss(output, mask_target(batch), config.loss)
+        scaler.scale(loss * share).backward()
+        meter.update(output.routing)
+        for name, value in {"loss": loss.detach(), **parts}.items():
+            values[name] = values.get(name, 0) + value * share
+    scaler.unscale_(optimizer)
+    limit = config.optim.clip_grad_norm or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    finite = (torch.isfinite(norm) & torch.isfinite(values["loss"])).float()
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        # The fused kernels skip the update where this is 1, the way loss scaling makes them.
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if setup.ema is not None:
+        setup.ema.update(model, finite)
+    return {**values, "grad_norm": norm, "skipped": 1 - finite}
+
+
+def windows(
+    batches: Iterable[tuple[Batch, float]], size: int
+) -> Iterator[list[tuple[Batch, float]]]:
+    """Group micro-batches into accumulation windows; the last one may be short, never dropped."""
+    window: list[tuple[Batch, float]] = []
+    for item in batches:
+        window.append(item)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def set_trainable(setup: Setup, stage: Stage, epoch: int) -> str:
+    """Freeze or free the backbone for an epoch; returns what learns, in words.
+
+    With ``--progressive-unfreeze`` stage 2 frees one level more, deepest first, at equal intervals
+    over its first half.
+    """
+    levels = setup.model.backbone.parameter_levels()
+    if stage.number == 1:
+        free = 0
+    elif setup.config.train.progressive_unfreeze:
+        interval = max(stage.epochs / 2 / len(levels), 1e-9)
+        free = min(len(levels), 1 + int((epoch - stage.first_epoch) / interval))
+    else:
+        free = len(levels)
+    for index, parameters in enumerate(levels):
+        for parameter in parameters:
+            parameter.requires_grad_(index >= len(levels) - free)
+    if free == 0:
+        return "decoder only, backbone frozen"
+    return "everything" if free == len(levels) else f"decoder and {free} backbone levels"
+
+
+def inspect(
+    late: tuple[dict[str, float], Any] | None,
+    config: Config,
+    state: TrainState,
+    log: RunLog,
+    gpu: GpuMonitor,
+    speed: Speed,
+) -> None:
+    """Log a finished step where it is due, and stop at too many non-finite ones in a row."""
+    if late is None:
+        return
+    values, (step, stage, epoch, lr, names) = late
+    if values["skipped"]:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        shown = ", ".join(names[:8]) + ("..." if len(names) > 8 else "")
+        text = f"step {step} skipped: non-finite loss or gradient; images {shown}"
+        log.write({"kind": "event", "step": step, "epoch": epoch, "text": text})
+        if state.skipped_in_a_row > config.train.max_skipped_steps:
+            raise NumericError(
+                f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite loss or "
+                f"gradient (last: "
+                f"step {step}, epoch {epoch}). The weights are those before them and the last "
+                f"checkpoint is "
+                "intact. Lower --lr, or try --precision fp32; metrics.jsonl names the images."
+            )
+    else:
+        state.skipped_in_a_row = 0
+    if step % config.run.log_every and step != 1:
+        return
+    parts = {k: v for k, v in values.items() if k not in ("loss", "grad_norm", "skipped")}
+    rates = {"images_per_second": speed.images_per_second(), "data_wait": speed.data_wait()}
+    record = {"kind": "train", "step": step, "epoch": epoch, "stage": stage, "loss": values["loss"]}
+    record |= {"terms": parts, "lr": lr, "grad_norm": values["grad_norm"], **rates}
+    memory = gpu.memory()
+    record |= {"gpu": gpu.utilisation(), "memory": memory[0] if memory else None}
+    log.write(record)
+    log.scalars(step, {"train/loss": values["loss"], "train/lr": lr})
+    log.scalars(step, {f"train/{name}": value for name, value in parts.items()})
+    log.scalars(step, {f"speed/{name}": value for name, value in rates.items()})
+
+
+def validate(setup: Setup, log: RunLog, state: TrainState, stop: StopFlag) -> dict[str, float]:
+    """Score the evaluated weights on the validation split at original size."""
+    data, count = setup.config.data, setup.config.run.num_images
+    evaluator = Evaluator()
+    loader = build_eval_loader(
+        setup.data.validation,
+        img_size=data.img_size,
+        batch_size=setup.plan.stages[0].batch_size,
+        num_workers=0,
+        max_pixels=data.max_pixels,
+        keep_images=True,
+    )
+
+    def show(batch: Any, position: int, prediction: np.ndarray, row: dict[str, Any]) -> None:
+        if evaluator.num_images <= count and setup.config.run.tensorboard:
+            picture = panel(
+                batch.originals[position], batch.full_masks[position], prediction / np.float32(255)
+            )
+            log.image(f"validation/{row['name']}", picture, state.step)
+
+    score(
+        setup.evaluated_model,
+        loader,
+        device=setup.device,
+        evaluator=evaluator,
+        context=lambda: autocast(setup),
+        seen=show,
+    )
+    return evaluator.results()
+
+
+def note_event(log: RunLog, state: TrainState, text: str) -> None:
+    """Log something worth a line in the report."""
+    log.write({"kind": "event", "step": state.step, "epoch": state.epoch, "text": text})
+
+
+def write_routing(
+    meter: RoutingMeter, log: RunLog, state: TrainState, stage: Stage, epoch: int
+) -> None:
+    """Log which experts the epoch's images used."""
+    levels = meter.summary()
+    record = {"kind": "routing", "step": state.step, "epoch": epoch + 1, "stage": stage.number}
+    log.write({**record, "experts": meter.experts, "levels": levels})
+    log.scalars(state.step, {f"routing/entropy {k}": v["entropy"] for k, v in levels.items()})
+
+
+def snapshot(setup: Setup, state: TrainState) -> dict[str, Any]:
+    """Return everything a run needs to go on; tensors and plain Python only."""
+    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if setup.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(setup.device)
+    return {
+        "format": FORMAT,
+        "config": to_dict(setup.config),
+        "data_hash": setup.data.data_hash,
+        "model": setup.model.state_dict(),
+        "ema": setup.ema.state_dict() if setup.ema else None,
+        "optimizer": setup.optimizer.state_dict(),
+        "scaler": setup.scaler.state_dict(),
+        "state": state.to_dict(),
+        "rng": rng,
+    }
+
+
+def shipped(setup: Setup, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
+    """Return what evaluation and prediction need: the evaluated weights and the settings."""
+    return {
+        "format": FORMAT,
+        "config": to_dict(setup.config),
+        "data_hash": setup.data.data_hash,
+        "model": setup.evaluated_model.state_dict(),
+        "ema": None,
+        "state": state.to_dict(),
+        "scores": scores,
+    }
+
+
+def restore(setup: Setup, checkpoint: Checkpoint) -> TrainState:
+    """Put a snapshot back: weights, optimizer, scaler, EMA, state, and the random state last."""
+    values = checkpoint.values
+    if "optimizer" not in values:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights only and cannot be continued. Use a step_*.pt file "
+            f"or the run "
+            "folder; to start a new run from these weights give them with --weights."
+        )
+    try:
+        setup.model.load_state_dict(values["model"])
+        setup.optimizer.load_state_dict(values["optimizer"])
+        setup.scaler.load_state_dict(values["scaler"])
+        if setup.ema is not None and values["ema"] is not None:
+            setup.ema.load_state_dict(values["ema"])
+        state = TrainState.from_dict(values["state"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+    torch.set_rng_state(values["rng"]["cpu"])
+    if setup.device.type == "cuda" and "cuda" in values["rng"]:
+        torch.cuda.set_rng_state(values["rng"]["cuda"], setup.device)
+    return state
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most memory the device held, in bytes; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+class Speed:
+    """Images per second and the share of time spent waiting for data, since the epoch's start."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.images = 0
+        self.waited = 0.0
+
+    def add(self, images: int, waited: float) -> None:
+        """Count a step."""
+        self.images += images
+        self.waited += waited
+
+    def images_per_second(self) -> float:
+        """Return the mean rate."""
+        return self.images / max(time.monotonic() - self.started, 1e-9)
+
+    def data_wait(self) -> float:
+        """Return the share of time spent waiting, 0..1."""
+        return min(self.waited / max(time.monotonic() - self.started, 1e-9), 1.0)

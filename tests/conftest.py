@@ -1,0 +1,56 @@
+"""Shared fixtures: a small generated data set, a finished tiny run, and the command line
+in-process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from camoxpert.cli import main
+
+TINY = (
+    *("--backbone", "tiny_test", "--no-pretrained", "--img-size", "32", "--batch-size", "8"),
+    *("--num-experts", "3", "--num-workers", "0", "--no-tensorboard"),
+    *("model.width=16", "model.detail_width=8"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Bitwise comparisons need a fixed thread count."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty training and eight test pairs of easy generated camouflage, 48 px."""
+    from camoxpert.data.toy import generate_toy
+
+    root = tmp_path_factory.mktemp("toy")
+    generate_toy(root, num_train=40, num_test=8, size=48, difficulty=0.1, seed=0)
+    return root
+
+
+@pytest.fixture
+def train(toy_data: Path, tmp_path: Path) -> Callable[..., int]:
+    """Call ``camoxpert train`` on the toy data with a tiny model; returns the exit code."""
+
+    def call(*words: str, data: Path = toy_data, out: Path = tmp_path) -> int:
+        return main(
+            ["train", "--dataset-path", str(data), "--checkpoint-dir", str(out), *TINY, *words]
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished two-stage run of a tiny model, with its report."""
+    out = tmp_path_factory.mktemp("runs")
+    words = ["--run-name", "tiny", "--epochs", "2", "--stage1-epochs", "1", "--lr", "3e-3"]
+    base = ["train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(out), *TINY]
+    assert main([*base, *words]) == 0
+    return out / "tiny"

@@ -1,0 +1,103 @@
+"""What only a CUDA device can show; skipped, saying so, where there is none."""
+
+import copy
+
+import pytest
+import torch
+
+from camoxpert.config import build_config
+from camoxpert.losses import total_loss
+from camoxpert.models.build import build_model
+from camoxpert.models.moe import DISPATCH, MoE
+from camoxpert.training.ema import ModelEma
+from camoxpert.training.optim import build_optimizer, set_lr
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def build(backbone: str = "edgenext_xx_small"):
+    torch.manual_seed(0)
+    settings = {"model.backbone": backbone, "model.pretrained": False, "model.width": 32}
+    config = build_config(settings)
+    return config, build_model(config.model).cuda().train()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
+)
+def test_back_ends_agree_on_the_gpu(dtype, tolerance) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.manual_seed(0)
+    moe = MoE(32, num_experts=7, top_k=2).cuda()
+    x = torch.randn(8, 32, 22, 22, device="cuda")
+    results = {}
+    for name in DISPATCH:
+        moe.dispatch = name
+        moe.zero_grad()
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+            y, _ = moe(x)
+        y.float().square().mean().backward()
+        results[name] = (y.detach().float(), [p.grad.clone() for p in moe.parameters()])
+    for name in DISPATCH:
+        for a, b in zip(results[name][1], results["loop"][1], strict=True):
+            assert (a - b).norm() <= tolerance * (b.norm() + 1e-6)
+        error = (results[name][0] - results["loop"][0]).norm()
+        assert error <= tolerance * results["loop"][0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_short_training_learns_under_autocast(dtype) -> None:
+    config, model = build()
+    optimizer = build_optimizer(model, model.backbone, config.optim, scale=1.0)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
+    images = torch.randint(0, 256, (8, 3, 96, 96), dtype=torch.uint8, device="cuda")
+    masks = torch.zeros(8, 1, 96, 96, device="cuda")
+    masks[..., 30:60, 30:60] = 1
+    losses = []
+    for _ in range(30):
+        set_lr(optimizer, 2e-3)
+        with torch.autocast("cuda", dtype=dtype):
+            output = model(images)
+        loss, _ = total_loss(output, masks, config.loss)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_only_syncs_of_a_forward_are_the_dispatchs() -> None:
+    _, model = build()
+    images = torch.zeros(4, 3, 64, 64, dtype=torch.uint8, device="cuda")
+    model(images)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as seen:
+            model(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    syncs = [w for w in seen if "synchronizing" in str(w.message)]
+    # One read of the counts per level; bincount itself reads its range once more on CUDA.
+    assert len(syncs) <= 3 * len(model.decoder.levels)
+
+
+def test_skipped_step_leaves_weights_and_ema_alone() -> None:
+    config, model = build("tiny_test")
+    ema = ModelEma(model, 0.9)
+    optimizer = build_optimizer(model, model.backbone, config.optim, scale=1.0)
+    before = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), device="cuda")
+    optimizer.step()
+    ema.update(model, torch.zeros((), device="cuda"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert torch.equal(ema.module.state_dict()[name], before[name])

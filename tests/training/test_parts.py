@@ -1,0 +1,192 @@
+"""EMA, precision, checkpointing choice, stop flag and meters, each on its own."""
+
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from camoxpert.config import TrainConfig
+from camoxpert.errors import ConfigError
+from camoxpert.models.router import choose
+from camoxpert.training import memory
+from camoxpert.training.ema import ModelEma, warmed_decay
+from camoxpert.training.guards import StopFlag, try_lock, watch
+from camoxpert.training.memory import choose_checkpointing
+from camoxpert.training.meters import LateReader, RoutingMeter
+from camoxpert.training.precision import choose_device, choose_precision
+
+CPU = torch.device("cpu")
+
+
+class TestEma:
+    def test_by_hand(self) -> None:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(model.weight, 0.0)
+        ema = ModelEma(model, 0.9999)
+        nn.init.constant_(model.weight, 1.0)
+        ema.update(model, torch.tensor(1.0))
+        # The first decay is 1/10: the average moves nine tenths of the way.
+        assert ema.module.weight.item() == pytest.approx(0.9)
+        ema.update(model, torch.tensor(1.0))
+        assert ema.module.weight.item() == pytest.approx(1 - 0.1 * 2 / 11)
+
+    def test_warm_up_forgets_the_initialisation(self) -> None:
+        left = constant = 1.0
+        for step in range(500):
+            left *= warmed_decay(0.9999, step)
+            constant *= 0.9999
+        assert left < 1e-6 < 0.9 < constant
+        assert warmed_decay(0.99, 10**6) == 0.99
+
+    def test_a_skipped_step_leaves_it_alone(self) -> None:
+        model = nn.BatchNorm1d(2)
+        ema = ModelEma(model, 0.9)
+        model.weight.data.fill_(5.0)
+        model.running_mean.fill_(7.0)
+        ema.update(model, torch.tensor(0.0))
+        assert torch.equal(ema.module.weight.data, torch.ones(2))
+        assert torch.equal(ema.module.running_mean, torch.zeros(2))
+        ema.update(model, torch.tensor(1.0))
+        assert torch.equal(ema.module.running_mean, torch.full((2,), 7.0))
+
+    def test_keys_are_the_models_own(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 2))
+        ema = ModelEma(model, 0.9)
+        assert list(ema.state_dict()["weights"]) == list(model.state_dict())
+
+
+class TestPrecision:
+    def test_cpu(self) -> None:
+        auto = choose_precision(TrainConfig(), CPU)
+        assert auto.dtype is None and "cpu" in auto.reason
+        assert choose_precision(TrainConfig(precision="bf16"), CPU).dtype is torch.bfloat16
+        assert choose_precision(TrainConfig(amp=False), CPU).name == "fp32"
+        with pytest.raises(ConfigError, match="fp16"):
+            choose_precision(TrainConfig(precision="fp16"), CPU)
+
+    @pytest.mark.parametrize(
+        ("capability", "native_bf16", "name", "scaler"),
+        [
+            ((9, 0), True, "bf16", False),
+            ((7, 5), False, "fp16", True),
+            ((6, 0), False, "fp32", False),
+        ],
+    )
+    def test_cuda_by_capability(self, monkeypatch, capability, native_bf16, name, scaler) -> None:
+        asked = {}
+
+        def supported(including_emulation: bool = True) -> bool:
+            asked["emulation"] = including_emulation
+            return native_bf16
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        chosen = choose_precision(TrainConfig(), torch.device("cuda", 0))
+        assert (chosen.name, chosen.scaler) == (name, scaler)
+        # A T4 says yes to emulated bf16, which is slower than fp32.
+        assert asked["emulation"] is False
+
+    def test_old_gpu_without_kernels_is_refused(self, monkeypatch) -> None:
+        from camoxpert.training.precision import check_architecture
+
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "P100")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "compute_90"])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 0))
+        with pytest.raises(ConfigError, match="P100"):
+            check_architecture(torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+        check_architecture(torch.device("cuda", 0))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+    def test_a_missing_device_is_not_replaced(self) -> None:
+        with pytest.raises(ConfigError, match="sees no CUDA device"):
+            choose_device("cuda")
+        assert choose_device("auto") == CPU
+
+
+class TestCheckpointingChoice:
+    def choose(self, setting: str, device: torch.device, step=lambda: None):
+        switched = []
+
+        def enable(on: bool) -> str:
+            switched.append(on)
+            return "everything"
+
+        return *choose_checkpointing(setting, device, enable=enable, trial_step=step), switched
+
+    def test_asked(self) -> None:
+        assert self.choose("on", CPU)[0] is True
+        assert self.choose("off", CPU)[0] is False
+
+    def test_auto_is_off_on_a_cpu(self) -> None:
+        enabled, reason, _ = self.choose("auto", CPU)
+        assert not enabled and "cpu" in reason
+
+    @pytest.mark.parametrize(("peak", "enabled"), [(4e9, False), (9.5e9, True), (None, True)])
+    def test_auto_follows_the_measured_peak(self, monkeypatch, peak, enabled) -> None:
+        cuda = memory.torch.cuda
+        for name, value in {
+            "empty_cache": None,
+            "reset_peak_memory_stats": None,
+            "memory_allocated": 0,
+            "mem_get_info": (10e9, 16e9),
+            "max_memory_allocated": peak,
+        }.items():
+            monkeypatch.setattr(cuda, name, lambda *args, value=value: value)
+
+        def step() -> None:
+            if peak is None:
+                raise torch.OutOfMemoryError("injected")
+
+        on, reason, switched = self.choose("auto", torch.device("cuda", 0), step)
+        assert on is enabled and switched[-1] is enabled
+        assert "GB free" in reason
+
+
+class TestStopFlag:
+    def test_deadline_with_a_fake_clock(self) -> None:
+        now = [100.0]
+        flag = StopFlag(2.0, clock=lambda: now[0])
+        assert flag.code() == 0
+        now[0] += 2 * 3600
+        assert flag.code() == 75
+        assert flag.stopped("x").exit_code == 75
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_signals(self, number: int, code: int) -> None:
+        flag = StopFlag()
+        before = signal.getsignal(number)
+        with watch(flag):
+            signal.raise_signal(number)
+            assert flag.code() == code
+        assert signal.getsignal(number) is before
+
+    def test_a_run_folder_has_one_owner(self, tmp_path) -> None:
+        first = try_lock(tmp_path)
+        assert first is not None and try_lock(tmp_path) is None
+        first.close()
+        assert try_lock(tmp_path) is not None
+
+
+class TestMeters:
+    def test_late_reader_is_one_step_behind(self) -> None:
+        reader = LateReader()
+        assert reader.push({"loss": torch.tensor(1.0)}, "a") is None
+        assert reader.push({"loss": torch.tensor(2.0)}, "b") == ({"loss": 1.0}, "a")
+        assert reader.flush() == ({"loss": 2.0}, "b")
+        assert reader.flush() is None
+
+    def test_routing_by_hand(self) -> None:
+        meter = RoutingMeter(["stride 32"], ["edge", "edge", "texture"])
+        assert meter.experts == ["edge 1", "edge 2", "texture"]
+        logits = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]]))
+        meter.update([choose(logits, 1)])
+        meter.update([choose(logits[:1], 1)])
+        level = meter.summary()["stride 32"]
+        assert level["usage"] == pytest.approx([2 / 3, 0, 1 / 3])
+        assert level["gate"] == pytest.approx([1.1 / 3, 0.9 / 3, 1.0 / 3])
+        assert 0 < level["entropy"] < 1
+        meter.reset()
+        assert meter.summary() == {}

@@ -1,0 +1,348 @@
+"""Whole runs of a tiny model: it learns, stages do what they say, nothing is lost or poisoned."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from camoxpert.observe.runlog import RunLog, read_jsonl
+
+from camoxpert.config import build_config, load_config
+from camoxpert.errors import NumericError
+from camoxpert.training import trainer
+from camoxpert.training.checkpoint import load_checkpoint
+from camoxpert.training.guards import StopFlag
+from camoxpert.training.meters import RoutingMeter
+from camoxpert.training.setup import Setup, prepare, training_loader
+from camoxpert.training.trainer import set_trainable, train, train_step, windows
+
+BASE = {
+    "model.backbone": "tiny_test",
+    "model.pretrained": False,
+    "model.width": 16,
+    "model.detail_width": 8,
+    "model.num_experts": 3,
+    "data.img_size": 32,
+    "data.num_workers": 0,
+    "train.batch_size": 8,
+    "train.epochs": 2,
+    "optim.lr": 3e-3,
+    "run.tensorboard": False,
+}
+
+
+def setup_of(data: Path, **settings: object) -> Setup:
+    values = {**BASE, "data.roots": [str(data)]}
+    values |= {key.replace("__", "."): value for key, value in settings.items()}
+    return prepare(build_config(values), lambda text: None)
+
+
+def run(setup: Setup, folder: Path, *, stop: StopFlag | None = None, resume=None):
+    folder.mkdir(exist_ok=True)
+    log = RunLog(folder, tensorboard=False)
+    try:
+        stop = stop or StopFlag()
+        return train(setup, folder, log, stop=stop, say=lambda text: None, resume=resume)
+    finally:
+        log.close()
+
+
+def meter_of(setup: Setup) -> RoutingMeter:
+    return RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    return [r for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == kind]
+
+
+def batches_of(setup: Setup) -> list:
+    loader = training_loader(setup, setup.plan.stages[0].batch_size)
+    loader.set_epoch(0)
+    return list(loader)
+
+
+@pytest.mark.slow
+def test_it_learns_and_the_control_does_not(toy_data: Path, tmp_path: Path) -> None:
+    """Trained on the right masks it beats the same model trained on another image's masks."""
+    scores = {}
+    for name in ("right", "shuffled"):
+        setup = setup_of(toy_data, train__epochs=15, optim__lr=5e-3, data__val_fraction=0.25)
+        if name == "shuffled":
+            pairs = setup.data.train.pairs
+            swapped = [
+                pair.__class__(**{**pair.__dict__, "mask": pairs[(i + 7) % len(pairs)].mask})
+                for i, pair in enumerate(pairs)
+            ]
+            setup.data.train = setup.data.train.__class__(
+                **{**setup.data.train.__dict__, "pairs": tuple(swapped)}
+            )
+        summary = run(setup, tmp_path / name)
+        scores[name] = summary.best_scores["wFmeasure"]
+    assert scores["right"] > scores["shuffled"] + 0.1
+
+
+def test_stage_1_leaves_the_backbone_alone(toy_data: Path) -> None:
+    setup = setup_of(toy_data, model__backbone="resnet18", train__stage1_epochs=1)
+    assert set_trainable(setup, setup.plan.stages[0], 0).startswith("decoder only")
+    before = copy.deepcopy(setup.model.state_dict())
+    train_step(setup, batches_of(setup)[:1], meter_of(setup))
+    moved = {k for k, v in setup.model.state_dict().items() if not torch.equal(v, before[k])}
+    # Batch norm statistics count: frozen means frozen.
+    assert moved and not any(key.startswith("backbone.") for key in moved)
+    assert set_trainable(setup, setup.plan.stages[1], 1) == "everything"
+    train_step(setup, batches_of(setup)[:1], meter_of(setup))
+    moved = {k for k, v in setup.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(key.startswith("backbone.") and "running_mean" in key for key in moved)
+
+
+def test_progressive_unfreeze_frees_the_deepest_first(toy_data: Path) -> None:
+    setup = setup_of(
+        toy_data, train__epochs=10, train__stage1_epochs=2, train__progressive_unfreeze=True
+    )
+    stage = setup.plan.stages[1]
+    free = []
+    for epoch in range(2, 10):
+        set_trainable(setup, stage, epoch)
+        levels = setup.model.backbone.parameter_levels()
+        free.append([all(p.requires_grad for p in level) for level in levels])
+    assert free[0] == [False, False, False, True]
+    assert free[1] == [False, False, True, True]
+    assert free[4:] == [[True] * 4] * 4
+
+
+def test_accumulated_micro_batches_equal_one_batch(toy_data: Path) -> None:
+    """Windows of 3, 3 and 2 images give the gradient of the 8 together, short window included."""
+    gradients = []
+    setup = setup_of(toy_data, loss__balance=0.0, optim__clip_grad_norm=0.0)
+    batch = batches_of(setup)[0]
+
+    def part(a: int, b: int):
+        return batch.__class__(
+            images=batch.images[a:b],
+            masks=batch.masks[a:b],
+            names=batch.names[a:b],
+            sizes=batch.sizes[a:b],
+            indices=batch.indices[a:b],
+        )
+
+    for window in ([batch], [part(0, 3), part(3, 6), part(6, 8)]):
+        kept = {}
+
+        def keep(*args: object, kept=kept, **kwargs: object) -> None:
+            kept.update({n: p.grad.clone() for n, p in setup.model.named_parameters()})
+
+        original, setup.optimizer.step = setup.optimizer.step, keep
+        train_step(setup, window, meter_of(setup))
+        setup.optimizer.step = original
+        gradients.append(kept)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_windows_keep_the_last_short_one() -> None:
+    assert list(windows(iter("abcdefg"), 3)) == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_changes_nothing(toy_data: Path, monkeypatch, where: str) -> None:
+    setup = setup_of(toy_data)
+    window = batches_of(setup)[:1]
+    train_step(setup, window, meter_of(setup))
+    before = copy.deepcopy(setup.model.state_dict())
+    average = copy.deepcopy(setup.evaluated_model.state_dict())
+    honest = trainer.total_loss
+
+    def broken(*args: object):
+        loss, parts = honest(*args)
+        if where == "loss":
+            return loss * float("nan"), parts
+        return loss + (loss - loss.detach()) * float("inf"), parts
+
+    monkeypatch.setattr(trainer, "total_loss", broken)
+    values = train_step(setup, window, meter_of(setup))
+    assert float(values["skipped"]) == 1
+    for name, value in setup.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+        assert torch.equal(setup.evaluated_model.state_dict()[name], average[name]), name
+    monkeypatch.undo()
+    assert float(train_step(setup, window, meter_of(setup))["skipped"]) == 0
+    moved = any(not torch.equal(v, before[k]) for k, v in setup.model.state_dict().items())
+    assert moved
+
+
+def test_endless_non_finite_steps_end_the_run(toy_data: Path, tmp_path: Path, monkeypatch) -> None:
+    setup = setup_of(toy_data, train__max_skipped_steps=2, train__epochs=3)
+    honest = trainer.total_loss
+    monkeypatch.setattr(
+        trainer, "total_loss", lambda *a: (honest(*a)[0] * float("nan"), honest(*a)[1])
+    )
+    with pytest.raises(NumericError, match="3 optimizer steps in a row"):
+        run(setup, tmp_path / "run")
+    events = [r["text"] for r in records(tmp_path / "run", "event")]
+    assert sum("skipped" in text for text in events) == 3
+
+
+class StopAt(StopFlag):
+    """Asks to stop after a number of looks."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def code(self) -> int:
+        self.looks -= 1
+        return 143 if self.looks < 0 else 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stop_and_resume_is_bitwise_the_same(toy_data: Path, tmp_path: Path, workers: int) -> None:
+    """Stopped in the middle of an epoch and continued: weights, EMA, optimizer and log agree."""
+    from camoxpert.errors import Stopped
+    from camoxpert.training.checkpoint import CheckpointFolder
+
+    settings = {
+        "data__num_workers": workers,
+        "train__epochs": 3,
+        "train__stage1_epochs": 1,
+        "train__accumulation_steps": 2,
+        "run__log_every": 1,
+    }
+    run(setup_of(toy_data, **settings), tmp_path / "whole")
+    with pytest.raises(Stopped) as stopped:
+        run(setup_of(toy_data, **settings), tmp_path / "parts", stop=StopAt(5))
+    assert stopped.value.exit_code == 143
+    checkpoint, _ = CheckpointFolder(tmp_path / "parts" / "checkpoints").newest()
+    assert checkpoint is not None and checkpoint.values["state"]["batch"] > 0
+    run(setup_of(toy_data, **settings), tmp_path / "parts", resume=checkpoint)
+
+    last = [max((tmp_path / name / "checkpoints").glob("step_*.pt")) for name in ("whole", "parts")]
+    assert last[0].name == last[1].name
+    whole, parts = (load_checkpoint(path).values for path in last)
+    for key in ("model", "ema", "optimizer"):
+        assert_same(whole[key], parts[key])
+    logs = [
+        [(r["step"], r["loss"], r["grad_norm"]) for r in records(tmp_path / name, "train")]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+
+    # Negative control: another seed is another run.
+    other = run(setup_of(toy_data, **settings, train__seed=1), tmp_path / "other")
+    other_path = max((tmp_path / "other" / "checkpoints").glob("step_*.pt"))
+    with pytest.raises(AssertionError):
+        assert_same(whole["model"], load_checkpoint(other_path).values["model"])
+    assert other.state.epoch == 3
+
+
+def assert_same(a: object, b: object) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_early_stopping_ends_a_stale_run(toy_data: Path, tmp_path: Path) -> None:
+    setup = setup_of(
+        toy_data,
+        train__epochs=9,
+        train__early_stopping=2,
+        optim__lr=1e-12,
+        optim__min_lr=0.0,
+        train__use_ema=False,
+    )
+    summary = run(setup, tmp_path / "run")
+    assert summary.state.epoch == 3 and summary.state.best_epoch == 1
+    assert any("early stopping" in r["text"] for r in records(tmp_path / "run", "event"))
+
+
+def test_without_a_validation_split_the_last_weights_are_shipped(
+    toy_data: Path, tmp_path: Path
+) -> None:
+    setup = setup_of(toy_data, data__val_fraction=0.0)
+    summary = run(setup, tmp_path / "run")
+    assert summary.best_scores is None
+    best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
+    assert_same(dict(best.values["model"]), dict(setup.evaluated_model.state_dict()))
+
+
+class TestCommand:
+    """`camoxpert train` from start to report."""
+
+    def test_a_run_folder_holds_what_the_readme_says(self, tiny_run: Path) -> None:
+        for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html"):
+            assert (tiny_run / name).stat().st_size > 0
+        info = json.loads((tiny_run / "run.json").read_text())
+        assert info["status"] == "finished"
+        assert {"training", "validation", "testing", "start"} <= info["phases"].keys()
+        assert info["argv"][:2] == ["camoxpert", "train"]
+        kinds = [r["kind"] for r in read_jsonl(tiny_run / "metrics.jsonl")]
+        assert {"train", "validation", "routing", "event"} <= set(kinds)
+        result = json.loads((tiny_run / "evaluation" / "toy.json").read_text())
+        assert result["num_images"] == 8
+        assert load_config(file=tiny_run / "config.yaml").train.epochs == 2
+        stages = [r["text"] for r in records(tiny_run, "event") if "stage" in r["text"]]
+        assert stages == ["stage 1: decoder only, backbone frozen", "stage 2: everything"]
+
+    def test_the_same_command_again_makes_a_second_run(self, train, tmp_path: Path) -> None:
+        words = ("--epochs", "1", "--no-test", "--no-report")
+        assert train(*words) == 0
+        first = next(tmp_path.iterdir())
+        before = (first / "checkpoints" / "best.pt").read_bytes()
+        assert train(*words) == 0
+        assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, f"{first.name}-2"]
+        assert (first / "checkpoints" / "best.pt").read_bytes() == before
+
+    def test_the_deadline_saves_and_the_same_command_goes_on(self, train, tmp_path: Path) -> None:
+        words = ("--epochs", "3", "--no-test", "--no-report")
+        assert train(*words, "--max-hours", "1e-9") == 75
+        folder = next(tmp_path.iterdir())
+        assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
+        assert train(*words) == 0
+        assert list(tmp_path.iterdir()) == [folder]
+        assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+    def test_a_stopped_run_is_not_continued_with_another_model(
+        self, train, tmp_path: Path, capsys
+    ) -> None:
+        words = ("--run-name", "x", "--epochs", "2", "--no-test", "--no-report")
+        assert train(*words, "--max-hours", "1e-9") == 75
+        assert train(*words, "--num-experts", "4") == 4
+        message = " ".join(capsys.readouterr().err.split())
+        assert "model.num_experts: 3 -> 4" in message
+        assert train(*words, "--num-experts", "4", "--resume", "never") == 0
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x-2"]
+
+    def test_resume_from_a_folder(self, train, tmp_path: Path, capsys) -> None:
+        words = ("--run-name", "x", "--no-test", "--no-report", "--epochs", "2")
+        assert train(*words, "--max-hours", "1e-9") == 75
+        assert train(*words, "--resume-from", str(tmp_path / "x")) == 0
+        assert "resumed" in capsys.readouterr().out
+        assert [p.name for p in tmp_path.iterdir()] == ["x"]
+        assert train(*words, "--resume", str(tmp_path / "nowhere")) == 4
+
+    def test_dry_run_writes_nothing(self, train, tmp_path: Path, capsys) -> None:
+        assert train("--dry-run") == 0
+        out = capsys.readouterr().out
+        assert not list(tmp_path.iterdir())
+        assert "precision   fp32" in out and "one step" in out
+
+    def test_decisions_are_said_with_their_reason(self, train, capsys) -> None:
+        train("--dry-run")
+        out = capsys.readouterr().out
+        for word in ("data ", "test sets", "workers", "device", "precision", "model", "plan"):
+            assert word in out
+
+    def test_an_unknown_backbone_is_a_config_error(self, train, capsys) -> None:
+        assert train("--backbone", "edgenext_bass") == 2
+        assert "Did you mean edgenext_base" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of under 9 minutes: the GPU tests, a short real training
+# at 352 px with edgenext_base, and the times of its step. Results: $OUT/<gpu>-<commit>.json and logs.
+#
+#   OUT=benchmarks/results tools/gpu_check.sh            on a CUDA machine
+#   tools/gpu_check.sh --smoke                           the same path in small, on a CPU
+#
+# Packages missing on the machine can be brought as wheels in the folder .whl.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT="${OUT:-benchmarks/results}"
+PYTHON="${PYTHON:-python3}"
+mkdir -p "$OUT"
+
+if [ -d .whl ]; then
+  site="$(mktemp -d)"
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
+status=0
+timeout 180 "$PYTHON" -m pytest -m gpu tests/gpu -o addopts= -p no:cacheprovider -q 2>&1 | tee "$OUT/gpu_tests.log"
+tests="${PIPESTATUS[0]}"
+# 5: no test ran, which is what a machine without pytest's marks or without CUDA reports.
+[ "$tests" -eq 0 ] || [ "$tests" -eq 5 ] || status=1
+
+timeout 330 "$PYTHON" tools/gpu_check.py --output "$OUT" --tests-exit-code "$tests" "$@" 2>&1 | tee "$OUT/gpu_check.log"
+[ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+exit "$status"
