@@ -15,6 +15,7 @@ from pathlib import Path
 from camoxpert.cli import main
 
 RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
+SIZE = ("--train", "400", "--test", "80", "--size", "96", "--difficulty", "0.15")
 
 
 def command(*words: str) -> None:
@@ -35,7 +36,7 @@ def demo(output: Path) -> int:
     started = time.monotonic()
     data = output / "data"
     if not data.is_dir():
-        command("synthesize", "toy", str(data))
+        command("synthesize", "toy", str(data), *SIZE)
     command(
         "train",
         "--config",

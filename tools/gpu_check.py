@@ -55,7 +55,7 @@ def step_functions(
 ) -> dict[str, Callable[[], None]]:
     """Return whole training steps: ours per dispatch back end, and the bare backbone's."""
     model = build_model(config.model).to(device).train()
-    optimizer = build_optimizer(model, model.backbone, config.optim, scale=1.0)
+    optimizer = build_optimizer(model, config.optim)
     size = config.data.img_size
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
     masks = (torch.rand(batch_size, 1, size, size, device=device) > 0.7).float()

@@ -13,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.add_argument("kind", choices=("toy",), help="toy: generated textures and shapes")
     parser.add_argument("output", help="a new folder; gets TrainDataset/ and TestDataset/")
-    parser.add_argument("--train", type=int, default=320, help="training pairs [320]")
+    parser.add_argument("--train", type=int, default=400, help="training pairs [400]")
     parser.add_argument("--test", type=int, default=80, help="test pairs [80]")
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels [96]")
     parser.add_argument(
-        "--difficulty", type=float, default=0.4, help="0 easy to see, 1 nearly invisible [0.4]"
+        "--difficulty", type=float, default=0.5, help="0 easy to see, 1 nearly invisible [0.5]"
     )
     parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal data [0]")
 

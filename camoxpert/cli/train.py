@@ -127,7 +127,8 @@ def train_and_report(setup: Any, config: Config, typed: list[str], started: floa
             "gmacs": setup.gmacs,
         },
     )
-    log = RunLog(run_dir, tensorboard=config.run.tensorboard)
+    step = opened.resume.values["state"]["step"] + 1 if opened.resume else None
+    log = RunLog(run_dir, tensorboard=config.run.tensorboard, resume_step=step)
     log.add_phase("start", time.monotonic() - started)
     stop = StopFlag(config.train.max_hours)
     status = "failed"

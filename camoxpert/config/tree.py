@@ -168,6 +168,11 @@ class OptimConfig:
         "backbone learning rate over the decoder's; unset: 0.1 with weights, 1 without",
         above=0,
     )
+    router_lr_scale: float = setting(
+        0.1,
+        "router learning rate over the decoder's; a fast router settles on a few experts",
+        above=0,
+    )
     weight_decay: float = setting(
         1e-4, "decoupled weight decay (not on norms and biases)", flag="--weight-decay", minimum=0
     )

@@ -48,7 +48,8 @@ class TrainingBar:
             ascii=" #",
             bar_format="{desc}: {percentage:.0f}%|{bar:10}| {n_fmt}/{total_fmt} "
             "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-            # In a log file carriage returns make a mess: tqdm stays silent, lines are printed below.
+            # In a log file carriage returns make a mess: tqdm stays silent, lines are printed
+            # below.
             file=sys.stderr if self._live else io.StringIO(),
             leave=False,
             mininterval=0.2,

@@ -199,14 +199,16 @@ def _experts(records: Sequence[Mapping[str, Any]]) -> str:
     count = len(last["experts"])
     if count == 1:
         return "<section><h2>Experts</h2><p>One expert: every image uses it.</p></section>"
-    warnings = [
-        f"<p class='warning'>{escape(name)}: expert {escape(expert)} gets {usage:.1%} of the "
-        f"choices, under a "
-        "tenth of its fair share. If it stays so, raise loss.balance or lower --num-experts.</p>"
-        for name, level in last["levels"].items()
-        for expert, usage in zip(last["experts"], level["usage"], strict=True)
-        if usage < 0.1 / count
-    ]
+    warnings = []
+    for name, level in last["levels"].items():
+        pairs = zip(last["experts"], level["usage"], strict=True)
+        idle = [escape(expert) for expert, usage in pairs if usage < 0.1 / count]
+        if idle:
+            warnings.append(
+                f"<p class='warning'>{escape(name)}: {', '.join(idle)} under a tenth of the fair "
+                f"share. "
+                "If it stays so, raise loss.balance or lower --num-experts.</p>"
+            )
     entropy = ", ".join(f"{escape(k)} {v['entropy']:.2f}" for k, v in last["levels"].items())
     return (
         f"<section><h2>Experts</h2><p class='soft'>Which experts the images of epoch "
@@ -233,7 +235,8 @@ def _time(info: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
             f"{wait:.1%} of the time was spent waiting for data.</p>"
         )
         if wait > 0.2:
-            text += "<p class='warning'>The device waits for data: raise --num-workers if cores are free.</p>"
+            advice = "The device waits for data: raise --num-workers if cores are free."
+            text += f"<p class='warning'>{advice}</p>"
     return (
         f"<section><h2>Time</h2>{text}{_chart(lambda: plots.plot_phases(phases), 'time')}</section>"
     )

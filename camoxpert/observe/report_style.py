@@ -23,7 +23,7 @@ section { background:var(--card); border:1px solid var(--line); border-radius:12
 .tile b { display:block; font-size:25px; line-height:1.25; font-variant-numeric:tabular-nums; }
 .tile span { color:var(--soft); font-size:13px; }
 table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; }
-th,td { text-align:right; padding:6px 10px; border-bottom:1px solid var(--line);
+th,td { text-align:right; padding:6px 8px; border-bottom:1px solid var(--line);
   white-space:nowrap; }
 th:first-child,td:first-child { text-align:left; }
 th { color:var(--soft); font-weight:600; font-size:13px; }

@@ -49,9 +49,10 @@ class RunLog:
     Args:
         run_dir: an existing folder.
         tensorboard: also write TensorBoard events; where it is missing, one warning.
+        resume_step: step a run continues from; TensorBoard hides what it showed beyond it.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, *, tensorboard: bool, resume_step: int | None = None) -> None:
         self.path = run_dir / "metrics.jsonl"
         self._file = self.path.open("a", encoding="utf-8")
         self._phases: dict[str, float] = {}
@@ -60,7 +61,7 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(run_dir))
+                self._writer = SummaryWriter(str(run_dir), purge_step=resume_step)
             except Exception as error:
                 # Its import fails in many ways (protobuf, setuptools, numpy); none is the run's
                 # fault.

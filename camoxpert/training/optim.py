@@ -8,6 +8,7 @@ before and after a resume.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,32 +157,32 @@ def backbone_scale(config: OptimConfig, *, has_weights: bool) -> float:
 
 
 def build_optimizer(
-    model: nn.Module, backbone: nn.Module, config: OptimConfig, *, scale: float
+    model: nn.Module, config: OptimConfig, *, scales: Sequence[tuple[nn.Module, float]] = ()
 ) -> torch.optim.AdamW:
-    """Build AdamW over four groups: backbone or not, decayed or not (vectors are not).
+    """Build AdamW; each group carries ``scale``, its learning rate over the decoder's.
 
-    Each group carries ``scale``, its learning rate over the decoder's. All parameters are in it
-    from
-    the start; those of a frozen backbone have no gradient and are passed over.
+    All parameters are in it from the start; those of a frozen backbone have no gradient and are
+    passed over. Vectors (norms, biases) are not decayed.
+
+    Args:
+        model: all of it is trained.
+        config: betas and weight decay.
+        scales: parts of the model with a rate of their own; everything else has scale 1.
     """
-    ours = {id(parameter) for parameter in backbone.parameters()}
-    groups: list[dict[str, Any]] = []
-    for in_backbone in (False, True):
-        for decay in (True, False):
-            parameters = [
-                p
-                for p in model.parameters()
-                if (id(p) in ours) == in_backbone and (p.ndim > 1) == decay
-            ]
-            if parameters:
-                groups.append(
-                    {
-                        "params": parameters,
-                        "weight_decay": config.weight_decay if decay else 0.0,
-                        "scale": scale if in_backbone else 1.0,
-                    }
-                )
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    scale_of = {id(p): scale for part, scale in scales for p in part.parameters()}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        key = (scale_of.get(id(parameter), 1.0), parameter.ndim > 1)
+        groups.setdefault(key, []).append(parameter)
+    settings: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decay else 0.0,
+            "scale": scale,
+        }
+        for (scale, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

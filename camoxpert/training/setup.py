@@ -152,7 +152,8 @@ def prepare(config: Config, say: Say) -> Setup:
         f"({why}); "
         f"backbone at {scale:g}x the learning rate"
     )
-    optimizer = build_optimizer(model, model.backbone, config.optim, scale=scale)
+    routers = [(moe.router, config.optim.router_lr_scale) for moe in model.moe_levels]
+    optimizer = build_optimizer(model, config.optim, scales=[(model.backbone, scale), *routers])
     ema = ModelEma(model, config.train.ema_decay) if config.train.use_ema else None
     setup = Setup(
         config=config,

@@ -13,7 +13,7 @@ import torch
 
 from camoxpert.config import Config, to_dict
 from camoxpert.data.loader import Batch, build_eval_loader, device_batches
-from camoxpert.errors import CheckpointError, NumericError
+from camoxpert.errors import CheckpointError, ConfigError, NumericError
 from camoxpert.losses import total_loss
 from camoxpert.metrics import Evaluator, is_better
 from camoxpert.observe.gpu import GpuMonitor
@@ -112,7 +112,10 @@ def train(
                     # --- one optimizer step
                     lr = lr_at(plan, config.optim, state.step)
                     set_lr(setup.optimizer, lr)
-                    values = train_step(setup, [batch for batch, _ in window], meter)
+                    try:
+                        values = train_step(setup, [batch for batch, _ in window], meter)
+                    except torch.OutOfMemoryError as error:
+                        raise out_of_memory(setup, stage) from error
                     state.step += 1
                     state.batch += len(window)
                     names = [name for batch, _ in window for name in batch.names]
@@ -188,7 +191,8 @@ def train(
                 checkpoints.save_best(shipped(setup, state, {}), step=state.step)
             save()
             if config.train.early_stopping and state.stale >= config.train.early_stopping:
-                text = f"early stopping: no better {config.train.select} since epoch {state.best_epoch}"
+                since = f"no better {config.train.select} since epoch {state.best_epoch}"
+                text = f"early stopping: {since}"
                 note_event(log, state, text)
                 say(text)
                 break
@@ -241,6 +245,20 @@ def train_step(setup: Setup, window: list[Batch], meter: RoutingMeter) -> dict[s
     if setup.ema is not None:
         setup.ema.update(model, finite)
     return {**values, "grad_norm": norm, "skipped": 1 - finite}
+
+
+def out_of_memory(setup: Setup, stage: Stage) -> ConfigError:
+    """Say what did not fit and which flags keep the same effective batch in less memory."""
+    half, double = max(1, stage.batch_size // 2), 2 * setup.config.train.accumulation_steps
+    return ConfigError(
+        f"Out of memory on {setup.device}: {stage.batch_size} images of "
+        f"{setup.config.data.img_size} px do not "
+        f"fit (peak {(peak_memory(setup.device) or 0) / 1e9:.1f} GB). The same effective batch in "
+        f"half the "
+        f"memory: --batch-size {half} --accumulation-steps {double}; or --gradient-checkpointing. "
+        f"The "
+        "checkpoints already written are intact."
+    )
 
 
 def windows(
@@ -329,9 +347,9 @@ def validate(setup: Setup, log: RunLog, state: TrainState, stop: StopFlag) -> di
         setup.data.validation,
         img_size=data.img_size,
         batch_size=setup.plan.stages[0].batch_size,
-        num_workers=0,
+        num_workers=setup.data.num_workers,
         max_pixels=data.max_pixels,
-        keep_images=True,
+        keep_images=count > 0 and setup.config.run.tensorboard,
     )
 
     def show(batch: Any, position: int, prediction: np.ndarray, row: dict[str, Any]) -> None:

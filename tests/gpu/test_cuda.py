@@ -52,7 +52,7 @@ def test_back_ends_agree_on_the_gpu(dtype, tolerance) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_short_training_learns_under_autocast(dtype) -> None:
     config, model = build()
-    optimizer = build_optimizer(model, model.backbone, config.optim, scale=1.0)
+    optimizer = build_optimizer(model, config.optim)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
     images = torch.randint(0, 256, (8, 3, 96, 96), dtype=torch.uint8, device="cuda")
     masks = torch.zeros(8, 1, 96, 96, device="cuda")
@@ -91,7 +91,7 @@ def test_the_only_syncs_of_a_forward_are_the_dispatchs() -> None:
 def test_skipped_step_leaves_weights_and_ema_alone() -> None:
     config, model = build("tiny_test")
     ema = ModelEma(model, 0.9)
-    optimizer = build_optimizer(model, model.backbone, config.optim, scale=1.0)
+    optimizer = build_optimizer(model, config.optim)
     before = copy.deepcopy(model.state_dict())
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))

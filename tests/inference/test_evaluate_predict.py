@@ -10,9 +10,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from camoxpert.data.manifest import load_eval
 
 from camoxpert.cli import main
+from camoxpert.data.manifest import load_eval
 from camoxpert.errors import DataError
 from camoxpert.inference.batch import find_photos
 from camoxpert.inference.evaluate import Gallery, safe_name, score_table

@@ -98,14 +98,16 @@ def test_backbone_learns_at_a_tenth_and_vectors_are_not_decayed() -> None:
     config = build_config({"optim.weight_decay": 0.05}).optim
     assert backbone_scale(config, has_weights=True) == 0.1
     assert backbone_scale(config, has_weights=False) == 1.0
-    optimizer = build_optimizer(model, model.backbone, config, scale=0.1)
+    router = model.moe_levels[0].router
+    optimizer = build_optimizer(model, config, scales=[(model.backbone, 0.1), (router, 0.5)])
     set_lr(optimizer, 1e-3)
-    ours = {id(p) for p in model.backbone.parameters()}
+    rates = {id(p): 1e-4 for p in model.backbone.parameters()}
+    rates |= {id(p): 5e-4 for p in router.parameters()}
     seen = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             seen += 1
-            assert group["lr"] == pytest.approx(1e-4 if id(parameter) in ours else 1e-3)
+            assert group["lr"] == pytest.approx(rates.get(id(parameter), 1e-3))
             assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0)
     assert seen == len(list(model.parameters()))
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from camoxpert.observe.runlog import RunLog, read_jsonl
 
 from camoxpert.config import build_config, load_config
-from camoxpert.errors import NumericError
+from camoxpert.errors import ConfigError, NumericError
+from camoxpert.observe.runlog import RunLog, read_jsonl
 from camoxpert.training import trainer
 from camoxpert.training.checkpoint import load_checkpoint
 from camoxpert.training.guards import StopFlag
@@ -68,8 +68,18 @@ def batches_of(setup: Setup) -> list:
 def test_it_learns_and_the_control_does_not(toy_data: Path, tmp_path: Path) -> None:
     """Trained on the right masks it beats the same model trained on another image's masks."""
     scores = {}
+    still = {f"data__augment__{name}": 0.0 for name in ("rotate", "scale", "translate")}
     for name in ("right", "shuffled"):
-        setup = setup_of(toy_data, train__epochs=15, optim__lr=5e-3, data__val_fraction=0.25)
+        setup = setup_of(
+            toy_data,
+            **still,
+            train__epochs=40,
+            optim__lr=1e-2,
+            data__val_fraction=0.2,
+            train__batch_size=4,
+            train__ema_decay=0.95,
+            train__validate_every=40,
+        )
         if name == "shuffled":
             pairs = setup.data.train.pairs
             swapped = [
@@ -82,6 +92,45 @@ def test_it_learns_and_the_control_does_not(toy_data: Path, tmp_path: Path) -> N
         summary = run(setup, tmp_path / name)
         scores[name] = summary.best_scores["wFmeasure"]
     assert scores["right"] > scores["shuffled"] + 0.1
+
+
+def test_settings_take_effect_in_what_is_built(toy_data: Path) -> None:
+    setup = setup_of(
+        toy_data,
+        model__num_experts=5,
+        model__top_k=3,
+        model__dispatch="loop",
+        data__img_size=64,
+        data__num_workers=1,
+        train__batch_size=4,
+        train__ema_decay=0.5,
+        train__precision="bf16",
+        train__gradient_checkpointing="on",
+        train__device="cpu",
+        optim__weight_decay=0.07,
+        optim__betas=[0.8, 0.9],
+    )
+    moe = setup.model.moe_levels[0]
+    assert (len(moe.experts), moe.router.top_k, moe.dispatch) == (5, 3, "loop")
+    assert setup.ema.decay == 0.5 and setup.precision.name == "bf16"
+    assert setup.model.decoder.checkpointing and setup.device.type == "cpu"
+    assert {g["weight_decay"] for g in setup.optimizer.param_groups} == {0.0, 0.07}
+    assert setup.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert setup.data.num_workers == 1 and setup.plan.stages[0].batch_size == 4
+    loader = training_loader(setup, 4)
+    assert next(iter(loader)).images.shape == (4, 3, 64, 64)
+    loader.close()
+    assert setup_of(toy_data, train__use_ema=False).ema is None
+    assert not setup_of(toy_data, train__amp=False, train__precision="auto").scaler.is_enabled()
+
+
+def test_out_of_memory_says_what_to_lower(toy_data: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(trainer, "train_step", full)
+    with pytest.raises(ConfigError, match="--batch-size 4 --accumulation-steps 2"):
+        run(setup_of(toy_data), tmp_path / "run")
 
 
 def test_stage_1_leaves_the_backbone_alone(toy_data: Path) -> None:
