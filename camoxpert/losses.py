@@ -152,6 +152,10 @@ def total_loss(
             ),
             start=mask.new_zeros(()),
         )
+    elif output.side_logits:
+        # Weight zero, not absent: distributed training needs a gradient for every parameter.
+        unused = torch.stack([side.float().mean() for side in output.side_logits])
+        parts["mask"] = parts["mask"] + 0.0 * unused.sum()
     if output.routing and output.routing[0].probs_BE.shape[1] > 1:
         levels = len(output.routing)
         parts["balance"] = config.balance * sum(

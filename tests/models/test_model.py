@@ -102,6 +102,26 @@ def test_keys_stay_clean_under_compile() -> None:
     assert not any("_orig_mod" in key or "module." in key for key in keys)
 
 
+def test_keys_stay_clean_and_idle_experts_reduce_under_ddp(tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = small(num_experts=7, top_k=1)
+        keys = list(model.state_dict())
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        mask = torch.ones(1, 1, 32, 32)
+        # Twice: a parameter without a gradient would make the second pass fail.
+        for deep in (True, False):
+            config = build_config({"loss.deep_supervision": deep}).loss
+            total_loss(wrapped(torch.rand(1, 3, 32, 32)), mask, config)[0].backward()
+        wrapped(torch.rand(1, 3, 32, 32))
+        assert list(model.state_dict()) == keys
+        assert {k.removeprefix("module.") for k in wrapped.state_dict()} == set(keys)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_layer_scale_starts_useful_from_scratch_and_stays_with_timm_when_asked() -> None:
     scratch = small(backbone="edgenext_xx_small")
     gammas = [p for n, p in scratch.named_parameters() if n.endswith("gamma")]
