@@ -86,7 +86,7 @@ class TrainingBar:
         return str(self._bar)
 
     def _log_line(self) -> None:
-        tenths = 10 * int(self._bar.n) // max(int(self._bar.total), 1)
+        tenths = 10 * int(self._bar.n) // max(int(self._bar.total or 0), 1)
         due = time.monotonic() - self._last_line >= LOG_EVERY_SECONDS
         if due or tenths == 10 > self._tenths:
             self._last_line = time.monotonic()
