@@ -15,7 +15,7 @@ from pathlib import Path
 from camoxpert.cli import main
 
 RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
-SIZE = ("--train", "400", "--test", "80", "--size", "96", "--difficulty", "0.15")
+SIZE = ("--train", "600", "--test", "100", "--size", "96", "--difficulty", "0.1")
 
 
 def command(*words: str) -> None:
