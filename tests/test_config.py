@@ -75,6 +75,7 @@ def test_override_values_keep_their_type(override: str, value: object) -> None:
         (["model.width=30"], "multiple of 8"),
         (["model.top_k=8"], "Lower --top-k"),
         (["model.experts=[edges]"], "Did you mean edge?"),
+        (["model.shared_expert=edges"], "Did you mean edge?"),
         (["model.num_experts=2", "model.experts=[edge,texture,contrast]"], "names 3 kinds"),
         (["train.epochs=5", "train.stage1_epochs=6"], "--stage1-epochs 6"),
         (["train.amp=false", "train.precision=bf16"], "contradict"),

@@ -32,10 +32,10 @@ def check_conflicts(config: Config) -> None:
             f"cannot use more experts "
             "than there are. Lower --top-k or raise --num-experts."
         )
-    for kind in model.experts:
+    for kind in (*model.experts, *([model.shared_expert] if model.shared_expert else [])):
         if kind not in EXPERT_KINDS:
             raise ConfigError(
-                f"model.experts: unknown expert kind {kind!r}.{nearest(kind, EXPERT_KINDS)} Known: "
+                f"model: unknown expert kind {kind!r}.{nearest(kind, EXPERT_KINDS)} Known: "
                 f"{', '.join(EXPERT_KINDS)}."
             )
     if len(model.experts) > model.num_experts:

@@ -121,6 +121,9 @@ class ModelConfig:
     experts: tuple[str, ...] = setting(
         (), f"expert kinds in order, repeated up to num_experts; empty: {', '.join(EXPERT_KINDS)}"
     )
+    shared_expert: str = setting(
+        "", "kind of an expert that every image uses besides its chosen ones; empty: none"
+    )
     expert_expansion: float = setting(
         1.0, "width of an expert's hidden features over the decoder width", above=0
     )

@@ -47,6 +47,7 @@ class Level(nn.Module):
             kinds=config.experts,
             expansion=config.expert_expansion,
             dispatch=choose_dispatch(config.dispatch)[0],
+            shared=config.shared_expert,
         )
         self.head = pointwise(config.width, 1)
 

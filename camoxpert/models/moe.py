@@ -80,6 +80,9 @@ class MoE(nn.Module):
         kinds: expert kinds in order, repeated up to E; empty means all seven.
         expansion: hidden width of an expert over C.
         dispatch: name of the back end.
+        shared: kind of an expert that every image uses beside the chosen ones, or "". What all
+            images
+            need is then learned from all of them (Dai et al., DeepSeekMoE, ACL 2024, section 3.2).
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class MoE(nn.Module):
         kinds: tuple[str, ...] = (),
         expansion: float = 1.0,
         dispatch: str = "sorted",
+        shared: str = "",
     ) -> None:
         super().__init__()
         self.kinds = expert_kinds(num_experts, kinds)
@@ -99,12 +103,14 @@ class MoE(nn.Module):
         self.norm = LayerNorm2d(width)
         self.router = Router(width, num_experts, top_k)
         self.experts = nn.ModuleList(EXPERTS[kind](width, hidden) for kind in self.kinds)
+        self.shared = EXPERTS[shared](width, hidden) if shared else None
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Routing]:
         """Return (x + mixture, routing); the mixture has the shape of x, (B, C, H, W)."""
         # Routed on the raw features: the norm would hide how strongly they respond.
         routing = self.router(x_BCHW)
-        mixture = DISPATCH[self.dispatch](
-            self.experts, self.norm(x_BCHW), routing.gates_BK, routing.experts_BK
-        )
+        h = self.norm(x_BCHW)
+        mixture = DISPATCH[self.dispatch](self.experts, h, routing.gates_BK, routing.experts_BK)
+        if self.shared is not None:
+            mixture = mixture + self.shared(h)
         return x_BCHW + mixture, routing

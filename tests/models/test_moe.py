@@ -130,6 +130,17 @@ def test_router_sees_content() -> None:
     assert not torch.allclose(router(noise).logits_BE, router(wild).logits_BE, atol=1e-3)
 
 
+def test_a_shared_expert_serves_every_image_beside_the_chosen_ones() -> None:
+    torch.manual_seed(0)
+    moe = MoE(16, num_experts=3, top_k=1, shared="edge")
+    x = torch.randn(4, 16, 5, 5)
+    y, routing = moe(x)
+    h = moe.norm(x)
+    routed = DISPATCH["loop"](moe.experts, h, routing.gates_BK, routing.experts_BK)
+    torch.testing.assert_close(y, x + routed + moe.shared(h))
+    assert MoE(16, num_experts=3, top_k=1).shared is None
+
+
 def test_auto_dispatch_says_why() -> None:
     name, reason = choose_dispatch("auto")
     assert name in DISPATCH and reason
