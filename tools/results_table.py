@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,21 @@ def table(runs: list[dict[str, Any]], dataset: str) -> list[str]:
             *(f"{run['tests'][dataset]['scores'][key]:.3f}" for key in keys),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines + means(runs, dataset)
+
+
+def means(runs: list[dict[str, Any]], dataset: str) -> list[str]:
+    """Return a row of means for runs that differ in ``-seedN`` at the end of their name."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        stem, found, _ = run["name"].rpartition("-seed")
+        if found and dataset in run["tests"]:
+            groups.setdefault(stem, []).append(run["tests"][dataset]["scores"])
+    lines = []
+    for stem, scores in groups.items():
+        cells = [f"{statistics.fmean(row[key] for row in scores):.3f}" for key in RESULT_KEYS]
+        row = [f"**{stem}, mean of {len(scores)} seeds**", "", "", "", "", *cells]
+        lines.append("| " + " | ".join(row) + " |")
     return lines
 
 

@@ -1,0 +1,44 @@
+"""The maintainers' scripts run and say what they measured."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_results_page_holds_the_scores_of_its_runs(tiny_run: Path) -> None:
+    tool = load("results_table")
+    runs = [tool.read_run(tiny_run)]
+    page = tool.page(runs)
+    scores = json.loads((tiny_run / "evaluation" / "toy.json").read_text())["scores"]
+    assert f"{scores['wFmeasure']:.3f}" in page and "camoxpert train" in page
+    twins = [{**runs[0], "name": f"tiny-seed{n}"} for n in (1, 2)]
+    twins[1] = json.loads(json.dumps(twins[1]))
+    twins[1]["tests"]["toy"]["scores"]["MAE"] = scores["MAE"] + 0.2
+    row = tool.means(twins, "toy")[0]
+    assert "tiny, mean of 2 seeds" in row and f"{scores['MAE'] + 0.1:.3f}" in row
+
+
+def test_gpu_check_measures_or_says_that_it_cannot(tmp_path: Path, capsys) -> None:
+    import torch
+
+    tool = load("gpu_check")
+    if not torch.cuda.is_available():
+        assert tool.check(tmp_path, smoke=False, tests_exit_code=None) == 1
+        assert "nothing measured" in capsys.readouterr().out
+    assert tool.check(tmp_path, smoke=True, tests_exit_code=0) == 0
+    result = json.loads(next(tmp_path.glob("cpu-smoke-*.json")).read_text())
+    assert result["step"]["milliseconds"].keys() == {"sorted", "loop", "backbone"}
+    assert result["training"]["exit_code"] == 0 and result["training"]["scores"]["MAE"] < 1
