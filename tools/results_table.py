@@ -19,10 +19,9 @@ from camoxpert.metrics import RESULT_KEYS
 
 HEAD = """# Results
 
-Every number on this page was measured by the program: this page is written by
-`tools/results_table.py` from run folders. Each run was scored once on its test set, with the
-weights
-that its own settings name; the test set chose nothing.
+Every number on this page was measured by the program: `tools/results_table.py` writes it from run
+folders. Each run was scored once on its test set, with the weights that its own settings name; the
+test set chose nothing.
 """
 
 
