@@ -88,10 +88,21 @@ class RunLog:
         if self._writer is not None:
             self._writer.add_image(tag, array_HWC, step, dataformats="HWC")
 
-    def truncate_after(self, step: int) -> None:
-        """Drop records beyond ``step``: a run resumed from there will write them again."""
+    def truncate_after(self, step: int, *, epoch_done: bool = True) -> None:
+        """Drop records that a run resumed from ``step`` will write again.
+
+        Args:
+            step: records beyond it go.
+            epoch_done: False where the step is the last one of an epoch whose end (routing,
+                validation) is still to come: those records of this very step go, too.
+        """
         self._file.close()
-        kept = [record for record in read_jsonl(self.path) if record.get("step", 0) <= step]
+        kept = [
+            record
+            for record in read_jsonl(self.path)
+            if record.get("step", 0) < step
+            or (record.get("step", 0) == step and (epoch_done or record.get("kind") == "train"))
+        ]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)

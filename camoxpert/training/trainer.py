@@ -69,7 +69,7 @@ def train(
     state = TrainState()
     if resume is not None:
         state = restore(setup, resume)
-        log.truncate_after(state.step)
+        log.truncate_after(state.step, epoch_done=state.batch == 0)
         say(f"resumed     {resume.path.name}: epoch {state.epoch + 1}, step {state.step}")
     meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
     reader = LateReader()
@@ -378,8 +378,10 @@ def note_event(log: RunLog, state: TrainState, text: str) -> None:
 def write_routing(
     meter: RoutingMeter, log: RunLog, state: TrainState, stage: Stage, epoch: int
 ) -> None:
-    """Log which experts the epoch's images used."""
+    """Log which experts the epoch's images used; nothing where a resume had no step left to do."""
     levels = meter.summary()
+    if not levels:
+        return
     record = {"kind": "routing", "step": state.step, "epoch": epoch + 1, "stage": stage.number}
     log.write({**record, "experts": meter.experts, "levels": levels})
     log.scalars(state.step, {f"routing/entropy {k}": v["entropy"] for k, v in levels.items()})

@@ -50,6 +50,17 @@ class TestRunLog:
         log.close()
         assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
+    def test_truncating_inside_an_epochs_end_drops_its_records(self, tmp_path: Path) -> None:
+        log = RunLog(tmp_path, tensorboard=False)
+        for kind, step in (("validation", 4), ("train", 8), ("routing", 8), ("validation", 8)):
+            log.write({"kind": kind, "step": step})
+        log.truncate_after(8, epoch_done=True)
+        assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
+        log.truncate_after(8, epoch_done=False)
+        log.close()
+        kept = [(r["kind"], r["step"]) for r in read_jsonl(tmp_path / "metrics.jsonl")]
+        assert kept == [("validation", 4), ("train", 8)]
+
     def test_nested_phases_are_counted_once(self, tmp_path: Path, monkeypatch) -> None:
         now = [0.0]
         monkeypatch.setattr("camoxpert.observe.runlog.time.monotonic", lambda: now[0])
