@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from camoxpert.cli import main
 
-RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
+RECIPE = os.path.relpath(Path(__file__).parent.parent / "configs" / "demo.yaml")
 SIZE = ("--train", "600", "--test", "100", "--size", "96", "--difficulty", "0.1")
 
 
@@ -40,7 +41,7 @@ def demo(output: Path) -> int:
     command(
         "train",
         "--config",
-        str(RECIPE),
+        RECIPE,
         "--dataset-path",
         str(data),
         "--checkpoint-dir",
