@@ -1,27 +1,39 @@
 """Reading and writing images and masks: strict, bounded, and under one orientation policy.
 
 A file is checked from its header before anything is decoded; a damaged file is an error that names
-it,
-never a grey block or an all-zero mask.
+it, never a grey block or an all-zero mask.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from camoxpert.data.mask_rule import binary_mask
 from camoxpert.errors import DataError
 
 MAX_PIXELS = 50_000_000
 # Our own limit is checked from the header; Pillow's warning would only repeat it.
 Image.MAX_IMAGE_PIXELS = None
 ORIENTATION_TAG = 0x0112
+PNG_SIGNATURE_BYTES = 8
+# EXIF orientation -> how to turn the stored pixels upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class ImageHeader:
     """What a file says about itself before it is decoded.
 
     Attributes:
-        width, height: stored size in pixels, before any EXIF rotation.
+        width, height: stored size in pixels, before any EXIF rotation (TIFF: after it).
         format: JPEG, PNG ... by content, not by file name.
         mode: Pillow's colour mode.
         orientation: EXIF orientation, 1 (upright) to 8.
@@ -55,7 +67,7 @@ def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         DataError: missing, empty, not an image, or larger than ``max_pixels``.
     """
     with _open(Path(path), max_pixels) as image:
-        return _header(image)
+        return _header(image, Path(path))
 
 
 def read_image(
@@ -79,12 +91,12 @@ def read_image(
     """
     path = Path(path)
     with _open(path, max_pixels) as image:
-        fast = image.format == "JPEG" and image.mode in ("RGB", "L")
-        if fast and (not apply_orientation or _header(image).orientation == 1):
+        orientation = _header(image, path).orientation if apply_orientation else 1
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
             pixels = _decode_jpeg(path)
             if pixels is not None:
                 return pixels
-        return _as_rgb(_upright(_load(image, path), apply_orientation))
+        return _as_rgb(_upright(_load(image, path), orientation))
 
 
 def read_mask(
@@ -92,9 +104,9 @@ def read_mask(
 ) -> np.ndarray:
     """Decode a binary mask, whatever it is stored as.
 
-    Understood: two levels of any kind (0/1, 0/255, 16-bit, palette, 1-bit), masks in the alpha
-        channel
-    only, and masks blurred by JPEG or antialiasing (most pixels near the two ends, cut above 128).
+    Understood: 0 and any other level (0/1, 0/255, 16-bit, 1-bit), palettes, masks in the alpha
+    channel only, and masks blurred by JPEG or antialiasing (most pixels near the two ends, cut
+    above 128). ``mask_rule`` holds the rules.
 
     Returns:
         uint8 (H, W), 0 and 255.
@@ -104,8 +116,9 @@ def read_mask(
     """
     path = Path(path)
     with _open(path, max_pixels) as image:
-        picture = _upright(_load(image, path), apply_orientation)
-        return _binary(_mask_levels(picture), path)
+        orientation = _header(image, path).orientation if apply_orientation else 1
+        mask = binary_mask(_load(image, path), path)
+        return np.ascontiguousarray(_upright(Image.fromarray(mask), orientation))
 
 
 def read_pair(
@@ -114,8 +127,7 @@ def read_pair(
     """Read an image and its mask so that their pixels correspond.
 
     EXIF turns both. Cameras tag images, drawing tools rarely tag masks: where the turned shapes
-    differ
-    and the stored ones agree, the mask was drawn on the stored pixels and neither is turned.
+    differ and the stored ones agree, the mask was drawn on the stored pixels and neither is turned.
 
     Returns:
         image uint8 (H, W, 3), mask uint8 (H, W) with 0 and 255.
@@ -179,14 +191,36 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     return image
 
 
-def _header(image: Image.Image) -> ImageHeader:
+def _header(image: Image.Image, path: Path) -> ImageHeader:
+    """Describe an opened image; call it before the pixels are loaded."""
     try:
-        orientation = int(image.getexif().get(ORIENTATION_TAG, 1))
-    except (OSError, ValueError, TypeError, SyntaxError):
+        # Pillow's PNG reader would decode the whole picture here, in search of a late EXIF block.
+        exif = Image.Image.getexif(image)
+        if image.format == "PNG" and not exif:
+            exif = _png_exif(path)
+        orientation = int(exif.get(ORIENTATION_TAG, 1))
+    except (OSError, ValueError, TypeError, SyntaxError, struct.error):
         # A broken EXIF block is no reason to refuse sound pixels.
         orientation = 1
-    orientation = orientation if 1 <= orientation <= 8 else 1
+    # Pillow turns TIFFs itself and reports the turned size.
+    if image.format == "TIFF" or not 1 <= orientation <= 8:
+        orientation = 1
     return ImageHeader(image.width, image.height, image.format or "", image.mode, orientation)
+
+
+def _png_exif(path: Path) -> Image.Exif:
+    """Walk a PNG's chunks, decoding none, to its EXIF block, which may stand after the pixels."""
+    exif = Image.Exif()
+    with path.open("rb") as file:
+        file.seek(PNG_SIGNATURE_BYTES)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                exif.load(b"Exif\x00\x00" + file.read(length))
+                break
+            checksum_bytes = 4
+            file.seek(length + checksum_bytes, os.SEEK_CUR)
+    return exif
 
 
 def _load(image: Image.Image, path: Path) -> Image.Image:
@@ -197,18 +231,15 @@ def _load(image: Image.Image, path: Path) -> Image.Image:
     return image
 
 
-def _upright(image: Image.Image, apply: bool) -> Image.Image:
-    if not apply or _header(image).orientation == 1:
-        return image
-    return ImageOps.exif_transpose(image)
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(TURNS[orientation])
 
 
 def _decode_jpeg(path: Path) -> np.ndarray | None:
     """Decode with OpenCV, twice as fast as Pillow; None where the file's end is not a JPEG's end.
 
     OpenCV fills what a cut-off file lacks with grey and says nothing, so the end marker is looked
-    for.
-    Some writers append bytes after it: then Pillow, which checks, decides.
+    for. Some writers append bytes after it: then Pillow, which checks, decides.
     """
     data = np.fromfile(path, np.uint8)
     if data[-2:].tobytes() != b"\xff\xd9":
@@ -221,81 +252,41 @@ def _decode_jpeg(path: Path) -> np.ndarray | None:
 def _as_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        highest = values.max(initial=0)
+        # Floating-point pictures run from 0 to 1, unless they hold more.
+        top = 65535.0 if highest > 255 else 1.0 if image.mode == "F" and highest <= 1 else 255.0
         grey = (np.clip(values / top, 0, 1) * 255).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     return np.ascontiguousarray(np.asarray(image.convert("RGB")))
-
-
-def _mask_levels(image: Image.Image) -> np.ndarray:
-    """Return the channel that holds the mask, any integer type (H, W)."""
-    if image.mode == "P":
-        indices = np.asarray(image)
-        # Palette masks: index 0 is the background, whatever colour it is shown in.
-        return (indices > 0).astype(np.uint8) if len(np.unique(indices)) <= 2 else indices
-    if image.mode in ("RGBA", "LA", "PA"):
-        planes = np.asarray(image.convert("RGBA"))
-        colour, alpha = planes[..., :3].max(axis=2), planes[..., 3]
-        return alpha if colour.min() == colour.max() else colour
-    if image.mode in ("1", "L") or image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    return np.asarray(image.convert("RGB")).max(axis=2)
-
-
-def _binary(levels: np.ndarray, path: Path) -> np.ndarray:
-    """Turn mask levels into 0 and 255, or say why they are no mask."""
-    values = np.unique(levels)
-    if levels.dtype == bool:
-        return levels.astype(np.uint8) * np.uint8(255)
-    if len(values) == 1:
-        full = values[0] > 0
-        return np.full(levels.shape, 255 if full else 0, np.uint8)
-    if len(values) == 2:
-        if values[0] != 0 and values[1] not in (255, 65535):
-            raise DataError(
-                f"The mask {path} has the values {values[0]} and {values[1]}; background must be 0."
-            )
-        return np.where(levels == values[1], np.uint8(255), np.uint8(0))
-    top = 65535 if values[-1] > 255 else 255
-    low, high = levels < top * 0.25, levels > top * 0.75
-    # Blur from JPEG or antialiasing touches outlines only; a photograph is grey all over.
-    between = 1.0 - (low.mean() + high.mean())
-    if between > 0.1 or not high.any():
-        shown = ", ".join(str(v) for v in values[:6])
-        raise DataError(
-            f"{path} is not a binary mask: {len(values)} values ({shown} ...), {between:.0%} of "
-            f"the "
-            "pixels are neither dark nor bright. Is it a photograph or a label map? Masks hold 0 "
-            "and "
-            "255, or 0 and 1."
-        )
-    return np.where(levels > top * (128 / 255), np.uint8(255), np.uint8(0))
 
 
 def _write(path: Path, array: np.ndarray, suffix: str, options: list[int]) -> None:
     if array.ndim == 3:
         code = cv2.COLOR_RGB2BGR if array.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
         array = cv2.cvtColor(array, code)
-    done, data = cv2.imencode(suffix, array, options)
+    done, data = cv2.imencode(suffix, np.ascontiguousarray(array), options)
     if not done:
         raise DataError(f"{path} could not be encoded.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(data.tobytes())
         # mkstemp makes private files; results are meant to be read by others.
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path} could not be written: {error}.") from error
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DataError(f"{path} could not be written: {error}.") from error
+        raise
 
 
 def require_whole(path: Path, header: ImageHeader) -> None:
-    """Raise DataError for a file that was cut short; reads its last bytes, decodes only in
-    doubt."""
+    """Raise DataError for a cut-off file; reads its last bytes, decodes only in doubt."""
     ends = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
     end = ends.get(header.format)
     if end is None:

@@ -1,8 +1,7 @@
 """From pairs to batches: a stateless sampler, a pure data set, batches moved to the device.
 
 The sampler yields (epoch, index); a sample is a pure function of (seed, epoch, index). So any
-number
-of workers, kept or not, and any resume give the same batches bit for bit.
+number of workers, kept or not, and any resume give the same batches bit for bit.
 """
 
 from __future__ import annotations
@@ -358,7 +357,9 @@ def _checked(loader: DataLoader[Any], running: list[Any]) -> Iterator[Any]:
                 raise batch
             yield batch
     except (RuntimeError, ConnectionResetError) as error:
-        if "worker" not in str(error) and not isinstance(error, ConnectionResetError):
+        # A fault of our own inside a worker keeps its traceback; it says "worker process".
+        died = "DataLoader worker (pid" in str(error) or "shared memory" in str(error)
+        if not died and not isinstance(error, ConnectionResetError):
             raise
         reason = " ".join(str(error).split())[:200]
         raise DataError(

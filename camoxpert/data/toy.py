@@ -2,10 +2,8 @@
 
 Background and object are textures of one family, painted with one palette after both are
 histogram-equalised, so that their colours and contrasts agree; what tells them apart is
-orientation,
-scale and phase. ``difficulty`` takes these cues away: 0 is easy to see, 1 leaves a phase break and
-a
-faint contour.
+orientation, scale and phase. ``difficulty`` takes these cues away: 0 is easy to see, 1 leaves a
+phase break and a faint contour.
 """
 
 from __future__ import annotations
@@ -40,12 +38,17 @@ def toy_pair(
 
     Args:
         seed, index: which pair.
-        size: side in pixels.
+        size: side in pixels, at least 16.
         difficulty: 0 (easy) to 1 (nearly invisible).
 
     Returns:
         image uint8 (S, S, 3) RGB; mask uint8 (S, S), 0 or 255, never empty.
+
+    Raises:
+        ValueError: size or difficulty out of range.
     """
+    if size < 16 or not 0 <= difficulty <= 1:
+        raise ValueError(f"size {size} must be at least 16, difficulty {difficulty:g} in 0..1.")
     # A stream each, so that changing the difficulty changes neither outline nor colours.
     scene, outline, grain = (np.random.default_rng([seed, index, k]) for k in range(3))
     make = list(TEXTURES.values())[index % len(TEXTURES)]
@@ -143,13 +146,17 @@ def pebbles(rng: np.random.Generator, size: int, angle: float, scale: float) -> 
     y, x = np.mgrid[:size, :size].astype(np.float32)
     squeeze = np.float32(1.5)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    dx = x[..., None] - points[:, 0].astype(np.float32)
-    dy = y[..., None] - points[:, 1].astype(np.float32)
-    distance = (dx * cos + dy * sin) ** 2 + squeeze * (dy * cos - dx * sin) ** 2
-    near = np.argpartition(distance, 1, axis=-1)[..., :2]
-    two = np.sqrt(np.sort(np.take_along_axis(distance, near, axis=-1), axis=-1))
-    nearest = distance.argmin(axis=-1)
-    gap = np.clip((two[..., 1] - two[..., 0]) / scale, 0, 1)
+    first = np.full((size, size), np.inf, np.float32)
+    second, nearest = first.copy(), np.zeros((size, size), np.intp)
+    # Point by point: all distances at once take 100 MB at 352 pixels, and ten times as long.
+    for number, (px, py) in enumerate(points.astype(np.float32)):
+        dx, dy = x - px, y - py
+        distance = (dx * cos + dy * sin) ** 2 + squeeze * (dy * cos - dx * sin) ** 2
+        closer = distance < first
+        np.minimum(second, np.where(closer, first, distance), out=second)
+        nearest[closer] = number
+        np.minimum(first, distance, out=first)
+    gap = np.clip((np.sqrt(second) - np.sqrt(first)) / scale, 0, 1)
     return grey[nearest] + 1.4 * gap + 0.3 * noise(rng, size, scale * 0.5)
 
 

@@ -209,3 +209,68 @@ class TestPairs:
         Image.fromarray(shape[:-1]).save(tmp_path / "m.png")
         with pytest.raises(DataError, match=r"60x40 pixels but its mask .* 60x39"):
             read_pair(tmp_path / "i.png", tmp_path / "m.png")
+
+    @pytest.mark.parametrize("orientation", [1, 3, 6])
+    def test_tiff_headers_report_what_the_reader_gives(
+        self, tmp_path: Path, picture: np.ndarray, shape, orientation: int
+    ) -> None:
+        """Pillow turns TIFFs on its own; turning them again would put the mask elsewhere."""
+        path = tmp_path / "i.tif"
+        Image.fromarray(picture).save(path, tiffinfo={0x0112: orientation})
+        image = read_image(path)
+        assert image.shape[:2] == probe(path).upright
+        turned = np.rot90(shape, {1: 0, 3: 2, 6: -1}[orientation])
+        Image.fromarray(turned).save(tmp_path / "m.png")
+        paired, mask = read_pair(path, tmp_path / "m.png")
+        assert np.array_equal(paired, np.rot90(picture, {1: 0, 3: 2, 6: -1}[orientation]))
+        assert np.array_equal(mask > 0, turned)
+
+    def test_png_exif_behind_the_pixels_counts(self, tmp_path: Path, picture: np.ndarray) -> None:
+        plain, late = tmp_path / "plain.png", tmp_path / "late.png"
+        Image.fromarray(picture).save(plain)
+        data = plain.read_bytes()
+        block = exif(6).removeprefix(b"Exif\x00\x00")
+        body = b"eXIf" + block
+        chunk = struct.pack(">I", len(block)) + body + struct.pack(">I", zlib.crc32(body))
+        late.write_bytes(data[:-12] + chunk + data[-12:])
+        assert probe(late).orientation == 6
+        assert np.array_equal(read_image(late), np.rot90(picture, -1))
+        assert np.array_equal(read_image(plain), picture)
+
+
+class TestMaskRules:
+    def test_sixteen_bit_colour_masks_keep_their_low_byte(self, tmp_path: Path, shape) -> None:
+        """Pillow keeps the high byte alone: a mask of 0 and 255 would come out black."""
+        planes = np.repeat(shape[..., None].astype(np.uint16) * 255, 3, 2)
+        cv2.imwrite(str(tmp_path / "m.png"), planes)
+        assert not np.asarray(Image.open(tmp_path / "m.png")).any()
+        assert np.array_equal(read_mask(tmp_path / "m.png") > 0, shape)
+
+    def test_a_grey_palette_is_read_by_its_greys(self, tmp_path: Path, shape) -> None:
+        image = Image.fromarray((~shape).astype(np.uint8)).convert("P")
+        image.putpalette([255, 255, 255, 0, 0, 0] + [0] * (254 * 3))
+        image.save(tmp_path / "m.png")
+        assert np.array_equal(read_mask(tmp_path / "m.png") > 0, shape)
+
+    @pytest.mark.parametrize("level", [38, 128, 200])
+    def test_nought_and_any_other_level_is_a_mask(self, tmp_path: Path, shape, level: int) -> None:
+        Image.fromarray(shape.astype(np.uint8) * np.uint8(level)).save(tmp_path / "m.png")
+        assert np.array_equal(read_mask(tmp_path / "m.png") > 0, shape)
+
+    @pytest.mark.parametrize("level", [77, 254])
+    def test_one_level_that_could_mean_anything_is_refused(
+        self, tmp_path: Path, level: int
+    ) -> None:
+        Image.fromarray(np.full((5, 6), level, np.uint8)).save(tmp_path / "m.png")
+        if level == 254:
+            assert read_mask(tmp_path / "m.png").all()  # white, but for a JPEG's rounding
+        else:
+            with pytest.raises(DataError, match="background must be 0"):
+                read_mask(tmp_path / "m.png")
+
+    def test_colours_of_one_strength_are_refused(self, tmp_path: Path, shape) -> None:
+        planes = np.zeros((*shape.shape, 3), np.uint8)
+        planes[shape, 0] = planes[~shape, 1] = 255
+        Image.fromarray(planes).save(tmp_path / "m.png")
+        with pytest.raises(DataError, match="several colours of equal strength"):
+            read_mask(tmp_path / "m.png")

@@ -1,0 +1,147 @@
+"""What a mask file means: from whatever levels it holds to 0 and 255, or an error that says why
+not.
+
+Every rule here exists because a common encoding otherwise reads as all background or all object,
+and a run trains on it without a word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from camoxpert.errors import DataError
+
+# A level under the first fraction of the full scale is dark, over the second one bright.
+DARK, BRIGHT = 0.25, 0.75
+# Values that a mask without any background may consist of.
+FULL_LEVELS = (1, 255, 65535)
+
+
+def binary_mask(image: Image.Image, path: Path) -> np.ndarray:
+    """Return the mask that a loaded picture holds.
+
+    Args:
+        image: decoded, not yet turned by EXIF.
+        path: its file, for messages and for the 16-bit planes that Pillow cuts to 8 bits.
+
+    Returns:
+        uint8 (H, W), 0 and 255.
+
+    Raises:
+        DataError: the picture is not a mask.
+    """
+    return cut_levels(mask_levels(image, path), path, lossy=image.format == "JPEG")
+
+
+def mask_levels(image: Image.Image, path: Path) -> np.ndarray:
+    """Return the channel that holds the mask, (H, W), bool or any number type."""
+    if image.mode == "P":
+        return _palette_levels(image, path)
+    if image.mode in ("1", "L") or image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    planes = _wide_planes(path) if image.format == "PNG" else None
+    if planes is None:
+        has_alpha = image.mode in ("RGBA", "LA", "PA")
+        planes = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+    return _strongest(planes, path)
+
+
+def cut_levels(levels: np.ndarray, path: Path, *, lossy: bool) -> np.ndarray:
+    """Turn levels into 0 and 255, or raise DataError that names them.
+
+    Args:
+        levels: (H, W).
+        path: file, for messages.
+        lossy: the file is a JPEG, whose small values are noise rather than labels.
+    """
+    if levels.dtype == bool:
+        return np.where(levels, np.uint8(255), np.uint8(0))
+    values = np.unique(levels)
+    if len(values) == 1 and (values[0] == 0 or values[0] in FULL_LEVELS):
+        return np.full(levels.shape, 255 if values[0] else 0, np.uint8)
+    if len(values) == 2 and values[0] == 0 and not lossy:
+        # Labels of any kind, 0/1 and 0/38 as well as 0/255.
+        return np.where(levels == 0, np.uint8(0), np.uint8(255))
+    top = 65535 if values[-1] > 255 else 255
+    dark, bright = levels < top * DARK, levels > top * BRIGHT
+    # Blur from JPEG or antialiasing touches outlines only; a photograph is grey all over.
+    between = 1.0 - (dark.mean() + bright.mean())
+    all_object = values[0] > top * 0.97
+    if between > 0.1 or not bright.any() or not (dark.any() or all_object):
+        raise DataError(_refusal(values, float(between), path))
+    return np.where(levels > top * (128 / 255), np.uint8(255), np.uint8(0))
+
+
+def _palette_levels(image: Image.Image, path: Path) -> np.ndarray:
+    """Read a palette by its colours where they are grey, otherwise by its indices.
+
+    Grey palettes come from programs that reduce colours, in any order: white may well be entry 0.
+    Coloured ones are label maps, whose background is black, or entry 0.
+    """
+    indices = np.asarray(image)
+    used = np.unique(indices)
+    table = np.zeros((256, 3), np.uint8)
+    entries = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    table[: len(entries)] = entries
+    colours = table[used]
+    if "transparency" in image.info and (colours == colours[0]).all():
+        return _strongest(np.asarray(image.convert("RGBA")), path)
+    if (colours == colours[:, :1]).all():
+        return table[indices][..., 0]
+    if len(used) > 2:
+        return indices
+    black = used[(colours == 0).all(axis=1)]
+    if len(black) or used[0] == 0:
+        return (indices != (black[0] if len(black) else 0)).astype(np.uint8)
+    return indices
+
+
+def _wide_planes(path: Path) -> np.ndarray | None:
+    """Return the channels of a 16-bit colour PNG, RGB or RGBA order, or None for other files.
+
+    Pillow keeps the high byte alone, so that a mask of 0 and 255 (or 1) would come out black.
+    """
+    data = np.fromfile(path, np.uint8)
+    depth, colour_type = (int(value) for value in data[24:26])
+    if depth != 16 or colour_type not in (2, 4, 6):
+        return None
+    planes = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    if planes is None or planes.ndim != 3:
+        raise DataError(f"The 16-bit mask {path} cannot be decoded. Save it with 8 bits.")
+    order = [2, 1, 0] if planes.shape[2] == 3 else [2, 1, 0, 3]
+    return np.ascontiguousarray(planes[..., order])
+
+
+def _strongest(planes: np.ndarray, path: Path) -> np.ndarray:
+    """Return the strongest colour channel, or alpha where only alpha has anything to say."""
+    colour = planes[..., :3].max(axis=2)
+    if colour.min() < colour.max():
+        return colour
+    if planes.shape[2] == 4 and planes[..., 3].min() < planes[..., 3].max():
+        alpha: np.ndarray = planes[..., 3]
+        return alpha
+    if (planes[..., :3] != planes[:1, :1, :3]).any():
+        # Red on white, say: equally strong everywhere, and nothing says which is the object.
+        raise DataError(
+            f"The mask {path} has several colours of equal strength and no black background. "
+            "Save it as black and white."
+        )
+    return colour
+
+
+def _refusal(values: np.ndarray, between: float, path: Path) -> str:
+    shown = ", ".join(f"{value:g}" for value in values[:6]) + (" ..." if len(values) > 6 else "")
+    if len(values) <= 2:
+        return (
+            f"The mask {path} has the values {shown}; background must be 0 and the object 255 or "
+            "1. Is it a label map, or a photograph?"
+        )
+    return (
+        f"{path} is not a binary mask: {len(values)} values ({shown}), {between:.0%} of the pixels "
+        "are neither dark nor bright. Is it a photograph or a label map? Masks hold 0 and 255, or "
+        "0 and 1."
+    )
