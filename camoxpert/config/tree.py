@@ -237,6 +237,13 @@ class TrainConfig:
         flag="--gradient-checkpointing",
         choices=("auto", "on", "off"),
     )
+    router_warmup: int = setting(
+        0,
+        "first epochs in which every image passes through all experts, so that each learns before "
+        "the router settles; they cost num_experts / top_k of the experts' time",
+        flag="--router-warmup",
+        minimum=0,
+    )
     use_ema: bool = setting(
         True, "evaluate and keep an exponential moving average", flag="--use-ema"
     )

@@ -1,5 +1,14 @@
 """The field's measures, computed from one joint histogram per image."""
 
-from camoxpert.metrics.evaluator import RESULT_KEYS, Evaluator, is_better
+from camoxpert.metrics.evaluator import HIGHER_IS_BETTER, KNOWN_KEYS, Evaluator, is_better
+from camoxpert.metrics.scoring import EXTRA_KEYS, FAST_KEYS, RESULT_KEYS
 
-__all__ = ["RESULT_KEYS", "Evaluator", "is_better"]
+__all__ = [
+    "EXTRA_KEYS",
+    "FAST_KEYS",
+    "HIGHER_IS_BETTER",
+    "KNOWN_KEYS",
+    "RESULT_KEYS",
+    "Evaluator",
+    "is_better",
+]

@@ -8,6 +8,7 @@ number to the last bit.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Iterable, Set
 from typing import Any
@@ -19,18 +20,21 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.metrics.inputs import check_same_size, checked_mask, checked_prediction
 from camoxpert.metrics.scoring import (
     EMPTY_GT,
+    EXTRA_KEYS,
     PROTOCOLS,
     RESULT_KEYS,
     ImageScore,
     Row,
+    digest_mask,
     score_curves,
     score_image,
 )
 
-HIGHER_IS_BETTER = {key: key != "MAE" for key in RESULT_KEYS}
+KNOWN_KEYS = (*RESULT_KEYS, *EXTRA_KEYS)
+HIGHER_IS_BETTER = {key: key not in ("MAE", "BER", "HCE") for key in KNOWN_KEYS}
 """Direction of each result."""
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 def is_better(key: str, a: float, b: float) -> bool:
@@ -39,9 +43,9 @@ def is_better(key: str, a: float, b: float) -> bool:
     NaN is worse than any number.
 
     Raises:
-        ConfigError: ``key`` is not one of RESULT_KEYS.
+        ConfigError: ``key`` is not a known measure.
     """
-    _check_choice("measure", key, RESULT_KEYS)
+    _check_choice("measure", key, KNOWN_KEYS)
     if math.isnan(a) or math.isnan(b):
         return math.isnan(b) and not math.isnan(a)
     return a > b if HIGHER_IS_BETTER[key] else a < b
@@ -83,18 +87,31 @@ class Evaluator:
             S-measure are the same in both. A claim is a value above one half before the stretch,
             which would blow the least noise up to certainty. "skip": left out, and counted in
             ``num_skipped``.
+        keys: measures to compute, of RESULT_KEYS and EXTRA_KEYS. Without wFmeasure, BoundaryIoU and
+            HCE an image costs a millisecond, as nothing but its histogram is looked at.
 
     Raises:
-        ConfigError: an unknown option.
+        ConfigError: an unknown option or measure.
     """
 
-    def __init__(self, *, protocol: str = "pysod", empty_gt: str = "pysod") -> None:
+    def __init__(
+        self,
+        *,
+        protocol: str = "pysod",
+        empty_gt: str = "pysod",
+        keys: Iterable[str] = RESULT_KEYS,
+    ) -> None:
         _check_choice("protocol", protocol, PROTOCOLS)
         _check_choice("empty_gt", empty_gt, EMPTY_GT)
+        asked = tuple(keys)
+        for key in asked:
+            _check_choice("measure", key, KNOWN_KEYS)
         self.protocol = protocol
         self.empty_gt = empty_gt
+        self.keys = tuple(key for key in KNOWN_KEYS if key in asked)
         self._scores: dict[str, ImageScore] = {}
-        self._skipped: set[str] = set()
+        # Name -> digest of the empty mask.
+        self._skipped: dict[str, str] = {}
 
     @property
     def num_images(self) -> int:
@@ -117,8 +134,8 @@ class Evaluator:
             group: free label of the row: class, source, size.
 
         Returns:
-            The row of this image: name, group, the values of RESULT_KEYS, and object_fraction in
-            0..1. The scores of a skipped image are NaN.
+            The row of this image: name, group, the values of ``keys``, object_fraction in 0..1 and
+            num_objects. The scores of a skipped image are NaN.
 
         Raises:
             DataError: the name was added before, or prediction or mask are not as above.
@@ -128,9 +145,15 @@ class Evaluator:
         mask_HW = checked_mask(name, mask)
         check_same_size(name, prediction_HW, mask_HW)
         if self.empty_gt == "skip" and not mask_HW.any():
-            self._skipped.add(name)
-            nothing = dict.fromkeys(RESULT_KEYS, math.nan)
-            return {"name": name, "group": group, **nothing, "object_fraction": 0.0}
+            self._skipped[name] = digest_mask(mask_HW)
+            nothing = dict.fromkeys(self.keys, math.nan)
+            return {
+                "name": name,
+                "group": group,
+                **nothing,
+                "object_fraction": 0.0,
+                "num_objects": 0,
+            }
         score = score_image(
             name,
             prediction_HW,
@@ -138,8 +161,19 @@ class Evaluator:
             group=group,
             protocol=self.protocol,
             empty_gt=self.empty_gt,
+            keys=self.keys,
         )
         self._scores[name] = score
+        return dict(score.row)
+
+    def add_score(self, score: ImageScore) -> Row:
+        """Take an image that was scored elsewhere, with these options; returns its row.
+
+        Raises:
+            DataError: the name was added before.
+        """
+        self._check_new({score.row["name"]})
+        self._scores[score.row["name"]] = score
         return dict(score.row)
 
     def merge(self, other: Evaluator) -> None:
@@ -148,13 +182,13 @@ class Evaluator:
         Raises:
             DataError: the options differ, or an image is in both; nothing is taken over then.
         """
-        self._check_options(other.protocol, other.empty_gt)
-        self._check_new(other._scores.keys() | other._skipped)
+        self._check_options(other.protocol, other.empty_gt, other.keys)
+        self._check_new(other._scores.keys() | other._skipped.keys())
         self._scores.update(other._scores)
         self._skipped |= other._skipped
 
     def results(self) -> dict[str, float]:
-        """Return the mean over images of every measure, keyed by RESULT_KEYS, as fractions.
+        """Return the mean over images of every measure, as fractions (HCE: as a count).
 
         The curves are averaged over images first, and their mean and maximum taken then: one
         threshold for the whole data set, not the best one for each image.
@@ -164,10 +198,13 @@ class Evaluator:
         """
         curves = self.curves()
         rows = self.rows()
-        results = {key: math.fsum(row[key] for row in rows) / len(rows) for key in RESULT_KEYS}
+        results = {key: math.fsum(row[key] for row in rows) / len(rows) for key in self.keys}
         for letter in "EF":
-            results[f"mean{letter}m"] = float(curves[letter].mean())
-            results[f"max{letter}m"] = float(curves[letter].max())
+            summary = {
+                f"mean{letter}m": float(curves[letter].mean()),
+                f"max{letter}m": float(curves[letter].max()),
+            }
+            results.update({key: value for key, value in summary.items() if key in results})
         return results
 
     def curves(self) -> dict[str, NDArray[np.float64]]:
@@ -189,6 +226,23 @@ class Evaluator:
                 totals[key] = totals.get(key, 0.0) + curve
         return {key: total / self.num_images for key, total in totals.items()}
 
+    def image_curves(self) -> dict[str, NDArray[np.float64]]:
+        """Return every image's own curves "E" and "F", (images, 256), in the order of ``rows``."""
+        scores = [score_curves(s.counts_CL, rightly_empty=s.rightly_empty) for s in self._sorted()]
+        return {key: np.array([s[key] for s in scores]).reshape(-1, 256) for key in "EF"}
+
+    def data_hash(self) -> str:
+        """Return a sha256 over the names and masks of all images, skipped ones included.
+
+        Two evaluations with equal hashes looked at the same images through the same masks, however
+        these were stored.
+        """
+        digests = {name: score.mask_digest for name, score in self._scores.items()} | self._skipped
+        digest = hashlib.sha256()
+        for name in sorted(digests):
+            digest.update(f"{name}\t{digests[name]}\n".encode())
+        return digest.hexdigest()
+
     def rows(self) -> list[Row]:
         """Return one row per scored image, sorted by name; see ``add``.
 
@@ -204,10 +258,12 @@ class Evaluator:
             "version": STATE_VERSION,
             "protocol": self.protocol,
             "empty_gt": self.empty_gt,
+            "keys": list(self.keys),
             "rows": [dict(score.row) for score in scores],
             "counts": counts.reshape(-1, 2, 256),
             "rightly_empty": [score.rightly_empty for score in scores],
-            "skipped": sorted(self._skipped),
+            "digests": [score.mask_digest for score in scores],
+            "skipped": dict(sorted(self._skipped.items())),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,18 +277,25 @@ class Evaluator:
                 f"The evaluator's state has version {state.get('version')!r}, this release reads"
                 f" {STATE_VERSION}. Evaluate again."
             )
-        self._check_options(state["protocol"], state["empty_gt"])
-        parts = zip(state["rows"], state["counts"], state["rightly_empty"], strict=True)
+        self._check_options(state["protocol"], state["empty_gt"], tuple(state["keys"]))
+        parts = zip(
+            state["rows"], state["counts"], state["rightly_empty"], state["digests"], strict=True
+        )
         self._scores = {
-            row["name"]: ImageScore(dict(row), np.array(counts), rightly_empty)
-            for row, counts, rightly_empty in parts
+            row["name"]: ImageScore(dict(row), np.array(counts), rightly_empty, digest)
+            for row, counts, rightly_empty, digest in parts
         }
-        self._skipped = set(state["skipped"])
+        self._skipped = dict(state["skipped"])
 
     def _sorted(self) -> list[ImageScore]:
         return [self._scores[name] for name in sorted(self._scores)]
 
-    def _check_options(self, protocol: str, empty_gt: str) -> None:
+    def _check_options(self, protocol: str, empty_gt: str, keys: tuple[str, ...]) -> None:
+        if keys != self.keys:
+            raise DataError(
+                f"Scores of the measures {', '.join(keys)} cannot be mixed with those of"
+                f" {', '.join(self.keys)}. Evaluate both parts with the same measures."
+            )
         if (protocol, empty_gt) != (self.protocol, self.empty_gt):
             raise DataError(
                 f"Scores made with protocol={protocol}, empty_gt={empty_gt} cannot be mixed with"
@@ -241,7 +304,7 @@ class Evaluator:
             )
 
     def _check_new(self, names: Set[str]) -> None:
-        doubled = sorted(names & (self._scores.keys() | self._skipped))
+        doubled = sorted(names & (self._scores.keys() | self._skipped.keys()))
         if doubled:
             more = f" and {len(doubled) - 1} more" if len(doubled) > 1 else ""
             raise DataError(

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 Slices = tuple[slice, slice]
+EXACT_IN_FLOAT32 = 1 << 24
 
 
 def joint_histogram(prediction_HW: NDArray[np.uint8], mask_HW: NDArray[np.bool_]) -> JointHistogram:
@@ -28,18 +30,32 @@ def joint_histogram(prediction_HW: NDArray[np.uint8], mask_HW: NDArray[np.bool_]
     Returns:
         The histogram; its counts add up to H * W.
     """
-    split = _split_point(mask_HW)
-    # One key of 9 bits per pixel: class, then level.
-    keys_HW = prediction_HW.astype(np.uint16)
-    keys_HW += mask_HW.astype(np.uint16) << 8
-    counts_QCL = np.stack(
-        [
-            np.bincount(keys_HW[block].ravel(), minlength=512).reshape(2, 256)
-            for block in _blocks(split)
-        ]
-    ).astype(np.int64, copy=False)
+    split = split_point(mask_HW)
+    object_HW = mask_HW.view(np.uint8)
+    counts_QCL = np.empty((4, 2, 256), np.int64)
+    for counts_CL, block in zip(counts_QCL, block_slices(split), strict=True):
+        everything = _level_counts(prediction_HW[block], None)
+        counts_CL[1] = _level_counts(prediction_HW[block], object_HW[block])
+        counts_CL[0] = everything - counts_CL[1]
     height, width = mask_HW.shape
     return JointHistogram(counts=counts_QCL, shape=(height, width), split=split)
+
+
+def _level_counts(
+    pixels_HW: NDArray[np.uint8], where_HW: NDArray[np.uint8] | None
+) -> NDArray[np.int64]:
+    """Count the 256 levels, of all pixels or of those where ``where_HW`` is not 0."""
+    counts_L = np.zeros(256, np.int64)
+    if pixels_HW.size == 0:
+        return counts_L
+    # OpenCV counts exactly but answers in float32: no band may hold more pixels than that can tell.
+    rows = max(1, EXACT_IN_FLOAT32 // pixels_HW.shape[1])
+    for top in range(0, pixels_HW.shape[0], rows):
+        band = slice(top, top + rows)
+        where = None if where_HW is None else where_HW[band]
+        counts = cv2.calcHist([pixels_HW[band]], [0], where, [256], [0, 256])
+        counts_L += counts.ravel().astype(np.int64)
+    return counts_L
 
 
 def level_values(histogram: JointHistogram, *, normalise: bool) -> NDArray[np.float64]:
@@ -64,25 +80,27 @@ def level_values(histogram: JointHistogram, *, normalise: bool) -> NDArray[np.fl
     return np.clip((values - low) / (high - low), 0.0, 1.0)
 
 
-def _split_point(mask_HW: NDArray[np.bool_]) -> tuple[int, int]:
+def split_point(mask_HW: NDArray[np.bool_]) -> tuple[int, int]:
     """Return the first row and column of the lower right block: the rounded centroid, plus one.
 
     The one is a MATLAB index that the S-measure's reference code carried along; every published
-    number has it. A
-    centroid in the last row or column therefore leaves blocks without a pixel.
+    number has it. A centroid in the last row or column therefore leaves blocks without a pixel.
     """
     height, width = mask_HW.shape
-    rows = np.count_nonzero(mask_HW, axis=1)
+    object_HW = mask_HW.view(np.uint8)
+    rows = cv2.reduce(object_HW, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel().astype(np.int64)
     num_foreground = int(rows.sum())
     if num_foreground == 0:
         return round(height / 2) + 1, round(width / 2) + 1
-    columns = np.count_nonzero(mask_HW, axis=0)
+    columns = cv2.reduce(object_HW, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel().astype(np.int64)
     row = int(rows @ np.arange(height)) / num_foreground
     column = int(columns @ np.arange(width)) / num_foreground
-    return round(row) + 1, round(column) + 1  # round: half to even, as numpy's
+    # round: half to even, as numpy's.
+    return round(row) + 1, round(column) + 1
 
 
-def _blocks(split: tuple[int, int]) -> tuple[Slices, Slices, Slices, Slices]:
+def block_slices(split: tuple[int, int]) -> tuple[Slices, Slices, Slices, Slices]:
+    """Return the four blocks as slices: upper left, upper right, lower left, lower right."""
     row, column = split
     upper, lower = slice(0, row), slice(row, None)
     left, right = slice(0, column), slice(column, None)
@@ -119,4 +137,4 @@ class JointHistogram:
     @property
     def blocks(self) -> tuple[Slices, Slices, Slices, Slices]:
         """Index of each block into an (H, W) array, in the order of ``counts``."""
-        return _blocks(self.split)
+        return block_slices(self.split)

@@ -83,19 +83,21 @@ def threshold_confusion(counts_CL: NDArray[np.int64]) -> Confusion:
 
 
 def adaptive_confusion(
-    histogram: JointHistogram, values: Floats, *, mean: float | None = None
+    histogram: JointHistogram, values: Floats, *, pixels: NDArray[np.uint8] | None = None
 ) -> Confusion:
     """Binarise at twice the map's mean, at most 1 (value >= threshold).
 
     Args:
         histogram: of the image.
         values: (256,) value of each grey level.
-        mean: of the map, where the caller has it; else from the histogram. A level that lies on the
-            threshold falls to either side with the last bit of the mean, so parity asks for the
-            mean of the pixels, summed as an array.
+        pixels: the map, for parity to the last bit. A level that lies on the threshold falls to
+            either side with the rounding of the mean; then, and only then, the mean is taken of the
+            pixels, summed as an array, the way the reference does.
     """
-    threshold = min(2 * (mean_value(histogram, values) if mean is None else mean), 1.0)
-    return _confusion(histogram, values >= threshold)
+    threshold = 2 * mean_value(histogram, values)
+    if pixels is not None and (np.abs(values - threshold) < 1e-9).any():
+        threshold = 2 * float(np.take(values, pixels).mean())
+    return _confusion(histogram, values >= min(threshold, 1.0))
 
 
 def binary_confusion(histogram: JointHistogram, values: Floats) -> Confusion:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from camoxpert.metrics import measures
-from camoxpert.metrics.histogram import joint_histogram, level_values
+from camoxpert.metrics.contours import boundary_iou, human_correction_effort
+from camoxpert.metrics.histogram import JointHistogram, joint_histogram, level_values
 from camoxpert.metrics.weighted import weighted_fmeasure
 
 RESULT_KEYS = (
@@ -25,7 +28,13 @@ RESULT_KEYS = (
     "IoU",
     "Dice",
 )
-"""Keys of a score row and of the results, in the order in which papers print them."""
+"""What is computed unless asked otherwise, in the order in which papers print it."""
+
+EXTRA_KEYS = ("Precision", "Recall", "Specificity", "BER", "BoundaryIoU", "HCE")
+"""Computed where asked for: at the threshold 0.5; BER and HCE are errors, HCE is no fraction."""
+
+FAST_KEYS = tuple(key for key in RESULT_KEYS if key != "wFmeasure")
+"""What the histogram alone gives: an image in a millisecond."""
 
 PROTOCOLS = ("pysod", "raw")
 EMPTY_GT = ("pysod", "correct", "skip")
@@ -37,11 +46,13 @@ class ImageScore(NamedTuple):
     """All that is kept of an image."""
 
     row: Row
-    """name, group, the values of RESULT_KEYS, object_fraction."""
+    """name, group, the values of the measures, object_fraction, num_objects."""
     counts_CL: NDArray[np.int64]
     """(2, 256) background and foreground pixels over the quantised levels."""
     rightly_empty: bool
     """There is no object, none was claimed, and the evaluator gives credit for that."""
+    mask_digest: str
+    """Of the mask's shape and pixels, hexadecimal."""
 
 
 def score_image(
@@ -52,6 +63,7 @@ def score_image(
     group: str = "",
     protocol: str = "pysod",
     empty_gt: str = "pysod",
+    keys: tuple[str, ...] = RESULT_KEYS,
 ) -> ImageScore:
     """Score one checked pair of arrays; the options are those of the Evaluator.
 
@@ -62,20 +74,67 @@ def score_image(
         group: goes into the row.
         protocol: one of PROTOCOLS.
         empty_gt: one of EMPTY_GT; "skip" scores like "pysod" here, the caller skips.
+        keys: of the measures wanted.
     """
     histogram = joint_histogram(prediction_HW, mask_HW)
     values = level_values(histogram, normalise=protocol == "pysod")
-    saliency_HW = cast(NDArray[np.float64], cv2.LUT(prediction_HW, values))
+    # Measures that need the pixels; each is a function, so that what nobody asked for costs
+    # nothing.
+    of_pixels: dict[str, Callable[[], float]] = {
+        "wFmeasure": lambda: weighted_fmeasure(prediction_HW, values, mask_HW),
+        "BoundaryIoU": lambda: boundary_iou(np.take(values > 0.5, prediction_HW), mask_HW),
+        "HCE": lambda: human_correction_effort(np.take(values > 0.5, prediction_HW), mask_HW),
+    }
+    return assemble(
+        name,
+        histogram,
+        values,
+        {key: float(of_pixels[key]()) for key in keys if key in of_pixels},
+        pixels=prediction_HW,
+        group=group,
+        empty_gt=empty_gt,
+        keys=keys,
+        mask_digest=digest_mask(mask_HW),
+        num_objects=count_objects(mask_HW),
+    )
+
+
+def assemble(
+    name: str,
+    histogram: JointHistogram,
+    values: NDArray[np.float64],
+    of_pixels: dict[str, float],
+    *,
+    pixels: NDArray[np.uint8] | None,
+    group: str,
+    empty_gt: str,
+    keys: tuple[str, ...],
+    mask_digest: str,
+    num_objects: int,
+) -> ImageScore:
+    """Derive an image's row from its histogram and from what was computed of its pixels.
+
+    Args:
+        name: goes into the row.
+        histogram: of the image.
+        values: (256,) value of each grey level.
+        of_pixels: the measures that a histogram cannot give.
+        pixels: the map, for the last bit of adaptive measures; see ``adaptive_confusion``.
+        group: goes into the row.
+        empty_gt: one of EMPTY_GT.
+        keys: of the measures wanted.
+        mask_digest: of the mask.
+        num_objects: goes into the row.
+    """
     counts_CL = measures.quantised_counts(histogram, values)
-    no_claim = not (prediction_HW > 127).any()  # 127 / 255 < 0.5 < 128 / 255
+    no_claim = not histogram.totals[:, 128:].any()  # 127 / 255 < 0.5 < 128 / 255
     rightly_empty = empty_gt == "correct" and histogram.num_foreground == 0 and no_claim
     curves = score_curves(counts_CL, rightly_empty=rightly_empty)
-    adaptive = measures.adaptive_confusion(histogram, values, mean=float(saliency_HW.mean()))
+    adaptive = measures.adaptive_confusion(histogram, values, pixels=pixels)
     binary = measures.binary_confusion(histogram, values)
     scores = {
         "Smeasure": measures.smeasure(histogram, values),
         "MAE": measures.mean_absolute_error(histogram, values),
-        "wFmeasure": weighted_fmeasure(saliency_HW, mask_HW),
         "meanEm": float(curves["E"].mean()),
         "maxEm": float(curves["E"].max()),
         "adpEm": float(measures.emeasure(adaptive)),
@@ -84,12 +143,47 @@ def score_image(
         "adpFm": float(measures.fmeasure(adaptive)),
         "IoU": float(measures.iou(binary)),
         "Dice": float(measures.dice(binary)),
+        "Precision": float(measures.precision(binary)),
+        "Recall": float(measures.recall(binary)),
+        "Specificity": float(measures.specificity(binary)),
+        "BER": float(measures.balanced_error_rate(binary)),
+        **of_pixels,
     }
     if rightly_empty:
-        scores.update(dict.fromkeys(("wFmeasure", "adpEm", "adpFm", "IoU", "Dice"), 1.0))
-    row: Row = {"name": name, "group": group, **scores}
+        earned = {key: 0.0 if key in ("BER", "HCE") else 1.0 for key in scores}
+        scores |= {k: v for k, v in earned.items() if k not in ("Smeasure", "MAE")}
+    row: Row = {"name": name, "group": group, **{key: scores[key] for key in keys}}
     row["object_fraction"] = histogram.num_foreground / histogram.num_pixels
-    return ImageScore(row, counts_CL, rightly_empty)
+    row["num_objects"] = num_objects
+    return ImageScore(row, counts_CL, rightly_empty, mask_digest)
+
+
+def count_objects(mask_HW: NDArray[np.bool_]) -> int:
+    """Return the number of 8-connected objects, those of under 0.01 % of the image left out.
+
+    Specks of a few pixels are slips of the annotator's brush.
+    """
+    contours, hierarchy = cv2.findContours(
+        mask_HW.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
+    if not contours:
+        return 0
+    outer = hierarchy[0, :, 3] < 0
+    # Pick's theorem gives the number of pixels that an outline encloses, itself included; the
+    # outline of a single pixel is no polygon.
+    areas = [
+        cv2.contourArea(contour) + (len(contour) / 2 if len(contour) > 1 else 0) + 1
+        for contour, is_outer in zip(contours, outer, strict=True)
+        if is_outer
+    ]
+    return sum(area >= 1e-4 * mask_HW.size for area in areas)
+
+
+def digest_mask(mask_HW: NDArray[np.bool_]) -> str:
+    """Return a hash of a mask's shape and pixels: equal for 0/1 and 0/255, PNG and BMP."""
+    digest = hashlib.blake2b(repr(mask_HW.shape).encode(), digest_size=16)
+    digest.update(np.packbits(mask_HW).tobytes())
+    return digest.hexdigest()
 
 
 def score_curves(

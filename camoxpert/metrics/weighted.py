@@ -21,7 +21,7 @@ FALSE_ALARM_WEIGHT = 2 - np.exp(np.log(0.5) / 5 * np.sqrt(np.arange(FAR * FAR + 
 """By squared distance: 1 at the object, half of the way to 2 after 5 pixels."""
 
 
-def _neighbours_by_distance() -> dict[int, list[tuple[int, int]]]:
+def _neighbours_by_distance() -> dict[int, NDArray[np.int64]]:
     """Return the offsets (row, column) at each squared distance up to 18, by column, then row.
 
     18 = 3 * 3 + 3 * 3 is the farthest that the Gaussian of an object pixel reaches. The order is
@@ -34,7 +34,7 @@ def _neighbours_by_distance() -> dict[int, list[tuple[int, int]]]:
             squared = row * row + column * column
             if 0 < squared <= 2 * RADIUS * RADIUS:
                 table.setdefault(squared, []).append((row, column))
-    return dict(sorted(table.items()))
+    return {squared: np.array(offsets) for squared, offsets in sorted(table.items())}
 
 
 NEIGHBOURS = _neighbours_by_distance()
@@ -43,41 +43,45 @@ GAUSSIAN = np.exp(-(np.arange(-RADIUS, RADIUS + 1) ** 2) / (2 * SIGMA**2))
 GAUSSIAN /= GAUSSIAN.sum()
 
 
-def weighted_fmeasure(saliency_HW: NDArray[np.float64], mask_HW: NDArray[np.bool_]) -> float:
+def weighted_fmeasure(
+    prediction_HW: NDArray[np.uint8],
+    values_L: NDArray[np.float64],
+    mask_HW: NDArray[np.bool_],
+) -> float:
     """Return the weighted F-measure with beta 1.
 
     Args:
-        saliency_HW: map in 0..1, float64.
-        mask_HW: bool, True on the object.
+        prediction_HW: uint8 map, contiguous.
+        values_L: (256,) value in 0..1 of each grey level, from ``level_values``.
+        mask_HW: bool, contiguous, True on the object.
 
     Returns:
         0..1; 0 for an empty mask.
     """
-    num_foreground = int(np.count_nonzero(mask_HW))
+    object_HW = mask_HW.view(np.uint8)
+    num_foreground = cv2.countNonZero(object_HW)
     if num_foreground == 0:
         return 0.0
-    error_HW = np.abs(saliency_HW - mask_HW)
-    if num_foreground == mask_HW.size:
-        distance_HW: NDArray = np.zeros(mask_HW.shape, np.float32)
+    # Outside of the box that holds the object, its surroundings and all errors, nothing counts.
+    wrong_HW = cv2.LUT(prediction_HW, (values_L > 0).view(np.uint8))
+    x, y, width, height = cv2.boundingRect(wrong_HW | object_HW)
+    part = (slice(max(y - PAD, 0), y + height + PAD), slice(max(x - PAD, 0), x + width + PAD))
+    prediction_HW, object_HW = prediction_HW[part], np.ascontiguousarray(object_HW[part])
+    wrong_HW = wrong_HW[part]
+    background_HW = object_HW ^ 1
+    if num_foreground == object_HW.size:
+        distance_HW: NDArray = np.zeros(object_HW.shape, np.float32)
     else:
         # Exact but for the float32 root; its square is rounded to the integer that it was.
-        distance_HW = cv2.distanceTransform(
-            np.logical_not(mask_HW).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE
-        )
-
-    box = _object_box(mask_HW)
-    mask_box, error_box = mask_HW[box], error_HW[box]
-    spread_box = _spread_errors(error_box, mask_box, distance_HW[box])
-    smooth_box = cv2.sepFilter2D(
-        spread_box, cv2.CV_64F, GAUSSIAN, GAUSSIAN, borderType=cv2.BORDER_CONSTANT
-    )
-    object_error = float(np.minimum(error_box, smooth_box)[mask_box].sum())
+        distance_HW = cv2.distanceTransform(background_HW, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    object_error = _object_error(prediction_HW, values_L, object_HW, distance_HW)
 
     # A background pixel without error adds nothing.
-    wrong_HW = (error_HW > 0) & ~mask_HW
-    weights = FALSE_ALARM_WEIGHT[_squares(np.minimum(distance_HW[wrong_HW], FAR))]
+    places = np.flatnonzero((wrong_HW & background_HW).view(np.bool_))
+    errors = values_L[prediction_HW.ravel()[places]]
+    weights = FALSE_ALARM_WEIGHT[_squares(np.minimum(distance_HW.ravel()[places], FAR))]
     # Not a dot product: BLAS splits a long one by the number of threads, and so would the last bit.
-    false_alarms = float((error_HW[wrong_HW] * weights).sum())
+    false_alarms = float((errors * weights).sum())
 
     hits = num_foreground - object_error
     recall = 1 - object_error / num_foreground
@@ -85,45 +89,59 @@ def weighted_fmeasure(saliency_HW: NDArray[np.float64], mask_HW: NDArray[np.bool
     return 2 * recall * precision / (recall + precision + EPS)
 
 
-def _object_box(mask_HW: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """Return the object's bounding box, grown by the Gaussian's radius within the image."""
-    box = []
-    for axis in (1, 0):
-        line = np.flatnonzero(mask_HW.any(axis=axis))
-        box.append(slice(max(int(line[0]) - RADIUS, 0), int(line[-1]) + RADIUS + 1))
-    return box[0], box[1]
+def _object_error(
+    prediction_HW: NDArray[np.uint8],
+    values_L: NDArray[np.float64],
+    object_HW: NDArray[np.uint8],
+    distance_HW: NDArray[np.float32],
+) -> float:
+    """Return the sum of the object's errors, each at most the mean error around it.
+
+    A background pixel takes part with the error of its nearest object pixel; those farther than
+    the Gaussian reaches stay 0: no object pixel sees them.
+    """
+    # Everything happens in the object's box with a margin as wide as a neighbour may be far, so
+    # that in the flat arrays a step never ends on the object in another row.
+    x, y, width, height = cv2.boundingRect(object_HW)
+    box = (slice(y, y + height), slice(x, x + width))
+    error_BB = cv2.LUT(np.ascontiguousarray(prediction_HW[box]), 1 - values_L)
+    error_BB = cv2.multiply(error_BB, object_HW[box], dtype=cv2.CV_64F)
+    margin = (PAD, PAD, PAD, PAD, cv2.BORDER_CONSTANT)
+    error_BB = cv2.copyMakeBorder(error_BB, *margin, value=0)
+    object_BB = cv2.copyMakeBorder(object_HW[box], *margin, value=0)
+    distance_BB = _with_margin(distance_HW, box)
+
+    # Reads on the object, writes off it: one array does for both.
+    flat_error, inside = error_BB.ravel(), object_BB.view(np.bool_).ravel()
+    band = np.flatnonzero(cv2.inRange(distance_BB, 0.5, PAD + 0.5) > 0)
+    squared = _squares(distance_BB.ravel()[band])
+    for distance, offsets in NEIGHBOURS.items():
+        chosen = band[squared == distance]
+        if len(chosen):
+            steps = offsets[:, 0] * object_BB.shape[1] + offsets[:, 1]
+            sources = chosen[:, None] + steps
+            # The first in the table's order that is the object's; at this distance there is one.
+            first = inside.take(sources, mode="clip").argmax(axis=1)
+            flat_error[chosen] = flat_error[sources[np.arange(len(chosen)), first]]
+    smooth_BB = cv2.sepFilter2D(
+        error_BB, cv2.CV_64F, GAUSSIAN, GAUSSIAN, borderType=cv2.BORDER_CONSTANT
+    )
+    cv2.min(error_BB, smooth_BB, dst=smooth_BB)
+    return float(cv2.multiply(smooth_BB, object_BB, dtype=cv2.CV_64F).sum())
+
+
+def _with_margin(distance_HW: NDArray[np.float32], box: tuple[slice, slice]) -> NDArray[np.float32]:
+    """Return the box grown by PAD on every side; 0 beyond the image."""
+    sides: list[int] = []
+    grown = []
+    for axis, part in enumerate(box):
+        low, high = part.start - PAD, part.stop + PAD
+        inside_low, inside_high = max(low, 0), min(high, distance_HW.shape[axis])
+        grown.append(slice(inside_low, inside_high))
+        sides += [inside_low - low, high - inside_high]
+    part_HW = distance_HW[grown[0], grown[1]]
+    return cv2.copyMakeBorder(part_HW, *sides, cv2.BORDER_CONSTANT, value=0)
 
 
 def _squares(distances: NDArray[np.float32]) -> NDArray[np.int32]:
     return np.rint(distances * distances).astype(np.int32)
-
-
-def _spread_errors(
-    error_HW: NDArray[np.float64],
-    mask_HW: NDArray[np.bool_],
-    distance_HW: NDArray[np.float32],
-) -> NDArray[np.float64]:
-    """Give every background pixel near the object the error of its nearest object pixel.
-
-    Pixels farther than the Gaussian reaches stay 0: no object pixel sees them.
-    """
-    spread = np.where(mask_HW, error_HW, 0.0)
-    band = np.flatnonzero((distance_HW > 0) & (distance_HW < PAD + 0.5))
-    squared = _squares(distance_HW.ravel()[band])
-    width = mask_HW.shape[1] + 2 * PAD
-    # Padded and flat, so that a neighbour is one addition away and never wraps into another row.
-    inside = np.pad(mask_HW, PAD).ravel()
-    padded_error = np.pad(error_HW, PAD).ravel()
-    row, column = np.divmod(band, mask_HW.shape[1])
-    position = (row + PAD) * width + column + PAD
-    flat_spread = spread.ravel()
-    for distance, offsets in NEIGHBOURS.items():
-        chosen = np.flatnonzero(squared == distance)
-        for row_offset, column_offset in offsets:
-            if len(chosen) == 0:
-                break
-            source = position[chosen] + row_offset * width + column_offset
-            hit = inside[source]
-            flat_spread[band[chosen[hit]]] = padded_error[source[hit]]
-            chosen = chosen[~hit]
-    return spread

@@ -65,6 +65,13 @@ class CamoXpert(nn.Module):
             return "nothing"
         return "backbone blocks and decoder levels" if covered else "decoder levels only"
 
+    def set_active_experts(self, count: int) -> None:
+        """Let every image use its ``count`` most probable experts per level, 1 to all of them."""
+        for level in self.moe_levels:
+            if not 1 <= count <= len(level.experts):
+                raise ValueError(f"{count} of {len(level.experts)} experts cannot be active.")
+            level.router.top_k = count
+
     @property
     def moe_levels(self) -> list[MoE]:
         """The mixture-of-experts blocks, stride 4 first."""

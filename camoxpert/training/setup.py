@@ -226,6 +226,11 @@ def trial_step(setup: Setup) -> None:
     images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=setup.device)
     masks = torch.zeros(batch_size, 1, size, size, device=setup.device)
     setup.model.train()
+    # The first epochs may use all experts: that is the step that has to fit.
+    warm = setup.config.train.router_warmup > 0
+    setup.model.set_active_experts(
+        setup.config.model.num_experts if warm else setup.config.model.top_k
+    )
     with autocast(setup):
         output = setup.model(images)
     loss, _ = total_loss(output, masks, setup.config.loss)

@@ -96,6 +96,7 @@ def train(
                     log.write(
                         {"kind": "event", "step": state.step, "epoch": epoch + 1, "text": text}
                     )
+            setup.model.set_active_experts(active_experts(config, epoch))
             loader.set_epoch(epoch, start_batch=state.batch)
             meter.reset()
             speed = Speed()
@@ -297,6 +298,15 @@ def set_trainable(setup: Setup, stage: Stage, epoch: int) -> str:
     return "everything" if free == len(levels) else f"decoder and {free} backbone levels"
 
 
+def active_experts(config: Config, epoch: int) -> int:
+    """Return how many experts an image uses in an epoch: all of them during router warm-up.
+
+    The evaluated weights (the EMA's copy of the model) are always routed as they will ship.
+    """
+    warm = epoch < config.train.router_warmup
+    return config.model.num_experts if warm else config.model.top_k
+
+
 def inspect(
     late: tuple[dict[str, float], Any] | None,
     config: Config,
@@ -359,6 +369,7 @@ def validate(setup: Setup, log: RunLog, state: TrainState, stop: StopFlag) -> di
             )
             log.image(f"validation/{row['name']}", picture, state.step)
 
+    setup.evaluated_model.set_active_experts(setup.config.model.top_k)
     score(
         setup.evaluated_model,
         loader,

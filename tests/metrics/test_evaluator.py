@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.metrics import RESULT_KEYS, Evaluator, is_better
+from camoxpert.metrics import (
+    EXTRA_KEYS,
+    FAST_KEYS,
+    KNOWN_KEYS,
+    RESULT_KEYS,
+    Evaluator,
+    is_better,
+)
 from camoxpert.metrics.evaluator import HIGHER_IS_BETTER, all_foreground_scores
 
 KEYS = (
@@ -46,7 +53,7 @@ def test_keys_and_rows():
     assert tuple(evaluator.results()) == RESULT_KEYS == KEYS
     assert all(type(value) is float for value in evaluator.results().values())
     rows = evaluator.rows()
-    assert set(rows[0]) == {"name", "group", *KEYS, "object_fraction"}
+    assert set(rows[0]) == {"name", "group", *KEYS, "object_fraction", "num_objects"}
     assert [row["name"] for row in rows] == sorted(name for name, _, _ in images())
     assert rows[0] == Evaluator().add(*next(images()), group="a")
     assert rows[1]["object_fraction"] == pytest.approx(
@@ -97,7 +104,7 @@ def test_threads_give_the_same_bits():
 def test_state_is_plain_and_survives_without_images():
     state = filled(images()).state_dict()
     assert state["counts"].shape == (12, 2, 256)
-    assert all(type(value) in (str, float) for row in state["rows"] for value in row.values())
+    assert all(type(value) in (str, float, int) for row in state["rows"] for value in row.values())
     empty = Evaluator()
     empty.load_state_dict(Evaluator().state_dict())
     assert empty.num_images == 0
@@ -170,8 +177,8 @@ def test_inputs_are_left_alone():
 
 
 def test_direction_of_every_result():
-    assert tuple(HIGHER_IS_BETTER) == KEYS
-    assert [key for key in KEYS if not HIGHER_IS_BETTER[key]] == ["MAE"]
+    assert tuple(HIGHER_IS_BETTER) == KNOWN_KEYS == (*KEYS, *EXTRA_KEYS)
+    assert [key for key in KNOWN_KEYS if not HIGHER_IS_BETTER[key]] == ["MAE", "BER", "HCE"]
     assert is_better("MAE", 0.1, 0.2) and not is_better("MAE", 0.2, 0.1)
     assert is_better("IoU", 0.2, 0.1) and not is_better("IoU", 0.1, 0.2)
     assert not is_better("IoU", 0.1, 0.1)
@@ -188,3 +195,45 @@ def test_all_foreground_baseline():
     assert all_foreground_scores(iter(as_bytes)) == scores
     with pytest.raises(DataError):
         all_foreground_scores([])
+
+
+def test_only_what_is_asked_for_is_computed(monkeypatch):
+    from camoxpert.metrics import scoring
+
+    whole = filled(images())
+    monkeypatch.setattr(scoring, "weighted_fmeasure", None)
+    fast = filled(images(), keys=reversed(FAST_KEYS))
+    assert tuple(fast.results()) == FAST_KEYS
+    assert fast.results() == {key: whole.results()[key] for key in FAST_KEYS}
+    with pytest.raises(TypeError):
+        filled(images())
+    with pytest.raises(ConfigError, match="Did you mean 'BoundaryIoU'"):
+        Evaluator(keys=("BoundryIoU",))
+    with pytest.raises(DataError, match="same measures"):
+        whole.merge(fast)
+
+
+def test_the_data_hash_is_that_of_names_and_masks():
+    whole = filled(images()).data_hash()
+    as_bytes = [(n, p, m.astype(np.uint8) * 255) for n, p, m in images()]
+    other_maps = [(n, 255 - p, m) for n, p, m in reversed(list(images()))]
+    assert filled(as_bytes).data_hash() == filled(other_maps).data_hash() == whole
+    assert filled(images(), empty_gt="skip").data_hash() == whole
+    renamed = [(f"{n}x", p, m) for n, p, m in images()]
+    (name, prediction, mask), *rest = images()
+    changed = mask.copy()
+    changed[0, 0] ^= True
+    reshaped = (name, prediction.T.copy(), mask.reshape(mask.T.shape).copy())
+    for control in (renamed, rest, [(name, prediction, changed), *rest], [reshaped, *rest]):
+        assert filled(control).data_hash() != whole
+
+
+def test_objects_are_counted():
+    mask = np.zeros((120, 120), bool)
+    mask[5:30, 5:30] = mask[60:100, 60:100] = mask[30, 30] = True  # a corner touches: one object
+    mask[70:90, 70:90] = False
+    mask[78:82, 78:82] = True  # an island in the hole
+    mask[110, 3] = True  # a speck: 1 pixel of 14 400
+    mask[115, 50:52] = True  # 2 pixels: an object
+    assert Evaluator().add("a", mask.astype(np.uint8), mask)["num_objects"] == 4
+    assert Evaluator().add("a", mask.astype(np.uint8), mask & False)["num_objects"] == 0

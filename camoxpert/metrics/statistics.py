@@ -1,0 +1,225 @@
+"""How sure a score is: bootstrap intervals, and paired tests of two methods on the same images.
+
+Both resample images. A measure taken from averaged curves (mean and max of E and F) is recomputed
+from the resampled curves, not averaged over images: the statistic is the one in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camoxpert.errors import DataError
+from camoxpert.metrics.evaluator import Evaluator
+
+Floats = NDArray[np.float64]
+RESAMPLES = 2000
+CHUNK = 200
+"""Resamples held in memory at a time."""
+
+
+class Interval(NamedTuple):
+    """A percentile interval."""
+
+    low: float
+    high: float
+
+
+class Comparison(NamedTuple):
+    """Method a against method b in one measure."""
+
+    difference: float
+    """Score of a minus score of b."""
+    low: float
+    """Lower end of the difference's bootstrap interval."""
+    high: float
+    """Upper end."""
+    p_value: float
+    """Of the hypothesis that the two names could be swapped on any image, two-sided."""
+
+
+class Scores:
+    """The scores of one evaluation as arrays, ready to be resampled.
+
+    Args:
+        evaluator: with at least one image.
+    """
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        rows = evaluator.rows()
+        if not rows:
+            raise DataError("There is nothing to resample: no image was scored.")
+        self.names = tuple(row["name"] for row in rows)
+        self.keys = evaluator.keys
+        self.table_NK = np.array([[row[key] for key in self.keys] for row in rows], np.float64)
+        curves = evaluator.image_curves()
+        wanted = [letter for letter in "EF" if any(key in self.keys for key in _of_curve(letter))]
+        self.curves_NL = {letter: curves[letter] for letter in wanted}
+
+    def statistics(self, weights_RN: Floats) -> Floats:
+        """Return the measures of weighted images, (R, K): one row for each row of weights.
+
+        Args:
+            weights_RN: weights of the images; each row sums to 1.
+        """
+        values_RK = weights_RN @ self.table_NK
+        for letter, curves_NL in self.curves_NL.items():
+            averaged_RL = weights_RN @ curves_NL
+            for key, value_R in zip(
+                _of_curve(letter), (averaged_RL.mean(1), averaged_RL.max(1)), strict=True
+            ):
+                if key in self.keys:
+                    values_RK[:, self.keys.index(key)] = value_R
+        return values_RK
+
+
+def _of_curve(letter: str) -> tuple[str, str]:
+    return f"mean{letter}m", f"max{letter}m"
+
+
+def confidence_intervals(
+    scores: Scores, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """Return the percentile bootstrap interval of every measure (Efron, 1979).
+
+    It tells how much the score would move with other images of the same kind. It says nothing about
+    other training seeds.
+
+    Args:
+        scores: of one method on one data set.
+        level: coverage, 0..1.
+        resamples: how often the images are drawn anew, with replacement.
+        seed: equal seeds give equal intervals.
+    """
+    rng = np.random.default_rng(seed)
+    values_RK = np.concatenate(
+        [scores.statistics(w) for w in _resampled_weights(rng, len(scores.names), resamples)]
+    )
+    low_K, high_K = np.quantile(values_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return {
+        key: Interval(float(low), float(high))
+        for key, low, high in zip(scores.keys, low_K, high_K, strict=True)
+    }
+
+
+def compare(
+    a: Scores, b: Scores, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Comparison]:
+    """Compare two methods on the same images, measure by measure.
+
+    The interval is a paired bootstrap; the p-value a permutation test: on every image the two
+    methods are swapped by the toss of a coin, and it counts how often the difference is at least as
+    large as the one observed (Fisher, 1935; (1 + count) / (1 + tosses), never 0). Looking at many
+    measures or methods calls for a correction such as Holm's, which is not done here.
+
+    Args:
+        a, b: scores of the two methods; the same images and measures.
+        level: coverage of the interval.
+        resamples: of each kind.
+        seed: equal seeds give equal results.
+
+    Raises:
+        DataError: the images or measures differ.
+    """
+    if a.names != b.names:
+        only = sorted(set(a.names) ^ set(b.names))
+        raise DataError(
+            f"Two methods can be compared on the same images only; {len(only)} images were scored"
+            f" for one of them, for example {only[0] if only else a.names[0]}."
+        )
+    if a.keys != b.keys:
+        raise DataError("Two methods can be compared in the same measures only.")
+    number = len(a.names)
+    even = np.full((1, number), 1 / number)
+    observed_K = (a.statistics(even) - b.statistics(even))[0]
+
+    rng = np.random.default_rng(seed)
+    differences_RK = np.concatenate(
+        [
+            a.statistics(weights) - b.statistics(weights)
+            for weights in _resampled_weights(rng, number, resamples)
+        ]
+    )
+    low_K, high_K = np.quantile(differences_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+    at_least_K = np.zeros(len(a.keys), np.int64)
+    # Sums in another order differ in the last bits; equal must count as equal.
+    threshold_K = np.abs(observed_K) - 1e-12
+    for kept_RN in _coin_tosses(rng, number, resamples):
+        swapped_RN = 1 / number - kept_RN
+        first = _mixed(a, b, kept_RN, swapped_RN)
+        second = _mixed(a, b, swapped_RN, kept_RN)
+        at_least_K += (np.abs(first - second) >= threshold_K).sum(0)
+    p_K = (1 + at_least_K) / (1 + resamples)
+    columns = zip(a.keys, observed_K, low_K, high_K, p_K, strict=True)
+    return {key: Comparison(*(float(v) for v in values)) for key, *values in columns}
+
+
+def _mixed(a: Scores, b: Scores, weights_a_RN: Floats, weights_b_RN: Floats) -> Floats:
+    """Return the statistics of a method made of images of a and images of b."""
+    values_RK = weights_a_RN @ a.table_NK + weights_b_RN @ b.table_NK
+    for letter in a.curves_NL:
+        averaged_RL = weights_a_RN @ a.curves_NL[letter] + weights_b_RN @ b.curves_NL[letter]
+        for key, value_R in zip(
+            _of_curve(letter), (averaged_RL.mean(1), averaged_RL.max(1)), strict=True
+        ):
+            if key in a.keys:
+                values_RK[:, a.keys.index(key)] = value_R
+    return values_RK
+
+
+def _resampled_weights(rng: np.random.Generator, number: int, resamples: int) -> Iterator[Floats]:
+    """Yield chunks (R, N) of weights: how often each image was drawn, over N."""
+    for start in range(0, resamples, CHUNK):
+        size = min(CHUNK, resamples - start)
+        yield rng.multinomial(number, np.full(number, 1 / number), size=size) / number
+
+
+def _coin_tosses(rng: np.random.Generator, number: int, tosses: int) -> Iterator[Floats]:
+    """Yield chunks (R, N) of weights, 1 / N or 0 by the toss of a coin."""
+    for start in range(0, tosses, CHUNK):
+        size = min(CHUNK, tosses - start)
+        yield rng.integers(0, 2, (size, number)) / number
+
+
+def breakdown(
+    rows: Sequence[Mapping[str, object]], labels: Sequence[str], keys: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Return the mean of every measure over the images of each label, with their number.
+
+    Curve measures are means of the images' own values here (an image's own best threshold).
+
+    Args:
+        rows: of an Evaluator.
+        labels: one for each row; "" leaves the row out.
+        keys: measures.
+
+    Returns:
+        Label -> {"images": count, key: mean}; labels in sorted order.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for label in sorted(set(labels) - {""}):
+        chosen = [row for row, own in zip(rows, labels, strict=True) if own == label]
+        means = {key: float(np.mean([float(row[key]) for row in chosen])) for key in keys}  # type: ignore[arg-type]
+        table[label] = {"images": float(len(chosen)), **means}
+    return table
+
+
+def size_label(object_fraction: float) -> str:
+    """Return the bucket of an object's share of the image: none, tiny, small, medium, large."""
+    if object_fraction == 0:
+        return "0 none"
+    for number, (limit, name) in enumerate(
+        ((0.01, "tiny < 1 %"), (0.05, "small 1-5 %"), (0.2, "medium 5-20 %")), 1
+    ):
+        if object_fraction < limit:
+            return f"{number} {name}"
+    return "4 large >= 20 %"
+
+
+def count_label(num_objects: int) -> str:
+    """Return the bucket of a number of objects: none, one, two, three or more."""
+    return f"{num_objects}" if num_objects < 3 else "3 or more"
