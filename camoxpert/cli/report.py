@@ -1,4 +1,4 @@
-"""``report``: one self-contained HTML page about a run."""
+"""``report``: one self-contained HTML page about a run, or a ledger as a table."""
 
 from __future__ import annotations
 
@@ -6,21 +6,62 @@ import argparse
 from pathlib import Path
 
 from camoxpert.cli import no_overrides
-from camoxpert.errors import CheckpointError
+from camoxpert.errors import CheckpointError, ConfigError, DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
-    parser.add_argument("run", help="a run folder")
+    parser.add_argument("run", help="a run folder, or a ledger that `evaluate --ledger` wrote")
+    ledger = parser.add_argument_group("of a ledger")
+    ledger.add_argument("--dataset", nargs="+", metavar="NAME", help="only these data sets")
+    ledger.add_argument("--method", nargs="+", metavar="NAME", help="only these methods")
+    ledger.add_argument("--measures", nargs="+", metavar="KEY", help="only these measures")
+    ledger.add_argument(
+        "--format",
+        choices=("text", "markdown", "latex", "csv"),
+        default="text",
+        help="of the table [text]",
+    )
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
-    """Write ``report.html`` into the run folder."""
+    """Write ``report.html`` into the run folder, or print the ledger's table."""
     no_overrides(rest)
-    folder = Path(options.run)
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder} is not a run folder: it holds no config.yaml.")
+    path = Path(options.run)
+    if path.is_file():
+        return _ledger(path, options)
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{path} is neither a run folder (it holds no config.yaml) nor a ledger file."
+        )
     from camoxpert.observe.report import write_report
 
-    print(write_report(folder))
+    print(write_report(path))
+    return 0
+
+
+def _ledger(path: Path, options: argparse.Namespace) -> int:
+    from camoxpert.observe import tables
+    from camoxpert.observe.ledger import comparable, read_ledger
+
+    rows = [
+        row
+        for row in read_ledger(path)
+        if (not options.dataset or row["dataset"] in options.dataset)
+        and (not options.method or row["method"] in options.method)
+    ]
+    if not rows:
+        raise DataError(f"The ledger {path} has no such rows.")
+    rows = comparable(rows)
+    keys = tuple(dict.fromkeys(key for row in rows for key in row["scores"]))
+    unknown = [key for key in options.measures or () if key not in keys]
+    if unknown:
+        raise ConfigError(f"--measures: no row has {unknown[0]}; there are {', '.join(keys)}.")
+    make = {
+        "text": tables.text_table,
+        "markdown": tables.markdown_table,
+        "latex": tables.latex_table,
+        "csv": tables.csv_table,
+    }[options.format]
+    print(make(rows, tuple(options.measures or keys)).rstrip("\n"))
     return 0

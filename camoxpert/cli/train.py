@@ -168,7 +168,6 @@ def score_tests(setup: Any, run_dir: Path, config: Config, stop: Any) -> None:
     """Score every test set found beside the training data and print the table."""
     from camoxpert.inference.evaluate import evaluate_set, score_table
     from camoxpert.inference.predictor import Predictor
-    from camoxpert.metrics import RESULT_KEYS
     from camoxpert.training.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "best.pt")
@@ -193,7 +192,7 @@ def score_tests(setup: Any, run_dir: Path, config: Config, stop: Any) -> None:
         )
         for name, manifest in setup.data.tests.items()
     ]
-    print(score_table(results, RESULT_KEYS))
+    print(score_table(results))
 
 
 def previous_phases(run_dir: Path) -> dict[str, float]:

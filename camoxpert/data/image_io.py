@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from camoxpert.data.mask_rule import binary_mask
+from camoxpert.data.mask_rule import binary_mask, mask_levels
 from camoxpert.errors import DataError
 
 MAX_PIXELS = 50_000_000
@@ -119,6 +119,58 @@ def read_mask(
         orientation = _header(image, path).orientation if apply_orientation else 1
         mask = binary_mask(_load(image, path), path)
         return np.ascontiguousarray(_upright(Image.fromarray(mask), orientation))
+
+
+def read_levels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode a mask's levels as they are stored, for callers who judge them; never turned by EXIF.
+
+    Returns:
+        (H, W) bool or any number type, the channel that holds the mask.
+
+    Raises:
+        DataError: unreadable or larger than ``max_pixels``.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        return mask_levels(_load(image, path), path)
+
+
+def read_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode a prediction map: grey levels, however the file stores them; never turned by EXIF.
+
+    Understood: 8-bit grey, 1-bit, grey palettes, colour with three equal channels, and 16-bit grey
+    (cut to its upper 8 bits). An opaque alpha channel is ignored.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        DataError: unreadable, larger than ``max_pixels``, in colour or transparent.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        picture = _load(image, path)
+        if picture.mode in ("L", "1"):
+            return np.asarray(picture.convert("L"))
+        if picture.mode.startswith("I"):
+            values = np.asarray(picture)
+            if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+                raise DataError(f"The map {path} holds values outside of 16 bits.")
+            wide = picture.mode.startswith("I;16") or values.max(initial=0) > 255
+            return (values >> 8 if wide else values).astype(np.uint8)
+        if picture.mode.startswith("F"):
+            raise DataError(f"The map {path} is in floating point. Save it as 8-bit grey.")
+        planes = np.asarray(picture.convert("RGBA"))
+    if (planes[..., 3] != 255).any():
+        raise DataError(
+            f"The map {path} has transparent pixels: is it a cut-out? Save the map as 8-bit grey."
+        )
+    if (planes[..., :1] != planes[..., 1:3]).any():
+        raise DataError(
+            f"The map {path} is in colour: is it a photograph or an overlay? Save the map as 8-bit "
+            "grey."
+        )
+    return np.ascontiguousarray(planes[..., 0])
 
 
 def read_pair(

@@ -3,10 +3,9 @@ gallery."""
 
 from __future__ import annotations
 
-import csv
 import heapq
 import itertools
-import re
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,12 @@ from camoxpert.data.image_io import write_jpeg
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.manifest import Manifest
 from camoxpert.inference.predictor import Predictor
-from camoxpert.metrics import Evaluator
+from camoxpert.inference.results import safe_name, summarise, write_curves, write_result
+from camoxpert.metrics import RESULT_KEYS, Evaluator
 from camoxpert.observe.plots import panel
 from camoxpert.observe.progress import bar
-from camoxpert.observe.runlog import write_json
-from camoxpert.training.validation import score
+from camoxpert.observe.tables import aligned, format_value
+from camoxpert.training.validation import Item, score
 
 
 class Gallery:
@@ -37,6 +37,8 @@ class Gallery:
     def offer(self, row: dict[str, Any], picture: Callable[[], np.ndarray]) -> None:
         """Consider an image; ``picture`` is called only if it is kept for now."""
         value, order = float(row["wFmeasure"]), next(self._order)
+        if math.isnan(value):  # skipped: it has no object
+            return
         for heap, key in ((self._best, value), (self._worst, -value)):
             if not self.size or (len(heap) == self.size and key <= heap[0][0]):
                 continue
@@ -68,13 +70,27 @@ def evaluate_set(
     gallery: int,
     protocol: str = "pysod",
     empty_gt: str = "pysod",
+    intervals: bool = True,
     checkpoint_name: str = "best",
     check_stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Score one data set; write ``evaluation/<name>.json``, ``.csv`` and the gallery under
-    ``output``.
+    """Score one data set; write ``evaluation/<name>.json``, ``.csv``, ``.png`` (curves) and the
+    gallery under ``output``.
 
     Everything is written after the last image: an interrupted call leaves no half table.
+
+    Args:
+        predictor: the model.
+        name: of the data set.
+        manifest: its images.
+        output: folder for results, usually the run's.
+        batch_size: images the loader reads at a time; it does not change a number.
+        num_workers: data worker processes.
+        gallery: best and worst images kept.
+        protocol, empty_gt: of the Evaluator.
+        intervals: also bootstrap confidence intervals.
+        checkpoint_name: goes into the result.
+        check_stop: called between batches; raises to stop.
 
     Returns:
         The content of the JSON file.
@@ -91,12 +107,11 @@ def evaluate_set(
         keep_images=gallery > 0,
     )
 
-    def seen(batch: Any, position: int, prediction: np.ndarray, row: dict[str, Any]) -> None:
-        mask = batch.full_masks[position]
-        everything.add(row["name"], np.full_like(prediction, 255), mask)
-        if gallery:
-            image, probability = batch.originals[position], prediction / np.float32(255)
-            pictures.offer(row, lambda: panel(image, mask, probability))
+    def seen(item: Item, prediction: Callable[[], np.ndarray], row: dict[str, Any]) -> None:
+        everything.add(item.name, np.full_like(item.mask, 255), item.mask)
+        original = item.original
+        if original is not None:
+            pictures.offer(row, lambda: panel(original, item.mask, prediction() / np.float32(255)))
 
     batches = bar(loader, description=f"evaluate {name}", total=len(loader))
     score(
@@ -104,61 +119,31 @@ def evaluate_set(
         batches,
         device=predictor.device,
         evaluator=evaluator,
+        groups={pair.name: pair.group for pair in manifest.pairs},
         context=predictor.context,
         seen=seen,
         check_stop=check_stop,
     )
-    curves = {key: np.asarray(curve).tolist() for key, curve in evaluator.curves().items()}
-    stem = safe_name(name)
-    result = {
-        "dataset": name,
-        "num_images": evaluator.num_images,
-        "scores": evaluator.results(),
+    result = summarise(evaluator, method=output.resolve().name, dataset=name, intervals=intervals)
+    result |= {
         "baseline": {"all_foreground": everything.results()},
-        "protocol": protocol,
-        "empty_gt": empty_gt,
-        "data_hash": manifest.content_hash(),
         "checkpoint": checkpoint_name,
         "img_size": predictor.img_size,
         "precision": predictor.precision.name,
         "seconds": time.monotonic() - started,
-        "curves": curves,
-        "gallery": pictures.write(output / "images" / stem, output),
+        "gallery": pictures.write(output / "images" / safe_name(name), output),
     }
-    write_rows(output / "evaluation" / f"{stem}.csv", evaluator.rows())
-    write_json(output / "evaluation" / f"{stem}.json", result)
+    write_curves(output / "evaluation", [result])
+    write_result(output / "evaluation", result, evaluator)
     return result
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write dictionaries as CSV, all at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
-def score_table(results: list[dict[str, Any]], keys: tuple[str, ...]) -> str:
+def score_table(results: list[dict[str, Any]], keys: tuple[str, ...] = RESULT_KEYS) -> str:
     """Lay the scores of several data sets out as an aligned text table, three decimals."""
     head = ["data set", "images", *keys]
     body = [
-        [r["dataset"], str(r["num_images"]), *(f"{r['scores'][key]:.3f}" for key in keys)]
+        [r["dataset"], str(r["num_images"]), *(format_value(key, r["scores"][key]) for key in keys)]
         for r in results
     ]
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *body]
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def safe_name(name: str) -> str:
-    """Turn any text into a file name that stays in its folder."""
-    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
+    first, *rest = aligned([head, *body]).splitlines()
+    return "\n".join([first, "-" * len(first), *rest])

@@ -20,7 +20,7 @@ from camoxpert.training.precision import (
     choose_device,
     choose_precision,
 )
-from camoxpert.training.validation import probabilities
+from camoxpert.training.validation import probability_maps
 
 
 class Predictor:
@@ -66,8 +66,9 @@ class Predictor:
 
     def __call__(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Return float32 probability maps (H, W) in 0..1 for prepared images (B, 3, S, S)."""
-        maps, _ = probabilities(self.model, images.to(self.device), sizes, context=self.context())
-        return maps
+        on_device = images.to(self.device)
+        maps, _ = probability_maps(self.model, on_device, sizes, context=self.context())
+        return [map_HW.cpu().numpy() for map_HW in maps]
 
 
 def without_weights(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]

@@ -40,7 +40,7 @@ def boundary_iou(prediction_HW: Mask, mask_HW: Mask, *, dilation_ratio: float = 
 def _boundary_band(mask_HW: Mask, width: int) -> Mask:
     """Return the object's pixels within ``width`` of its outline; the image's border is outline."""
     # A border of background, so that an object that leaves the image has an outline there, too.
-    padded = cv2.copyMakeBorder(mask_HW.view(np.uint8), *[1] * 4, cv2.BORDER_CONSTANT, value=0)
+    padded = cv2.copyMakeBorder(mask_HW.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=width)
     return mask_HW & (inner[1:-1, 1:-1] == 0)
 
@@ -114,7 +114,7 @@ def _clicks(region_HW: Mask, beside_HW: Mask, epsilon: float) -> int:
         kept = near[row, column] & ~visited[row, column] & first
         visited[row[kept], column[kept]] = True
         alone[labels[row[kept], column[kept]]] = False
-        runs = list(_runs(contour, kept))
+        runs = list(_runs(np.asarray(contour, np.int32), kept))
         if len(runs) > 1 and np.abs(runs[0][0] - runs[-1][-1]).max() == 1:
             # The contour's start lies inside a run: join its two halves.
             runs[-1] = np.concatenate([runs[-1], runs.pop(0)[::-1]])

@@ -143,7 +143,7 @@ class Evaluator:
         self._check_new({name})
         prediction_HW = checked_prediction(name, prediction)
         mask_HW = checked_mask(name, mask)
-        check_same_size(name, prediction_HW, mask_HW)
+        check_same_size(name, prediction_HW.shape, mask_HW)
         if self.empty_gt == "skip" and not mask_HW.any():
             self._skipped[name] = digest_mask(mask_HW)
             nothing = dict.fromkeys(self.keys, math.nan)
@@ -175,6 +175,11 @@ class Evaluator:
         self._check_new({score.row["name"]})
         self._scores[score.row["name"]] = score
         return dict(score.row)
+
+    def skip(self, score: ImageScore) -> None:
+        """Note an image without an object that was scored elsewhere and is left out."""
+        self._check_new({score.row["name"]})
+        self._skipped[score.row["name"]] = score.mask_digest
 
     def merge(self, other: Evaluator) -> None:
         """Take over the images of another evaluator, which stays as it is.

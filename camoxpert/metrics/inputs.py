@@ -77,15 +77,12 @@ def checked_mask(name: str, mask: object) -> NDArray[np.bool_]:
     return object_HW
 
 
-def check_same_size(
-    name: str, prediction_HW: NDArray[np.uint8], mask_HW: NDArray[np.bool_]
-) -> None:
-    """Raise DataError unless prediction and mask have the same height and width."""
-    if prediction_HW.shape != mask_HW.shape:
-        height, width = prediction_HW.shape
+def check_same_size(name: str, shape: tuple[int, ...], mask_HW: NDArray[np.bool_]) -> None:
+    """Raise DataError unless a prediction's shape is the mask's."""
+    if shape != mask_HW.shape:
         mask_height, mask_width = mask_HW.shape
         raise DataError(
-            f"{name}: the prediction is {height} x {width} and the mask {mask_height} x"
+            f"{name}: the prediction is {shape[0]} x {shape[1]} and the mask {mask_height} x"
             f" {mask_width} (height x width). Resize the prediction to the mask; it is not done"
             " here, because the way it is done changes the third decimal."
         )

@@ -8,6 +8,7 @@ are fractions in 0..1 (E-measure: up to N / (N - 1) for N pixels), in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,20 +84,24 @@ def threshold_confusion(counts_CL: NDArray[np.int64]) -> Confusion:
 
 
 def adaptive_confusion(
-    histogram: JointHistogram, values: Floats, *, pixels: NDArray[np.uint8] | None = None
+    histogram: JointHistogram,
+    values: Floats,
+    *,
+    pixels: Callable[[], NDArray[np.uint8]] | None = None,
 ) -> Confusion:
     """Binarise at twice the map's mean, at most 1 (value >= threshold).
 
     Args:
         histogram: of the image.
         values: (256,) value of each grey level.
-        pixels: the map, for parity to the last bit. A level that lies on the threshold falls to
+        pixels: returns the map, for parity to the last bit. A level that lies on the threshold
+            falls to
             either side with the rounding of the mean; then, and only then, the mean is taken of the
             pixels, summed as an array, the way the reference does.
     """
     threshold = 2 * mean_value(histogram, values)
     if pixels is not None and (np.abs(values - threshold) < 1e-9).any():
-        threshold = 2 * float(np.take(values, pixels).mean())
+        threshold = 2 * float(np.take(values, pixels()).mean())
     return _confusion(histogram, values >= min(threshold, 1.0))
 
 

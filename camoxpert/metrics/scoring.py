@@ -90,7 +90,7 @@ def score_image(
         histogram,
         values,
         {key: float(of_pixels[key]()) for key in keys if key in of_pixels},
-        pixels=prediction_HW,
+        pixels=lambda: prediction_HW,
         group=group,
         empty_gt=empty_gt,
         keys=keys,
@@ -105,7 +105,7 @@ def assemble(
     values: NDArray[np.float64],
     of_pixels: dict[str, float],
     *,
-    pixels: NDArray[np.uint8] | None,
+    pixels: Callable[[], NDArray[np.uint8]] | None,
     group: str,
     empty_gt: str,
     keys: tuple[str, ...],
@@ -119,7 +119,7 @@ def assemble(
         histogram: of the image.
         values: (256,) value of each grey level.
         of_pixels: the measures that a histogram cannot give.
-        pixels: the map, for the last bit of adaptive measures; see ``adaptive_confusion``.
+        pixels: returns the map, for the last bit of adaptive measures; see ``adaptive_confusion``.
         group: goes into the row.
         empty_gt: one of EMPTY_GT.
         keys: of the measures wanted.

@@ -63,7 +63,7 @@ def weighted_fmeasure(
     if num_foreground == 0:
         return 0.0
     # Outside of the box that holds the object, its surroundings and all errors, nothing counts.
-    wrong_HW = cv2.LUT(prediction_HW, (values_L > 0).view(np.uint8))
+    wrong_HW = np.asarray(cv2.LUT(prediction_HW, (values_L > 0).view(np.uint8)), np.uint8)
     x, y, width, height = cv2.boundingRect(wrong_HW | object_HW)
     part = (slice(max(y - PAD, 0), y + height + PAD), slice(max(x - PAD, 0), x + width + PAD))
     prediction_HW, object_HW = prediction_HW[part], np.ascontiguousarray(object_HW[part])
@@ -132,15 +132,19 @@ def _object_error(
 
 def _with_margin(distance_HW: NDArray[np.float32], box: tuple[slice, slice]) -> NDArray[np.float32]:
     """Return the box grown by PAD on every side; 0 beyond the image."""
-    sides: list[int] = []
-    grown = []
-    for axis, part in enumerate(box):
-        low, high = part.start - PAD, part.stop + PAD
-        inside_low, inside_high = max(low, 0), min(high, distance_HW.shape[axis])
-        grown.append(slice(inside_low, inside_high))
-        sides += [inside_low - low, high - inside_high]
-    part_HW = distance_HW[grown[0], grown[1]]
-    return cv2.copyMakeBorder(part_HW, *sides, cv2.BORDER_CONSTANT, value=0)
+    (top, rows, bottom), (left, columns, right) = (
+        _grown(part, length) for part, length in zip(box, distance_HW.shape, strict=True)
+    )
+    return cv2.copyMakeBorder(  # type: ignore[return-value]
+        distance_HW[rows, columns], top, bottom, left, right, cv2.BORDER_CONSTANT, value=0
+    )
+
+
+def _grown(part: slice, length: int) -> tuple[int, slice, int]:
+    """Grow a slice by PAD within 0..length; return what is missing before and behind it, too."""
+    low, high = part.start - PAD, part.stop + PAD
+    inside = slice(max(low, 0), min(high, length))
+    return inside.start - low, inside, high - inside.stop
 
 
 def _squares(distances: NDArray[np.float32]) -> NDArray[np.int32]:

@@ -82,7 +82,38 @@ def panel(
         "probability": grey,
         "prediction": compare(image_HWC, predicted, truth),
     }
-    width = max(1, round(image_HWC.shape[1] * height / image_HWC.shape[0]))
+    return _side_by_side(pictures, height)
+
+
+def comparison_panel(
+    image_HWC: np.ndarray | None,
+    mask_HW: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    *,
+    height: int = 150,
+) -> np.ndarray:
+    """Put image, truth and the comparison of several maps side by side, with captions.
+
+    Args:
+        image_HWC: uint8 RGB; None draws on black.
+        mask_HW: bool.
+        predictions: caption -> uint8 map of the mask's size.
+        height: of the pictures in the result, pixels.
+
+    Returns:
+        uint8 RGB.
+    """
+    ground = np.zeros((*mask_HW.shape, 3), np.uint8) if image_HWC is None else image_HWC
+    pictures = {} if image_HWC is None else {"image": image_HWC}
+    pictures["truth"] = overlay(ground, mask_HW, colour=FALSE_NEGATIVE)
+    for caption, prediction_HW in predictions.items():
+        pictures[caption] = compare(ground, prediction_HW > 127, mask_HW)
+    return _side_by_side(pictures, height)
+
+
+def _side_by_side(pictures: Mapping[str, np.ndarray], height: int) -> np.ndarray:
+    first = next(iter(pictures.values()))
+    width = max(1, round(first.shape[1] * height / first.shape[0]))
     # Very long pictures would make unreadable pages.
     width = min(width, height * 3)
     tiles = []
@@ -156,13 +187,20 @@ def plot_routing(record: Mapping[str, Any]) -> bytes:
 
 
 def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """Plot precision-recall, F and E curves, one line per data set; PNG."""
+    """Plot precision-recall, F and E curves, one line per data set or method; PNG."""
     figure, axes = _figure(3, width=9.6)
     threshold = np.arange(255, -1, -1)
-    for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
-        axes[0].plot(curve["recall"], curve["precision"], color=colour, label=name, linewidth=1.4)
-        axes[1].plot(threshold, curve["F"], color=colour, label=name, linewidth=1.4)
-        axes[2].plot(threshold, curve["E"], color=colour, label=name, linewidth=1.4)
+    for index, (name, curve) in enumerate(curves.items()):
+        # Colours come round again with another dash.
+        style: dict[str, Any] = {
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": ("-", "--", ":", "-.")[index // len(COLOURS) % 4],
+            "label": name,
+            "linewidth": 1.4,
+        }
+        axes[0].plot(curve["recall"], curve["precision"], **style)
+        axes[1].plot(threshold, curve["F"], **style)
+        axes[2].plot(threshold, curve["E"], **style)
     axes[0].set(title="precision over recall", xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
     axes[1].set(title="F-measure", xlabel="threshold, 0 to 255", ylim=(0, 1.02))
     axes[2].set(title="E-measure", xlabel="threshold, 0 to 255", ylim=(0, 1.02))

@@ -20,6 +20,7 @@ from camoxpert.errors import ConfigError
 from camoxpert.observe import plots
 from camoxpert.observe.report_style import STYLE
 from camoxpert.observe.runlog import read_jsonl
+from camoxpert.observe.tables import LOWER_IS_BETTER
 
 MEASURES = {
     "Smeasure": ("S", "structure"),
@@ -34,7 +35,6 @@ MEASURES = {
     "Dice": ("Dice", "at 0.5"),
     "MAE": ("MAE", "mean error"),
 }
-LOWER_IS_BETTER = ("MAE",)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -182,12 +182,12 @@ def _gallery(run_dir: Path, results: Sequence[Mapping[str, Any]]) -> str:
 def _curves(records: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     if any(r.get("kind") == "train" for r in records):
-        parts.append(_chart(lambda: plots.plot_training(records), "training loss"))
+        parts.append(chart(lambda: plots.plot_training(records), "training loss"))
     if any(r.get("kind") == "validation" for r in records):
-        parts.append(_chart(lambda: plots.plot_scores(records), "validation scores"))
+        parts.append(chart(lambda: plots.plot_scores(records), "validation scores"))
     curves = {r["dataset"]: r["curves"] for r in results if r.get("curves")}
     if curves:
-        parts.append(_chart(lambda: plots.plot_curves(curves), "PR, F and E curves"))
+        parts.append(chart(lambda: plots.plot_curves(curves), "PR, F and E curves"))
     return f"<section><h2>Curves</h2>{''.join(parts) or '<p>Nothing logged yet.</p>'}</section>"
 
 
@@ -216,7 +216,7 @@ def _experts(records: Sequence[Mapping[str, Any]]) -> str:
         f"every expert near its fair share of {1 / count:.0%}, with differences between levels: "
         f"specialisation, "
         f"not collapse. Entropy (1 is even): {entropy}.</p>"
-        f"{_chart(lambda: plots.plot_routing(last), 'expert usage')}{''.join(warnings)}</section>"
+        f"{chart(lambda: plots.plot_routing(last), 'expert usage')}{''.join(warnings)}</section>"
     )
 
 
@@ -238,7 +238,7 @@ def _time(info: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
             advice = "The device waits for data: raise --num-workers if cores are free."
             text += f"<p class='warning'>{advice}</p>"
     return (
-        f"<section><h2>Time</h2>{text}{_chart(lambda: plots.plot_phases(phases), 'time')}</section>"
+        f"<section><h2>Time</h2>{text}{chart(lambda: plots.plot_phases(phases), 'time')}</section>"
     )
 
 
@@ -302,7 +302,7 @@ def _repeat(info: Mapping[str, Any]) -> str:
     )
 
 
-def _chart(draw: Callable[[], bytes], name: str) -> str:
+def chart(draw: Callable[[], bytes], name: str) -> str:
     """Inline a chart; without matplotlib, or with records it cannot draw, say so instead."""
     try:
         data = base64.b64encode(draw()).decode()

@@ -74,7 +74,7 @@ class RunLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record as a line of JSON; NaN and infinity become null."""
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -151,7 +151,7 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(value), file, indent=1, allow_nan=False)
+        json.dump(finite(value), file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -212,13 +212,14 @@ def git_commit(folder: Path) -> str | None:
     return done.stdout.strip()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a copy that JSON can hold: NaN and infinity become None, numpy scalars Python's."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, np.generic):
-        return _finite(value.item())
+        return finite(value.item())
     return value

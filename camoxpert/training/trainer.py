@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from camoxpert.training.meters import LateReader, RoutingMeter
 from camoxpert.training.optim import Stage, lr_at, set_lr
 from camoxpert.training.setup import Setup, autocast, mask_target, training_loader
 from camoxpert.training.state import TrainState
-from camoxpert.training.validation import score
+from camoxpert.training.validation import Item, score
 
 Say = Callable[[str], None]
 
@@ -362,11 +363,11 @@ def validate(setup: Setup, log: RunLog, state: TrainState, stop: StopFlag) -> di
         keep_images=count > 0 and setup.config.run.tensorboard,
     )
 
-    def show(batch: Any, position: int, prediction: np.ndarray, row: dict[str, Any]) -> None:
-        if evaluator.num_images <= count and setup.config.run.tensorboard:
-            picture = panel(
-                batch.originals[position], batch.full_masks[position], prediction / np.float32(255)
-            )
+    shown = itertools.count()
+
+    def show(item: Item, prediction: Callable[[], np.ndarray], row: dict[str, Any]) -> None:
+        if item.original is not None and next(shown) < count:
+            picture = panel(item.original, item.mask, prediction() / np.float32(255))
             log.image(f"validation/{row['name']}", picture, state.step)
 
     setup.evaluated_model.set_active_experts(setup.config.model.top_k)

@@ -136,7 +136,7 @@ def test_flags_win_over_the_file_and_overrides_over_flags(tmp_path: Path) -> Non
         (["train", "--dataset-path", "/no/such/folder"], 3, "there is no file or folder"),
         (["evaluate", "/no/such/run"], 4, "There is no checkpoint"),
         (["predict", "x"], 2, "required"),
-        (["report", "/no/such/run"], 4, "not a run folder"),
+        (["report", "/no/such/run"], 4, "neither a run folder"),
         (["synthesize", "toy", "x", "--difficulty", "2"], 2, "between 0 and 1"),
     ],
 )

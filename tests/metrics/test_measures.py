@@ -71,7 +71,7 @@ def test_adaptive_and_binary_thresholds_by_hand():
     # Exactly on the adaptive threshold counts, exactly on one half does not.
     half = np.array([[255, 0], [0, 255]], np.uint8)
     histogram, values = both(half)
-    assert measures.adaptive_confusion(histogram, values, pixels=half).tp == 1
+    assert measures.adaptive_confusion(histogram, values, pixels=lambda: half).tp == 1
     assert measures.binary_confusion(histogram, np.full(256, 0.5)).tp == 0
 
 

@@ -1,0 +1,379 @@
+"""Prediction maps on disk: which methods and data sets there are, and which map belongs to which
+mask.
+
+Nothing is intersected silently: a map without a mask, a mask without a map and a file that is no
+image are faults, unless the caller says otherwise.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from camoxpert.config import read_yaml
+from camoxpert.data.layouts import (
+    IMAGE_FOLDERS,
+    IMAGE_SUFFIXES,
+    MASK_FOLDERS,
+    class_of,
+    image_files,
+    is_noncam,
+)
+from camoxpert.data.manifest import load_eval
+from camoxpert.errors import ConfigError, DataError
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """The truth of one data set.
+
+    Attributes:
+        name: of the data set.
+        masks: image stem -> mask file.
+        images: image stem -> image file, for pictures only; may lack any.
+        notes: sentences for the user.
+    """
+
+    name: str
+    masks: Mapping[str, Path]
+    images: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MapJob:
+    """One image to score."""
+
+    name: str
+    map: Path
+    mask: Path
+    image: Path | None
+    group: str
+
+
+@dataclass(frozen=True)
+class MapTask:
+    """One method on one data set.
+
+    Attributes:
+        method, dataset: names.
+        jobs: one per image, by name.
+        missing: masks without a map that are left out, as allowed.
+        extra: maps without a mask that are left out, as allowed.
+    """
+
+    method: str
+    dataset: str
+    jobs: tuple[MapJob, ...]
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+
+def find_masks(
+    paths: Sequence[Path], *, images: Sequence[Path] = (), noncam: str = "exclude"
+) -> dict[str, MaskSet]:
+    """Find the truth: folders of masks, folders of such folders, or known data set layouts.
+
+    Args:
+        paths: one or more folders.
+        images: folders of the images, in the order of ``paths``; without them a folder of images
+            beside the masks is taken.
+        noncam: exclude or include COD10K images without a camouflaged object.
+
+    Raises:
+        DataError: no masks there, or two data sets of one name.
+    """
+    if images and len(images) != len(paths):
+        raise ConfigError(
+            f"--images names {len(images)} folders and --gt {len(paths)}: give one for each."
+        )
+    sets: dict[str, MaskSet] = {}
+    for index, path in enumerate(paths):
+        if not path.is_dir():
+            raise DataError(f"--gt: there is no folder {path}.")
+        found = _mask_sets(path, images[index] if images else None, noncam)
+        for mask_set in found:
+            if mask_set.name in sets:
+                raise DataError(
+                    f"Two data sets are called {mask_set.name}; give names with --list FILE."
+                )
+            sets[mask_set.name] = mask_set
+    return sets
+
+
+def _mask_sets(path: Path, images: Path | None, noncam: str) -> list[MaskSet]:
+    if image_files(path):
+        return [_plain_set(path, images, noncam)]
+    subfolders = [p for p in _subfolders(path) if image_files(p)]
+    looks_plain = subfolders and not any(
+        p.name in (*IMAGE_FOLDERS, *MASK_FOLDERS) for p in subfolders
+    )
+    if looks_plain:
+        return [_plain_set(p, None, noncam) for p in subfolders]
+    try:
+        manifests = load_eval(path, noncam=noncam)
+    except DataError as error:
+        raise DataError(
+            f"--gt: no masks found in {path}. Give a folder of masks, a folder with one such "
+            f"folder per data set, or a known data set layout. ({error})"
+        ) from error
+    return [
+        MaskSet(
+            name,
+            {pair.name: pair.mask for pair in manifest.pairs},
+            {pair.name: pair.image for pair in manifest.pairs},
+            manifest.notes,
+        )
+        for name, manifest in manifests.items()
+    ]
+
+
+def _plain_set(path: Path, images: Path | None, noncam: str) -> MaskSet:
+    _refuse_strangers(path, "--gt")
+    masks = _by_stem(path)
+    kept = {s: p for s, p in masks.items() if noncam == "include" or not is_noncam(s)}
+    left_out = len(masks) - len(kept)
+    name = path.resolve().parent.name if path.name in MASK_FOLDERS else path.resolve().name
+    notes: tuple[str, ...] = ()
+    if left_out:
+        notes = (
+            f"{name}: {left_out} images without a camouflaged object are left out (--noncam "
+            "include keeps them)",
+        )
+    beside = [path.parent / folder for folder in IMAGE_FOLDERS]
+    folder = images or next((p for p in beside if p.is_dir() and p != path), None)
+    return MaskSet(name, kept, _by_stem(folder) if folder is not None else {}, notes)
+
+
+def find_maps(
+    paths: Sequence[Path],
+    sets: Mapping[str, MaskSet],
+    *,
+    allow_missing: bool = False,
+    allow_extra: bool = False,
+) -> list[MapTask]:
+    """Find the maps of every method for every data set.
+
+    A path is a folder of maps (one data set only), a method's folder with one folder per data set,
+    or a folder of methods.
+
+    Raises:
+        DataError: every fault of every folder in one list, or nothing found.
+    """
+    methods: dict[str, dict[str, Path]] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise DataError(f"--predictions: there is no folder {path}.")
+        for method, folders in _methods_in(path, sets).items():
+            if method in methods:
+                raise DataError(
+                    f"Two methods are called {method}; give names with --list FILE, or rename one."
+                )
+            methods[method] = folders
+    return pair_maps(methods, sets, allow_missing=allow_missing, allow_extra=allow_extra)
+
+
+def pair_maps(
+    methods: Mapping[str, Mapping[str, Path]],
+    sets: Mapping[str, MaskSet],
+    *,
+    allow_missing: bool = False,
+    allow_extra: bool = False,
+) -> list[MapTask]:
+    """Pair the maps of each method with the masks of each data set; see ``find_maps``."""
+    faults: list[str] = []
+    tasks = []
+    for method, folders in methods.items():
+        for dataset, mask_set in sets.items():
+            if dataset not in folders:
+                if not allow_missing:
+                    faults.append(f"{method} has no folder for the data set {dataset}")
+                continue
+            task, found = _pair_folder(method, mask_set, folders[dataset])
+            if task.missing and not allow_missing:
+                found.append(
+                    f"{method} on {dataset}: {len(task.missing)} of {len(mask_set.masks)} masks "
+                    f"have no map: {shorten(task.missing)} (--allow-missing leaves them out)"
+                )
+            if task.extra and not allow_extra:
+                found.append(
+                    f"{method} on {dataset}: {len(task.extra)} maps have no mask: "
+                    f"{shorten(task.extra)} (--allow-extra leaves them out)"
+                )
+            if not task.jobs and not found:
+                found.append(f"{method} on {dataset}: no map has the name of a mask")
+            faults += found
+            tasks.append(task)
+    if faults:
+        raise DataError("The prediction maps and masks do not match:\n  " + "\n  ".join(faults))
+    if not tasks:
+        raise DataError("There is nothing to score: no folder of maps belongs to a data set.")
+    return tasks
+
+
+def _pair_folder(method: str, mask_set: MaskSet, folder: Path) -> tuple[MapTask, list[str]]:
+    faults = []
+    strangers = _strangers(folder)
+    if strangers:
+        faults.append(
+            f"{method} on {mask_set.name}: {len(strangers)} files in {folder} are no images: "
+            f"{shorten(strangers)}"
+        )
+    maps = _by_stem(folder)
+    jobs = tuple(
+        MapJob(name, maps[name], mask, mask_set.images.get(name), class_of(name))
+        for name, mask in sorted(mask_set.masks.items())
+        if name in maps
+    )
+    missing = tuple(sorted(mask_set.masks.keys() - maps.keys()))
+    extra = tuple(sorted(maps.keys() - mask_set.masks.keys()))
+    return MapTask(method, mask_set.name, jobs, missing, extra), faults
+
+
+def read_list(path: Path) -> tuple[dict[str, MaskSet], dict[str, dict[str, Path]]]:
+    """Read a YAML list of data sets and methods; paths are relative to the file.
+
+    ::
+
+        datasets:
+          CAMO: {gt: CAMO/GT, images: CAMO/Imgs}    # or just the folder of masks
+        methods:
+          ours: maps/ours                           # with one folder per data set
+          SINet: {CAMO: maps/sinet_camo}            # or a folder for each
+
+    Raises:
+        ConfigError: not such a file.
+        DataError: a folder does not exist or holds no masks.
+    """
+    content = read_yaml(path)
+    unknown = set(content) - {"datasets", "methods"}
+    if unknown or not all(
+        isinstance(content.get(key), dict) and content[key] for key in ("datasets", "methods")
+    ):
+        raise ConfigError(
+            f"{path} must have the two tables `datasets` (name: folder of masks) and `methods` "
+            f"(name: folder of "
+            f"maps){'; it has ' + ', '.join(map(str, content)) if unknown else ''}."
+        )
+    root = path.parent
+    sets = {}
+    for name, entry in content["datasets"].items():
+        table = {"gt": entry} if isinstance(entry, str) else entry
+        if not isinstance(table, dict) or set(table) - {"gt", "images"} or "gt" not in table:
+            raise ConfigError(
+                f"{path}: data set {name}: give a folder, or {{gt: ..., images: ...}}."
+            )
+        folder = root / str(table["gt"])
+        if not folder.is_dir() or not image_files(folder):
+            raise DataError(f"{path}: data set {name}: {folder} holds no masks.")
+        images = root / str(table["images"]) if "images" in table else None
+        plain = _plain_set(folder, images, "exclude")
+        sets[str(name)] = MaskSet(str(name), plain.masks, plain.images, plain.notes)
+    methods = {
+        str(name): _listed_folders(path, root, str(name), entry, sets)
+        for name, entry in content["methods"].items()
+    }
+    return sets, methods
+
+
+def _listed_folders(
+    path: Path, root: Path, method: str, entry: Any, sets: Mapping[str, MaskSet]
+) -> dict[str, Path]:
+    if isinstance(entry, str):
+        folders = _dataset_folders(root / entry, sets) if (root / entry).is_dir() else {}
+        if not folders and len(sets) == 1:
+            folders = {next(iter(sets)): root / entry}
+    elif isinstance(entry, dict):
+        folders = {str(dataset): root / str(folder) for dataset, folder in entry.items()}
+    else:
+        raise ConfigError(f"{path}: method {method}: give a folder, or one for each data set.")
+    unknown = sorted(set(folders) - set(sets))
+    if unknown:
+        raise ConfigError(f"{path}: method {method} names the unknown data set {unknown[0]}.")
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise DataError(f"{path}: method {method}: there is no folder {folder}.")
+    return folders
+
+
+def _methods_in(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, dict[str, Path]]:
+    name = path.resolve().name
+    if image_files(path):
+        if len(sets) > 1:
+            own = _match(name, sets)
+            if own is None:
+                raise DataError(
+                    f"{path} holds maps, but --gt has {len(sets)} data sets ({', '.join(sets)}). "
+                    "Give a folder with one folder per data set."
+                )
+            return {path.resolve().parent.name: {own: path}}
+        only = next(iter(sets))
+        return {path.resolve().parent.name if _match(name, sets) else name: {only: path}}
+    folders = _dataset_folders(path, sets)
+    if folders:
+        return {name: folders}
+    methods: dict[str, dict[str, Path]] = {}
+    for sub in _subfolders(path):
+        if image_files(sub) and len(sets) == 1:
+            methods[sub.name] = {next(iter(sets)): sub}
+        elif inner := _dataset_folders(sub, sets):
+            methods[sub.name] = inner
+    if not methods:
+        raise DataError(
+            f"--predictions: no maps for {', '.join(sets)} found in {path}. Give a folder of maps, "
+            "a method's folder with one folder per data set, or a folder of methods."
+        )
+    return methods
+
+
+def _dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
+    found = {_match(p.name, sets): p for p in _subfolders(path)}
+    return {name: folder for name, folder in found.items() if name is not None}
+
+
+def _match(name: str, sets: Mapping[str, MaskSet]) -> str | None:
+    """Return the data set of that name, in any case; None if there is none."""
+    return next((own for own in sets if own.lower() == name.lower()), None)
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _strangers(folder: Path) -> list[str]:
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.is_file() and not p.name.startswith(".") and p.suffix.lower() not in IMAGE_SUFFIXES
+    )
+
+
+def _refuse_strangers(folder: Path, flag: str) -> None:
+    strangers = _strangers(folder)
+    if strangers:
+        raise DataError(
+            f"{flag}: {len(strangers)} files in {folder} are no images: {shorten(strangers)}. "
+            "Remove them."
+        )
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in image_files(folder):
+        # macOS writes decomposed accents: the same name must compare equal.
+        stem = unicodedata.normalize("NFC", path.stem)
+        if stem in files:
+            raise DataError(f"{files[stem]} and {path} have the same name; which one is meant?")
+        files[stem] = path
+    return files
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Join up to ten names, with how many more there are."""
+    more = f" ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
