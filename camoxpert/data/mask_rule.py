@@ -41,7 +41,10 @@ def mask_levels(image: Image.Image, path: Path) -> np.ndarray:
     """Return the channel that holds the mask, (H, W), bool or any number type."""
     if image.mode == "P":
         return _palette_levels(image, path)
-    if image.mode in ("1", "L") or image.mode.startswith(("I", "F")):
+    if image.mode == "1":
+        # Pillow's own array holds 255 for True, which shows wherever it is looked at as bytes.
+        return np.asarray(image.convert("L")) > 127
+    if image.mode == "L" or image.mode.startswith(("I", "F")):
         return np.asarray(image)
     planes = _wide_planes(path) if image.format == "PNG" else None
     if planes is None:

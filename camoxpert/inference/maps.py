@@ -188,8 +188,8 @@ def pair_maps(
     """Pair the maps of each method with the masks of each data set; see ``find_maps``."""
     faults: list[str] = []
     tasks = []
-    for method, folders in methods.items():
-        for dataset, mask_set in sets.items():
+    for dataset, mask_set in sets.items():
+        for method, folders in methods.items():
             if dataset not in folders:
                 if not allow_missing:
                     faults.append(f"{method} has no folder for the data set {dataset}")

@@ -18,9 +18,8 @@ import numpy as np
 
 from camoxpert.data.image_io import MAX_PIXELS, read_levels, read_map
 from camoxpert.errors import DataError
-from camoxpert.inference.maps import MapJob, MapTask, shorten
+from camoxpert.inference.maps import MapJob, MapTask
 from camoxpert.metrics import Evaluator
-from camoxpert.metrics.inputs import checked_mask
 from camoxpert.metrics.scoring import ImageScore, score_image
 
 CHUNK = 8
@@ -57,23 +56,29 @@ class Fault:
     name: str
 
 
+class GreyMaskError(DataError):
+    """A mask with levels that could mean anything; its text is the file and its levels."""
+
+
 def read_truth(job: MapJob, options: MapOptions) -> np.ndarray:
     """Return the mask of a job, bool (H, W).
 
     Raises:
-        DataError: unreadable, or levels that are not a mask's.
+        DataError: unreadable.
+        GreyMaskError: other levels than two that are unambiguous.
     """
     levels = read_levels(job.mask, max_pixels=options.max_pixels)
+    if levels.dtype == bool:
+        return levels
     if options.gt_threshold is not None:
-        top = 65535 if levels.dtype != bool and levels.max(initial=0) > 255 else 255
-        if levels.dtype == bool:
-            return levels
+        top = 65535 if levels.max(initial=0) > 255 else 255
         return np.ascontiguousarray(levels > options.gt_threshold * (top // 255))
-    if levels.dtype in (bool, np.uint8):
-        return checked_mask(str(job.mask), levels)
     values = np.unique(levels)
-    if values[0] < 0 or len(values) > 2 or not set(values.tolist()) <= {0, *FULL_SCALE}:
-        raise DataError(f"{job.mask}: the mask has the levels {shorten([str(v) for v in values])}.")
+    if len(values) > 2 or not set(values.tolist()) <= {0, *FULL_SCALE}:
+        shown = ", ".join(f"{value:g}" for value in values[:6])
+        raise GreyMaskError(f"{job.mask} ({shown}{', ...' if len(values) > 6 else ''})")
+    if len(values) == 2 and values[0] != 0:
+        raise GreyMaskError(f"{job.mask} ({values[0]}, {values[1]})")
     return np.ascontiguousarray(levels > 0)
 
 
@@ -90,6 +95,12 @@ def score_job(job: MapJob, options: MapOptions) -> ImageScore | Fault:
     """Read and score one pair of files; a fault is returned, not raised."""
     try:
         mask = read_truth(job, options)
+    except GreyMaskError as error:
+        return Fault(
+            "masks with other levels than 0 and 255, or 0 and 1 (--gt-threshold 128 takes the "
+            "levels above 128 for the object)",
+            str(error),
+        )
     except DataError as error:
         return Fault("masks that are not usable", str(error))
     try:
@@ -181,7 +192,14 @@ def _in_workers(
     waiting: list[Future[list[ImageScore | Fault]]] = []
     todo = iter(chunks)
     try:
-        waiting += [pool.submit(work, chunk) for chunk in itertools.islice(todo, 4 * num_workers)]
+        # A worker inherits the block until it can say that it ignores Ctrl-C; the signal itself is
+        # not lost, it arrives here a little later.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            first = itertools.islice(todo, 4 * num_workers)
+            waiting += [pool.submit(work, chunk) for chunk in first]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         while waiting:
             result = waiting.pop(0).result()
             waiting += [pool.submit(work, chunk) for chunk in itertools.islice(todo, 1)]
@@ -220,6 +238,4 @@ def _fault_list(task: MapTask, faults: Sequence[Fault], *, stopped: bool) -> str
         lines.append(f"{len(names)} {kind}:")
         lines += [f"  {name}" for name in names[:10]]
         lines += [f"  ... and {len(names) - 10} more"] if len(names) > 10 else []
-    if any("grey level" in fault.name for fault in faults):
-        lines.append("--gt-threshold 128 takes the masks' levels above 128 for the object.")
     return "\n".join(lines)

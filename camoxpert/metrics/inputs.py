@@ -56,7 +56,8 @@ def checked_mask(name: str, mask: object) -> NDArray[np.bool_]:
     """
     array = _checked_shape(name, "mask", mask)
     if array.dtype == np.bool_:
-        return np.ascontiguousarray(array)
+        # Some makers of bool arrays (Pillow's 1-bit pictures) leave 255 in the bytes of True.
+        return np.ascontiguousarray(array).view(np.uint8) != 0
     if array.dtype != np.uint8:
         raise DataError(
             f"{name}: the mask is {array.dtype}. Give bool, or uint8 with 0 and 255 (or 0 and 1)."

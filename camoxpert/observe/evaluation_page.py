@@ -132,24 +132,23 @@ def _comparisons(name: str, summary: Mapping[str, Any]) -> str:
 
 def _breakdowns(results: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     shown = [k for k in ("Smeasure", "wFmeasure", "meanEm", "IoU", "MAE") if k in keys]
+    head = "".join(f"<th>{key}</th>" for key in shown)
     parts = []
-    for division in results[0]["breakdown"]:
-        head = "".join(
-            f"<th>{escape(result['method'])} {key}</th>" for key in shown for result in results
-        )
+    for division, labels in results[0]["breakdown"].items():
         lines = []
-        for label, first in results[0]["breakdown"][division].items():
-            cells = "".join(
-                f"<td>{format_value(key, _part(result, division, label).get(key))}</td>"
-                for key in shown
-                for result in results
-            )
+        for label, first in labels.items():
             text = label[2:] if division == "object size" else label
-            lines.append(f"<tr><td>{escape(text)}</td><td>{first['images']:.0f}</td>{cells}</tr>")
+            for number, result in enumerate(results):
+                part = _part(result, division, label)
+                cells = "".join(f"<td>{format_value(key, part.get(key))}</td>" for key in shown)
+                lead = f"{escape(text)} ({_count(int(first['images']), 'image')})"
+                method = f"<td>{escape(result['method'])}</td>" if len(results) > 1 else ""
+                lines.append(f"<tr><td>{lead if number == 0 else ''}</td>{method}{cells}</tr>")
+        column = "<th>method</th>" if len(results) > 1 else ""
         parts.append(
             f"<details{' open' if division == 'object size' else ''}><summary>By "
-            f"{escape(division)}</summary><table><tr><th>{escape(division)}</th><th>images</th>"
-            f"{head}</tr>{''.join(lines)}</table></details>"
+            f"{escape(division)}</summary><table><tr><th>{escape(division)}</th>{column}{head}"
+            f"</tr>{''.join(lines)}</table></details>"
         )
     return "".join(parts)
 

@@ -237,3 +237,13 @@ def test_objects_are_counted():
     mask[115, 50:52] = True  # 2 pixels: an object
     assert Evaluator().add("a", mask.astype(np.uint8), mask)["num_objects"] == 4
     assert Evaluator().add("a", mask.astype(np.uint8), mask & False)["num_objects"] == 0
+
+
+def test_a_bool_mask_with_other_bytes_than_one():
+    """Pillow's 1-bit pictures become bool arrays whose True is stored as 255."""
+    _, prediction, mask = list(images())[3]
+    strange = (mask.astype(np.uint8) * 255).view(np.bool_)
+    assert strange.view(np.uint8).max() == 255
+    plain, odd = Evaluator(), Evaluator()
+    assert plain.add("a", prediction, mask) == odd.add("a", prediction, strange)
+    assert plain.data_hash() == odd.data_hash()
