@@ -15,7 +15,8 @@ ALLOWED = {
     "observe": {"config", "errors"},
     "training": {"observe", *LEAVES, "config", "errors"},
     "inference": {"training", "observe", *LEAVES, "config", "errors"},
-    "cli": {"inference", "training", "observe", *LEAVES, "config", "errors"},
+    "benchmark": {"inference", "training", "observe", *LEAVES, "config", "errors"},
+    "cli": {"benchmark", "inference", "training", "observe", *LEAVES, "config", "errors"},
 }
 
 

@@ -20,9 +20,10 @@ from camoxpert.errors import CamoXpertError, ConfigError
 # Command -> what it does. The module camoxpert.cli.<command> has add_arguments() and run().
 COMMANDS = {
     "train": "train a model in two stages, then score it and write its report",
-    "evaluate": "score a checkpoint on data sets with the field's measures",
+    "evaluate": "score a checkpoint or any model's maps with the field's measures",
     "predict": "find the hidden objects in images, folders, globs or a CSV",
-    "report": "write one self-contained HTML page about a run",
+    "benchmark": "measure ours against the baseline in one run",
+    "report": "write one HTML page about a run, or print a ledger as a table",
     "synthesize": "generate image and mask pairs with hidden objects",
 }
 

@@ -6,6 +6,7 @@ Strict on purpose: a mask of 0 and 1, thresholded at 128 as published masks are,
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -62,12 +63,10 @@ def checked_mask(name: str, mask: object) -> NDArray[np.bool_]:
         raise DataError(
             f"{name}: the mask is {array.dtype}. Give bool, or uint8 with 0 and 255 (or 0 and 1)."
         )
-    object_HW = np.ascontiguousarray(array != 0)
-    brightest = int(array.max())
-    num_brightest = np.count_nonzero(array == brightest)
-    if brightest not in (0, 1, 255) or (
-        brightest > 0 and num_brightest != np.count_nonzero(object_HW)
-    ):
+    array = np.ascontiguousarray(array)
+    brightest = int(cv2.minMaxLoc(array)[1])
+    num_brightest = cv2.countNonZero(cv2.inRange(array, brightest, brightest))
+    if brightest not in (0, 1, 255) or (brightest > 0 and num_brightest != cv2.countNonZero(array)):
         levels = np.unique(array)
         shown = ", ".join(str(level) for level in levels[:6]) + ", ..." * (len(levels) > 6)
         raise DataError(
@@ -75,7 +74,7 @@ def checked_mask(name: str, mask: object) -> NDArray[np.bool_]:
             " 1, are unambiguous. Was it resized with interpolation, or saved as JPEG? Use the"
             " original, or threshold it yourself."
         )
-    return object_HW
+    return array != 0
 
 
 def check_same_size(name: str, shape: tuple[int, ...], mask_HW: NDArray[np.bool_]) -> None:

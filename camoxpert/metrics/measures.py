@@ -23,9 +23,9 @@ EPS = float(np.spacing(1))
 class Confusion(NamedTuple):
     """Pixel counts of one or more binarisations of the same image."""
 
-    tp: NDArray[np.int64]
-    """Object pixels that were found; any shape."""
-    fp: NDArray[np.int64]
+    tp: Any
+    """Object pixels that were found: int, or int64 of any shape."""
+    fp: Any
     """Background pixels taken for the object; same shape."""
     num_foreground: int
     """Object pixels in the mask."""
@@ -33,12 +33,12 @@ class Confusion(NamedTuple):
     """Background pixels in the mask."""
 
     @property
-    def fn(self) -> NDArray[np.int64]:
+    def fn(self) -> Any:
         """Object pixels that were missed."""
         return self.num_foreground - self.tp
 
     @property
-    def tn(self) -> NDArray[np.int64]:
+    def tn(self) -> Any:
         """Background pixels left alone."""
         return self.num_background - self.fp
 
@@ -113,50 +113,50 @@ def binary_confusion(histogram: JointHistogram, values: Floats) -> Confusion:
 def _confusion(histogram: JointHistogram, taken_L: NDArray[np.bool_]) -> Confusion:
     background, foreground = histogram.totals
     return Confusion(
-        foreground[taken_L].sum(),
-        background[taken_L].sum(),
+        int(foreground[taken_L].sum()),
+        int(background[taken_L].sum()),
         int(foreground.sum()),
         int(background.sum()),
     )
 
 
-def precision(confusion: Confusion) -> Floats:
+def precision(confusion: Confusion) -> Any:
     """Return TP / (TP + FP), 0 where nothing was taken."""
     return _ratio(confusion.tp, confusion.tp + confusion.fp)
 
 
-def recall(confusion: Confusion) -> Floats:
+def recall(confusion: Confusion) -> Any:
     """Return TP / (TP + FN), 0 without an object."""
     return _ratio(confusion.tp, confusion.tp + confusion.fn)
 
 
-def specificity(confusion: Confusion) -> Floats:
+def specificity(confusion: Confusion) -> Any:
     """Return TN / (TN + FP), 0 without background."""
     return _ratio(confusion.tn, confusion.tn + confusion.fp)
 
 
-def fmeasure(confusion: Confusion, *, beta_squared: float = 0.3) -> Floats:
+def fmeasure(confusion: Confusion, *, beta_squared: float = 0.3) -> Any:
     """Return the F-measure (Achanta et al., CVPR 2009), by default precision over recall."""
     p, r = precision(confusion), recall(confusion)
     return _ratio((1 + beta_squared) * p * r, beta_squared * p + r)
 
 
-def iou(confusion: Confusion) -> Floats:
+def iou(confusion: Confusion) -> Any:
     """Return the intersection over union of object and prediction, 0 where both are empty."""
     return _ratio(confusion.tp, confusion.tp + confusion.fp + confusion.fn)
 
 
-def dice(confusion: Confusion) -> Floats:
+def dice(confusion: Confusion) -> Any:
     """Return the Dice coefficient, 0 where object and prediction are empty."""
     return _ratio(2 * confusion.tp, 2 * confusion.tp + confusion.fp + confusion.fn)
 
 
-def balanced_error_rate(confusion: Confusion) -> Floats:
+def balanced_error_rate(confusion: Confusion) -> Any:
     """Return 1 - (recall + specificity) / 2, lower is better; an absent class counts as wrong."""
     return 1 - 0.5 * (recall(confusion) + specificity(confusion))
 
 
-def emeasure(confusion: Confusion) -> Floats:
+def emeasure(confusion: Confusion) -> Any:
     """Return the enhanced-alignment measure (Fan et al., IJCAI 2018).
 
     Mask and binary map are demeaned; a pixel's pair of deviations takes one of four values, so the
@@ -168,9 +168,9 @@ def emeasure(confusion: Confusion) -> Floats:
     num_pixels = num_foreground + num_background
     taken = confusion.tp + confusion.fp
     if num_foreground == 0:
-        aligned = np.asarray(num_pixels - taken, np.float64)
+        aligned = num_pixels - taken
     elif num_background == 0:
-        aligned = np.asarray(taken, np.float64)
+        aligned = taken
     else:
         taken_share, object_share = taken / num_pixels, num_foreground / num_pixels
         aligned = (
@@ -183,7 +183,7 @@ def emeasure(confusion: Confusion) -> Floats:
     return aligned / max(num_pixels - 1, 1)
 
 
-def _alignment(map_deviation: Any, mask_deviation: float) -> Floats:
+def _alignment(map_deviation: Any, mask_deviation: float) -> Any:
     product, squares = map_deviation * mask_deviation, map_deviation**2 + mask_deviation**2
     return (2 * product / (squares + EPS) + 1) ** 2 / 4
 
@@ -262,7 +262,9 @@ def _flat_similarity(histogram: JointHistogram, index: int, value: float) -> flo
     return 1.0 if flat.mean() == value else 0.0
 
 
-def _ratio(numerator: Any, denominator: Any) -> Floats:
+def _ratio(numerator: Any, denominator: Any) -> Any:
     """Divide elementwise; 0 where the denominator is 0."""
+    if isinstance(denominator, (int, float)):
+        return numerator / denominator if denominator else 0.0
     denominator = np.asarray(denominator, np.float64)
     return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator != 0)
