@@ -101,6 +101,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
 
 def train_and_report(setup: Any, config: Config, typed: list[str], started: float) -> int:
     """Open the run folder, train, score the test sets with the best weights, write the report."""
+    from camoxpert.data.loader import is_worker_death, worker_death
     from camoxpert.observe.runlog import RunLog, update_run_json, write_run_json
     from camoxpert.training.guards import StopFlag, watch
     from camoxpert.training.rundir import check_data, open_run
@@ -145,6 +146,13 @@ def train_and_report(setup: Any, config: Config, typed: list[str], started: floa
     except CamoXpertError as error:
         log.write({"kind": "event", "text": str(error)})
         raise
+    except RuntimeError as error:
+        # torch reports a dead data worker from a signal handler, wherever the program happens to
+        # be.
+        if not is_worker_death(error):
+            raise
+        log.write({"kind": "event", "text": str(worker_death(error))})
+        raise worker_death(error) from error
     finally:
         log.close()
         phases = merged(previous_phases(run_dir), log.phases)

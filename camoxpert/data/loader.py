@@ -356,16 +356,34 @@ def _checked(loader: DataLoader[Any], running: list[Any]) -> Iterator[Any]:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
-    except (RuntimeError, ConnectionResetError) as error:
-        # A fault of our own inside a worker keeps its traceback; it says "worker process".
-        died = "DataLoader worker (pid" in str(error) or "shared memory" in str(error)
-        if not died and not isinstance(error, ConnectionResetError):
+    except (RuntimeError, OSError, EOFError) as error:
+        # How a death shows depends on what the worker was doing: a closed pipe, a message that
+        # ends early, or torch's own words. A fault of our own code in a worker keeps its traceback.
+        if not is_worker_death(error) and not _any_dead(running):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"A data worker died ({reason}). Often the machine ran out of memory or shared memory: "
-            "lower --num-workers or data.prefetch_factor, or use --num-workers 0."
-        ) from error
+        # Its siblings end now, and with them torch's watch: it would raise again, anywhere.
+        _end_workers(running)
+        raise worker_death(error) from error
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether an exception is torch's way to say that a data worker died."""
+    return "DataLoader worker (pid" in str(error) or "shared memory" in str(error)
+
+
+def worker_death(error: BaseException) -> DataError:
+    """Return the readable form of a data worker's death."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return DataError(
+        f"A data worker died ({reason}). Often the machine ran out of memory or shared memory: "
+        "lower --num-workers or data.prefetch_factor, or use --num-workers 0."
+    )
+
+
+def _any_dead(running: list[Any]) -> bool:
+    workers = [w for iterator in running for w in getattr(iterator, "_workers", ())]
+    # The end of its pipe is seen a moment before the process is gone.
+    return any(worker.join(timeout=0.2) or not worker.is_alive() for worker in workers)
 
 
 def _end_workers(running: list[Any]) -> None:
