@@ -110,13 +110,30 @@ class TrainingBar:
 
 
 def bar(iterable: Iterable[Any] | None, *, description: str, total: int | None) -> Any:
-    """Return a plain bar over an iterable (or to update by hand), silent outside a terminal."""
+    """Return a plain bar over an iterable (or to update by hand).
+
+    In a log file or a notebook it is a line every half minute, and nothing for what takes less.
+    """
+    live = sys.stderr.isatty()
     return tqdm(
         iterable,
         desc=description,
         total=total,
         ascii=" #",
-        file=sys.stderr,
+        file=sys.stderr if live else _Lines(),
         leave=False,
-        disable=not sys.stderr.isatty(),
+        ncols=None if live else 80,
+        delay=0 if live else LOG_EVERY_SECONDS,
+        mininterval=0.1 if live else LOG_EVERY_SECONDS,
+        maxinterval=LOG_EVERY_SECONDS,
     )
+
+
+class _Lines(io.TextIOBase):
+    """Turns a bar's redrawing into lines."""
+
+    def write(self, text: str) -> int:
+        line = text.strip()
+        if line:
+            print(line, file=sys.stderr, flush=True)
+        return len(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -223,3 +224,18 @@ class TestPictures:
         mask[: size[0] // 2] = 255
         picture = plots.panel(np.zeros((*size, 3), np.uint8), mask, mask / 255.0, height=100)
         assert picture.shape[0] == 120 and (picture.shape[1] + 2) % 4 == 0
+
+
+def test_a_plain_bar_in_a_log_prints_lines_and_nothing_for_short_work(monkeypatch, capsys) -> None:
+    from camoxpert.observe import progress
+
+    for _ in progress.bar(range(3), description="short", total=3):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.02)
+    with progress.bar(None, description="long", total=20) as bar:
+        for _ in range(20):
+            time.sleep(0.01)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2 and all(line.startswith("long: ") for line in lines)

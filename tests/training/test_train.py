@@ -397,3 +397,24 @@ class TestCommand:
     def test_an_unknown_backbone_is_a_config_error(self, train, capsys) -> None:
         assert train("--backbone", "edgenext_bass") == 2
         assert "Did you mean edgenext_base" in " ".join(capsys.readouterr().err.split())
+
+    def test_router_warmup_sends_every_image_through_all_experts(
+        self, train, tmp_path: Path
+    ) -> None:
+        words = ("--run-name", "warm", "--epochs", "2", "--top-k", "1", "--no-test", "--no-report")
+        assert train(*words, "--router-warmup", "1") == 0
+        lines = (tmp_path / "warm" / "metrics.jsonl").read_text().splitlines()
+        routing = [r for r in map(json.loads, lines) if r["kind"] == "routing"]
+        for level in routing[0]["levels"].values():
+            assert level["usage"] == pytest.approx([1 / 3] * 3, abs=1e-6)
+        later = [level["usage"] for level in routing[1]["levels"].values()]
+        assert any(max(usage) > 0.34 for usage in later)  # the control: routed again
+
+
+def test_active_experts_are_bounded(toy_data: Path) -> None:
+    model = setup_of(toy_data).model
+    model.set_active_experts(3)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert all(record.experts_BK.shape == (2, 3) for record in model(images).routing)
+    with pytest.raises(ValueError, match="4 of 3 experts"):
+        model.set_active_experts(4)

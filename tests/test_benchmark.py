@@ -1,0 +1,69 @@
+"""The benchmark command: its figures hang together. No speed is asserted here."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from camoxpert.benchmark.common import interleaved, paired_ratio
+from camoxpert.benchmark.metrics import bound_by, make_pair
+from camoxpert.cli import main
+
+
+def test_variants_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    seconds = interleaved(calls, rounds=3, warmup=1)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_the_ratio_is_taken_round_by_round() -> None:
+    # The machine slows down threefold half way: the ratio does not notice.
+    ratio = paired_ratio([2, 2, 6, 6], [1, 1, 3, 3])
+    assert ratio == {"ratio": 2, "low": 2, "high": 2}
+    assert paired_ratio([3], [2])["ratio"] == 1.5
+
+
+def test_generated_pairs_look_like_a_models() -> None:
+    for seed in range(6):
+        prediction, mask = make_pair(seed, 96, 128)
+        assert prediction.shape == mask.shape == (96, 128)
+        assert set(np.unique(mask)) == {0, 255} and 0.005 < (mask > 0).mean() < 0.5
+        found = prediction > 127
+        assert (found & (mask > 0)).sum() > 0.4 * (mask > 0).sum()
+        assert (prediction == 0).mean() > 0.2
+        again, _ = make_pair(seed, 96, 128)
+        assert np.array_equal(again, prediction)
+
+
+def test_the_command_writes_ratios_with_their_machine(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("py_sod_metrics")
+    file = tmp_path / "metrics.json"
+    words = ["--pairs", "2", "--rounds", "2", "--size", "64", "80", "--files", "40"]
+    assert main(["benchmark", "metrics", *words, "-o", str(file)]) == 0
+    result = json.loads(file.read_text())
+    times = result["one_process"]["milliseconds_per_pair"]
+    ratio = result["one_process"]["ratios"]["with weighted F"]["ratio"]
+    assert ratio == pytest.approx(times["pysodmetrics"] / times["camoxpert"], rel=0.5)
+    assert result["parts"]["everything"] > 0
+    assert set(result["workers"]["images_per_second"]) == {"1", "2"}
+    assert {"machine", "versions", "commit", "settings"} <= set(result)
+    assert result["settings"]["size"] == [64, 80]
+    assert "times as fast" in capsys.readouterr().out
+
+
+def test_without_the_baseline_the_error_names_it(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "py_sod_metrics", None)
+    assert main(["benchmark", "metrics"]) == 2
+    assert "pip install pysodmetrics==1.6.2" in " ".join(capsys.readouterr().err.split())
+    assert main(["benchmark", "metrics", "--rounds", "0"]) == 2
+
+
+def test_what_bounds_it_is_computed() -> None:
+    parts = {"everything": 20.0, "weighted F in all": 18.0, "distance transform": 10.0}
+    (line,) = bound_by({**parts, "count levels": 1.0})
+    assert "90% of an image's 20.0 ms" in line and "alone 50%" in line
+    assert "50% of the remaining 2.0 ms" in line
