@@ -44,6 +44,16 @@ def check_conflicts(config: Config) -> None:
             f"{model.num_experts}; "
             "some would never exist. Raise --num-experts or shorten the list."
         )
+    if model.dispatch == "gathered" and model.expert_family != "uniform":
+        raise ConfigError(
+            "--dispatch gathered needs like experts in stacked weights: add --expert-family "
+            "uniform, or leave the dispatch to auto."
+        )
+    if model.experts and model.expert_family == "uniform":
+        raise ConfigError(
+            "model.experts names specialist kinds, but --expert-family is uniform. Give one of "
+            "them."
+        )
     if train.stage1_epochs is not None and train.stage1_epochs > train.epochs:
         raise ConfigError(
             f"--stage1-epochs {train.stage1_epochs} is more than --epochs {train.epochs}; --epochs "

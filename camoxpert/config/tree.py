@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 EXPERT_KINDS = ("texture", "attention", "hybrid", "frequency", "edge", "semantic", "contrast")
-DISPATCH_NAMES = ("auto", "loop", "sorted")
+DISPATCH_NAMES = ("auto", "loop", "sorted", "gathered", "dense")
 SCHEDULERS = ("cosine", "poly", "linear", "step", "constant", "onecycle")
 SELECTION_MEASURES = ("wFmeasure", "Smeasure", "meanEm", "meanFm", "IoU", "Dice", "MAE")
 
@@ -118,8 +118,23 @@ class ModelConfig:
     width: int = setting(96, "channels of every decoder level, a multiple of 8", minimum=8)
     num_experts: int = setting(7, "experts per decoder level", flag="--num-experts", minimum=1)
     top_k: int = setting(2, "experts each image uses per level", flag="--top-k", minimum=1)
+    expert_family: str = setting(
+        "specialist",
+        "specialist: unlike experts, one for each cue; uniform: like experts in stacked weights "
+        "that differ in receptive field, without a host sync and compiled as one graph",
+        flag="--expert-family",
+        choices=("specialist", "uniform"),
+    )
+    routing: str = setting(
+        "lateral",
+        "features a level routes on: lateral, its own (all levels decided at once, one host sync); "
+        "fused, with those from above (one sync per level)",
+        flag="--routing",
+        choices=("lateral", "fused"),
+    )
     experts: tuple[str, ...] = setting(
-        (), f"expert kinds in order, repeated up to num_experts; empty: {', '.join(EXPERT_KINDS)}"
+        (),
+        f"specialist kinds in order, repeated up to num_experts; empty: {', '.join(EXPERT_KINDS)}",
     )
     shared_expert: str = setting(
         "", "kind of an expert that every image uses besides its chosen ones; empty: none"

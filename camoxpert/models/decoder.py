@@ -5,6 +5,7 @@ Shape letters: B batch, C channels, H height, W width; levels are ordered stride
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from camoxpert.config import ModelConfig
 from camoxpert.models.layers import LayerNorm2d, depthwise, pointwise, resize
-from camoxpert.models.moe import MoE, choose_dispatch
+from camoxpert.models.moe import Counts, MoE, read_counts
 from camoxpert.models.router import Routing
 
 
@@ -44,21 +45,32 @@ class Level(nn.Module):
             config.width,
             num_experts=config.num_experts,
             top_k=config.top_k,
+            family=config.expert_family,
             kinds=config.experts,
             expansion=config.expert_expansion,
-            dispatch=choose_dispatch(config.dispatch)[0],
+            dispatch=config.dispatch,
             shared=config.shared_expert,
         )
         self.head = pointwise(config.width, 1)
 
     def forward(
-        self, feature_BCHW: Tensor, above_BCHW: Tensor | None
+        self,
+        lateral_BCHW: Tensor,
+        above_BCHW: Tensor | None,
+        routing: Routing | None = None,
+        counts: Counts = None,
     ) -> tuple[Tensor, Tensor, Routing]:
-        """Return this level's features, side logits (B, 1, H, W) and routing."""
-        x = self.lateral(feature_BCHW)
+        """Return this level's features, side logits (B, 1, H, W) and routing.
+
+        Args:
+            lateral_BCHW: the backbone's features after ``lateral``.
+            above_BCHW: features of the level above; None at the top.
+            routing, counts: as ``MoE.forward`` takes them.
+        """
+        x = lateral_BCHW
         if self.fuse is not None and above_BCHW is not None:
             x = self.fuse(x, above_BCHW)
-        x, routing = self.moe(x)
+        x, routing = self.moe(x, routing, counts)
         return x, self.head(x), routing
 
 
@@ -104,6 +116,7 @@ class Decoder(nn.Module):
             Level(c, config, top=index == len(channels) - 1) for index, c in enumerate(channels)
         )
         self.detail = DetailHead(config.width, config.detail_width) if config.detail_width else None
+        self.routing = config.routing
         self.checkpointing = False
 
     def forward(
@@ -119,15 +132,38 @@ class Decoder(nn.Module):
             logits (B, 1, H, W); side logits from stride 32 to stride 4, each at its own size;
             routing records in the same order.
         """
+        levels: list[Level] = list(reversed(self.levels))  # type: ignore[arg-type]
+        laterals = [
+            level.lateral(feature)
+            for level, feature in zip(levels, reversed(features), strict=True)
+        ]
+        decided, counts = self._route(levels, laterals)
         above: Tensor | None = None
         side_logits, routings = [], []
-        for level, feature in zip(reversed(self.levels), reversed(features), strict=True):
+        for level, *inputs in zip(levels, laterals, decided, counts, strict=True):
+            lateral, routing, number = inputs
             if self.checkpointing and torch.is_grad_enabled():
-                above, side, routing = checkpoint(level, feature, above, use_reentrant=False)
+                above, side, routing = checkpoint(
+                    level, lateral, above, routing, number, use_reentrant=False
+                )
             else:
-                above, side, routing = level(feature, above)
+                above, side, routing = level(lateral, above, routing, number)
             side_logits.append(side)
             routings.append(routing)
         assert above is not None
         logits = side_logits[-1] if self.detail is None else self.detail(images_BCHW, above)
         return resize(logits, images_BCHW.shape[-2:]), tuple(side_logits), tuple(routings)
+
+    def _route(
+        self, levels: Sequence[Level], laterals: Sequence[Tensor]
+    ) -> tuple[list[Routing | None], list[Counts]]:
+        """Decide all levels at once where the features allow it, and read the counts in one
+        sync."""
+        nothing: list[Any] = [None] * len(levels)
+        if self.routing != "lateral":
+            return nothing, nothing
+        decided = [level.moe.router(x) for level, x in zip(levels, laterals, strict=True)]
+        if any(level.moe.dispatch != "sorted" for level in levels):
+            return decided, nothing
+        num_experts = len(levels[0].moe.experts)
+        return decided, list(read_counts([r.experts_BK for r in decided], num_experts))

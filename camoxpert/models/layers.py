@@ -18,7 +18,9 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalise (B, C, H, W) over C; the shape stays."""
-        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        # In float32, as autocast does by itself on CUDA only: the CPU kernel sums the gradients of
+        # weight and bias over all pixels in the input's type, and bf16 loses a tenth of them.
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1).float()
         x_BHWC = F.layer_norm(x_BHWC, (x_BHWC.shape[-1],), self.weight, self.bias, eps=1e-6)
         return x_BHWC.permute(0, 3, 1, 2)
 

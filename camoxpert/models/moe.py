@@ -1,25 +1,35 @@
 """The mixture-of-experts block and its dispatch back ends, which must agree in every output and
 gradient.
 
-A back end takes the experts, the features x_BCHW and the routing decision and returns
+A back end takes the experts, the features x_BCHW, the routing decision and, where the caller has
+read
+them already, the number of images of every expert; it returns
 ``sum_k gates_BK[:, k] * expert[experts_BK[:, k]](x)`` for every image. Shape letters: B batch,
 C width, H height, W width in pixels, E experts, K experts per image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from camoxpert.errors import ConfigError
 from camoxpert.models.experts import EXPERTS, expert_kinds
 from camoxpert.models.layers import LayerNorm2d
 from camoxpert.models.router import Router, Routing
+from camoxpert.models.uniform import UniformExperts
 
-Dispatch = Callable[[nn.ModuleList, Tensor, Tensor, Tensor], Tensor]
+Experts = nn.ModuleList | UniformExperts
+Counts = Sequence[int] | None
+Dispatch = Callable[[Experts, Tensor, Tensor, Tensor, Counts], Tensor]
 
 
 def dispatch_loop(
-    experts: nn.ModuleList, x_BCHW: Tensor, gates_BK: Tensor, experts_BK: Tensor
+    experts: Experts,
+    x_BCHW: Tensor,
+    gates_BK: Tensor,
+    experts_BK: Tensor,
+    counts: Counts = None,
 ) -> Tensor:
     """Reference: one expert call and one host sync per (image, choice).
 
@@ -35,39 +45,114 @@ def dispatch_loop(
     if not images:
         return torch.zeros_like(x_BCHW)
     # A zero-sample call touches the experts nobody chose: their gradient is zero, not missing.
-    idle = sum(expert(x_BCHW[:0]).sum() for expert in experts)
+    idle = sum(expert(x_BCHW[:0]).sum() for expert in _each(experts))
     return torch.cat(images) + idle
 
 
 def dispatch_sorted(
-    experts: nn.ModuleList, x_BCHW: Tensor, gates_BK: Tensor, experts_BK: Tensor
+    experts: Experts,
+    x_BCHW: Tensor,
+    gates_BK: Tensor,
+    experts_BK: Tensor,
+    counts: Counts = None,
 ) -> Tensor:
-    """Each expert once, on the contiguous slice of images that chose it; one host sync per call.
+    """Each expert once, on the contiguous slice of images that chose it; one host sync at most.
 
     A stable sort of the (image, choice) pairs by expert makes the slices; their lengths are the
-    only
-    numbers the host needs. Idle experts run on zero samples.
+    only numbers the host needs, and none if the caller gives them. Idle experts run on zero
+    samples.
     """
     top_k = experts_BK.shape[1]
     flat = experts_BK.reshape(-1)
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=len(experts)).tolist()
+    if counts is None:
+        counts = read_counts([experts_BK], len(experts))[0]
     images = order.div(top_k, rounding_mode="floor")
-    slices = x_BCHW.index_select(0, images).split(counts)
-    outputs = torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)])
+    slices = x_BCHW.index_select(0, images).split(list(counts))
+    outputs = torch.cat([expert(part) for expert, part in zip(_each(experts), slices, strict=True)])
     weights = gates_BK.reshape(-1).index_select(0, order).to(outputs.dtype)
     mixed = torch.zeros_like(x_BCHW, dtype=outputs.dtype)
     return mixed.index_add(0, images, outputs * weights[:, None, None, None])
 
 
-DISPATCH: dict[str, Dispatch] = {"loop": dispatch_loop, "sorted": dispatch_sorted}
+def dispatch_dense(
+    experts: Experts,
+    x_BCHW: Tensor,
+    gates_BK: Tensor,
+    experts_BK: Tensor,
+    counts: Counts = None,
+) -> Tensor:
+    """Every expert on every image, gates of 0 where it was not chosen: no sort, no host sync.
+
+    E / K times the work, and the only form that exports with a free batch size.
+    """
+    gates_BE = gates_BK.new_zeros(gates_BK.shape[0], len(experts)).scatter(1, experts_BK, gates_BK)
+    total: Tensor | None = None
+    for index, expert in enumerate(_each(experts)):
+        y = expert(x_BCHW)
+        y = y * gates_BE[:, index].to(y.dtype)[:, None, None, None]
+        total = y if total is None else total + y
+    assert total is not None
+    return total
 
 
-def choose_dispatch(name: str) -> tuple[str, str]:
+def dispatch_gathered(
+    experts: Experts,
+    x_BCHW: Tensor,
+    gates_BK: Tensor,
+    experts_BK: Tensor,
+    counts: Counts = None,
+) -> Tensor:
+    """Each image with its own gathered weights: no sort, no host sync, one program.
+
+    Raises:
+        ConfigError: the experts have no stacked weights.
+    """
+    if not isinstance(experts, UniformExperts):
+        raise ConfigError(
+            "Dispatch `gathered` needs like experts in stacked weights: --expert-family uniform."
+        )
+    return experts.gathered(x_BCHW, gates_BK, experts_BK)
+
+
+def _each(experts: Experts) -> list[Callable[[Tensor], Tensor]]:
+    return [experts[index] for index in range(len(experts))]
+
+
+def read_counts(experts_BK: Sequence[Tensor], num_experts: int) -> list[list[int]]:
+    """Read how many images chose each expert, for several routing decisions in ONE host sync."""
+    offsets = torch.arange(len(experts_BK), device=experts_BK[0].device) * num_experts
+    shifted = [
+        chosen.reshape(-1) + offset for chosen, offset in zip(experts_BK, offsets, strict=True)
+    ]
+    flat = torch.cat(shifted)
+    total = len(experts_BK) * num_experts
+    # Not bincount, which waits for the device on its own.
+    counts = torch.zeros(total, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    listed: list[int] = counts.tolist()
+    return [listed[i : i + num_experts] for i in range(0, total, num_experts)]
+
+
+DISPATCH: dict[str, Dispatch] = {
+    "loop": dispatch_loop,
+    "sorted": dispatch_sorted,
+    "gathered": dispatch_gathered,
+    "dense": dispatch_dense,
+}
+
+
+def choose_dispatch(
+    name: str, *, family: str = "specialist", num_experts: int = 2, top_k: int = 1
+) -> tuple[str, str]:
     """Resolve ``auto``; return the back end's name and one sentence that says why."""
     if name != "auto":
         return name, "as asked"
-    return "sorted", "each expert runs once on its own images, one host sync per level"
+    if num_experts == top_k:
+        return "dense", "every image uses every expert: there is nothing to sort"
+    if family == "uniform":
+        return "gathered", "like experts: weights gathered per image, no host sync"
+    return "sorted", "unlike experts: each runs once on its own images, one host sync"
 
 
 class MoE(nn.Module):
@@ -77,12 +162,14 @@ class MoE(nn.Module):
         width: channels C.
         num_experts: experts E.
         top_k: experts per image K.
-        kinds: expert kinds in order, repeated up to E; empty means all seven.
+        family: "specialist" (unlike experts of the given kinds) or "uniform" (like experts in
+            stacked weights).
+        kinds: specialist kinds in order, repeated up to E; empty means all seven.
         expansion: hidden width of an expert over C.
-        dispatch: name of the back end.
+        dispatch: name of the back end, or "auto".
         shared: kind of an expert that every image uses beside the chosen ones, or "". What all
-            images
-            need is then learned from all of them (Dai et al., DeepSeekMoE, ACL 2024, section 3.2).
+            images need is then learned from all of them (Dai et al., DeepSeekMoE, ACL 2024,
+            section 3.2).
     """
 
     def __init__(
@@ -91,26 +178,60 @@ class MoE(nn.Module):
         *,
         num_experts: int,
         top_k: int,
+        family: str = "specialist",
         kinds: tuple[str, ...] = (),
         expansion: float = 1.0,
-        dispatch: str = "sorted",
+        dispatch: str = "auto",
         shared: str = "",
     ) -> None:
         super().__init__()
-        self.kinds = expert_kinds(num_experts, kinds)
-        self.dispatch = dispatch
         hidden = max(8, round(width * expansion / 8) * 8)
         self.norm = LayerNorm2d(width)
         self.router = Router(width, num_experts, top_k)
-        self.experts = nn.ModuleList(EXPERTS[kind](width, hidden) for kind in self.kinds)
+        self.experts: Experts
+        if family == "uniform":
+            self.experts = UniformExperts(num_experts, width, hidden)
+            self.kinds = self.experts.kinds
+        else:
+            self.kinds = expert_kinds(num_experts, kinds)
+            self.experts = nn.ModuleList(EXPERTS[kind](width, hidden) for kind in self.kinds)
+        self.family = family
+        self.asked = dispatch
         self.shared = EXPERTS[shared](width, hidden) if shared else None
 
-    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Routing]:
-        """Return (x + mixture, routing); the mixture has the shape of x, (B, C, H, W)."""
-        # Routed on the raw features: the norm would hide how strongly they respond.
-        routing = self.router(x_BCHW)
+    @property
+    def dispatch(self) -> str:
+        """The back end in use; with ``auto`` it follows the number of active experts."""
+        return choose_dispatch(
+            self.asked,
+            family=self.family,
+            num_experts=len(self.experts),
+            top_k=self.router.top_k,
+        )[0]
+
+    @dispatch.setter
+    def dispatch(self, name: str) -> None:
+        self.asked = name
+
+    def forward(
+        self, x_BCHW: Tensor, routing: Routing | None = None, counts: Counts = None
+    ) -> tuple[Tensor, Routing]:
+        """Mix.
+
+        Args:
+            x_BCHW: features (B, C, H, W).
+            routing: decided already; None routes on ``x_BCHW``.
+            counts: images per expert, where the caller has read them.
+
+        Returns:
+            x + mixture, (B, C, H, W); the routing.
+        """
+        if routing is None:
+            # Routed on the raw features: the norm would hide how strongly they respond.
+            routing = self.router(x_BCHW)
         h = self.norm(x_BCHW)
-        mixture = DISPATCH[self.dispatch](self.experts, h, routing.gates_BK, routing.experts_BK)
+        dispatch = DISPATCH[self.dispatch]
+        mixture = dispatch(self.experts, h, routing.gates_BK, routing.experts_BK, counts)
         if self.shared is not None:
             mixture = mixture + self.shared(h)
         return x_BCHW + mixture, routing
