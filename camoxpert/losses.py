@@ -95,15 +95,29 @@ def dice_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
     return (1 - (2 * both + 1) / (total + 1)).mean()
 
 
-def balance_loss(probs_BE: Tensor, experts_BK: Tensor) -> Tensor:
+def expert_counts(experts_BK: Tensor, num_experts: int) -> Tensor:
+    """Return how often each expert was chosen, float32 (E,), without a host sync."""
+    flat = experts_BK.reshape(-1)
+    counts = torch.zeros(num_experts, dtype=torch.float32, device=flat.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+
+
+def balance_loss(probs_BE: Tensor, experts_BK: Tensor, counts_E: Tensor | None = None) -> Tensor:
     """E * sum over experts of (mean probability) * (share of choices); 1 when both are uniform.
 
     The share is a count and carries no gradient; the mean of the full softmax does. A loss made of
     counts alone trains nothing. Source: Fedus et al., Switch Transformers, JMLR 2022, equation 4.
+
+    Args:
+        probs_BE: softmax over all experts.
+        experts_BK: chosen experts.
+        counts_E: choices of a larger batch that this one is part of (all micro-batches, all ranks):
+            taken from a few images alone, the share would force every few images to use all
+            experts, and specialisation with it (Qiu et al., Demons in the Detail, 2025).
     """
     num_experts = probs_BE.shape[1]
-    chosen = F.one_hot(experts_BK, num_experts).sum(1).float()
-    share_E = chosen.sum(0) / chosen.sum().clamp_min(1)
+    counts = expert_counts(experts_BK, num_experts) if counts_E is None else counts_E
+    share_E = counts / counts.sum().clamp_min(1)
     return num_experts * (probs_BE.mean(0) * share_E.detach()).sum()
 
 
@@ -129,7 +143,11 @@ def segmentation_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, config: LossConfig
 
 
 def total_loss(
-    output: Output, mask_B1HW: Tensor, config: LossConfig
+    output: Output,
+    mask_B1HW: Tensor,
+    config: LossConfig,
+    *,
+    counts_LE: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Everything training minimises.
 
@@ -137,6 +155,8 @@ def total_loss(
         output: logits, side logits and routing of a batch.
         mask_B1HW: target, 0 or 1, any float or integer type.
         config: weights of the terms.
+        counts_LE: choices per level and expert over the whole batch of an optimizer step; None
+            counts this batch alone.
 
     Returns:
         The scalar loss and its weighted parts, detached, still on the device: ``mask``, ``side``,
@@ -159,7 +179,13 @@ def total_loss(
     if output.routing and output.routing[0].probs_BE.shape[1] > 1:
         levels = len(output.routing)
         parts["balance"] = config.balance * sum(
-            (balance_loss(r.probs_BE, r.experts_BK) / levels for r in output.routing),
+            (
+                balance_loss(
+                    r.probs_BE, r.experts_BK, None if counts_LE is None else counts_LE[index]
+                )
+                / levels
+                for index, r in enumerate(output.routing)
+            ),
             start=mask.new_zeros(()),
         )
         parts["router_z"] = config.router_z * sum(

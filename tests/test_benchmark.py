@@ -42,12 +42,12 @@ def test_generated_pairs_look_like_a_models() -> None:
 def test_the_command_writes_ratios_with_their_machine(tmp_path: Path, capsys) -> None:
     pytest.importorskip("py_sod_metrics")
     file = tmp_path / "metrics.json"
-    words = ["--pairs", "2", "--rounds", "2", "--size", "64", "80", "--files", "40"]
+    words = ["--pairs", "2", "--rounds", "2", "--size", "64", "80", "--files", "64"]
     assert main(["benchmark", "metrics", *words, "-o", str(file)]) == 0
     result = json.loads(file.read_text())
-    times = result["one_process"]["milliseconds_per_pair"]
-    ratio = result["one_process"]["ratios"]["with weighted F"]["ratio"]
-    assert ratio == pytest.approx(times["pysodmetrics"] / times["camoxpert"], rel=0.5)
+    assert all(value > 0 for value in result["one_process"]["milliseconds_per_pair"].values())
+    for ratio in result["one_process"]["ratios"].values():
+        assert 0 < ratio["low"] <= ratio["ratio"] <= ratio["high"]
     assert result["parts"]["everything"] > 0
     assert set(result["workers"]["images_per_second"]) == {"1", "2"}
     assert {"machine", "versions", "commit", "settings"} <= set(result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import textwrap
@@ -69,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
     typed = [argument for argument in typed if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show an arrow or an accent shows its code instead of failing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return run_command(typed)
     except CamoXpertError as error:
@@ -85,6 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output left (`| head`); the interpreter must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A full disk, a folder without permission: the system says what and where.
+        if debug:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print_paragraph(f"error: {error.strerror or error}{where}.")
+        return 3
 
 
 def run_command(typed: list[str]) -> int:

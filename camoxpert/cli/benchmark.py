@@ -29,17 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="metrics: of the pairs [768 1024]",
     )
     parser.add_argument(
-        "--files", type=int, default=160, help="metrics: PNG pairs for the workers, 0: none [160]"
+        "--files",
+        type=int,
+        default=160,
+        help="metrics: PNG pairs for the workers, 0 or at least 64 [160]",
     )
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Measure, print and write."""
     no_overrides(rest)
-    if options.rounds < 1 or options.pairs < 1 or min(options.size) < 32 or options.files < 0:
-        raise ConfigError(
-            "--rounds and --pairs must be at least 1, --size at least 32, --files at least 0."
-        )
+    if options.rounds < 1 or options.pairs < 1 or min(options.size) < 32:
+        raise ConfigError("--rounds and --pairs must be at least 1, --size at least 32.")
+    if options.files < 0 or 0 < options.files < 64:
+        raise ConfigError("--files must be 0 or at least 64: fewer say nothing about processes.")
+    if options.output and Path(options.output).is_dir():
+        raise ConfigError(f"--output {options.output} is a folder; give a file.")
     from camoxpert.benchmark import metrics
     from camoxpert.observe.runlog import write_json
 

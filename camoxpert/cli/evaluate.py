@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Evaluate, write and print."""
     no_overrides(rest)
-    _check(options)
-    from camoxpert.observe.ledger import append_rows, ledger_row, read_ledger
+    _check(options, typed)
+    from camoxpert.observe.ledger import append_rows, check_ledger, ledger_row
     from camoxpert.training.guards import StopFlag, watch
 
-    if options.ledger and Path(options.ledger).exists():
-        read_ledger(Path(options.ledger))  # not after an hour of scoring
+    if options.ledger:
+        check_ledger(Path(options.ledger))  # not after an hour of scoring
     stop = StopFlag()
 
     def check_stop() -> None:
@@ -128,19 +130,24 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     with watch(stop):
         of_maps = bool(options.predictions or options.list)
         results, output = (_maps if of_maps else _checkpoint)(options, typed, check_stop)
-    if options.ledger:
-        rows = [ledger_row(result) for result in results]
-        if options.method:
-            rows = [{**row, "method": options.method} for row in rows]
-        append_rows(Path(options.ledger), rows)
-    _print(results, "json" if options.json else options.format)
-    if options.format == "text" and not options.json:
+    _print(results, options.format)
+    if options.format == "text":
         print(f"per image, curves and pictures: {output}")
+    if options.ledger:
+        append_rows(Path(options.ledger), [ledger_row(result) for result in results])
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+OF_CHECKPOINTS = ("--data", "--layout", "--split", "--batch-size", "--device", "--precision")
+OF_MAPS = (
+    *("--images", "--allow-missing", "--allow-extra", "--resize", "--gt-threshold", "--measures"),
+)
+
+
+def _check(options: argparse.Namespace, typed: Sequence[str]) -> None:
     """Raise ConfigError for flags that contradict each other."""
+    if options.json:
+        options.format = "json"
     if options.batch_size < 1 or (options.num_workers or 0) < 0 or options.gallery < 0:
         raise ConfigError(
             "--batch-size must be at least 1, --num-workers and --gallery at least 0."
@@ -159,17 +166,19 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--list names methods and data sets itself; leave the others out.")
     if bool(options.predictions) != bool(options.gt):
         raise ConfigError("--predictions and --gt belong together: maps and their masks.")
-    if options.data and of_maps:
-        raise ConfigError("--data belongs to a checkpoint; for maps the masks are --gt DIR.")
-    if options.checkpoint and (options.measures or options.images):
-        raise ConfigError("--measures and --images belong to prediction maps.")
+    flags = {word.partition("=")[0] for word in typed}
+    for flag in OF_CHECKPOINTS if of_maps else OF_MAPS:
+        if flag in flags:
+            raise ConfigError(
+                f"{flag} belongs to a checkpoint; here maps are scored."
+                if of_maps
+                else f"{flag} belongs to prediction maps; here a checkpoint is scored."
+            )
     if options.gt_threshold is not None and not 0 <= options.gt_threshold <= 254:
         raise ConfigError("--gt-threshold must be in 0..254.")
     for path in options.data or ():
         if not Path(path).exists():
             raise DataError(f"--data: there is no file or folder {path}.")
-    if options.method and len(options.predictions or ()) > 1:
-        raise ConfigError("--method names one method; several folders are given.")
 
 
 def _maps(
@@ -177,14 +186,16 @@ def _maps(
 ) -> tuple[list[dict[str, Any]], Path]:
     """Score prediction maps. Nothing in here imports torch."""
     from camoxpert.inference.evaluate_maps import evaluate_maps
-    from camoxpert.inference.maps import find_maps, find_masks, pair_maps, read_list
+    from camoxpert.inference.map_list import read_list
+    from camoxpert.inference.maps import find_maps, find_masks, pair_maps
+    from camoxpert.inference.output import OutputFolder
     from camoxpert.inference.score_maps import MapOptions, choose_map_workers
-    from camoxpert.observe.runlog import create_run_dir
 
     keys = _measures(options.measures or ["default"])
     allowed = {"allow_missing": options.allow_missing, "allow_extra": options.allow_extra}
+    notes: list[str] = []
     if options.list:
-        sets, methods = read_list(Path(options.list))
+        sets, methods = read_list(Path(options.list), noncam=options.noncam)
         tasks = pair_maps(methods, sets, **allowed)
     else:
         sets = find_masks(
@@ -192,11 +203,17 @@ def _maps(
             images=[Path(path) for path in options.images or ()],
             noncam=options.noncam,
         )
-        tasks = find_maps([Path(path) for path in options.predictions], sets, **allowed)
-    quiet = options.json or options.format != "text"
-    for mask_set in sets.values():
-        for note in () if quiet else mask_set.notes:
-            print(note)
+        paths = [Path(path) for path in options.predictions]
+        tasks = find_maps(paths, sets, say=notes.append, **allowed)
+    if options.method:
+        names = sorted({task.method for task in tasks})
+        if len(names) > 1:
+            raise ConfigError(f"--method names one method; there are {', '.join(names)}.")
+        tasks = [replace(task, method=options.method) for task in tasks]
+    notes += [note for mask_set in sets.values() for note in mask_set.notes]
+    for note in notes:
+        # Not on stdout: a table or JSON may be read from there.
+        print(note, file=sys.stderr)
     settings = MapOptions(
         protocol=options.protocol,
         empty_gt=options.empty_gt,
@@ -204,41 +221,18 @@ def _maps(
         resize=options.resize,
         gt_threshold=options.gt_threshold,
     )
-    work = Path(options.output) if options.output else None
-    if work is not None and work.exists() and not work.is_dir():
-        raise ConfigError(f"--output {work} is a file.")
-    import tempfile
-
-    # Beside the final place, so that it can be moved there whole.
-    parent = (work or Path("evaluation")).resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".evaluation-") as unfinished:
+    with OutputFolder(Path(options.output) if options.output else None) as folder:
         results = evaluate_maps(
             tasks,
             settings,
-            output=Path(unfinished),
+            output=folder,
             num_workers=choose_map_workers(options.num_workers),
             gallery=options.gallery,
             intervals=not options.no_intervals,
             command=typed,
             check_stop=check_stop,
         )
-        output = work or create_run_dir(Path(), "evaluation")
-        _move_into(Path(unfinished), output)
-    return results, output
-
-
-def _move_into(source: Path, target: Path) -> None:
-    """Put finished results in place; files of an earlier evaluation with the same names go."""
-    import shutil
-
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        old = target / path.name
-        if old.is_dir():
-            shutil.rmtree(old)
-        path.replace(old)
-    target.chmod(0o755)
+        return results, folder.finish()
 
 
 def _measures(asked: Sequence[str]) -> tuple[str, ...]:
@@ -261,6 +255,8 @@ def _measures(asked: Sequence[str]) -> tuple[str, ...]:
                 f"--measures: unknown measure {name!r}.{hint} Known: default, fast, all, "
                 f"{', '.join(KNOWN_KEYS)}."
             )
+    if not wanted:
+        raise ConfigError("--measures names none. Leave it out for the usual ones.")
     return tuple(key for key in KNOWN_KEYS if key in wanted)
 
 
@@ -268,7 +264,7 @@ def _checkpoint(
     options: argparse.Namespace, typed: Sequence[str], check_stop: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], Path]:
     """Score a checkpoint on data sets."""
-    from camoxpert.data.manifest import find_test_sets, load_eval
+    from camoxpert.data.manifest import Manifest, find_test_sets, load_eval
     from camoxpert.inference.evaluate import evaluate_set
     from camoxpert.inference.predictor import load_predictor
     from camoxpert.inference.results import write_tables
@@ -277,6 +273,7 @@ def _checkpoint(
     predictor = load_predictor(
         Path(options.checkpoint), device=options.device, precision=options.precision
     )
+    sets: dict[str, Manifest]
     if options.data:
         sets = {}
         for path in options.data:
@@ -295,7 +292,10 @@ def _checkpoint(
         if not sets:
             raise DataError("The run's data has no test set beside it. Give one with --data DIR.")
     file = predictor.checkpoint.path
-    output = Path(options.output) if options.output else file.parent.parent
+    # Of a run folder, or a checkpoint that somebody sent.
+    run_dir = file.parent.parent if (file.parent.parent / "config.yaml").is_file() else None
+    method = options.method or (run_dir.resolve().name if run_dir is not None else file.stem)
+    output = Path(options.output) if options.output else run_dir or Path("evaluation", file.stem)
     results = [
         evaluate_set(
             predictor,
@@ -309,6 +309,7 @@ def _checkpoint(
             empty_gt=options.empty_gt,
             intervals=not options.no_intervals,
             checkpoint_name=file.stem,
+            method=method,
             check_stop=check_stop,
         )
         for name, manifest in sets.items()

@@ -186,6 +186,13 @@ class OptimConfig:
         "backbone learning rate over the decoder's; unset: 0.1 with weights, 1 without",
         above=0,
     )
+    router_bias_rate: float = setting(
+        0.0,
+        "balance the experts by a bias on the choice as well, moved by this much per step (0.01 is "
+        "a good rate); 0: by the balance loss alone",
+        flag="--router-bias-rate",
+        minimum=0,
+    )
     router_lr_scale: float = setting(
         0.1,
         "router learning rate over the decoder's; a fast router settles on a few experts",

@@ -156,8 +156,12 @@ def read_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             values = np.asarray(picture)
             if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
                 raise DataError(f"The map {path} holds values outside of 16 bits.")
-            wide = picture.mode.startswith("I;16") or values.max(initial=0) > 255
-            return (values >> 8 if wide else values).astype(np.uint8)
+            if 0 < values.max(initial=0) <= 255:
+                raise DataError(
+                    f"The map {path} has 16 bits a pixel but no value above 255: its scale is "
+                    "unclear. Save it with 8 bits."
+                )
+            return (values >> 8).astype(np.uint8)
         if picture.mode.startswith("F"):
             raise DataError(f"The map {path} is in floating point. Save it as 8-bit grey.")
         planes = np.asarray(picture.convert("RGBA"))

@@ -72,6 +72,7 @@ def evaluate_set(
     empty_gt: str = "pysod",
     intervals: bool = True,
     checkpoint_name: str = "best",
+    method: str = "",
     check_stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Score one data set; write ``evaluation/<name>.json``, ``.csv``, ``.png`` (curves) and the
@@ -90,6 +91,7 @@ def evaluate_set(
         protocol, empty_gt: of the Evaluator.
         intervals: also bootstrap confidence intervals.
         checkpoint_name: goes into the result.
+        method: name in tables and in the ledger; by default the output folder's.
         check_stop: called between batches; raises to stop.
 
     Returns:
@@ -111,7 +113,15 @@ def evaluate_set(
         everything.add(item.name, np.full_like(item.mask, 255), item.mask)
         original = item.original
         if original is not None:
-            pictures.offer(row, lambda: panel(original, item.mask, prediction() / np.float32(255)))
+            pictures.offer(
+                row,
+                lambda: panel(
+                    original,
+                    item.mask,
+                    prediction() / np.float32(255),
+                    stretch=protocol == "pysod",
+                ),
+            )
 
     batches = bar(loader, description=f"evaluate {name}", total=len(loader))
     score(
@@ -124,7 +134,9 @@ def evaluate_set(
         seen=seen,
         check_stop=check_stop,
     )
-    result = summarise(evaluator, method=output.resolve().name, dataset=name, intervals=intervals)
+    result = summarise(
+        evaluator, method=method or output.resolve().name, dataset=name, intervals=intervals
+    )
     result |= {
         "baseline": {"all_foreground": everything.results()},
         "checkpoint": checkpoint_name,

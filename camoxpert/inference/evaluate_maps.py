@@ -13,7 +13,7 @@ from camoxpert.data.image_io import read_image, write_jpeg
 from camoxpert.errors import DataError
 from camoxpert.inference import results as reporting
 from camoxpert.inference.maps import MapTask
-from camoxpert.inference.results import safe_name
+from camoxpert.inference.output import MARKER, OutputFolder
 from camoxpert.inference.score_maps import MapOptions, read_prediction, read_truth, score_task
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.observe.evaluation_page import write_page
@@ -28,16 +28,16 @@ def evaluate_maps(
     tasks: Sequence[MapTask],
     options: MapOptions,
     *,
-    output: Path,
+    output: OutputFolder,
     num_workers: int,
     gallery: int,
     intervals: bool,
     command: Sequence[str],
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Score all tasks, then write everything under ``output``.
+    """Score all tasks, then write everything into the unfinished ``output``.
 
-    ``output`` gets scores.json, scores.csv, scores.md, scores.tex, per_image/, curves/, gallery/
+    It gets scores.json, scores.csv, scores.md, scores.tex, per_image/, curves/, gallery/
     and report.html. Nothing is written before the last image was scored.
 
     Returns:
@@ -46,6 +46,7 @@ def evaluate_maps(
     Raises:
         DataError: an image cannot be scored; all faults are listed.
     """
+    refuse_other_images(tasks)
     scored: dict[str, dict[str, Evaluator]] = {}
     found = []
     for number, task in enumerate(tasks, 1):
@@ -58,6 +59,13 @@ def evaluate_maps(
                 num_workers=num_workers,
                 done=progress.update,
                 check_stop=check_stop,
+            )
+        if not evaluator.num_images:
+            raise DataError(
+                f"{task.method} on {task.dataset}: none of the {evaluator.num_skipped} images has "
+                f"an "
+                "object, and --empty-gt skip leaves them all out. Score this data set with another "
+                "--empty-gt, or leave it out."
             )
         scored.setdefault(task.dataset, {})[task.method] = evaluator
         found.append((task, evaluator, time.monotonic() - started))
@@ -75,17 +83,20 @@ def evaluate_maps(
             "seconds": seconds,
         }
         results.append(result)
-    refuse_other_masks(results)
-    comparisons = reporting.compare_all(scored) if intervals else []
+    comparisons = reporting.compare_all(scored, check_stop=check_stop) if intervals else []
     check_stop()
 
+    folder = output.unfinished
+    method_files = reporting.file_names([task.method for task in tasks])
+    dataset_files = reporting.file_names([task.dataset for task in tasks])
     for task, evaluator, _ in found:
-        path = output / "per_image" / safe_name(task.method) / f"{safe_name(task.dataset)}.csv"
+        name = f"{dataset_files[task.dataset]}.csv"
+        path = folder / "per_image" / method_files[task.method] / name
         reporting.write_rows(path, evaluator.rows())
-    reporting.write_curves(output / "curves", results)
-    pictures = write_gallery(output, tasks, scored, options, gallery)
+    reporting.write_curves(folder / "curves", results, dataset_files)
+    pictures = write_gallery(folder, tasks, scored, options, gallery, dataset_files)
     keys = found[0][1].keys
-    reporting.write_tables(output, results, keys)
+    reporting.write_tables(folder, results, keys)
     summary = {
         "command": list(command),
         "versions": versions(),
@@ -93,21 +104,21 @@ def evaluate_maps(
         "comparisons": comparisons,
         "gallery": pictures,
     }
-    write_json(output / "scores.json", summary)
-    write_page(output / "report.html", summary, keys)
+    write_page(folder / "report.html", summary, keys)
+    summary["files"] = sorted([*output.files(), MARKER])
+    write_json(folder / MARKER, summary)
     return results
 
 
-def refuse_other_masks(results: Sequence[Mapping[str, Any]]) -> None:
-    """Raise DataError if two methods were scored on other images of one data set.
+def refuse_other_images(tasks: Sequence[MapTask]) -> None:
+    """Raise DataError if two methods have maps of other images of one data set.
 
     It can happen only with ``--allow-missing``: the means would not be comparable.
     """
-    for dataset in {result["dataset"] for result in results}:
-        counts = {r["method"]: r["num_images"] for r in results if r["dataset"] == dataset}
-        hashes = {r["data_hash"] for r in results if r["dataset"] == dataset}
-        if len(hashes) > 1:
-            shown = ", ".join(f"{method} {count}" for method, count in counts.items())
+    for dataset in {task.dataset for task in tasks}:
+        own = [task for task in tasks if task.dataset == dataset]
+        if len({tuple(job.name for job in task.jobs) for task in own}) > 1:
+            shown = ", ".join(f"{task.method} {len(task.jobs)}" for task in own)
             raise DataError(
                 f"{dataset}: the methods have maps of different images ({shown}), so that their "
                 "scores do not belong in one table. Score each in a call of its own, or complete "
@@ -121,6 +132,7 @@ def write_gallery(
     scored: Mapping[str, Mapping[str, Evaluator]],
     options: MapOptions,
     size: int,
+    files: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """Write panels of the best, worst and most disputed images of each data set.
 
@@ -150,7 +162,7 @@ def write_gallery(
                 own = {m: float(values_MN[i, index]) for i, m in enumerate(methods)}
                 own_jobs = {method: jobs[method][name] for method in shown}
                 picture = _panel(own_jobs, own, options)
-                path = output / "gallery" / f"{safe_name(dataset)}_{kind}_{rank}.jpg"
+                path = output / "gallery" / f"{files[dataset]}_{kind}_{rank}.jpg"
                 write_jpeg(path, picture)
                 entries.append(
                     {
@@ -176,8 +188,11 @@ def _panel(jobs: Mapping[str, Any], values: Mapping[str, float], options: MapOpt
             image = None
         if image is not None and image.shape[:2] != mask.shape:
             image = None
-    predictions = {
-        f"{method} {values[method]:.2f}": read_prediction(job, mask.shape, options)
-        for method, job in jobs.items()
-    }
-    return comparison_panel(image, mask, predictions)
+    found = {}
+    for method, job in jobs.items():
+        prediction = read_prediction(job, mask.shape, options)
+        low, high = int(prediction.min()), int(prediction.max())
+        # What the scores call found: above one half, of the stretched map under "pysod".
+        cut = (low + high) / 2 if options.protocol == "pysod" and high > low else 127.5
+        found[f"{method} {values[method]:.2f}"] = prediction > cut
+    return comparison_panel(image, mask, found)

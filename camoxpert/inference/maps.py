@@ -7,13 +7,12 @@ image are faults, unless the caller says otherwise.
 
 from __future__ import annotations
 
+import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from camoxpert.config import read_yaml
 from camoxpert.data.layouts import (
     IMAGE_FOLDERS,
     IMAGE_SUFFIXES,
@@ -21,6 +20,7 @@ from camoxpert.data.layouts import (
     class_of,
     image_files,
     is_noncam,
+    recognise,
 )
 from camoxpert.data.manifest import load_eval
 from camoxpert.errors import ConfigError, DataError
@@ -92,6 +92,9 @@ def find_masks(
         raise ConfigError(
             f"--images names {len(images)} folders and --gt {len(paths)}: give one for each."
         )
+    for folder in images:
+        if not folder.is_dir():
+            raise DataError(f"--images: there is no folder {folder}.")
     sets: dict[str, MaskSet] = {}
     for index, path in enumerate(paths):
         if not path.is_dir():
@@ -107,47 +110,77 @@ def find_masks(
 
 
 def _mask_sets(path: Path, images: Path | None, noncam: str) -> list[MaskSet]:
-    if image_files(path):
-        return [_plain_set(path, images, noncam)]
-    subfolders = [p for p in _subfolders(path) if image_files(p)]
-    looks_plain = subfolders and not any(
-        p.name in (*IMAGE_FOLDERS, *MASK_FOLDERS) for p in subfolders
-    )
-    if looks_plain:
-        return [_plain_set(p, None, noncam) for p in subfolders]
-    try:
-        manifests = load_eval(path, noncam=noncam)
-    except DataError as error:
+    own = _mask_folder(path)
+    if own is not None:
+        return [plain_set(own, images, noncam)]
+    if images is not None:
+        raise ConfigError(
+            f"--images belongs to a --gt that is one folder of masks; {path} holds several."
+        )
+    layout = recognise(path)
+    # A folder of data sets is read below, where a set without masks is noticed.
+    if layout is not None and layout[0].name != "folder of data sets":
+        return [
+            MaskSet(
+                name,
+                {pair.name: pair.mask for pair in manifest.pairs},
+                {pair.name: pair.image for pair in manifest.pairs},
+                manifest.notes,
+            )
+            for name, manifest in load_eval(path, noncam=noncam).items()
+        ]
+    folders = {sub: _mask_folder(sub) for sub in _subfolders(path)}
+    bare = [sub.name for sub, masks in folders.items() if masks is None]
+    if not folders or len(bare) == len(folders):
         raise DataError(
             f"--gt: no masks found in {path}. Give a folder of masks, a folder with one such "
-            f"folder per data set, or a known data set layout. ({error})"
-        ) from error
-    return [
-        MaskSet(
-            name,
-            {pair.name: pair.mask for pair in manifest.pairs},
-            {pair.name: pair.image for pair in manifest.pairs},
-            manifest.notes,
+            "folder per data set, or a known data set layout."
         )
-        for name, manifest in manifests.items()
-    ]
+    if bare:
+        raise DataError(
+            f"--gt: these folders in {path} hold no masks: {shorten(bare)}. Name the others one by "
+            "one, or add the masks."
+        )
+    return [plain_set(masks, None, noncam) for masks in folders.values() if masks is not None]
 
 
-def _plain_set(path: Path, images: Path | None, noncam: str) -> MaskSet:
+def _mask_folder(path: Path) -> Path | None:
+    """Return the folder that holds masks: this one, or GT (or the like) in it; None without."""
+    if image_files(path):
+        return path
+    inner = (path / name for name in MASK_FOLDERS)
+    return next((folder for folder in inner if folder.is_dir() and image_files(folder)), None)
+
+
+def plain_set(path: Path, images: Path | None, noncam: str) -> MaskSet:
+    """Read a folder of masks.
+
+    Args:
+        path: the folder.
+        images: folder of the images; None looks for one beside the masks.
+        noncam: exclude or include COD10K images without a camouflaged object.
+    """
     _refuse_strangers(path, "--gt")
     masks = _by_stem(path)
     kept = {s: p for s, p in masks.items() if noncam == "include" or not is_noncam(s)}
     left_out = len(masks) - len(kept)
-    name = path.resolve().parent.name if path.name in MASK_FOLDERS else path.resolve().name
+    place = absolute(path)
+    name = place.parent.name if place.name in MASK_FOLDERS else place.name
     notes: tuple[str, ...] = ()
     if left_out:
         notes = (
             f"{name}: {left_out} images without a camouflaged object are left out (--noncam "
             "include keeps them)",
         )
-    beside = [path.parent / folder for folder in IMAGE_FOLDERS]
-    folder = images or next((p for p in beside if p.is_dir() and p != path), None)
-    return MaskSet(name, kept, _by_stem(folder) if folder is not None else {}, notes)
+    if images is not None:
+        return MaskSet(name, kept, _by_stem(images), notes)
+    beside = (place.parent / folder for folder in IMAGE_FOLDERS)
+    folder = next((p for p in beside if p.is_dir() and p != place), None)
+    try:
+        return MaskSet(name, kept, _by_stem(folder) if folder is not None else {}, notes)
+    except DataError as error:
+        # Nobody named these images: they are only for pictures.
+        return MaskSet(name, kept, {}, (*notes, f"{name}: no images in the pictures: {error}"))
 
 
 def find_maps(
@@ -156,11 +189,19 @@ def find_maps(
     *,
     allow_missing: bool = False,
     allow_extra: bool = False,
+    say: Callable[[str], object] = lambda text: None,
 ) -> list[MapTask]:
     """Find the maps of every method for every data set.
 
     A path is a folder of maps (one data set only), a method's folder with one folder per data set,
     or a folder of methods.
+
+    Args:
+        paths: such folders.
+        sets: from ``find_masks``.
+        allow_missing: masks without a map are left out, and counted.
+        allow_extra: maps without a mask are left out, and counted.
+        say: prints a line about folders that belong to no data set.
 
     Raises:
         DataError: every fault of every folder in one list, or nothing found.
@@ -169,7 +210,7 @@ def find_maps(
     for path in paths:
         if not path.is_dir():
             raise DataError(f"--predictions: there is no folder {path}.")
-        for method, folders in _methods_in(path, sets).items():
+        for method, folders in _methods_in(path, sets, say).items():
             if method in methods:
                 raise DataError(
                     f"Two methods are called {method}; give names with --list FILE, or rename one."
@@ -235,74 +276,11 @@ def _pair_folder(method: str, mask_set: MaskSet, folder: Path) -> tuple[MapTask,
     return MapTask(method, mask_set.name, jobs, missing, extra), faults
 
 
-def read_list(path: Path) -> tuple[dict[str, MaskSet], dict[str, dict[str, Path]]]:
-    """Read a YAML list of data sets and methods; paths are relative to the file.
-
-    ::
-
-        datasets:
-          CAMO: {gt: CAMO/GT, images: CAMO/Imgs}    # or just the folder of masks
-        methods:
-          ours: maps/ours                           # with one folder per data set
-          SINet: {CAMO: maps/sinet_camo}            # or a folder for each
-
-    Raises:
-        ConfigError: not such a file.
-        DataError: a folder does not exist or holds no masks.
-    """
-    content = read_yaml(path)
-    unknown = set(content) - {"datasets", "methods"}
-    if unknown or not all(
-        isinstance(content.get(key), dict) and content[key] for key in ("datasets", "methods")
-    ):
-        raise ConfigError(
-            f"{path} must have the two tables `datasets` (name: folder of masks) and `methods` "
-            f"(name: folder of "
-            f"maps){'; it has ' + ', '.join(map(str, content)) if unknown else ''}."
-        )
-    root = path.parent
-    sets = {}
-    for name, entry in content["datasets"].items():
-        table = {"gt": entry} if isinstance(entry, str) else entry
-        if not isinstance(table, dict) or set(table) - {"gt", "images"} or "gt" not in table:
-            raise ConfigError(
-                f"{path}: data set {name}: give a folder, or {{gt: ..., images: ...}}."
-            )
-        folder = root / str(table["gt"])
-        if not folder.is_dir() or not image_files(folder):
-            raise DataError(f"{path}: data set {name}: {folder} holds no masks.")
-        images = root / str(table["images"]) if "images" in table else None
-        plain = _plain_set(folder, images, "exclude")
-        sets[str(name)] = MaskSet(str(name), plain.masks, plain.images, plain.notes)
-    methods = {
-        str(name): _listed_folders(path, root, str(name), entry, sets)
-        for name, entry in content["methods"].items()
-    }
-    return sets, methods
-
-
-def _listed_folders(
-    path: Path, root: Path, method: str, entry: Any, sets: Mapping[str, MaskSet]
-) -> dict[str, Path]:
-    if isinstance(entry, str):
-        folders = _dataset_folders(root / entry, sets) if (root / entry).is_dir() else {}
-        if not folders and len(sets) == 1:
-            folders = {next(iter(sets)): root / entry}
-    elif isinstance(entry, dict):
-        folders = {str(dataset): root / str(folder) for dataset, folder in entry.items()}
-    else:
-        raise ConfigError(f"{path}: method {method}: give a folder, or one for each data set.")
-    unknown = sorted(set(folders) - set(sets))
-    if unknown:
-        raise ConfigError(f"{path}: method {method} names the unknown data set {unknown[0]}.")
-    for folder in folders.values():
-        if not folder.is_dir():
-            raise DataError(f"{path}: method {method}: there is no folder {folder}.")
-    return folders
-
-
-def _methods_in(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, dict[str, Path]]:
-    name = path.resolve().name
+def _methods_in(
+    path: Path, sets: Mapping[str, MaskSet], say: Callable[[str], object]
+) -> dict[str, dict[str, Path]]:
+    place = absolute(path)
+    name = place.name
     if image_files(path):
         if len(sets) > 1:
             own = _match(name, sets)
@@ -311,29 +289,51 @@ def _methods_in(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, dict[str, 
                     f"{path} holds maps, but --gt has {len(sets)} data sets ({', '.join(sets)}). "
                     "Give a folder with one folder per data set."
                 )
-            return {path.resolve().parent.name: {own: path}}
+            return {place.parent.name: {own: path}}
         only = next(iter(sets))
-        return {path.resolve().parent.name if _match(name, sets) else name: {only: path}}
-    folders = _dataset_folders(path, sets)
+        return {place.parent.name if _match(name, sets) else name: {only: path}}
+    folders = dataset_folders(path, sets, say)
     if folders:
         return {name: folders}
     methods: dict[str, dict[str, Path]] = {}
+    bare = []
     for sub in _subfolders(path):
         if image_files(sub) and len(sets) == 1:
             methods[sub.name] = {next(iter(sets)): sub}
-        elif inner := _dataset_folders(sub, sets):
+        elif inner := dataset_folders(sub, sets, say):
             methods[sub.name] = inner
+        else:
+            bare.append(sub.name)
     if not methods:
         raise DataError(
             f"--predictions: no maps for {', '.join(sets)} found in {path}. Give a folder of maps, "
             "a method's folder with one folder per data set, or a folder of methods."
         )
+    if bare:
+        raise DataError(
+            f"--predictions: these folders in {path} hold no maps for {', '.join(sets)}: "
+            f"{shorten(bare)}. Name the methods one by one, or take these folders out."
+        )
     return methods
 
 
-def _dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
-    found = {_match(p.name, sets): p for p in _subfolders(path)}
-    return {name: folder for name, folder in found.items() if name is not None}
+def dataset_folders(
+    path: Path, sets: Mapping[str, MaskSet], say: Callable[[str], object] = lambda text: None
+) -> dict[str, Path]:
+    """Return data set -> folder of maps for the subfolders that are named like one."""
+    found: dict[str, Path] = {}
+    other = []
+    for folder in _subfolders(path):
+        name = _match(folder.name, sets)
+        if name is None:
+            other.append(folder.name)
+        elif name in found:
+            raise DataError(f"{found[name]} and {folder} are both {name}; which one is meant?")
+        else:
+            found[name] = folder
+    if found and other:
+        say(f"{path}: not scored, as --gt has no such data set: {shorten(other)}")
+    return found
 
 
 def _match(name: str, sets: Mapping[str, MaskSet]) -> str | None:
@@ -371,6 +371,11 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             raise DataError(f"{files[stem]} and {path} have the same name; which one is meant?")
         files[stem] = path
     return files
+
+
+def absolute(path: Path) -> Path:
+    """Return the path from the root, links kept: a link's name is the name its user gave."""
+    return Path(os.path.abspath(path))
 
 
 def shorten(names: Sequence[str]) -> str:

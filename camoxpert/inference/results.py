@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from camoxpert.metrics.statistics import (
     size_label,
 )
 from camoxpert.observe import plots, tables
+from camoxpert.observe.progress import bar
 from camoxpert.observe.runlog import write_json
 
 DECIDING = ("wFmeasure", "Smeasure", "IoU", "MAE")
@@ -71,11 +72,20 @@ def break_down(
     return {name: table for name, table in parts.items() if len(table) > 1}
 
 
-def compare_all(scored: Mapping[str, Mapping[str, Evaluator]]) -> list[dict[str, Any]]:
-    """Compare every two methods on each data set where they saw the same images.
+FEW_METHODS = 4
+"""Up to so many, every two methods are compared; of more, each with the best."""
+
+
+def compare_all(
+    scored: Mapping[str, Mapping[str, Evaluator]],
+    *,
+    check_stop: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Compare methods two by two on each data set where they saw the same images.
 
     Args:
         scored: data set -> method -> evaluator.
+        check_stop: called before each comparison; raises to stop.
 
     Returns:
         One entry per data set and pair, the better one (by ``DECIDING``) first.
@@ -83,7 +93,12 @@ def compare_all(scored: Mapping[str, Mapping[str, Evaluator]]) -> list[dict[str,
     entries = []
     for dataset, methods in scored.items():
         scores = {name: Scores(evaluator) for name, evaluator in methods.items()}
-        for a, b in combinations(ranked(methods), 2):
+        order = ranked(methods)
+        pairs = list(combinations(order, 2))
+        if len(order) > FEW_METHODS:
+            pairs = [(a, b) for a, b in pairs if a == order[0]]
+        for a, b in bar(pairs, description=f"compare on {dataset}", total=len(pairs)):
+            check_stop()
             if scores[a].names != scores[b].names:
                 continue
             found = compare(scores[a], scores[b])
@@ -123,23 +138,34 @@ def write_tables(
         write_text(folder / f"{stem}.{suffix}", make(results, keys))
 
 
-def write_curves(folder: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write the precision-recall, F and E curves of each data set as PNG, a line per method."""
+def write_curves(
+    folder: Path, results: Sequence[Mapping[str, Any]], files: Mapping[str, str] | None = None
+) -> None:
+    """Write the precision-recall, F and E curves of each data set as PNG, a line per method.
+
+    Args:
+        folder: where to.
+        results: of ``summarise``.
+        files: data set -> file name without ending; by default a safe form of its name.
+    """
     for dataset in dict.fromkeys(result["dataset"] for result in results):
         curves = {r["method"]: r["curves"] for r in results if r["dataset"] == dataset}
         try:
             picture = plots.plot_curves(curves)
-        except ImportError as error:
+        except Exception as error:
+            # Matplotlib missing, or a name it cannot draw: no reason to lose the scores.
             print(f"warning: no curves are drawn: {error}", file=sys.stderr)
             return
-        write_bytes(folder / f"{safe_name(dataset)}.png", picture)
+        name = files[dataset] if files else safe_name(dataset)
+        write_bytes(folder / f"{name}.png", picture)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write dictionaries as CSV, all at once; without rows an empty file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    # File names may hold bytes that are no UTF-8: they go out as they came in.
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
@@ -155,7 +181,7 @@ def write_result(folder: Path, result: Mapping[str, Any], evaluator: Evaluator) 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -169,3 +195,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 def safe_name(name: str) -> str:
     """Turn any text into a file name that stays in its folder."""
     return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
+
+
+def file_names(names: Sequence[str]) -> dict[str, str]:
+    """Return a file name for each name, no two the same on any disk."""
+    taken: set[str] = set()
+    files = {}
+    for name in dict.fromkeys(names):
+        candidate, number = safe_name(name), 1
+        while candidate.lower() in taken:
+            number += 1
+            candidate = f"{safe_name(name)}-{number}"
+        taken.add(candidate.lower())
+        files[name] = candidate
+    return files

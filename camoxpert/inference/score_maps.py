@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -70,16 +71,21 @@ def read_truth(job: MapJob, options: MapOptions) -> np.ndarray:
     levels = read_levels(job.mask, max_pixels=options.max_pixels)
     if levels.dtype == bool:
         return levels
-    if options.gt_threshold is not None:
-        top = 65535 if levels.max(initial=0) > 255 else 255
-        return np.ascontiguousarray(levels > options.gt_threshold * (top // 255))
     values = np.unique(levels)
-    if len(values) > 2 or not set(values.tolist()) <= {0, *FULL_SCALE}:
-        shown = ", ".join(f"{value:g}" for value in values[:6])
-        raise GreyMaskError(f"{job.mask} ({shown}{', ...' if len(values) > 6 else ''})")
-    if len(values) == 2 and values[0] != 0:
-        raise GreyMaskError(f"{job.mask} ({values[0]}, {values[1]})")
-    return np.ascontiguousarray(levels > 0)
+    if len(values) <= 2 and set(values.tolist()) <= {0, *FULL_SCALE}:
+        if len(values) == 2 and values[0] != 0:
+            raise GreyMaskError(f"{job.mask} ({values[0]:g}, {values[1]:g})")
+        return np.ascontiguousarray(levels > 0)
+    shown = ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
+    if options.gt_threshold is None:
+        raise GreyMaskError(f"{job.mask} ({shown})")
+    cut = options.gt_threshold * (257 if values[-1] > 255 else 1)
+    if 0 < values[-1] <= cut:
+        raise DataError(
+            f"{job.mask}: none of its levels ({shown}) is above --gt-threshold, so that the object "
+            "would vanish"
+        )
+    return np.ascontiguousarray(levels > cut)
 
 
 def read_prediction(job: MapJob, shape: tuple[int, ...], options: MapOptions) -> np.ndarray:
@@ -216,6 +222,15 @@ def _start_worker() -> None:
     # Ctrl-C goes to every process of the terminal; the main one decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """End with the main process, however it ended: nobody would read the results."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def choose_map_workers(asked: int | None) -> int:

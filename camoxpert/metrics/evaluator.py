@@ -245,7 +245,7 @@ class Evaluator:
         digests = {name: score.mask_digest for name, score in self._scores.items()} | self._skipped
         digest = hashlib.sha256()
         for name in sorted(digests):
-            digest.update(f"{name}\t{digests[name]}\n".encode())
+            digest.update(f"{name}\t{digests[name]}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def rows(self) -> list[Row]:

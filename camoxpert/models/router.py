@@ -35,6 +35,8 @@ class Router(nn.Module):
     images, and then training and evaluation use different experts.
     """
 
+    bias_E: Tensor
+
     def __init__(self, channels: int, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
@@ -45,6 +47,9 @@ class Router(nn.Module):
         # Nearly uniform at first, so that no expert starves before it has learned anything.
         nn.init.normal_(self.gate.weight, std=0.02)
         nn.init.zeros_(self.gate.bias)
+        # Added to the probabilities when experts are chosen, never to their weights; it moves only
+        # with ``optim.router_bias_rate`` (Wang et al., Auxiliary-Loss-Free Load Balancing, 2024).
+        self.register_buffer("bias_E", torch.zeros(num_experts))
 
     def forward(self, x_BCHW: Tensor) -> Routing:
         """Route a batch of feature maps (B, C, H, W), one decision per image."""
@@ -54,13 +59,31 @@ class Router(nn.Module):
             spread_BC = (x - mean_BC[..., None, None]).square().mean((2, 3)).add(1e-6).sqrt()
             summary = self.norm(torch.cat([mean_BC, spread_BC], 1))
             logits_BE = self.gate(torch.nn.functional.gelu(self.hidden(summary)))
-            return choose(logits_BE, self.top_k)
+            return choose(logits_BE, self.top_k, self.bias_E)
+
+    @torch.no_grad()
+    def move_bias(self, counts_E: Tensor, rate: float | Tensor) -> None:
+        """Make experts with fewer choices than the mean more likely to be chosen, the others less.
+
+        Args:
+            counts_E: choices of the last optimizer step.
+            rate: step, in units of probability.
+        """
+        self.bias_E += rate * (counts_E.mean() - counts_E).sign()
 
 
-def choose(logits_BE: Tensor, top_k: int) -> Routing:
-    """Turn gate logits (B, E) into a routing decision with ``top_k`` experts per image."""
+def choose(logits_BE: Tensor, top_k: int, bias_E: Tensor | None = None) -> Routing:
+    """Turn gate logits (B, E) into a routing decision with ``top_k`` experts per image.
+
+    Args:
+        logits_BE: of the gate.
+        top_k: experts per image.
+        bias_E: added to the probabilities for the choice alone.
+    """
     probs_BE = logits_BE.softmax(-1)
-    gates_BK, experts_BK = probs_BE.topk(top_k, dim=-1)
+    favoured_BE = probs_BE if bias_E is None else probs_BE.detach() + bias_E
+    experts_BK = favoured_BE.topk(top_k, dim=-1).indices
+    gates_BK = probs_BE.gather(1, experts_BK)
     if top_k > 1:
         gates_BK = gates_BK / gates_BK.sum(-1, keepdim=True)
     return Routing(logits_BE, probs_BE, experts_BK, gates_BK)

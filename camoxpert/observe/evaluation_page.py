@@ -15,11 +15,13 @@ from camoxpert.observe.report_style import STYLE
 from camoxpert.observe.tables import LOWER_IS_BETTER, best_values, format_value
 
 EXPLAINED = {
-    "best": "Best images: highest mean over the methods",
-    "worst": "Worst images: lowest mean over the methods",
+    "best": "Best images, by the mean over the methods",
+    "worst": "Worst images, by the mean over the methods",
     "disputed": "Disputed images: the methods differ most",
 }
 PAIRS_SHOWN = 12
+SHORT = ("Smeasure", "wFmeasure", "meanEm", "IoU", "MAE")
+"""Measures of the smaller tables, where they were computed."""
 
 
 def write_page(path: Path, summary: Mapping[str, Any], keys: Sequence[str]) -> Path:
@@ -46,7 +48,7 @@ def write_page(path: Path, summary: Mapping[str, Any], keys: Sequence[str]) -> P
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_bytes(page.encode("utf-8", "replace"))
     temporary.replace(path)
     return path
 
@@ -90,13 +92,21 @@ def _dataset(name: str, summary: Mapping[str, Any], keys: Sequence[str]) -> str:
         ("num_missing", "masks without a map left out"),
         ("num_extra", "maps without a mask left out"),
     ):
-        if first.get(field):
+        numbers = {result["method"]: result.get(field) or 0 for result in results}
+        if len(set(numbers.values())) > 1:
+            each = ", ".join(f"{escape(method)} {number}" for method, number in numbers.items())
+            counts.append(f"{text}: {each}")
+        elif first.get(field):
             counts.append(f"{first[field]} {text}")
+    hint = (
+        " Point at a number to see its 95 % bootstrap interval over images."
+        if first["intervals"]
+        else ""
+    )
     curves = {result["method"]: result["curves"] for result in results}
     return (
         f"<section><h2>{escape(name)}</h2><p class='soft'>{', '.join(counts)}; data hash "
-        f"{escape(first['data_hash'][:12])}. Point at a number to see its 95 % bootstrap interval "
-        f"over images.</p><table><tr><th>method</th>{head}</tr>{''.join(lines)}</table>"
+        f"{escape(first['data_hash'][:12])}.{hint}</p><table><tr><th>method</th>{head}</tr>{''.join(lines)}</table>"
         f"{_comparisons(name, summary)}"
         f"<h3>Curves</h3>{chart(lambda: plots.plot_curves(curves), 'PR, F and E curves')}"
         f"{_breakdowns(results, keys)}</section>"
@@ -107,8 +117,8 @@ def _comparisons(name: str, summary: Mapping[str, Any]) -> str:
     pairs = [entry for entry in summary["comparisons"] if entry["dataset"] == name]
     if not pairs:
         return ""
-    wanted = ("Smeasure", "wFmeasure", "meanEm", "IoU", "MAE")
-    keys = [key for key in wanted if key in pairs[0]["measures"]]
+    measured = pairs[0]["measures"]
+    keys = [key for key in SHORT if key in measured] or list(measured)[:5]
     head = "".join(f"<th>{key}</th><th>p</th>" for key in keys)
     lines = []
     for entry in pairs[:PAIRS_SHOWN]:
@@ -131,7 +141,7 @@ def _comparisons(name: str, summary: Mapping[str, Any]) -> str:
 
 
 def _breakdowns(results: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
-    shown = [k for k in ("Smeasure", "wFmeasure", "meanEm", "IoU", "MAE") if k in keys]
+    shown = [key for key in SHORT if key in keys] or list(keys)[:5]
     head = "".join(f"<th>{key}</th>" for key in shown)
     parts = []
     for division, labels in results[0]["breakdown"].items():

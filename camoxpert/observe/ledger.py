@@ -17,7 +17,9 @@ from typing import Any
 from camoxpert.errors import DataError
 from camoxpert.observe.runlog import finite, git_commit, versions
 
-NEEDED = ("method", "dataset", "data_hash", "protocol", "empty_gt", "scores")
+TEXTS = ("method", "dataset", "data_hash", "protocol", "empty_gt")
+START = '{"time"'
+"""How a row begins; a shorter line is what a killed writer left."""
 
 
 def ledger_row(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def ledger_row(result: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": result["protocol"],
         "empty_gt": result["empty_gt"],
         "resize": result.get("resize", "model"),
+        "gt_threshold": result.get("gt_threshold"),
         "version": software["camoxpert"],
         "commit": git_commit(Path(__file__).parents[2]),
         "scores": dict(result["scores"]),
@@ -44,8 +47,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         DataError: the file cannot be written, or is no ledger.
     """
-    if path.exists():
-        read_ledger(path)
+    check_ledger(path)
     text = "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,20 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise DataError(f"The ledger {path} could not be written: {error}.") from error
+
+
+def check_ledger(path: Path) -> None:
+    """Raise DataError if rows could not be appended: no ledger, or not writable."""
+    if path.exists():
+        read_ledger(path)
+        if not os.access(path, os.W_OK):
+            raise DataError(f"The ledger {path} may not be written.")
+        return
+    folder = Path(os.path.abspath(path)).parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"The ledger {path} cannot be written: {folder} is no writable folder.")
 
 
 def _ends_line(file: Any) -> bool:
@@ -81,15 +97,27 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            if line.startswith('{"time"') or not line.strip():
+            if not line.strip() or line.startswith(START) or START.startswith(line):
                 continue
             raise DataError(f"{path}, line {number}: not a ledger (JSON lines).") from None
-        if not isinstance(row, dict) or any(key not in row for key in NEEDED):
+        if not _is_row(row):
             raise DataError(
-                f"{path}, line {number}: not a ledger row; it needs {', '.join(NEEDED)}."
+                f"{path}, line {number}: not a ledger row; it needs {', '.join(TEXTS)}, num_images "
+                "and scores."
             )
         rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("num_images"), int):
+        return False
+    scores = row.get("scores")
+    return (
+        all(isinstance(row.get(key), str) for key in TEXTS)
+        and isinstance(scores, dict)
+        and all(value is None or isinstance(value, (int, float)) for value in scores.values())
+    )
 
 
 def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -101,7 +129,11 @@ def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        newest[row["dataset"], row["method"]] = dict(row)
+        entry = dict(row)
+        if row.get("resize") == "bilinear":
+            # Its maps were made for another size: the third decimal is not only the method's.
+            entry["method"] = f"{row['method']} (resized)"
+        newest[row["dataset"], entry["method"]] = entry
     problems = []
     for dataset in dict.fromkeys(row["dataset"] for row in newest.values()):
         group = [row for (own, _), row in newest.items() if own == dataset]

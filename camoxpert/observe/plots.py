@@ -61,7 +61,12 @@ def compare(image_HWC: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> 
 
 
 def panel(
-    image_HWC: np.ndarray, mask_HW: np.ndarray, probability_HW: np.ndarray, *, height: int = 176
+    image_HWC: np.ndarray,
+    mask_HW: np.ndarray,
+    probability_HW: np.ndarray,
+    *,
+    stretch: bool = False,
+    height: int = 176,
 ) -> np.ndarray:
     """Put image, truth, probability map and comparison side by side, with captions.
 
@@ -69,12 +74,15 @@ def panel(
         image_HWC: uint8 RGB.
         mask_HW: uint8, 0 or 255.
         probability_HW: float in 0..1.
+        stretch: compare the map stretched to its full range, as protocol "pysod" scores it.
         height: of the pictures in the result, pixels.
 
     Returns:
         uint8 RGB.
     """
-    truth, predicted = mask_HW > 127, probability_HW > 0.5
+    low, high = float(probability_HW.min()), float(probability_HW.max())
+    cut = (low + high) / 2 if stretch and high > low else 0.5
+    truth, predicted = mask_HW > 127, probability_HW > cut
     grey = np.repeat((probability_HW * 255).astype(np.uint8)[..., None], 3, axis=2)
     pictures = {
         "image": image_HWC,
@@ -97,7 +105,7 @@ def comparison_panel(
     Args:
         image_HWC: uint8 RGB; None draws on black.
         mask_HW: bool.
-        predictions: caption -> uint8 map of the mask's size.
+        predictions: caption -> what was found, bool, of the mask's size.
         height: of the pictures in the result, pixels.
 
     Returns:
@@ -106,8 +114,8 @@ def comparison_panel(
     ground = np.zeros((*mask_HW.shape, 3), np.uint8) if image_HWC is None else image_HWC
     pictures = {} if image_HWC is None else {"image": image_HWC}
     pictures["truth"] = overlay(ground, mask_HW, colour=FALSE_NEGATIVE)
-    for caption, prediction_HW in predictions.items():
-        pictures[caption] = compare(ground, prediction_HW > 127, mask_HW)
+    for caption, found_HW in predictions.items():
+        pictures[caption] = compare(ground, found_HW, mask_HW)
     return _side_by_side(pictures, height)
 
 
@@ -195,7 +203,8 @@ def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
         style: dict[str, Any] = {
             "color": COLOURS[index % len(COLOURS)],
             "linestyle": ("-", "--", ":", "-.")[index // len(COLOURS) % 4],
-            "label": name,
+            # "$" starts a formula, and labels that begin with "_" are left out.
+            "label": f"{' ' if name.startswith('_') else ''}{name}".replace("$", r"\$"),
             "linewidth": 1.4,
         }
         axes[0].plot(curve["recall"], curve["precision"], **style)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from camoxpert.losses import expert_counts
 from camoxpert.models.router import Routing
 
 
@@ -36,6 +37,37 @@ class LateReader:
         return dict(zip(names, stacked.tolist(), strict=True)), note
 
 
+class StepCounts:
+    """Counts the choices of one optimizer step over its micro-batches and all ranks, on the device.
+
+    A micro-batch's balance loss sees the choices of the step so far: the whole step's cannot be
+    known before the first backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.counts_LE: Tensor | None = None
+
+    def start(self) -> None:
+        """Begin an optimizer step."""
+        self.counts_LE = None
+
+    @torch.no_grad()
+    def add(self, routing: Sequence[Routing]) -> Tensor | None:
+        """Add a micro-batch; return the counts so far, (levels, E), or None without routing."""
+        if not routing:
+            return None
+        counts = torch.stack([expert_counts(r.experts_BK, r.probs_BE.shape[1]) for r in routing])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        self.counts_LE = counts if self.counts_LE is None else self.counts_LE + counts
+        return self.counts_LE
+
+
+ALARM_IMAGES = 512
+"""Images that a verdict on the router is made of: fewer say little."""
+LOW_ENTROPY, HIGH_VIOLATION, LOW_SHARE = 0.9, 1.0, 0.1
+
+
 class RoutingMeter:
     """Counts, per decoder level, which experts were chosen and how much gate mass they got.
 
@@ -50,39 +82,90 @@ class RoutingMeter:
             f"{kind} {1 + list(experts[:i]).count(kind)}" if list(experts).count(kind) > 1 else kind
             for i, kind in enumerate(experts)
         ]
+        self.images = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget everything counted."""
-        self.chosen: list[Tensor] = []
-        self.mass: list[Tensor] = []
+        self.chosen: Tensor | None = None
+        self.mass: Tensor | None = None
+        self.images = 0
 
     @torch.no_grad()
     def update(self, routing: Sequence[Routing]) -> None:
         """Add a batch's records; nothing is read back to the host."""
-        for level, record in enumerate(routing):
-            flat = record.experts_BK.reshape(-1)
-            chosen = torch.zeros(len(self.experts), device=flat.device)
-            chosen.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
-            mass = record.probs_BE.detach().sum(0)
-            if level == len(self.chosen):
-                self.chosen.append(chosen)
-                self.mass.append(mass)
-            else:
-                self.chosen[level] += chosen
-                self.mass[level] += mass
+        if not routing:
+            return
+        count = len(self.experts)
+        chosen = torch.stack([expert_counts(r.experts_BK, count) for r in routing])
+        mass = torch.stack([r.probs_BE.detach().sum(0) for r in routing])
+        self.chosen = chosen if self.chosen is None else self.chosen + chosen
+        self.mass = mass if self.mass is None else self.mass + mass
+        self.images += routing[0].probs_BE.shape[0]
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Return level -> usage (share of choices), gate (share of probability), normalised
-        entropy.
+        """Return the health of every level.
 
-        Entropy is that of the usage over log(experts): 1 is uniform, 0 a single expert.
+        Level -> usage (share of choices), gate (share of probability), entropy of the usage over
+        log(experts) (1 is uniform, 0 a single expert), and max_violation: by how much the busiest
+        expert exceeds its fair share, as a multiple of it (0 is uniform).
         """
+        if self.chosen is None or self.mass is None:
+            return {}
+        both = torch.stack([self.chosen, self.mass])
+        both = both / both.sum(-1, keepdim=True).clamp_min(1e-12)
+        shares, gates = both.tolist()
         result = {}
-        for name, chosen, mass in zip(self.levels, self.chosen, self.mass, strict=False):
-            usage = (chosen / chosen.sum().clamp_min(1)).tolist()
-            gate = (mass / mass.sum().clamp_min(1e-12)).tolist()
+        for name, usage, gate in zip(self.levels, shares, gates, strict=True):
             entropy = -sum(p * math.log(p) for p in usage if p > 0)
             scale = math.log(len(usage)) if len(usage) > 1 else 1.0
-            result[name] = {"usage": usage, "gate": gate, "entropy": entropy / scale}
+            result[name] = {
+                "usage": usage,
+                "gate": gate,
+                "entropy": entropy / scale,
+                "max_violation": max(usage) * len(usage) - 1,
+            }
         return result
+
+
+def collapse_alarm(
+    levels: dict[str, dict[str, Any]], experts: Sequence[str], *, images: int, top_k: int
+) -> str:
+    """Return what is wrong with the routing and what helps, or "".
+
+    Judged only over enough images, and only where experts can be left out: a level is ill if the
+    entropy of its usage is under 0.9, its busiest expert has more than twice the fair share, or an
+    expert has under a tenth of it.
+
+    Args:
+        levels: from ``RoutingMeter.summary``.
+        experts: names.
+        images: that the summary is made of.
+        top_k: experts per image.
+    """
+    count = len(experts)
+    if images < ALARM_IMAGES or top_k >= count:
+        return ""
+    ill = []
+    for name, level in levels.items():
+        idle = [
+            expert
+            for expert, usage in zip(experts, level["usage"], strict=True)
+            if usage < LOW_SHARE / count
+        ]
+        # With k of E experts an expert's share of the choices is 1 / k at most.
+        ceiling = count / top_k - 1
+        if idle:
+            ill.append(f"{name}: {', '.join(idle)} hardly used")
+        elif level["entropy"] < LOW_ENTROPY or level["max_violation"] > min(
+            HIGH_VIOLATION, 0.9 * ceiling
+        ):
+            busiest = experts[max(range(count), key=lambda i: level["usage"][i])]
+            ill.append(f"{name}: {busiest} has {max(level['usage']):.0%} of the choices")
+    if not ill:
+        return ""
+    return (
+        f"the router favours few experts ({'; '.join(ill)}). What helps, in this order: "
+        "--router-warmup 3, a larger loss.balance (0.1), optim.router_bias_rate=0.01, a smaller "
+        "optim.router_lr_scale, fewer --num-experts."
+    )

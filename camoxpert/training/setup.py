@@ -6,7 +6,7 @@ Each decision is one line for the user, with its reason.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +25,7 @@ from camoxpert.models.build import build_model
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.memory import choose_checkpointing
+from camoxpert.training.meters import StepCounts
 from camoxpert.training.optim import (
     Plan,
     backbone_scale,
@@ -77,6 +78,7 @@ class Setup:
     decisions: list[str]
     parameters: int
     gmacs: float
+    step_counts: StepCounts = field(default_factory=StepCounts)
 
     @property
     def evaluated_model(self) -> CamoXpert:

@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from camoxpert.config import Config, to_dict
+from camoxpert.config import Config
 from camoxpert.data.loader import Batch, build_eval_loader, device_batches
-from camoxpert.errors import CheckpointError, ConfigError, NumericError
+from camoxpert.errors import ConfigError, NumericError
 from camoxpert.losses import total_loss
 from camoxpert.metrics import Evaluator, is_better
 from camoxpert.observe.gpu import GpuMonitor
 from camoxpert.observe.plots import panel
 from camoxpert.observe.progress import TrainingBar
 from camoxpert.observe.runlog import RunLog
-from camoxpert.training.checkpoint import FORMAT, Checkpoint, CheckpointFolder
+from camoxpert.training.checkpoint import Checkpoint, CheckpointFolder
 from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import LateReader, RoutingMeter
+from camoxpert.training.meters import LateReader, RoutingMeter, collapse_alarm
 from camoxpert.training.optim import Stage, lr_at, set_lr
 from camoxpert.training.setup import Setup, autocast, mask_target, training_loader
+from camoxpert.training.snapshot import restore, shipped, snapshot
 from camoxpert.training.state import TrainState
 from camoxpert.training.validation import Item, score
 
@@ -155,7 +156,9 @@ def train(
             inspect(reader.flush(), config, state, log, gpu, speed)
 
             # --- end of the epoch: routing, validation, checkpoints
-            write_routing(meter, log, state, stage, epoch)
+            alarm = write_routing(meter, log, state, stage, epoch, config)
+            if alarm:
+                say(f"warning     {alarm}")
             state.epoch, state.batch = epoch + 1, 0
             last = state.epoch == plan.epochs
             if len(setup.data.validation) and (
@@ -222,11 +225,14 @@ def train_step(setup: Setup, window: list[Batch], meter: RoutingMeter) -> dict[s
         model.backbone.eval()
     images = sum(len(batch.names) for batch in window)
     values: dict[str, torch.Tensor] = {}
+    counts = setup.step_counts
+    counts.start()
     for batch in window:
         share = len(batch.names) / images
         with autocast(setup):
             output = model(batch.images)
-        loss, parts = total_loss(output, mask_target(batch), config.loss)
+        counts_LE = counts.add(output.routing)
+        loss, parts = total_loss(output, mask_target(batch), config.loss, counts_LE=counts_LE)
         scaler.scale(loss * share).backward()
         meter.update(output.routing)
         for name, value in {"loss": loss.detach(), **parts}.items():
@@ -244,6 +250,9 @@ def train_step(setup: Setup, window: list[Batch], meter: RoutingMeter) -> dict[s
         optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if config.optim.router_bias_rate and counts.counts_LE is not None:
+        for level, counts_E in zip(reversed(model.moe_levels), counts.counts_LE, strict=True):
+            level.router.move_bias(counts_E, config.optim.router_bias_rate * finite)
     if setup.ema is not None:
         setup.ema.update(model, finite)
     return {**values, "grad_norm": norm, "skipped": 1 - finite}
@@ -388,70 +397,29 @@ def note_event(log: RunLog, state: TrainState, text: str) -> None:
 
 
 def write_routing(
-    meter: RoutingMeter, log: RunLog, state: TrainState, stage: Stage, epoch: int
-) -> None:
-    """Log which experts the epoch's images used; nothing where a resume had no step left to do."""
+    meter: RoutingMeter, log: RunLog, state: TrainState, stage: Stage, epoch: int, config: Config
+) -> str:
+    """Log which experts the epoch's images used; nothing where a resume had no step left to do.
+
+    Returns:
+        What is wrong with the router, or "".
+    """
     levels = meter.summary()
     if not levels:
-        return
+        return ""
     record = {"kind": "routing", "step": state.step, "epoch": epoch + 1, "stage": stage.number}
     log.write({**record, "experts": meter.experts, "levels": levels})
-    log.scalars(state.step, {f"routing/entropy {k}": v["entropy"] for k, v in levels.items()})
-
-
-def snapshot(setup: Setup, state: TrainState) -> dict[str, Any]:
-    """Return everything a run needs to go on; tensors and plain Python only."""
-    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if setup.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(setup.device)
-    return {
-        "format": FORMAT,
-        "config": to_dict(setup.config),
-        "data_hash": setup.data.data_hash,
-        "model": setup.model.state_dict(),
-        "ema": setup.ema.state_dict() if setup.ema else None,
-        "optimizer": setup.optimizer.state_dict(),
-        "scaler": setup.scaler.state_dict(),
-        "state": state.to_dict(),
-        "rng": rng,
-    }
-
-
-def shipped(setup: Setup, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
-    """Return what evaluation and prediction need: the evaluated weights and the settings."""
-    return {
-        "format": FORMAT,
-        "config": to_dict(setup.config),
-        "data_hash": setup.data.data_hash,
-        "model": setup.evaluated_model.state_dict(),
-        "ema": None,
-        "state": state.to_dict(),
-        "scores": scores,
-    }
-
-
-def restore(setup: Setup, checkpoint: Checkpoint) -> TrainState:
-    """Put a snapshot back: weights, optimizer, scaler, EMA, state, and the random state last."""
-    values = checkpoint.values
-    if "optimizer" not in values:
-        raise CheckpointError(
-            f"{checkpoint.path} holds weights only and cannot be continued. Use a step_*.pt file "
-            f"or the run "
-            "folder; to start a new run from these weights give them with --weights."
-        )
-    try:
-        setup.model.load_state_dict(values["model"])
-        setup.optimizer.load_state_dict(values["optimizer"])
-        setup.scaler.load_state_dict(values["scaler"])
-        if setup.ema is not None and values["ema"] is not None:
-            setup.ema.load_state_dict(values["ema"])
-        state = TrainState.from_dict(values["state"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
-    torch.set_rng_state(values["rng"]["cpu"])
-    if setup.device.type == "cuda" and "cuda" in values["rng"]:
-        torch.cuda.set_rng_state(values["rng"]["cuda"], setup.device)
-    return state
+    for name, level in levels.items():
+        log.scalars(state.step, {f"routing/entropy {name}": level["entropy"]})
+        log.scalars(state.step, {f"routing/max violation {name}": level["max_violation"]})
+        usage = zip(meter.experts, level["usage"], strict=True)
+        log.scalars(state.step, {f"routing {name}/{expert}": share for expert, share in usage})
+    alarm = collapse_alarm(
+        levels, meter.experts, images=meter.images, top_k=active_experts(config, epoch)
+    )
+    if alarm:
+        log.write({"kind": "event", "step": state.step, "epoch": epoch + 1, "text": alarm})
+    return alarm
 
 
 def peak_memory(device: torch.device) -> int | None:

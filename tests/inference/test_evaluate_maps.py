@@ -20,6 +20,7 @@ from camoxpert.cli import main
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.evaluate_maps import evaluate_maps
 from camoxpert.inference.maps import MapTask, find_maps, find_masks
+from camoxpert.inference.output import OutputFolder
 from camoxpert.inference.score_maps import MapOptions, choose_map_workers, score_task
 from camoxpert.metrics import FAST_KEYS, KNOWN_KEYS, RESULT_KEYS, Evaluator
 from camoxpert.observe import ledger
@@ -133,7 +134,7 @@ class TestFinding:
         write(world / "data/COD10K/GT/COD10K-NonCAM-5-Other-1.png", np.zeros((36, 48), np.uint8))
         words = ("--predictions", "maps/good/COD10K", "--gt", "data/COD10K/GT")
         assert evaluate(*words) == 0
-        assert "1 images without a camouflaged object are left out" in capsys.readouterr().out
+        assert "1 images without a camouflaged object are left out" in capsys.readouterr().err
         assert evaluate(*words, "--noncam", "include") == 3
         assert "COD10K-NonCAM-5-Other-1" in capsys.readouterr().err
 
@@ -240,6 +241,50 @@ class TestNothingSilently:
         assert "nearly black" in self.run(capsys, *CAMO, "--protocol", "raw")
         assert evaluate(*CAMO) == 0
 
+    def test_a_threshold_leaves_plain_masks_alone(self, world: Path, capsys) -> None:
+        assert evaluate(*CAMO, "-o", "a") == 0
+        for path in (world / "data/CAMO/GT").iterdir():
+            write(path, cv2.imread(str(path), 0) // 255)
+        assert evaluate(*CAMO, "--gt-threshold", "128", "-o", "b") == 0
+        assert summary("a")["results"][0]["scores"] == summary("b")["results"][0]["scores"]
+        write(world / "data/CAMO/GT/camo_50.png", pair(50, 1)[1] // 3)
+        assert "would vanish" in self.run(capsys, *CAMO, "--gt-threshold", "128")
+
+    def test_sixteen_bits_of_unclear_scale(self, world: Path, capsys) -> None:
+        path = world / "maps/good/CAMO/camo_50.png"
+        write(path, cv2.imread(str(path), 0).astype(np.uint16))
+        assert "its scale is unclear" in self.run(capsys, *CAMO)
+
+    def test_folders_that_hold_nothing_are_named(self, world: Path, capsys) -> None:
+        both = ("--predictions", "maps", "--gt", "data")
+        (world / "data/NC4K/masks_are_elsewhere").mkdir(parents=True)
+        assert "hold no masks: NC4K" in self.run(capsys, *both)
+        (world / "data/NC4K/masks_are_elsewhere").rmdir()
+        (world / "data/NC4K").rmdir()
+        (world / "maps/later/out").mkdir(parents=True)
+        assert "hold no maps for CAMO, COD10K: later" in self.run(capsys, *both)
+        (world / "maps/later/out").rmdir()
+        (world / "maps/later").rmdir()
+        (world / "maps/good/camo").mkdir()
+        assert "are both CAMO" in self.run(capsys, *both)
+        (world / "maps/good/camo").rmdir()
+        (world / "maps/good/NC4K").mkdir()
+        assert evaluate(*both) == 0
+        assert "no such data set: NC4K" in capsys.readouterr().err
+
+    def test_a_set_without_any_object_and_skip(self, world: Path, capsys) -> None:
+        for path in (world / "data/CAMO/GT").iterdir():
+            write(path, np.zeros((36, 48), np.uint8))
+        said = self.run(capsys, *CAMO, "--empty-gt", "skip")
+        assert "good on CAMO: none of the 6 images has an object" in said
+
+    def test_names_that_are_no_utf8(self, world: Path) -> None:
+        for folder in ("maps/good/CAMO", "data/CAMO/GT"):
+            path = os.fsencode(world / folder)
+            Path(os.fsdecode(path + b"/camo_50.png")).rename(os.fsdecode(path + b"/caf\xe9.png"))
+        assert evaluate(*CAMO, "--ledger", "led.jsonl") == 0
+        assert b"caf\xe9" in Path("evaluation/per_image/good/CAMO.csv").read_bytes()
+
     def test_two_files_of_one_name(self, world: Path, capsys) -> None:
         write(world / "maps/good/CAMO/camo_50.jpg", pair(50, 1)[0])
         assert "have the same name" in self.run(capsys, *CAMO)
@@ -256,11 +301,14 @@ class TestFlags:
             ([*CAMO, "--measures", "wfmeasur"], "Did you mean wFmeasure"),
             ([*CAMO, "--gt-threshold", "255"], "0..254"),
             ([*CAMO, "--data", "data"], "--data belongs to a checkpoint"),
-            (["run", "--measures", "fast"], "belong to prediction maps"),
+            ([*CAMO, "--device", "cpu"], "--device belongs to a checkpoint"),
+            (["run", "--resize=bilinear"], "--resize belongs to prediction maps"),
+            ([*CAMO, "--measures", ","], "names none"),
+            (["run", "--measures", "fast"], "belongs to prediction maps"),
             ([*CAMO, "--images", "a", "b"], "one for each"),
             (
                 ["--predictions", "maps/good", "maps/bad", "--gt", "data", "--method", "x"],
-                "several",
+                "names one method",
             ),
         ],
     )
@@ -350,6 +398,65 @@ class TestWritten:
         assert evaluate(*CAMO) == evaluate(*CAMO) == 0
         assert Path("evaluation/scores.json").is_file() and Path("evaluation-2").is_dir()
 
+    def test_an_output_folder_keeps_what_is_not_its_own(self, world: Path, capsys) -> None:
+        own = world / "photos" / "gallery" / "holiday.jpg"
+        own.parent.mkdir(parents=True)
+        own.write_text("x")
+        assert evaluate(*CAMO, "-o", "photos") == 2
+        assert "holds other files (gallery ...)" in " ".join(capsys.readouterr().err.split())
+        assert own.read_text() == "x" and listing(world / "photos") == {"gallery"}
+        assert evaluate(*CAMO, "-o", str(own)) == 2
+        assert evaluate(*CAMO, "-o", str(own / "below")) == 2
+
+    def test_an_earlier_evaluation_is_replaced_file_by_file(self, world: Path) -> None:
+        (world / "out").mkdir(mode=0o2775)
+        mode = (world / "out").stat().st_mode
+        assert evaluate("--predictions", "maps", "--gt", "data", "-o", "out") == 0
+        (world / "out/gallery/mine.txt").write_text("x")
+        assert evaluate(*CAMO, "-o", "out", "--gallery", "0") == 0
+        assert listing(world / "out/gallery") == {"mine.txt"}
+        assert listing(world / "out/per_image") == {"good"}
+        assert len(summary("out")["results"]) == 1
+        assert (world / "out").stat().st_mode == mode
+        assert not [name for name in listing(world / "out") if name.startswith(".")]
+
+    def test_a_list_that_was_tampered_with_reaches_nothing(self, world: Path, capsys) -> None:
+        assert evaluate(*CAMO, "-o", "out") == 0
+        content = summary("out")
+        content["files"].append("../data/CAMO/GT/camo_50.png")
+        Path("out/scores.json").write_text(json.dumps(content))
+        assert evaluate(*CAMO, "-o", "out") == 2
+        assert "outside of it" in " ".join(capsys.readouterr().err.split())
+        assert Path("data/CAMO/GT/camo_50.png").is_file()
+
+    def test_names_that_make_one_file_name(self, world: Path) -> None:
+        for name in ("a b", "A_b", "_x$1$"):
+            (world / "maps" / name).mkdir()
+            (world / "maps" / name / "CAMO").symlink_to(world / "maps/good/CAMO")
+        assert evaluate("--predictions", "maps", "--gt", "data/CAMO") == 0
+        assert listing(Path("evaluation/per_image")) == {
+            "a_b",
+            "A_b-2",
+            "_x_1_",
+            "good",
+            "bad",
+        } or (len(listing(Path("evaluation/per_image"))) == 5)
+        assert Path("evaluation/curves/CAMO.png").is_file()
+
+    def test_pictures_show_what_the_scores_mean(self, world: Path) -> None:
+        """Maps of 85 on the object are perfect once stretched, and the picture says so."""
+        for index in range(50, 56):
+            write(world / f"maps/faint/camo_{index}.png", pair(index, 0.5)[1] // 3)
+        words = ("--gt", "data/CAMO/GT", "--gallery", "1", "-o")
+        blue = {}
+        for protocol in ("pysod", "raw"):
+            picks = ("--predictions", "maps/faint", *words, protocol, "--protocol", protocol)
+            assert evaluate(*picks) == 0
+            panel = cv2.imread(f"{protocol}/gallery/CAMO_best_1.jpg").astype(int)
+            last = panel[20:, panel.shape[1] * 2 // 3 :]
+            blue[protocol] = ((last[..., 0] - last[..., 1]) > 60).mean()
+        assert blue["pysod"] < 0.01 < blue["raw"]
+
     def test_images_of_other_sizes_are_no_reason_to_stop(self, world: Path) -> None:
         for path in (world / "data/CAMO/Imgs").iterdir():
             path.write_bytes(b"")
@@ -402,12 +509,40 @@ class TestWorkers:
             if len(seen) == 4:
                 raise DataError("stopped")
 
-        with pytest.raises(DataError, match="stopped"):
+        before = listing(world)
+        with pytest.raises(DataError, match="stopped"), OutputFolder(world / "out") as folder:
             evaluate_maps(
-                tasks, MapOptions(keys=RESULT_KEYS), output=world / "out", num_workers=0,
+                tasks, MapOptions(keys=RESULT_KEYS), output=folder, num_workers=0,
                 gallery=2, intervals=True, command=(), check_stop=stop,
             )  # fmt: skip
-        assert not (world / "out").exists()
+        assert listing(world) == before
+
+    def test_workers_end_with_their_parent(self, world: Path, tmp_path: Path) -> None:
+        root = Path(__file__).parents[2]
+        code = (
+            "import os, signal, time\n"
+            "from concurrent.futures import ProcessPoolExecutor\n"
+            "import multiprocessing\n"
+            "from camoxpert.inference.score_maps import _start_worker\n"
+            "if __name__ == '__main__':\n"
+            "    context = multiprocessing.get_context('spawn')\n"
+            "    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker)\n"
+            "    print(pool.submit(os.getpid).result(), flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        script = tmp_path / "parent.py"
+        script.write_text(code)
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, str(script)], env=environment, capture_output=True, check=False
+        )
+        worker = int(done.stdout)
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert done.returncode == -signal.SIGKILL
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
 
     def test_ctrl_c_leaves_no_table(self, world: Path) -> None:
         for index in range(100, 1500):
@@ -468,6 +603,16 @@ class TestLedger:
         assert main(["report", "led.jsonl"]) == 3
         assert "another --protocol" in capsys.readouterr().err
 
+    def test_resized_maps_are_marked(self, world: Path, capsys) -> None:
+        words = ("--gt", "data/CAMO", "--ledger", "led.jsonl", "--no-intervals")
+        assert evaluate("--predictions", "maps/good", *words) == 0
+        for path in (world / "maps/bad/CAMO").iterdir():
+            write(path, cv2.resize(cv2.imread(str(path), 0), (24, 18)))
+        assert evaluate("--predictions", "maps/bad", *words, "--resize", "bilinear") == 0
+        capsys.readouterr()
+        assert main(["report", "led.jsonl"]) == 0
+        assert "bad (resized)" in capsys.readouterr().out
+
     def test_torn_and_foreign_files(self, world: Path, capsys) -> None:
         words = (*CAMO, "--ledger", "led.jsonl", "--no-intervals", "--gallery", "0")
         assert evaluate(*words) == 0
@@ -478,6 +623,11 @@ class TestLedger:
         Path("other.txt").write_text("hello\n")
         assert evaluate(*CAMO, "--ledger", "other.txt") == 3
         assert Path("other.txt").read_text() == "hello\n"
+        Path("led.jsonl").write_text(whole + '{"ti')
+        assert len(ledger.read_ledger(Path("led.jsonl"))) == 1
+        assert evaluate(*CAMO, "--ledger", "other.txt/led.jsonl") == 3
+        Path("null.jsonl").write_text(whole.replace('"num_images": 6', '"num_images": null'))
+        assert main(["report", "null.jsonl"]) == 3
         Path("half.jsonl").write_text('{"method": "x"}\n')
         assert main(["report", "half.jsonl"]) == 3
         assert "it needs method, dataset" in capsys.readouterr().err
@@ -507,3 +657,5 @@ def test_images_and_masks_must_pair_up(tmp_path: Path) -> None:
         find_masks([tmp_path / "empty"])
     with pytest.raises(ConfigError, match="one for each"):
         find_masks([tmp_path], images=[tmp_path, tmp_path])
+    with pytest.raises(DataError, match="--images: there is no folder"):
+        find_masks([tmp_path], images=[tmp_path / "none"])

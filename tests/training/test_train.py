@@ -206,8 +206,8 @@ def test_a_non_finite_step_changes_nothing(toy_data: Path, monkeypatch, where: s
     average = copy.deepcopy(setup.evaluated_model.state_dict())
     honest = trainer.total_loss
 
-    def broken(*args: object):
-        loss, parts = honest(*args)
+    def broken(*args: object, **counts: object):
+        loss, parts = honest(*args, **counts)
         if where == "loss":
             return loss * float("nan"), parts
         return loss + (loss - loss.detach()) * float("inf"), parts
@@ -228,7 +228,9 @@ def test_endless_non_finite_steps_end_the_run(toy_data: Path, tmp_path: Path, mo
     setup = setup_of(toy_data, train__max_skipped_steps=2, train__epochs=3)
     honest = trainer.total_loss
     monkeypatch.setattr(
-        trainer, "total_loss", lambda *a: (honest(*a)[0] * float("nan"), honest(*a)[1])
+        trainer,
+        "total_loss",
+        lambda *a, **counts: (honest(*a, **counts)[0] * float("nan"), honest(*a, **counts)[1]),
     )
     with pytest.raises(NumericError, match="3 optimizer steps in a row"):
         run(setup, tmp_path / "run")

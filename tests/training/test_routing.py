@@ -1,0 +1,241 @@
+"""Router health: balance over the whole step and all ranks, the bias, the alarm, the syncs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from camoxpert.config import build_config
+from camoxpert.data.loader import Batch
+from camoxpert.losses import balance_loss, expert_counts, total_loss
+from camoxpert.models.build import build_model
+from camoxpert.models.router import Routing, choose
+from camoxpert.observe.syncs import SyncCounter
+from camoxpert.training.meters import RoutingMeter, StepCounts, collapse_alarm
+from camoxpert.training.setup import Setup, prepare
+from camoxpert.training.trainer import train_step
+
+SETTINGS = {
+    "model.backbone": "tiny_test",
+    "model.pretrained": False,
+    "model.width": 16,
+    "model.detail_width": 8,
+    "model.num_experts": 4,
+    "model.top_k": 2,
+    "loss.balance": 0.5,
+}
+
+
+def images_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    colour = torch.randint(0, 200, (count, 3, 1, 1), generator=generator)
+    # Plain colours, stripes and noise: a router has something to tell apart.
+    grain = torch.randint(0, 56, (count, 3, 32, 32), generator=generator)
+    stripes = 50 * (torch.arange(32) // 4 % 2).expand(count, 3, 32, 32)
+    kind = (torch.arange(count) % 3)[:, None, None, None]
+    images = (colour + grain * (kind == 1) + stripes * (kind == 2)).to(torch.uint8)
+    masks = torch.zeros(count, 1, 32, 32)
+    masks[:, :, 8:24, 8:24] = 1
+    return images, masks
+
+
+def model_of():
+    torch.manual_seed(0)
+    config = build_config(SETTINGS)
+    model = build_model(config.model).train()
+    for level in model.moe_levels:  # decided, and differently from image to image
+        torch.nn.init.normal_(level.router.gate.weight, std=2.0)
+    return config, model
+
+
+def one_rank(rank: int, folder: str, ranks: int, batch: int) -> None:
+    """Forward and backward on this rank's share; rank 0 saves gradients, counts and balance."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29600 + os.getppid() % 300))
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+    config, model = model_of()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    images, masks = (part[rank * batch : (rank + 1) * batch] for part in images_of(ranks * batch))
+    counts = StepCounts()
+    output = wrapped(images)
+    loss, parts = total_loss(output, masks, config.loss, counts_LE=counts.add(output.routing))
+    loss.backward()
+    balance = parts["balance"].clone()
+    if ranks > 1:
+        torch.distributed.all_reduce(balance)
+    if rank == 0:
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        saved = {"gradients": gradients, "counts": counts.counts_LE, "balance": balance / ranks}
+        torch.save(saved, Path(folder) / f"{ranks}.pt")
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process_with_both_batches(tmp_path: Path) -> None:
+    multiprocessing.spawn(one_rank, (str(tmp_path), 2, 3), nprocs=2)
+    one_rank(0, str(tmp_path), 1, 6)
+    two, one = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (2, 1))
+    assert torch.equal(two["counts"], one["counts"]) and one["counts"].sum() == 4 * 6 * 2
+    torch.testing.assert_close(two["balance"], one["balance"])
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_counts_of_each_rank_alone_would_differ() -> None:
+    """Negative control: per-rank shares give another balance loss."""
+    _, model = model_of()
+    images, _ = images_of(6)
+    with torch.no_grad():
+        whole = model(images).routing
+        halves = [model(part).routing for part in images.split(3)]
+    differences = []
+    for index, level in enumerate(whole):
+        own = [half[index] for half in halves]
+        alone = torch.stack([balance_loss(r.probs_BE, r.experts_BK) for r in own]).mean()
+        together = balance_loss(level.probs_BE, level.experts_BK)
+        differences.append(abs(float(alone - together)))
+        counts = expert_counts(level.experts_BK, 4)
+        given = torch.stack([balance_loss(r.probs_BE, r.experts_BK, counts) for r in own]).mean()
+        torch.testing.assert_close(given, together)
+    assert max(differences) > 1e-3  # the ranks of the test above choose differently
+
+
+def test_counts_add_up_over_the_micro_batches_of_a_step() -> None:
+    _, model = model_of()
+    images, _ = images_of(6)
+    counts = StepCounts()
+    for _ in range(2):
+        counts.start()
+        for part in images.split(2):
+            with torch.no_grad():
+                last = counts.add(model(part).routing)
+    assert last is not None and last.sum() == 4 * 6 * 2
+
+
+def test_balance_loss_by_hand() -> None:
+    probs = torch.tensor([[0.7, 0.3], [0.5, 0.5]])
+    chosen = torch.tensor([[0], [0]])
+    assert balance_loss(probs, chosen) == pytest.approx(2 * 0.6)
+    assert balance_loss(probs, chosen, torch.tensor([1.0, 3.0])) == pytest.approx(
+        2 * (0.6 * 0.25 + 0.4 * 0.75)
+    )
+
+
+def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]]))
+    biased = choose(logits, 2, torch.tensor([-0.4, 0.0, 0.0]))
+    assert biased.experts_BK.tolist() == [[1, 2]]
+    torch.testing.assert_close(biased.gates_BK, torch.tensor([[0.6, 0.4]]))
+    torch.testing.assert_close(biased.probs_BE, choose(logits, 2).probs_BE)
+
+
+def setup_of(toy_data: Path, **settings: object) -> Setup:
+    values = {**SETTINGS, "data.roots": [str(toy_data)], "data.img_size": 32}
+    values |= {"data.num_workers": 0, "train.batch_size": 8, "train.epochs": 1}
+    return prepare(build_config(values | settings), lambda text: None)
+
+
+def batch_of(count: int = 8) -> Batch:
+    images, masks = images_of(count)
+    names = [str(i) for i in range(count)]
+    return Batch(images, (masks * 255).to(torch.uint8), names, [(32, 32)] * count, range(count))
+
+
+def test_bias_balancing_spreads_the_choices(toy_data: Path) -> None:
+    usages = []
+    for rate in (0.0, 0.02):
+        setup = setup_of(
+            toy_data, **{"optim.router_bias_rate": rate, "loss.balance": 0.0, "model.top_k": 1}
+        )
+        for level in setup.model.moe_levels:
+            level.router.gate.bias.data[0] = 1.0  # the first expert is everybody's
+        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+        for step in range(40):
+            if step == 30:
+                meter.reset()
+            train_step(setup, [batch_of()], meter)
+        usages.append([max(level["usage"]) for level in meter.summary().values()])
+    assert min(usages[0]) > 0.9
+    assert max(usages[1]) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("settings", "syncs"),
+    [
+        ({}, 1),
+        ({"model.expert_family": "uniform"}, 0),
+        ({"model.num_experts": 1, "model.top_k": 1}, 0),
+        ({"model.routing": "fused"}, 4),
+    ],
+)
+def test_host_syncs_of_a_training_step(toy_data: Path, settings, syncs) -> None:
+    """The whole step: forward, loss, backward, clipping, optimizer, EMA."""
+    setup = setup_of(toy_data, **settings)
+    meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+    train_step(setup, [batch_of()], meter)  # the optimizer makes its state in the first step
+    with SyncCounter() as counter:
+        train_step(setup, [batch_of()], meter)
+    assert counter.syncs == syncs, counter.places
+
+
+def record_of(choices: list[int], count: int = 4) -> Routing:
+    experts = torch.tensor(choices)[:, None]
+    probs = torch.nn.functional.one_hot(experts[:, 0], count).float()
+    return Routing(probs, probs, experts, torch.ones(len(choices), 1))
+
+
+def alarm_for(choices: list[int], images: int = 600) -> str:
+    meter = RoutingMeter(["stride 4"], list("abcd"))
+    meter.update([record_of(choices)])
+    return collapse_alarm(meter.summary(), meter.experts, images=images, top_k=1)
+
+
+def test_the_summary_by_hand() -> None:
+    meter = RoutingMeter(["stride 4"], list("abcd"))
+    meter.update([record_of([0, 0, 1, 2])])
+    meter.update([record_of([0, 0, 1, 2])])
+    (level,) = meter.summary().values()
+    assert level["usage"] == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert level["max_violation"] == pytest.approx(1.0)
+    assert level["entropy"] == pytest.approx(1.5 / 2)
+    assert meter.images == 8
+    meter.reset()
+    assert meter.summary() == {} and meter.images == 0
+
+
+def test_the_alarm_names_the_level_the_expert_and_what_helps() -> None:
+    even = [0, 1, 2, 3] * 10
+    assert alarm_for(even) == ""
+    idle = alarm_for([0, 1, 2] * 10)
+    assert "stride 4: d hardly used" in idle and "--router-warmup" in idle
+    busy = alarm_for([0] * 22 + [1] * 6 + [2] * 6 + [3] * 6)
+    assert "stride 4: a has 55% of the choices" in busy
+    assert alarm_for([0] * 40, images=100) == ""  # too few to judge
+    meter = RoutingMeter(["stride 4"], list("ab"))
+    meter.update([record_of([0, 1, 1, 0], 2)])
+    assert collapse_alarm(meter.summary(), meter.experts, images=600, top_k=2) == ""
+
+
+def test_the_alarm_reaches_the_log_and_the_console(toy_data: Path, tmp_path: Path, capsys) -> None:
+    from camoxpert.cli import main
+    from camoxpert.observe.runlog import read_jsonl
+    from camoxpert.training import meters
+
+    words = [
+        "train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(tmp_path), "--backbone",
+        "tiny_test", "--no-pretrained", "--img-size", "32", "--num-workers", "0", "--epochs", "1",
+        "--run-name", "ill", "--no-tensorboard", "--no-test", "model.width=16", "--top-k", "1",
+        "loss.balance=0",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meters, "ALARM_IMAGES", 10)
+        patch.setattr(meters, "LOW_ENTROPY", 1.1)
+        assert main(words) == 0
+    assert "the router favours few experts" in capsys.readouterr().out
+    events = [r["text"] for r in read_jsonl(tmp_path / "ill" / "metrics.jsonl") if "text" in r]
+    assert any("--router-warmup" in text for text in events)
