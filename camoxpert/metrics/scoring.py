@@ -94,7 +94,7 @@ def score_image(
         group=group,
         empty_gt=empty_gt,
         keys=keys,
-        mask_digest=digest_mask(mask_HW),
+        mask_digest=digest_mask(mask_HW, histogram.box),
         num_objects=count_objects(mask_HW, histogram.box),
     )
 
@@ -183,10 +183,19 @@ def count_objects(mask_HW: NDArray[np.bool_], box: Slices | None = None) -> int:
     return sum(area >= 1e-4 * mask_HW.size for area in areas)
 
 
-def digest_mask(mask_HW: NDArray[np.bool_]) -> str:
-    """Return a hash of a mask's shape and pixels: equal for 0/1 and 0/255, PNG and BMP."""
-    digest = hashlib.sha256(repr(mask_HW.shape).encode())
-    digest.update(np.packbits(mask_HW).tobytes())
+def digest_mask(mask_HW: NDArray[np.bool_], box: Slices | None = None) -> str:
+    """Return a hash of a mask's shape and pixels: equal for 0/1 and 0/255, PNG and BMP.
+
+    Args:
+        mask_HW: True on the objects.
+        box: their bounding box, where it is known; the rest of the mask is empty.
+    """
+    if box is None:
+        x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask_HW).view(np.uint8))
+        box = (slice(y, y + height), slice(x, x + width))
+    place = [(part.start, part.stop) for part in box]
+    digest = hashlib.sha256(repr((mask_HW.shape, place)).encode())
+    digest.update(np.packbits(mask_HW[box]).tobytes())
     return digest.hexdigest()[:32]
 
 
