@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from camoxpert.benchmark.common import interleaved, paired_ratio
 from camoxpert.benchmark.metrics import bound_by, make_pair
@@ -67,3 +68,36 @@ def test_what_bounds_it_is_computed() -> None:
     (line,) = bound_by({**parts, "count levels": 1.0})
     assert "90% of an image's 20.0 ms" in line and "alone 50%" in line
     assert "50% of the remaining 2.0 ms" in line
+
+
+def test_moe_counts_and_ratios_hang_together(tmp_path: Path, monkeypatch) -> None:
+    from camoxpert.benchmark import moe
+
+    monkeypatch.setattr(moe, "SIZES", ((4, 5),))
+    file = tmp_path / "moe.json"
+    words = ["--rounds", "2", "--width", "16", "--device", "cpu", "-o", str(file)]
+    result = moe.run(device=torch.device("cpu"), sizes=((4, 5),), width=16, rounds=2, say=str)
+    for row in result["rows"]:
+        ends = row["back_ends"]
+        assert ends["loop"]["syncs"] == 8 and ends["sorted"]["syncs"] == 1
+        assert ends["loop"]["over_loop"]["ratio"] == 1
+        assert ends["loop"]["operators"] > ends["sorted"]["operators"]
+        if row["family"] == "uniform":
+            assert ends["gathered"]["syncs"] == 0
+            # The router aside, two experts do the work of one that is twice as wide.
+            assert row["macs_over_one_expert"] == pytest.approx(1, abs=0.01)
+    assert main(["benchmark", "moe", *words, "--num-experts", "2", "--top-k", "3"]) == 2
+
+
+def test_train_times_the_whole_step(tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    words = ["--rounds", "1", "--width", "16", "--device", "cpu", "--backbone", "tiny_test"]
+    words += ["--img-size", "32", "--batch-size", "2", "-o", str(file)]
+    assert main(["benchmark", "train", *words]) == 0
+    result = json.loads(file.read_text())
+    assert result["syncs_per_step"] == 1
+    assert {"full step over backbone", "decoder over one expert", "loop over full step"} <= set(
+        result["ratios"]
+    )
+    assert result["images_per_second"] > 0
+    assert main(["benchmark", "train", *words, "--precision", "fp8"]) == 2

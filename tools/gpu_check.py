@@ -1,7 +1,6 @@
-"""Times the training step and runs a short real training; writes one JSON file.
+"""Runs the benchmarks and a short real training; writes one JSON file.
 
-Called by ``tools/gpu_check.sh``. All ratios are taken between variants that take turns in one
-process, so that a drifting clock or a neighbour meets all of them alike.
+Called by ``tools/gpu_check.sh``.
 """
 
 from __future__ import annotations
@@ -15,85 +14,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from camoxpert.benchmark import moe, train
 from camoxpert.cli import main
-from camoxpert.config import Config, build_config
-from camoxpert.losses import total_loss
-from camoxpert.models.build import build_model
-from camoxpert.training.optim import build_optimizer
-
-
-def interleaved(
-    variants: dict[str, Callable[[], None]], *, repeats: int, device: torch.device
-) -> dict[str, float]:
-    """Return the median milliseconds of each variant; the variants take turns."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for step in range(repeats + 3):
-        for name, function in variants.items():
-            synchronize(device)
-            started = time.perf_counter()
-            function()
-            synchronize(device)
-            if step >= 3:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def step_functions(
-    config: Config, batch_size: int, device: torch.device
-) -> dict[str, Callable[[], None]]:
-    """Return whole training steps: ours per dispatch back end, and the bare backbone's."""
-    model = build_model(config.model).to(device).train()
-    optimizer = build_optimizer(model, config.optim)
-    size = config.data.img_size
-    images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
-    masks = (torch.rand(batch_size, 1, size, size, device=device) > 0.7).float()
-    normalised = images.float() / 255
-
-    def full(dispatch: str) -> None:
-        for moe in model.moe_levels:
-            moe.dispatch = dispatch
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            output = model(images)
-        loss, _ = total_loss(output, masks, config.loss)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def backbone() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            maps = model.backbone(normalised)
-            loss = sum((m.float().mean() for m in maps), start=torch.zeros((), device=device))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return {
-        "sorted": lambda: full("sorted"),
-        "loop": lambda: full("loop"),
-        "backbone": backbone,
-    }
+from camoxpert.config import build_config
 
 
 def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
     """Train on generated camouflage through the command line; return scores and speed."""
-    size, train, epochs = (64, 32, 1) if smoke else (352, 768, 4)
+    size, images, epochs = (64, 32, 1) if smoke else (352, 768, 4)
     backbone = "tiny_test" if smoke else "edgenext_base"
     data = folder / "data"
     main(
-        ["synthesize", "toy", str(data), "--train", str(train), "--test", "32", "--size", str(size)]
+        [
+            "synthesize",
+            "toy",
+            str(data),
+            "--train",
+            str(images),
+            "--test",
+            "32",
+            "--size",
+            str(size),
+        ]
     )
     started = time.perf_counter()
     words = [
@@ -149,11 +96,8 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
     if not smoke:
         settings |= {"model.backbone": "edgenext_base", "data.img_size": 352}
     config = build_config(settings)
-    batch_size = 2 if smoke else 32
-    torch.manual_seed(0)
-    functions = step_functions(config, batch_size, device)
-    times = interleaved(functions, repeats=2 if smoke else 15, device=device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    rounds = 2 if smoke else 15
+    sizes = ((2, 4),) if smoke else moe.SIZES
     result = {
         "machine": {
             "device": name,
@@ -162,17 +106,14 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         },
         "commit": commit(),
         "tests_exit_code": tests_exit_code,
-        "step": {
-            "backbone": config.model.backbone,
-            "img_size": config.data.img_size,
-            "batch_size": batch_size,
-            "precision": "bf16",
-            "milliseconds": times,
-            "full_over_backbone": times["sorted"] / times["backbone"],
-            "loop_over_sorted": times["loop"] / times["sorted"],
-            "images_per_second": batch_size / times["sorted"] * 1e3,
-            "peak_memory_bytes": peak,
-        },
+        "moe": moe.run(device=device, sizes=sizes, rounds=rounds),
+        "step": train.run(
+            config,
+            device=device,
+            dtype=torch.bfloat16,
+            batch_size=2 if smoke else 32,
+            rounds=rounds,
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
         result["training"] = short_training(Path(folder), smoke=smoke)
@@ -180,7 +121,6 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
     safe = re.sub(r"[^\w.-]+", "-", name).lower()
     path = output / f"{safe}-{result['commit']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["step"], indent=1))
     print(f"written {path}")
     return 0 if result["training"]["exit_code"] == 0 else 1
 

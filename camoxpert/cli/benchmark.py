@@ -9,7 +9,11 @@ from typing import Any
 from camoxpert.cli import no_overrides
 from camoxpert.errors import ConfigError
 
-KINDS = {"metrics": "the metric engine against pysodmetrics"}
+KINDS = {
+    "metrics": "the metric engine against pysodmetrics",
+    "moe": "the dispatch back ends against the per-image loop and one dense expert",
+    "train": "the training step against the bare backbone's",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,22 +22,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kind", choices=tuple(KINDS), help="; ".join(f"{k}: {v}" for k, v in KINDS.items())
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, interleaved [5]")
-    parser.add_argument("--pairs", type=int, default=12, help="metrics: pairs in memory [12]")
-    parser.add_argument(
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds, interleaved [7]")
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument("--pairs", type=int, default=12, help="pairs in memory [12]")
+    metrics.add_argument(
         "--size",
         type=int,
         nargs=2,
         default=(768, 1024),
         metavar=("HEIGHT", "WIDTH"),
-        help="metrics: of the pairs [768 1024]",
+        help="of the pairs [768 1024]",
     )
-    parser.add_argument(
+    metrics.add_argument(
         "--files",
         type=int,
         default=160,
-        help="metrics: PNG pairs for the workers, 0 or at least 64 [160]",
+        help="PNG pairs for the workers, 0 or at least 64 [160]",
     )
+    model = parser.add_argument_group("moe, train")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    model.add_argument("--precision", default="auto", help="train: auto, fp32, bf16, fp16 [auto]")
+    model.add_argument("--backbone", default="edgenext_small", help="train [edgenext_small]")
+    model.add_argument("--img-size", type=int, default=352, help="train [352]")
+    model.add_argument("--batch-size", type=int, default=8, help="train [8]")
+    model.add_argument("--num-experts", type=int, default=4, help="[4]")
+    model.add_argument("--top-k", type=int, default=2, help="[2]")
+    model.add_argument("--width", type=int, default=96, help="of the decoder [96]")
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
@@ -45,19 +59,75 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--files must be 0 or at least 64: fewer say nothing about processes.")
     if options.output and Path(options.output).is_dir():
         raise ConfigError(f"--output {options.output} is a folder; give a file.")
+    measure = {"metrics": _metrics, "moe": _moe, "train": _train}[options.kind]
+    result = measure(options)
+    if options.output:
+        from camoxpert.observe.runlog import write_json
+
+        write_json(Path(options.output), result)
+        print(f"figures: {options.output}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _metrics(options: argparse.Namespace) -> dict[str, Any]:
     from camoxpert.benchmark import metrics
-    from camoxpert.observe.runlog import write_json
 
     height, width = options.size
-    result: dict[str, Any] = metrics.run(
+    return metrics.run(
         pairs=options.pairs,
         rounds=options.rounds,
         height=height,
         width=width,
         files=options.files,
-        say=lambda line: print(line, flush=True),
+        say=_say,
     )
-    if options.output:
-        write_json(Path(options.output), result)
-        print(f"figures: {options.output}")
-    return 0
+
+
+def _moe(options: argparse.Namespace) -> dict[str, Any]:
+    from camoxpert.benchmark import moe
+    from camoxpert.training.precision import choose_device
+
+    if not 1 <= options.top_k <= options.num_experts:
+        raise ConfigError("--top-k must be between 1 and --num-experts.")
+    return moe.run(
+        device=choose_device(options.device),
+        num_experts=options.num_experts,
+        top_k=options.top_k,
+        width=options.width,
+        rounds=options.rounds,
+        say=_say,
+    )
+
+
+def _train(options: argparse.Namespace) -> dict[str, Any]:
+    from camoxpert.benchmark import train
+    from camoxpert.config import TrainConfig, load_config
+    from camoxpert.training.precision import choose_device, choose_precision
+
+    config = load_config(
+        overrides=[
+            f"model.backbone={options.backbone}",
+            "model.pretrained=false",
+            f"model.num_experts={options.num_experts}",
+            f"model.top_k={options.top_k}",
+            f"model.width={options.width}",
+            f"data.img_size={options.img_size}",
+        ]
+    )
+    if options.precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise ConfigError(f"--precision {options.precision}: use auto, fp32, bf16 or fp16.")
+    device = choose_device(options.device)
+    precision = choose_precision(TrainConfig(precision=options.precision), device)
+    return train.run(
+        config,
+        device=device,
+        dtype=precision.dtype,
+        batch_size=options.batch_size,
+        rounds=options.rounds,
+        with_loop=options.batch_size <= 64,
+        say=_say,
+    )

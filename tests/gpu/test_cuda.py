@@ -1,6 +1,7 @@
 """What only a CUDA device can show; skipped, saying so, where there is none."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -25,24 +26,26 @@ def build(backbone: str = "edgenext_xx_small"):
     return config, build_model(config.model).cuda().train()
 
 
+@pytest.mark.parametrize("family", ["specialist", "uniform"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 )
-def test_back_ends_agree_on_the_gpu(dtype, tolerance) -> None:
+def test_back_ends_agree_on_the_gpu(dtype, tolerance, family) -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.manual_seed(0)
-    moe = MoE(32, num_experts=7, top_k=2).cuda()
+    moe = MoE(32, num_experts=7, top_k=2, family=family).cuda()
     x = torch.randn(8, 32, 22, 22, device="cuda")
     results = {}
-    for name in DISPATCH:
+    names = [name for name in DISPATCH if family == "uniform" or name != "gathered"]
+    for name in names:
         moe.dispatch = name
         moe.zero_grad()
         with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
             y, _ = moe(x)
         y.float().square().mean().backward()
         results[name] = (y.detach().float(), [p.grad.clone() for p in moe.parameters()])
-    for name in DISPATCH:
+    for name in names:
         for a, b in zip(results[name][1], results["loop"][1], strict=True):
             assert (a - b).norm() <= tolerance * (b.norm() + 1e-6)
         error = (results[name][0] - results["loop"][0]).norm()
@@ -101,3 +104,32 @@ def test_skipped_step_leaves_weights_and_ema_alone() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
         assert torch.equal(ema.module.state_dict()[name], before[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"), [({}, 1), ({"model.expert_family": "uniform"}, 0)]
+)
+def test_host_syncs_of_the_forward_and_backward_pass(settings, allowed) -> None:
+    """The driver's own word: torch warns at every synchronising call."""
+    torch.manual_seed(0)
+    values = {"model.backbone": "edgenext_xx_small", "model.pretrained": False, "model.width": 32}
+    config = build_config(values | settings)
+    model = build_model(config.model).cuda().train()
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    masks = torch.zeros(4, 1, 64, 64, device="cuda")
+
+    def step() -> None:
+        loss, _ = total_loss(model(images), masks, config.loss)
+        loss.backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    syncs = [str(w.message) for w in caught if "synchroniz" in str(w.message).lower()]
+    assert len(syncs) <= allowed, syncs

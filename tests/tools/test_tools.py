@@ -40,5 +40,6 @@ def test_gpu_check_measures_or_says_that_it_cannot(tmp_path: Path, capsys) -> No
         assert "nothing measured" in capsys.readouterr().out
     assert tool.check(tmp_path, smoke=True, tests_exit_code=0) == 0
     result = json.loads(next(tmp_path.glob("cpu-smoke-*.json")).read_text())
-    assert result["step"]["milliseconds"].keys() == {"sorted", "loop", "backbone"}
+    assert {"full step", "backbone alone", "full step, loop"} <= set(result["step"]["milliseconds"])
+    assert {row["family"] for row in result["moe"]["rows"]} == {"specialist", "uniform"}
     assert result["training"]["exit_code"] == 0 and result["training"]["scores"]["MAE"] < 1
