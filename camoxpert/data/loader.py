@@ -48,6 +48,23 @@ class Batch:
         host."""
         return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
 
+    def split(self, parts: int) -> list[Batch]:
+        """Return the batch in up to so many parts of nearly equal size, in order, without
+        copies."""
+        size = -(-len(self.names) // parts)
+        if size >= len(self.names):
+            return [self]
+        return [
+            Batch(
+                self.images[start : start + size],
+                self.masks[start : start + size],
+                self.names[start : start + size],
+                self.sizes[start : start + size],
+                self.indices[start : start + size],
+            )
+            for start in range(0, len(self.names), size)
+        ]
+
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """Return the batch with its tensors on ``device``."""
         return replace(

@@ -79,6 +79,8 @@ class Setup:
     parameters: int
     gmacs: float
     step_counts: StepCounts = field(default_factory=StepCounts)
+    # Parts that every micro-batch is taken in, since the device ran out of memory.
+    split: int = 1
 
     @property
     def evaluated_model(self) -> CamoXpert:
@@ -179,11 +181,25 @@ def prepare(config: Config, say: Say) -> Setup:
     )
     decide(f"checkpoint  gradient checkpointing {reason}")
     if config.train.compile:
-        # The backbone as a whole, static shapes: block by block with dynamic shapes crashes
-        # Inductor on EdgeNeXt, and the sorted dispatch breaks the graph anyway.
-        model.backbone.compile(dynamic=False)
-        decide("compile     backbone, static shapes; the first steps take minutes")
+        decide(f"compile     {compile_model(model)}, static shapes; the first steps take minutes")
     return setup
+
+
+def compile_model(model: CamoXpert) -> str:
+    """Compile what compiles as one graph, in place and without new parameter names.
+
+    Like experts with gathered weights are one program for any routing, so the whole network is one
+    graph. Otherwise only the backbone is: reading the counts breaks the decoder's graph. Static
+    shapes: block by block with dynamic shapes crashes Inductor on EdgeNeXt.
+
+    Returns:
+        What was compiled, in words.
+    """
+    if all(level.dispatch in ("gathered", "dense") for level in model.moe_levels):
+        model.compile(dynamic=False, fullgraph=True)
+        return "the whole network as one graph"
+    model.backbone.compile(dynamic=False)
+    return "the backbone (--expert-family uniform compiles as a whole)"
 
 
 @torch.no_grad()

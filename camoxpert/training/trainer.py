@@ -17,6 +17,7 @@ from camoxpert.data.loader import Batch, build_eval_loader, device_batches
 from camoxpert.errors import ConfigError, NumericError
 from camoxpert.losses import total_loss
 from camoxpert.metrics import Evaluator, is_better
+from camoxpert.models.router import Routing
 from camoxpert.observe.gpu import GpuMonitor
 from camoxpert.observe.plots import panel
 from camoxpert.observe.progress import TrainingBar
@@ -115,10 +116,20 @@ def train(
                     # --- one optimizer step
                     lr = lr_at(plan, config.optim, state.step)
                     set_lr(setup.optimizer, lr)
+                    split = setup.split
                     try:
                         values = train_step(setup, [batch for batch, _ in window], meter)
                     except torch.OutOfMemoryError as error:
                         raise out_of_memory(setup, stage) from error
+                    if setup.split != split:
+                        text = (
+                            f"out of memory: micro-batches of {stage.batch_size} are taken in "
+                            f"{setup.split} parts from step {state.step + 1} on; the effective "
+                            f"batch "
+                            "stays the same"
+                        )
+                        note_event(log, state, text)
+                        say(f"memory      {text}")
                     state.step += 1
                     state.batch += len(window)
                     names = [name for batch, _ in window for name in batch.names]
@@ -223,20 +234,9 @@ def train_step(setup: Setup, window: list[Batch], meter: RoutingMeter) -> dict[s
     if not any(p.requires_grad for p in model.backbone.parameters()):
         # Frozen means frozen: batch norm statistics and dropout, too.
         model.backbone.eval()
-    images = sum(len(batch.names) for batch in window)
-    values: dict[str, torch.Tensor] = {}
-    counts = setup.step_counts
-    counts.start()
-    for batch in window:
-        share = len(batch.names) / images
-        with autocast(setup):
-            output = model(batch.images)
-        counts_LE = counts.add(output.routing)
-        loss, parts = total_loss(output, mask_target(batch), config.loss, counts_LE=counts_LE)
-        scaler.scale(loss * share).backward()
-        meter.update(output.routing)
-        for name, value in {"loss": loss.detach(), **parts}.items():
-            values[name] = values.get(name, 0) + value * share
+    values, records = accumulate_within_memory(setup, window)
+    for routing in records:
+        meter.update(routing)
     scaler.unscale_(optimizer)
     limit = config.optim.clip_grad_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -250,12 +250,60 @@ def train_step(setup: Setup, window: list[Batch], meter: RoutingMeter) -> dict[s
         optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if config.optim.router_bias_rate and counts.counts_LE is not None:
-        for level, counts_E in zip(reversed(model.moe_levels), counts.counts_LE, strict=True):
+    counts_LE = setup.step_counts.counts_LE
+    if config.optim.router_bias_rate and counts_LE is not None:
+        for level, counts_E in zip(reversed(model.moe_levels), counts_LE, strict=True):
             level.router.move_bias(counts_E, config.optim.router_bias_rate * finite)
     if setup.ema is not None:
         setup.ema.update(model, finite)
     return {**values, "grad_norm": norm, "skipped": 1 - finite}
+
+
+def accumulate_within_memory(
+    setup: Setup, window: list[Batch]
+) -> tuple[dict[str, torch.Tensor], list[tuple[Routing, ...]]]:
+    """Add up the gradients of a window; where micro-batches do not fit, halve them and start anew.
+
+    The images of the optimizer step stay the same, and so does each one's weight. Smaller parts
+    stay for the rest of the run.
+
+    Raises:
+        torch.OutOfMemoryError: single images do not fit.
+    """
+    while True:
+        parts = [part for batch in window for part in batch.split(setup.split)]
+        try:
+            return accumulate(setup, parts)
+        except torch.OutOfMemoryError:
+            if max(len(part.names) for part in parts) == 1:
+                raise
+        # Not in the handler: until it is left, the traceback holds the tensors that did not fit.
+        setup.optimizer.zero_grad(set_to_none=True)
+        if setup.device.type == "cuda":
+            torch.cuda.empty_cache()
+        setup.split *= 2
+
+
+def accumulate(
+    setup: Setup, parts: list[Batch]
+) -> tuple[dict[str, torch.Tensor], list[tuple[Routing, ...]]]:
+    """Run forward and backward passes; return the loss with its terms, and the routing records."""
+    images = sum(len(batch.names) for batch in parts)
+    values: dict[str, torch.Tensor] = {}
+    records = []
+    counts = setup.step_counts
+    counts.start()
+    for batch in parts:
+        share = len(batch.names) / images
+        with autocast(setup):
+            output = setup.model(batch.images)
+        counts_LE = counts.add(output.routing)
+        loss, terms = total_loss(output, mask_target(batch), setup.config.loss, counts_LE=counts_LE)
+        setup.scaler.scale(loss * share).backward()
+        records.append(tuple(Routing(*(part.detach() for part in r)) for r in output.routing))
+        for name, value in {"loss": loss.detach(), **terms}.items():
+            values[name] = values.get(name, 0) + value * share
+    return values, records
 
 
 def out_of_memory(setup: Setup, stage: Stage) -> ConfigError:

@@ -183,3 +183,34 @@ class TestWeights:
         with pytest.raises(CheckpointError, match="cannot be read"):
             small(weights=str(tmp_path / "evil.pt"))
         assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [({"model.expert_family": "uniform"}, True), ({"model.top_k": 7}, True), ({}, False)],
+)
+def test_what_compiles_as_one_graph(settings, whole, monkeypatch) -> None:
+    """Captured without a break, and with the keys and values of the plain model."""
+    from camoxpert.training.setup import compile_model
+
+    compiled = []
+    original = torch.nn.Module.compile
+
+    def with_eager(module, *args, **kwargs):
+        compiled.append(type(module).__name__)
+        kwargs["backend"] = "eager"  # the graph is captured; Inductor takes minutes on a CPU
+        return original(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", with_eager)
+    torch.manual_seed(0)
+    values = {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
+    model = build_model(build_config(values | settings).model).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    keys, expected = list(model.state_dict()), model(images).logits_B1HW
+    said = compile_model(model)
+    assert compiled == (["CamoXpert"] if whole else ["Backbone"])
+    assert ("whole network" in said) == whole
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(images).logits_B1HW, expected)
+    assert list(model.state_dict()) == keys
+    torch._dynamo.reset()

@@ -135,6 +135,58 @@ def test_out_of_memory_says_what_to_lower(toy_data: Path, tmp_path: Path, monkey
         run(setup_of(toy_data), tmp_path / "run")
 
 
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
+    toy_data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Room for two images: 8 are taken two by two, with the weights and records of all at once."""
+    honest = trainer.total_loss
+    refused = []
+
+    def cramped(output, *args: object, **counts: object):
+        if len(output.logits_B1HW) > 2:
+            refused.append(len(output.logits_B1HW))
+            raise torch.OutOfMemoryError("injected")
+        return honest(output, *args, **counts)
+
+    # In float64 nothing but the order of sums differs; balance apart, which sees the step so far.
+    runs = {}
+    for name in ("roomy", "cramped"):
+        if name == "cramped":
+            monkeypatch.setattr(trainer, "total_loss", cramped)
+        setup = setup_of(toy_data, loss__balance=0.0, train__epochs=1, optim__lr=1e-4)
+        said: list[str] = []
+        folder = tmp_path / name
+        folder.mkdir()
+        log = RunLog(folder, tensorboard=False)
+        train(setup, folder, log, stop=StopFlag(), say=said.append)
+        log.close()
+        runs[name] = (setup, records(folder, "routing"), said)
+    assert refused == [8, 4]  # learned once, kept for the rest of the run
+    (roomy, routing, _), (small, small_routing, said) = runs["roomy"], runs["cramped"]
+    for a, b in zip(roomy.model.parameters(), small.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=3e-4)
+    # No image is counted twice: every expert's share is that of the other run, but for a few
+    # images near a tie.
+    for name, level in routing[0]["levels"].items():
+        own = small_routing[0]["levels"][name]["usage"]
+        assert own == pytest.approx(level["usage"], abs=0.06)
+    assert any("in 4 parts from step 1 on" in line for line in said)
+    assert any("out of memory" in r["text"] for r in records(tmp_path / "cramped", "event"))
+
+
+def test_a_batch_splits_in_order_and_loses_nothing(toy_data: Path) -> None:
+    loader = training_loader(setup_of(toy_data), 7)
+    loader.set_epoch(0)
+    batch = next(iter(loader))
+    assert batch.split(1) == [batch]
+    for parts in (2, 3, 4, 8, 16):
+        pieces = batch.split(parts)
+        assert [name for piece in pieces for name in piece.names] == batch.names
+        assert torch.equal(torch.cat([piece.images for piece in pieces]), batch.images)
+        assert torch.equal(torch.cat([piece.masks for piece in pieces]), batch.masks)
+        assert max(len(p.names) for p in pieces) == max(1, -(-7 // parts))
+
+
 def test_stage_1_leaves_the_backbone_alone(toy_data: Path) -> None:
     setup = setup_of(toy_data, model__backbone="resnet18", train__stage1_epochs=1)
     assert set_trainable(setup, setup.plan.stages[0], 0).startswith("decoder only")
