@@ -6,8 +6,13 @@ Unknown names are an error with the nearest one, never another backbone.
 from __future__ import annotations
 
 import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +154,10 @@ def _build_timm(config: ModelConfig) -> Any:
     # timm reports every download attempt as a log record; our own error says it once and better.
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
-        net: Any = timm.create_model(
-            config.backbone, pretrained=pretrained, features_only=True, **options
-        )
+        with offline_if_unreachable() if pretrained else nullcontext():
+            net: Any = timm.create_model(
+                config.backbone, pretrained=pretrained, features_only=True, **options
+            )
     except TypeError as error:
         raise ConfigError(
             f"Backbone {config.backbone} does not accept model.drop_path: {error}."
@@ -182,6 +188,35 @@ def _no_weights(name: str, error: Exception) -> str:
         "Without internet access give a file with --weights FILE, or train from scratch with "
         "--no-pretrained."
     )
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Let the hub client look into its cache only where its host cannot be reached.
+
+    It would otherwise retry for most of a minute before it says so.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not hub_reachable()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def hub_reachable(*, seconds: float = 3.0) -> bool:
+    """Whether the weights' host answers; taken for granted behind a proxy."""
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return True
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname or "", port), timeout=seconds).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def initialise_layer_scale(net: nn.Module, value: float) -> None:

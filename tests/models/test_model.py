@@ -214,3 +214,41 @@ def test_what_compiles_as_one_graph(settings, whole, monkeypatch) -> None:
     torch.testing.assert_close(model(images).logits_B1HW, expected)
     assert list(model.state_dict()) == keys
     torch._dynamo.reset()
+
+
+def test_without_a_connection_weights_are_refused_at_once(monkeypatch, tmp_path: Path) -> None:
+    """No retries over most of a minute; what is in the cache would still be found."""
+    import timm
+    from huggingface_hub import constants
+
+    from camoxpert.models import backbone
+
+    seen = []
+    monkeypatch.setattr(backbone, "hub_reachable", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    original = timm.create_model
+
+    def watched(*args, **kwargs):
+        seen.append(constants.HF_HUB_OFFLINE)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", watched)
+    config = build_config({"model.backbone": "edgenext_xx_small", "model.pretrained": True})
+    with pytest.raises(ConfigError, match="--weights FILE, or train from scratch"):
+        build_model(config.model)
+    assert seen == [True] and constants.HF_HUB_OFFLINE is False
+
+
+def test_whether_the_hub_answers(monkeypatch) -> None:
+    import socket
+
+    from camoxpert.models.backbone import hub_reachable
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert hub_reachable()
+    assert not hub_reachable()
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+    assert hub_reachable()
