@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from camoxpert.config import Config, Leaf, leaves, load_config, parse_text, to_yaml
-from camoxpert.errors import CamoXpertError, ConfigError, Stopped
+from camoxpert.errors import CamoXpertError, ConfigError, DataError, Stopped
 
 OVERRIDE = re.compile(r"(data|model|loss|optim|train|run)\.[\w.]+=.*", re.DOTALL)
 
@@ -19,7 +19,6 @@ OVERRIDE = re.compile(r"(data|model|loss|optim|train|run)\.[\w.]+=.*", re.DOTALL
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--config`` and one flag for every setting that declares one."""
     parser.usage = "camoxpert train --dataset-path DIR [DIR ...] [flags] [group.name=value ...]"
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings (see configs/)")
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole settings tree and leave"
     )
@@ -28,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check settings and data, build everything, take one step, write nothing",
     )
+    add_setting_flags(parser)
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config`` and the flags of all settings."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings (see configs/)")
     for leaf in leaves():
         if leaf.metadata["flag"]:
             add_flag(parser, leaf)
@@ -71,12 +76,8 @@ def read_config(options: argparse.Namespace, rest: list[str]) -> Config:
     return load_config(file=options.config, flags=flags, overrides=rest)
 
 
-def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
-    """Train; see ``training.trainer.train`` for the loop."""
-    config = read_config(options, rest)
-    if options.print_config:
-        print(to_yaml(config), end="")
-        return 0
+def check_data_given(config: Config) -> None:
+    """Raise ConfigError or DataError unless every data root is named and exists."""
     if not config.data.roots:
         raise ConfigError(
             "No training data: give a data set folder with --dataset-path. "
@@ -84,10 +85,16 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
     for root in config.data.roots:
         if not Path(root).exists():
-            from camoxpert.errors import DataError
-
             raise DataError(f"--dataset-path: there is no file or folder {root}.")
 
+
+def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
+    """Train; see ``training.trainer.train`` for the loop."""
+    config = read_config(options, rest)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    check_data_given(config)
     started = time.monotonic()
     from camoxpert.training.setup import prepare, trial_step
 

@@ -1,0 +1,45 @@
+"""``profile``: where a training step goes, what bounds it, and which flag helps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from camoxpert.cli.train import add_setting_flags, check_data_given, read_config
+from camoxpert.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``train`` and the profile's own."""
+    parser.usage = "camoxpert profile --dataset-path DIR [flags of train] [--steps N] [-o FILE]"
+    own = parser.add_argument_group("of the profile")
+    own.add_argument("--steps", type=int, default=10, help="timed steps [10]")
+    own.add_argument("--trace", metavar="FILE", help="write a trace of three steps (JSON)")
+    own.add_argument("-o", "--output", metavar="FILE", help="also write the figures as JSON")
+    add_setting_flags(parser)
+
+
+def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
+    """Profile, print and write."""
+    config = read_config(options, rest)
+    check_data_given(config)
+    if options.steps < 1:
+        raise ConfigError("--steps must be at least 1.")
+    for path in (options.trace, options.output):
+        if path and Path(path).is_dir():
+            raise ConfigError(f"{path} is a folder; give a file.")
+    from camoxpert.benchmark import profile
+    from camoxpert.observe.runlog import write_json
+    from camoxpert.training.setup import prepare
+
+    setup = prepare(config, print)
+    result = profile.run(
+        setup,
+        steps=options.steps,
+        trace=Path(options.trace) if options.trace else None,
+        say=lambda line: print(line, flush=True),
+    )
+    if options.output:
+        write_json(Path(options.output), result)
+        print(f"figures: {options.output}")
+    return 0
