@@ -25,7 +25,8 @@ from camoxpert.config import build_config
 
 
 def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
-    """Train on generated camouflage through the command line; return scores and speed."""
+    """Train on generated camouflage through the command line, then profile that very step; return
+    scores, speed and the profile."""
     size, images, epochs = (64, 32, 1) if smoke else (352, 768, 4)
     backbone = "tiny_test" if smoke else "edgenext_base"
     data = folder / "data"
@@ -43,27 +44,20 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
         ]
     )
     started = time.perf_counter()
-    words = [
-        *(
-            "train",
-            "--dataset-path",
-            str(data),
-            "--checkpoint-dir",
-            str(folder),
-            "--run-name",
-            "short",
-        ),
-        *("--backbone", backbone, "--no-pretrained", "--img-size", str(size), "--batch-size", "16"),
-        *("--epochs", str(epochs), "--lr", "1e-3", "--precision", "bf16", "--no-tensorboard"),
-    ]
+    common = ["--dataset-path", str(data), "--backbone", backbone, "--no-pretrained"]
+    common += ["--img-size", str(size), "--batch-size", "16", "--precision", "bf16"]
+    words = ["train", *common, "--checkpoint-dir", str(folder), "--run-name", "short"]
+    words += ["--epochs", str(epochs), "--lr", "1e-3", "--no-tensorboard"]
     code = main(words)
     seconds = time.perf_counter() - started
+    figures = folder / "profile.json"
+    profiled = main(["profile", *common, "--steps", "2" if smoke else "20", "-o", str(figures)])
     run = folder / "short"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["kind"] == "train"]
     return {
         "command": " ".join(words),
-        "exit_code": code,
+        "exit_code": code or profiled,
         "seconds": seconds,
         "phases": json.loads((run / "run.json").read_text())["phases"],
         "first_loss": steps[0]["loss"],
@@ -71,6 +65,7 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
         "images_per_second": statistics.median(r["images_per_second"] for r in steps),
         "data_wait": statistics.median(r["data_wait"] for r in steps),
         "scores": json.loads((run / "evaluation" / "toy.json").read_text())["scores"],
+        "profile": json.loads(figures.read_text()),
     }
 
 
