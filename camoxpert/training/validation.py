@@ -93,6 +93,7 @@ def score(
     context: Callable[[], AbstractContextManager[Any]] | None = None,
     seen: Seen | None = None,
     check_stop: Callable[[], None] | None = None,
+    on_device: bool | None = None,
 ) -> None:
     """Score a model on evaluation batches into ``evaluator``.
 
@@ -111,10 +112,12 @@ def score(
         context: makes an autocast context.
         seen: called for every image, in order.
         check_stop: called between batches; raises to stop.
+        on_device: score the maps by the torch path; None does on CUDA devices.
     """
     training = model.training
     model.eval()
-    scorer = DeviceScorer(evaluator) if device.type == "cuda" else None
+    use_torch = device.type == "cuda" if on_device is None else on_device
+    scorer = DeviceScorer(evaluator) if use_torch else None
     waiting: list[tuple[Item, Tensor]] = []
     size = FORWARD_BATCH.get(device.type, FORWARD_BATCH_ELSEWHERE)
 

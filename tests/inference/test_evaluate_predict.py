@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from camoxpert.cli import main
+from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.manifest import load_eval
 from camoxpert.errors import DataError
 from camoxpert.inference.batch import find_photos
 from camoxpert.inference.evaluate import Gallery, score_table
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.inference.results import safe_name
-from camoxpert.metrics import RESULT_KEYS
+from camoxpert.metrics import RESULT_KEYS, Evaluator
+from camoxpert.training.validation import score
 
 
 @pytest.fixture
@@ -79,6 +81,34 @@ class TestEvaluate:
         assert again == own  # to the last bit
         mine, theirs = (folder / "evaluation" / "toy.csv" for folder in (tmp_path, tiny_run))
         assert mine.read_text() == theirs.read_text()
+
+    def test_the_torch_path_gives_the_same_scores(self, tiny_run: Path, toy_data: Path) -> None:
+        """What a GPU run goes through, here on the CPU: late reading, one batch behind."""
+        predictor = load_predictor(tiny_run, device="cpu")
+        (manifest,) = load_eval(toy_data).values()
+        both = []
+        for on_device in (False, True):
+            evaluator, seen = Evaluator(), []
+            loader = build_eval_loader(
+                manifest, img_size=predictor.img_size, batch_size=3, keep_images=True
+            )
+            score(
+                predictor.model,
+                loader,
+                device=predictor.device,
+                evaluator=evaluator,
+                groups={pair.name: "toy" for pair in manifest.pairs},
+                seen=lambda item, map_HW, row, seen=seen: seen.append((item.name, map_HW(), row)),
+                on_device=on_device,
+            )
+            both.append((evaluator, seen))
+        (host, host_seen), (device, device_seen) = both
+        assert host.results() == pytest.approx(device.results(), abs=1e-12)
+        assert host.data_hash() == device.data_hash()
+        assert [name for name, _, _ in device_seen] == [pair.name for pair in manifest.pairs]
+        for (name, a, row), (other, b, _) in zip(host_seen, device_seen, strict=True):
+            assert name == other == row["name"] and row["group"] == "toy"
+            assert np.array_equal(a, b)
 
     def test_scores_equal_pysodmetrics_on_the_saved_maps(
         self, tiny_run: Path, toy_data: Path, tmp_path: Path
