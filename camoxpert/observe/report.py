@@ -210,12 +210,18 @@ def _experts(records: Sequence[Mapping[str, Any]]) -> str:
                 "If it stays so, raise loss.balance or lower --num-experts.</p>"
             )
     entropy = ", ".join(f"{escape(k)} {v['entropy']:.2f}" for k, v in last["levels"].items())
+    excess = ", ".join(
+        f"{escape(k)} {v['max_violation']:+.0%}"
+        for k, v in last["levels"].items()
+        if "max_violation" in v
+    )
     return (
         f"<section><h2>Experts</h2><p class='soft'>Which experts the images of epoch "
         f"{last['epoch']} used. Healthy is "
         f"every expert near its fair share of {1 / count:.0%}, with differences between levels: "
         f"specialisation, "
-        f"not collapse. Entropy (1 is even): {entropy}.</p>"
+        f"not collapse. Entropy (1 is even): {entropy}."
+        f"{f' Busiest expert against its fair share: {excess}.' if excess else ''}</p>"
         f"{chart(lambda: plots.plot_routing(last), 'expert usage')}{''.join(warnings)}</section>"
     )
 
