@@ -66,6 +66,7 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
         "data_wait": statistics.median(r["data_wait"] for r in steps),
         "scores": json.loads((run / "evaluation" / "toy.json").read_text())["scores"],
         "profile": json.loads(figures.read_text()),
+        "memory": json.loads((run / "run.json").read_text())["batch"],
     }
 
 

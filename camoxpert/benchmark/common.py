@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from camoxpert.data.resources import usable_cores
 from camoxpert.observe.runlog import git_commit, versions
 
 
@@ -62,10 +63,9 @@ def milliseconds(seconds: Sequence[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """Return what a reader must know of the machine; no host or user name."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": _processor(),
-        "usable_cores": usable,
+        "usable_cores": usable_cores(),
         "load": [round(value, 2) for value in os.getloadavg()],
         "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }

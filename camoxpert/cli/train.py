@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -96,11 +97,13 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         return 0
     check_data_given(config)
     started = time.monotonic()
+    from camoxpert.training.rundir import stopped_run
     from camoxpert.training.setup import prepare, trial_step
 
-    setup = prepare(config, print)
+    setup = prepare(config, print, continued=stopped_run(config))
     if options.dry_run:
-        trial_step(setup)
+        largest = max(stage.batch_size for stage in setup.plan.stages)
+        trial_step(setup.model, config, setup.device, setup.precision, largest)
         print("dry run     one step forward and back worked; nothing was written")
         return 0
     return train_and_report(setup, config, typed, started)
@@ -133,6 +136,7 @@ def train_and_report(setup: Any, config: Config, typed: list[str], started: floa
             "precision": setup.precision.name,
             "parameters": setup.parameters,
             "gmacs": setup.gmacs,
+            "batch": dataclasses.asdict(setup.micro_batch),
         },
     )
     step = opened.resume.values["state"]["step"] + 1 if opened.resume else None

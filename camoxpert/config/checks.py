@@ -60,6 +60,19 @@ def check_conflicts(config: Config) -> None:
             f"counts both stages "
             "together. Lower the first or raise the second."
         )
+    if train.batch_size is None or train.effective_batch_size is not None:
+        asked = "--batch-size auto" if train.batch_size is None else "--effective-batch-size"
+        if train.accumulation_steps != 1:
+            raise ConfigError(
+                f"{asked} chooses the accumulation itself; --accumulation-steps "
+                f"{train.accumulation_steps} contradicts it. Say how many images an optimizer step "
+                f"takes with --effective-batch-size, and leave --accumulation-steps at 1."
+            )
+        if train.stage2_batch_size is not None:
+            raise ConfigError(
+                f"{asked} holds for both stages; --stage2-batch-size {train.stage2_batch_size} "
+                f"contradicts it. Give one of them."
+            )
     if not train.amp and train.precision in ("bf16", "fp16"):
         raise ConfigError(
             f"--no-amp and --precision {train.precision} contradict each other. Give one of them."

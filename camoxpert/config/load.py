@@ -202,7 +202,7 @@ def _unknown(path: str, known: list[str]) -> str:
 def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if get_origin(kind) in (types.UnionType, typing.Union):
-        return f"{_type_name(get_args(kind)[0])} or null"
+        return f"{_type_name(get_args(kind)[0])} or auto"
     if get_origin(kind) is tuple:
         return f"a list ({_type_name(get_args(kind)[0])} each)"
     return names.get(kind, str(kind))
@@ -212,7 +212,8 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
     """Convert ``value`` to the declared type where nothing is lost, or say what was expected."""
     origin = get_origin(kind)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _coerce(value, get_args(kind)[0], path)
+        # What is unset is chosen by the program: "auto" says the same in a word.
+        return None if value in (None, "auto") else _coerce(value, get_args(kind)[0], path)
     if origin is tuple:
         members = get_args(kind)
         items = (

@@ -236,7 +236,22 @@ class TrainConfig:
         "stage 2 frees the backbone level by level, deepest first",
         flag="--progressive-unfreeze",
     )
-    batch_size: int = setting(16, "images per micro-batch", flag="--batch-size", minimum=1)
+    batch_size: int | None = setting(
+        16,
+        "images per micro-batch; auto: the largest that fits the memory, with as many "
+        "micro-batches "
+        "as the effective batch needs",
+        flag="--batch-size",
+        minimum=1,
+    )
+    effective_batch_size: int | None = setting(
+        None,
+        "images per optimizer step; unset: --batch-size x --accumulation-steps (16 with "
+        "--batch-size "
+        "auto)",
+        flag="--effective-batch-size",
+        minimum=1,
+    )
     stage2_batch_size: int | None = setting(
         None, "micro-batch of stage 2; unset: the same", flag="--stage2-batch-size", minimum=1
     )

@@ -6,7 +6,6 @@ number of workers, kept or not, and any resume give the same batches bit for bit
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 import weakref
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from camoxpert.data.augment import SampleTransform, resize_pair
 from camoxpert.data.image_io import MAX_PIXELS, read_pair
 from camoxpert.data.manifest import Manifest
+from camoxpert.data.resources import usable_cores
 from camoxpert.errors import DataError
 
 
@@ -306,8 +306,7 @@ def choose_num_workers(wanted: int | None) -> tuple[int, str]:
     """Return the number of worker processes and why."""
     if wanted is not None:
         return wanted, "as asked"
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = usable_cores()
     if cores == 1:
         return 0, "a single core gains nothing from workers"
     return min(cores, 8), f"{cores} cores"

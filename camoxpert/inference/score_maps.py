@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from camoxpert.data.image_io import MAX_PIXELS, read_levels, read_map
+from camoxpert.data.resources import usable_cores
 from camoxpert.errors import DataError
 from camoxpert.inference.maps import MapJob, MapTask
 from camoxpert.metrics import Evaluator
@@ -237,8 +238,8 @@ def choose_map_workers(asked: int | None) -> int:
     """Return the number of scoring processes: as asked, or one per usable core, at most 8."""
     if asked is not None:
         return asked
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(usable or 1, 8) if (usable or 1) > 1 else 0
+    cores = usable_cores()
+    return min(cores, 8) if cores > 1 else 0
 
 
 def _fault_list(task: MapTask, faults: Sequence[Fault], *, stopped: bool) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from camoxpert.errors import ConfigError
 from camoxpert.models.experts import EXPERTS, expert_kinds
@@ -120,7 +121,14 @@ def _each(experts: Experts) -> list[Callable[[Tensor], Tensor]]:
 
 
 def read_counts(experts_BK: Sequence[Tensor], num_experts: int) -> list[list[int]]:
-    """Read how many images chose each expert, for several routing decisions in ONE host sync."""
+    """Read how many images chose each expert, for several routing decisions in ONE host sync.
+
+    Tensors without values, with which memory is predicted, choose every expert equally often.
+    """
+    if isinstance(experts_BK[0], FakeTensor):
+        pairs = experts_BK[0].numel()
+        even = [(pairs + index) // num_experts for index in range(num_experts)]
+        return [even] * len(experts_BK)
     offsets = torch.arange(len(experts_BK), device=experts_BK[0].device) * num_experts
     shifted = [
         chosen.reshape(-1) + offset for chosen, offset in zip(experts_BK, offsets, strict=True)

@@ -92,22 +92,35 @@ def stage1_epochs(config: TrainConfig, *, has_weights: bool) -> tuple[int, str]:
 
 
 def make_plan(
-    train: TrainConfig, optim: OptimConfig, *, num_images: int, has_weights: bool
+    train: TrainConfig,
+    optim: OptimConfig,
+    *,
+    num_images: int,
+    has_weights: bool,
+    batch_size: int | None = None,
+    accumulation_steps: int | None = None,
 ) -> Plan:
-    """Lay out stages and steps for ``num_images`` training images."""
+    """Lay out stages and steps for ``num_images`` training images.
+
+    ``batch_size`` and ``accumulation_steps`` are those chosen, where the settings leave them open.
+    """
+    chosen = batch_size or train.batch_size
+    accumulation = accumulation_steps or train.accumulation_steps
+    if chosen is None:
+        raise ValueError("The micro-batch must be chosen before the plan is made.")
     first, _ = stage1_epochs(train, has_weights=has_weights)
     stages: list[Stage] = []
     wanted = (
-        (1, first, train.batch_size, optim.lr),
+        (1, first, chosen, optim.lr),
         (2, train.epochs - first, train.stage2_batch_size, optim.stage2_lr),
     )
     epoch = step = 0
-    for number, epochs, batch_size, lr in wanted:
+    for number, epochs, asked, lr in wanted:
         if not epochs:
             continue
-        batch = batch_size or train.batch_size
+        batch = asked or chosen
         batches = math.ceil(num_images / batch)
-        steps = math.ceil(batches / train.accumulation_steps)
+        steps = math.ceil(batches / accumulation)
         stages.append(
             Stage(number, epoch, epochs, step, batch, batches, steps, lr if lr else optim.lr)
         )

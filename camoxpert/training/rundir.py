@@ -102,6 +102,24 @@ def open_run(config: Config) -> Opened:
     return Opened(path, None, notes, try_lock(path))
 
 
+def stopped_run(config: Config) -> dict[str, Any]:
+    """Return ``run.json`` of the run that these settings will continue, {} where there is none.
+
+    Looks without touching: ``open_run`` decides.
+    """
+    wanted = config.train.resume_from or config.train.resume
+    if wanted == "never":
+        return {}
+    if wanted != "auto":
+        path = Path(wanted)
+        return _run_json(path.parent.parent if path.is_file() else path)
+    for folder in _candidates(Path(config.run.dir), run_name(config)):
+        found = _run_json(folder)
+        if found and found.get("status") != "finished":
+            return found
+    return {}
+
+
 def compare(old: Config, new: Config) -> list[str]:
     """List settings that differ from those of the run being continued.
 
@@ -167,8 +185,12 @@ def _candidates(parent: Path, name: str) -> list[Path]:
 
 
 def _status(folder: Path) -> str:
+    return str(_run_json(folder).get("status", "unknown"))
+
+
+def _run_json(folder: Path) -> dict[str, Any]:
     try:
-        info: dict[str, Any] = json.loads((folder / "run.json").read_text())
+        info = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
-        return "unknown"
-    return str(info.get("status", "unknown"))
+        return {}
+    return info if isinstance(info, dict) else {}

@@ -5,8 +5,9 @@ Each decision is one line for the user, with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -20,11 +21,22 @@ from camoxpert.data.manifest import (
     require_readable,
     split_validation,
 )
+from camoxpert.data.resources import available_memory
 from camoxpert.losses import total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.training.ema import ModelEma
-from camoxpert.training.memory import choose_checkpointing
+from camoxpert.training.memory import (
+    COMFORTABLE,
+    COMFORTABLE_HOST,
+    MicroBatch,
+    effective_batch,
+    measured_bytes,
+    measured_rate,
+    micro_batch_sizes,
+    plan_micro_batch,
+    predicted_bytes,
+)
 from camoxpert.training.meters import StepCounts
 from camoxpert.training.optim import (
     Plan,
@@ -75,6 +87,7 @@ class Setup:
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     plan: Plan
+    micro_batch: MicroBatch
     decisions: list[str]
     parameters: int
     gmacs: float
@@ -111,8 +124,15 @@ def load_data(config: Config, say: Say) -> Data:
     return Data(train, validation, tests, whole.content_hash(), workers)
 
 
-def prepare(config: Config, say: Say) -> Setup:
-    """Decide and build everything a run needs."""
+def prepare(config: Config, say: Say, *, continued: Mapping[str, Any] | None = None) -> Setup:
+    """Decide and build everything a run needs.
+
+    Args:
+        config: checked settings.
+        say: prints one line for the user.
+        continued: ``run.json`` of the stopped run that this one will continue; what it chose by the
+            memory of that day is kept, so that the same command takes the same steps.
+    """
     decisions: list[str] = []
 
     def decide(text: str) -> None:
@@ -146,19 +166,29 @@ def prepare(config: Config, say: Say) -> Setup:
         f"{config.model.num_experts} experts, "
         f"top {config.model.top_k}, dispatch {moe.dispatch}"
     )
-    plan = make_plan(
-        config.train, config.optim, num_images=len(data.train), has_weights=has_weights
-    )
+    routers = [(moe.router, config.optim.router_lr_scale) for moe in model.moe_levels]
     scale = backbone_scale(config.optim, has_weights=has_weights)
+    optimizer = build_optimizer(model, config.optim, scales=[(model.backbone, scale), *routers])
+    ema = ModelEma(model, config.train.ema_decay) if config.train.use_ema else None
+    batch = choose_micro_batch(config, model, device, precision, (continued or {}).get("batch"))
+    decide(f"memory      {batch.reason}")
+    covered = model.set_gradient_checkpointing(batch.checkpointing)
+    if batch.checkpointing:
+        decide(f"checkpoint  activations of the {covered} are recomputed")
+    plan = make_plan(
+        config.train,
+        config.optim,
+        num_images=len(data.train),
+        has_weights=has_weights,
+        batch_size=batch.size,
+        accumulation_steps=batch.steps,
+    )
     first, why = stage1_epochs(config.train, has_weights=has_weights)
     decide(
         f"plan        {plan.epochs} epochs, {plan.steps} optimizer steps; stage 1 {first} epochs "
         f"({why}); "
         f"backbone at {scale:g}x the learning rate"
     )
-    routers = [(moe.router, config.optim.router_lr_scale) for moe in model.moe_levels]
-    optimizer = build_optimizer(model, config.optim, scales=[(model.backbone, scale), *routers])
-    ema = ModelEma(model, config.train.ema_decay) if config.train.use_ema else None
     setup = Setup(
         config=config,
         data=data,
@@ -169,17 +199,11 @@ def prepare(config: Config, say: Say) -> Setup:
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision.scaler),
         plan=plan,
+        micro_batch=batch,
         decisions=decisions,
         parameters=sum(p.numel() for p in model.parameters()),
         gmacs=gmacs,
     )
-    _, reason = choose_checkpointing(
-        config.train.gradient_checkpointing,
-        device,
-        enable=model.set_gradient_checkpointing,
-        trial_step=lambda: trial_step(setup),
-    )
-    decide(f"checkpoint  gradient checkpointing {reason}")
     if config.train.compile:
         decide(f"compile     {compile_model(model)}, static shapes; the first steps take minutes")
     return setup
@@ -237,23 +261,108 @@ def training_loader(setup: Setup, batch_size: int) -> Loader:
     )
 
 
-def trial_step(setup: Setup) -> None:
-    """Run one forward and backward pass on made-up images of the largest micro-batch."""
-    batch_size = max(stage.batch_size for stage in setup.plan.stages)
-    size = setup.config.data.img_size
-    images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=setup.device)
-    masks = torch.zeros(batch_size, 1, size, size, device=setup.device)
-    setup.model.train()
-    # The first epochs may use all experts: that is the step that has to fit.
-    warm = setup.config.train.router_warmup > 0
-    setup.model.set_active_experts(
-        setup.config.model.num_experts if warm else setup.config.model.top_k
+def choose_micro_batch(
+    config: Config,
+    model: CamoXpert,
+    device: torch.device,
+    precision: Precision,
+    continued: Mapping[str, Any] | None = None,
+) -> MicroBatch:
+    """Choose micro-batch, accumulation and recomputation; leaves no gradients behind.
+
+    On CUDA always, from measured steps. On a CPU, where memory is seldom what is scarce, only for
+    ``--batch-size auto``.
+    """
+    train = config.train
+    wanted, sizes = effective_batch(train), micro_batch_sizes(train)
+    setting = train.gradient_checkpointing
+    if train.batch_size is None and continued and wanted % int(continued["size"]) == 0:
+        size, recompute = int(continued["size"]), bool(continued["checkpointing"])
+        reason = f"{size} images x {wanted // size} per step, as in the run being continued"
+        return MicroBatch(size, wanted // size, recompute, reason)
+    largest = max(sizes[0], train.stage2_batch_size or 0)
+
+    def step(images: int) -> None:
+        trial_step(model, config, device, precision, images)
+
+    if device.type == "cuda":
+        # AdamW's two moments come with the first step, in the parameters' own format.
+        moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+        def measure(images: int, recompute: bool) -> int | None:
+            model.set_gradient_checkpointing(recompute)
+            peak = measured_bytes(step, images, device)
+            return None if peak is None else peak + moments
+
+        def rate(images: int, recompute: bool) -> float:
+            model.set_gradient_checkpointing(recompute)
+            return measured_rate(step, images, device)
+
+        # With sizes asked for, stage 2's may be the larger: what fits it fits both.
+        chosen = plan_micro_batch(
+            wanted // sizes[0] * largest if train.batch_size else wanted,
+            [largest] if train.batch_size else sizes,
+            checkpointing=setting,
+            measure=measure,
+            free=torch.cuda.mem_get_info(device)[0],
+            comfortable=COMFORTABLE,
+            rate=rate,
+            verify=True,
+        )
+        return replace(chosen, size=sizes[0]) if train.batch_size else chosen
+    free = available_memory()
+    if train.batch_size is not None or free is None:
+        size = sizes[0]
+        recompute = setting == "on"
+        why = "as asked" if setting != "auto" else f"memory is not scarce on {device.type}"
+        reason = f"{size} images"
+        reason += f" x {wanted // size} per step" if wanted != size else " per step"
+        reason += f", recomputation {'on' if recompute else 'off'}: {why}"
+        return MicroBatch(size, wanted // size, recompute, reason)
+    # Weights and average are there already; gradients come with the step, the moments after it.
+    fixed = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def predict(images: int, recompute: bool) -> int:
+        def fake_step(copied: torch.nn.Module) -> None:
+            assert isinstance(copied, CamoXpert)
+            for level in copied.moe_levels:
+                # The reference reads every choice one by one: there are no values here.
+                level.dispatch = "sorted" if level.dispatch == "loop" else level.dispatch
+            copied.set_gradient_checkpointing(recompute)
+            trial_step(copied, config, device, precision, images)
+
+        return predicted_bytes(model, fake_step) + fixed
+
+    return plan_micro_batch(
+        wanted,
+        sizes,
+        checkpointing=setting,
+        measure=predict,
+        free=free,
+        comfortable=COMFORTABLE_HOST,
     )
-    with autocast(setup):
-        output = setup.model(images)
-    loss, _ = total_loss(output, masks, setup.config.loss)
+
+
+def trial_step(
+    model: CamoXpert,
+    config: Config,
+    device: torch.device,
+    precision: Precision,
+    batch_size: int,
+) -> None:
+    """Run one forward and backward pass on made-up images; leaves no gradients behind."""
+    size = config.data.img_size
+    images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
+    masks = torch.zeros(batch_size, 1, size, size, device=device)
+    model.train()
+    # The first epochs may use all experts: that is the step that has to fit.
+    warm = config.train.router_warmup > 0
+    model.set_active_experts(config.model.num_experts if warm else config.model.top_k)
+    with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.dtype is not None):
+        output = model(images)
+    loss, _ = total_loss(output, masks, config.loss)
     loss.backward()
-    setup.optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
 
 
 def autocast(setup: Setup) -> torch.autocast:

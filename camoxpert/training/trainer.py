@@ -77,7 +77,7 @@ def train(
     meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
     reader = LateReader()
     best_scores: dict[str, float] | None = None
-    loader, loader_stage = None, 0
+    loader, loader_stage, warned = None, 0, False
     started, seconds_before = time.monotonic(), state.seconds
 
     def save() -> None:
@@ -112,7 +112,7 @@ def train(
             )
             with bar, log.phase("training"):
                 batches = device_batches(loader, device)
-                for window in windows(batches, config.train.accumulation_steps):
+                for window in windows(batches, setup.micro_batch.steps):
                     # --- one optimizer step
                     lr = lr_at(plan, config.optim, state.step)
                     set_lr(setup.optimizer, lr)
@@ -168,8 +168,10 @@ def train(
 
             # --- end of the epoch: routing, validation, checkpoints
             alarm = write_routing(meter, log, state, stage, epoch, config)
-            if alarm:
+            if alarm and not warned:
+                # Once: the report and metrics.jsonl have every epoch's.
                 say(f"warning     {alarm}")
+            warned = warned or bool(alarm)
             state.epoch, state.batch = epoch + 1, 0
             last = state.epoch == plan.epochs
             if len(setup.data.validation) and (
@@ -308,7 +310,7 @@ def accumulate(
 
 def out_of_memory(setup: Setup, stage: Stage) -> ConfigError:
     """Say what did not fit and which flags keep the same effective batch in less memory."""
-    half, double = max(1, stage.batch_size // 2), 2 * setup.config.train.accumulation_steps
+    half, double = max(1, stage.batch_size // 2), 2 * setup.micro_batch.steps
     return ConfigError(
         f"Out of memory on {setup.device}: {stage.batch_size} images of "
         f"{setup.config.data.img_size} px do not "

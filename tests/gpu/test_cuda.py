@@ -12,6 +12,8 @@ from camoxpert.models.build import build_model
 from camoxpert.models.moe import DISPATCH, MoE
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.optim import build_optimizer, set_lr
+from camoxpert.training.precision import Precision
+from camoxpert.training.setup import choose_micro_batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,3 +135,30 @@ def test_host_syncs_of_the_forward_and_backward_pass(settings, allowed) -> None:
         torch.cuda.set_sync_debug_mode("default")
     syncs = [str(w.message) for w in caught if "synchroniz" in str(w.message).lower()]
     assert len(syncs) <= allowed, syncs
+
+
+@pytest.mark.parametrize("setting", ["off", "on"])
+def test_memory_predicted_from_two_points_is_what_the_step_takes(setting) -> None:
+    settings = {"model.backbone": "edgenext_small", "model.pretrained": False}
+    settings |= {"data.img_size": 352, "train.batch_size": None, "train.effective_batch_size": 32}
+    config = build_config(settings | {"train.gradient_checkpointing": setting})
+    model = build_model(config.model).cuda()
+    device, precision = torch.device("cuda"), Precision(torch.bfloat16, False, "bf16")
+    chosen = choose_micro_batch(config, model, device, precision)
+    assert chosen.size == 32, chosen.reason
+    assert chosen.predicted == pytest.approx(chosen.measured, rel=0.15), chosen.reason
+
+
+def test_the_micro_batch_follows_the_free_memory() -> None:
+    settings = {"model.backbone": "edgenext_small", "model.pretrained": False}
+    settings |= {"data.img_size": 352, "train.batch_size": None, "train.effective_batch_size": 32}
+    config = build_config(settings | {"train.gradient_checkpointing": "off"})
+    model = build_model(config.model).cuda()
+    device, precision = torch.device("cuda"), Precision(torch.bfloat16, False, "bf16")
+    needed = choose_micro_batch(config, model, device, precision).predicted
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(free - needed, dtype=torch.uint8, device=device)
+    chosen = choose_micro_batch(config, model, device, precision)
+    del ballast
+    assert 1 <= chosen.size < 32 and chosen.size * chosen.steps == 32, chosen.reason
+    assert chosen.measured is not None, chosen.reason

@@ -9,10 +9,8 @@ from torch import nn
 from camoxpert.config import TrainConfig
 from camoxpert.errors import ConfigError
 from camoxpert.models.router import choose
-from camoxpert.training import memory
 from camoxpert.training.ema import ModelEma, warmed_decay
 from camoxpert.training.guards import StopFlag, try_lock, watch
-from camoxpert.training.memory import choose_checkpointing
 from camoxpert.training.meters import LateReader, RoutingMeter
 from camoxpert.training.precision import choose_device, choose_precision
 
@@ -104,45 +102,6 @@ class TestPrecision:
         with pytest.raises(ConfigError, match="sees no CUDA device"):
             choose_device("cuda")
         assert choose_device("auto") == CPU
-
-
-class TestCheckpointingChoice:
-    def choose(self, setting: str, device: torch.device, step=lambda: None):
-        switched = []
-
-        def enable(on: bool) -> str:
-            switched.append(on)
-            return "everything"
-
-        return *choose_checkpointing(setting, device, enable=enable, trial_step=step), switched
-
-    def test_asked(self) -> None:
-        assert self.choose("on", CPU)[0] is True
-        assert self.choose("off", CPU)[0] is False
-
-    def test_auto_is_off_on_a_cpu(self) -> None:
-        enabled, reason, _ = self.choose("auto", CPU)
-        assert not enabled and "cpu" in reason
-
-    @pytest.mark.parametrize(("peak", "enabled"), [(4e9, False), (9.5e9, True), (None, True)])
-    def test_auto_follows_the_measured_peak(self, monkeypatch, peak, enabled) -> None:
-        cuda = memory.torch.cuda
-        for name, value in {
-            "empty_cache": None,
-            "reset_peak_memory_stats": None,
-            "memory_allocated": 0,
-            "mem_get_info": (10e9, 16e9),
-            "max_memory_allocated": peak,
-        }.items():
-            monkeypatch.setattr(cuda, name, lambda *args, value=value: value)
-
-        def step() -> None:
-            if peak is None:
-                raise torch.OutOfMemoryError("injected")
-
-        on, reason, switched = self.choose("auto", torch.device("cuda", 0), step)
-        assert on is enabled and switched[-1] is enabled
-        assert "GB free" in reason
 
 
 class TestStopFlag:
