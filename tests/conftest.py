@@ -3,6 +3,7 @@ in-process."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,12 @@ TINY = (
 def one_thread() -> None:
     """Bitwise comparisons need a fixed thread count."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test touches the user's caches."""
+    os.environ["CAMOXPERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -101,3 +101,19 @@ def test_train_times_the_whole_step(tmp_path: Path) -> None:
     )
     assert result["images_per_second"] > 0
     assert main(["benchmark", "train", *words, "--precision", "fp8"]) == 2
+
+
+def test_data_measures_every_loader(tmp_path: Path, capsys) -> None:
+    words = ["--images", "8", "--size", "64", "96", "--img-size", "32", "--batch-size", "4"]
+    words += ["--num-workers", "1", "--rounds", "1", "--backbone", "tiny_test", "--device", "cpu"]
+    output = tmp_path / "data.json"
+    assert main(["benchmark", "data", *words, "-o", str(output)]) == 0
+    found = json.loads(output.read_text())
+    rates = found["images_per_second"]
+    assert "ours, cache, batch reads" in rates and "plain PIL, 1 workers" in rates
+    assert all(rate > 0 for rate in rates.values())
+    assert found["over_plain_pil"]["plain PIL, 1 workers"]["ratio"] == 1
+    assert found["needed_images_per_second"] > 0
+    said = capsys.readouterr().out
+    assert "times as many" in said and "decode mask (ours, all encodings)" in said
+    assert main(["benchmark", "data", "--images", "2"]) == 2

@@ -15,7 +15,8 @@ import torch
 
 from camoxpert.benchmark.common import heading
 from camoxpert.benchmark.moe import device_name
-from camoxpert.data.loader import Batch
+from camoxpert.data.batches import Batch, RawBatch
+from camoxpert.data.loader import Batches, finish
 from camoxpert.observe.profiler import ComponentTimer, Workload, advice, diagnose, text_rows
 from camoxpert.observe.syncs import SyncCounter
 from camoxpert.training import trainer
@@ -23,7 +24,7 @@ from camoxpert.training.meters import RoutingMeter
 from camoxpert.training.optim import set_lr
 from camoxpert.training.setup import Setup, training_loader
 
-ORDER = ("data wait", "copy", "backbone", "router")
+ORDER = ("data wait", "copy", "augment", "backbone", "router")
 LATER = ("decoder", "heads", "loss", "backward", "clip", "optimizer", "EMA", "other")
 
 
@@ -45,9 +46,13 @@ def run(
     set_lr(setup.optimizer, 1e-6)
     loader = training_loader(setup, stage.batch_size)
     batches = _endless(loader)
+
+    def receive(batch: Batch | RawBatch) -> Batch:
+        return finish(loader, batch, setup.device)
+
     meter = RoutingMeter(model.level_names(), model.moe_levels[0].kinds)
     try:
-        result = _measure(setup, batches, meter, steps, trace, say)
+        result = _measure(setup, batches, receive, meter, steps, trace, say)
     finally:
         loader.close()
     return result
@@ -55,7 +60,8 @@ def run(
 
 def _measure(
     setup: Setup,
-    batches: Iterator[Batch],
+    batches: Iterator[Batch | RawBatch],
+    receive: Callable[[Batch | RawBatch], Batch],
     meter: RoutingMeter,
     steps: int,
     trace: Path | None,
@@ -70,10 +76,13 @@ def _measure(
     def step(batch: Batch) -> None:
         trainer.train_step(setup, [batch.to(device)], meter)
 
+    def fetch() -> Batch:
+        return receive(next(batches))
+
     for _ in range(3):
-        step(next(batches))
+        step(fetch())
     wait()
-    kept = next(batches).to(device)
+    kept = fetch()
     with SyncCounter() as counter:
         step(kept)
 
@@ -89,9 +98,10 @@ def _measure(
         with instrumented(setup, timer), timer.step():
             with timer.region("data wait"):
                 batch = next(batches)
-            with timer.region("copy"):
-                batch = batch.to(device)
-            trainer.train_step(setup, [batch], meter)
+            # A raw batch is changed where it arrives.
+            with timer.region("augment" if isinstance(batch, RawBatch) else "copy"):
+                arrived = receive(batch)
+            trainer.train_step(setup, [arrived], meter)
             wait()
         with instrumented(setup, spare):
             started = time.perf_counter()
@@ -107,7 +117,7 @@ def _measure(
     images = stage.batch_size
     peak = arithmetic_peak(device, setup.precision.dtype)
     use = 3 * 2e9 * setup.gmacs * images / statistics.median(plain) / peak
-    workload = Workload(lambda: next(batches), step, _doubled, wait)
+    workload = Workload(fetch, step, _doubled, wait)
     diagnosis = diagnose(workload, rounds=max(3, steps // 2), syncs=counter.syncs, utilisation=use)
     suggestions = advice(
         diagnosis,
@@ -248,7 +258,7 @@ def _doubled(batch: Batch) -> Batch:
     )
 
 
-def _endless(loader: Any) -> Iterator[Batch]:
+def _endless(loader: Batches) -> Iterator[Batch | RawBatch]:
     """Yield full batches for ever, epoch after epoch."""
     epoch, size = 0, 0
     while True:

@@ -180,3 +180,17 @@ def run(
     if device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return result
+
+
+def images_per_second(
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    batch_size: int,
+    rounds: int,
+) -> float:
+    """Measure how many images per second the whole training step takes."""
+    step = Step(config, batch_size, device, dtype)
+    seconds = interleaved({"step": step.full}, rounds=rounds, warmup=2)["step"]
+    return 1e3 * batch_size / milliseconds(seconds)

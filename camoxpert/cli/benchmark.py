@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camoxpert.cli import no_overrides
 from camoxpert.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from camoxpert.config import Config
 
 KINDS = {
     "metrics": "the metric engine against pysodmetrics",
     "moe": "the dispatch back ends against the per-image loop and one dense expert",
     "train": "the training step against the bare backbone's",
+    "data": "loading and augmentation against the plain Dataset",
 }
 
 
@@ -31,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=(768, 1024),
         metavar=("HEIGHT", "WIDTH"),
-        help="of the pairs [768 1024]",
+        help="of the pairs, of the JPEGs of data [768 1024]",
     )
     metrics.add_argument(
         "--files",
@@ -39,7 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=160,
         help="PNG pairs for the workers, 0 or at least 64 [160]",
     )
-    model = parser.add_argument_group("moe, train")
+    data = parser.add_argument_group("data")
+    data.add_argument("--images", type=int, default=96, help="generated JPEGs [96]")
+    data.add_argument("--num-workers", type=int, default=2, help="worker processes [2]")
+    data.add_argument(
+        "--no-step",
+        dest="step",
+        action="store_false",
+        help="do not compare with the training step's need",
+    )
+    model = parser.add_argument_group("moe, train, data")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     model.add_argument("--precision", default="auto", help="train: auto, fp32, bf16, fp16 [auto]")
     model.add_argument("--backbone", default="edgenext_small", help="train [edgenext_small]")
@@ -57,9 +72,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--rounds and --pairs must be at least 1, --size at least 32.")
     if options.files < 0 or 0 < options.files < 64:
         raise ConfigError("--files must be 0 or at least 64: fewer say nothing about processes.")
-    if options.output and Path(options.output).is_dir():
-        raise ConfigError(f"--output {options.output} is a folder; give a file.")
-    measure = {"metrics": _metrics, "moe": _moe, "train": _train}[options.kind]
+    check_output("--output", options.output)
+    measure = {"metrics": _metrics, "moe": _moe, "train": _train, "data": _data}[options.kind]
     result = measure(options)
     if options.output:
         from camoxpert.observe.runlog import write_json
@@ -67,6 +81,19 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         write_json(Path(options.output), result)
         print(f"figures: {options.output}")
     return 0
+
+
+def check_output(flag: str, file: str | None) -> None:
+    """Raise ConfigError where ``file`` could not be written: before minutes are spent, not
+    after."""
+    if not file:
+        return
+    if Path(file).is_dir():
+        raise ConfigError(f"{flag} {file} is a folder; give a file.")
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag} {file} cannot be written: {error}.") from error
 
 
 def _say(line: str) -> None:
@@ -105,6 +132,21 @@ def _moe(options: argparse.Namespace) -> dict[str, Any]:
 
 def _train(options: argparse.Namespace) -> dict[str, Any]:
     from camoxpert.benchmark import train
+
+    config, device, dtype = _step_of(options)
+    return train.run(
+        config,
+        device=device,
+        dtype=dtype,
+        batch_size=options.batch_size,
+        rounds=options.rounds,
+        with_loop=options.batch_size <= 64,
+        say=_say,
+    )
+
+
+def _step_of(options: argparse.Namespace) -> tuple[Config, torch.device, torch.dtype | None]:
+    """Return settings, device and number format of the step that is measured."""
     from camoxpert.config import TrainConfig, load_config
     from camoxpert.training.precision import choose_device, choose_precision
 
@@ -122,12 +164,30 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--precision {options.precision}: use auto, fp32, bf16 or fp16.")
     device = choose_device(options.device)
     precision = choose_precision(TrainConfig(precision=options.precision), device)
-    return train.run(
-        config,
+    return config, device, precision.dtype
+
+
+def _data(options: argparse.Namespace) -> dict[str, Any]:
+    from camoxpert.benchmark import data, train
+
+    if options.images < options.batch_size or options.num_workers < 0:
+        raise ConfigError("--images must be at least --batch-size, --num-workers at least 0.")
+    config, device, dtype = _step_of(options)
+    height, width = options.size
+    needed = None
+    if options.step:
+        needed = train.images_per_second(
+            config, device, dtype, batch_size=options.batch_size, rounds=options.rounds
+        )
+    return data.run(
         device=device,
-        dtype=precision.dtype,
+        images=options.images,
+        height=height,
+        width=width,
+        img_size=options.img_size,
         batch_size=options.batch_size,
+        num_workers=options.num_workers,
         rounds=options.rounds,
-        with_loop=options.batch_size <= 64,
+        needed=needed,
         say=_say,
     )

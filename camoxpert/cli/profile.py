@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from camoxpert.cli.benchmark import check_output
 from camoxpert.cli.train import add_setting_flags, check_data_given, read_config
 from camoxpert.errors import ConfigError
 
@@ -25,9 +26,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     check_data_given(config)
     if options.steps < 1:
         raise ConfigError("--steps must be at least 1.")
-    for path in (options.trace, options.output):
-        if path and Path(path).is_dir():
-            raise ConfigError(f"{path} is a folder; give a file.")
+    check_output("--trace", options.trace)
+    check_output("--output", options.output)
     from camoxpert.benchmark import profile
     from camoxpert.observe.runlog import write_json
     from camoxpert.training.setup import prepare

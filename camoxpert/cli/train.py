@@ -54,6 +54,8 @@ def add_flag(parser: argparse.ArgumentParser, leaf: Leaf) -> None:
         return
     if leaf.path == "train.gradient_checkpointing":
         options |= {"nargs": "?", "const": "on"}
+    if leaf.path == "data.multi_scale":
+        options |= {"nargs": "+"}
     if leaf.path == "data.roots":
         options |= {"nargs": "+", "action": "extend"}
     choices = leaf.metadata["choices"]
@@ -100,7 +102,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     from camoxpert.training.rundir import stopped_run
     from camoxpert.training.setup import prepare, trial_step
 
-    setup = prepare(config, print, continued=stopped_run(config))
+    setup = prepare(config, print, continued=stopped_run(config), write=not options.dry_run)
     if options.dry_run:
         largest = max(stage.batch_size for stage in setup.plan.stages)
         trial_step(setup.model, config, setup.device, setup.precision, largest)
@@ -111,7 +113,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
 
 def train_and_report(setup: Any, config: Config, typed: list[str], started: float) -> int:
     """Open the run folder, train, score the test sets with the best weights, write the report."""
-    from camoxpert.data.loader import is_worker_death, worker_death
+    from camoxpert.data.workers import is_worker_death, worker_death
     from camoxpert.observe.runlog import RunLog, update_run_json, write_run_json
     from camoxpert.training.guards import StopFlag, watch
     from camoxpert.training.rundir import check_data, open_run

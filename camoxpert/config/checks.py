@@ -23,6 +23,23 @@ def check_conflicts(config: Config) -> None:
         raise ConfigError(
             f"--img-size must be a multiple of 32; {data.img_size} is not. Use {low} or {low + 32}."
         )
+    if any(not 0.25 <= factor <= 4 for factor in data.multi_scale):
+        raise ConfigError(
+            f"--multi-scale: factors of --img-size lie between 0.25 and 4; got "
+            f"{', '.join(f'{factor:g}' for factor in data.multi_scale)}."
+        )
+    if data.strict_cache and data.cache in ("none", "ram"):
+        raise ConfigError(
+            f"--strict-cache asks for a disk cache and --cache {data.cache} rules it out. Give one "
+            f"of "
+            f"them."
+        )
+    if data.source_size is not None and data.source_size < data.img_size:
+        raise ConfigError(
+            f"data.source_size {data.source_size} is less than --img-size {data.img_size}: pairs "
+            f"would "
+            f"be shrunk and enlarged again."
+        )
     for name, value in (("model.width", model.width), ("model.detail_width", model.detail_width)):
         if value % 8:
             raise ConfigError(f"{name} must be a multiple of 8; {value} is not.")

@@ -90,6 +90,46 @@ class DataConfig:
         None, "data worker processes; unset: chosen from the cores", flag="--num-workers", minimum=0
     )
     persistent_workers: bool = setting(True, "keep the workers between epochs")
+    start_method: str = setting(
+        "auto",
+        "how data workers start",
+        choices=("auto", "fork", "spawn", "forkserver"),
+    )
+    cache: str = setting(
+        "auto",
+        "decoded training pairs: kept on disk, in memory, or nowhere (none)",
+        flag="--cache",
+        choices=("auto", "none", "ram", "disk"),
+    )
+    cache_dir: str = setting(
+        "",
+        "folder of the disk caches; empty: $CAMOXPERT_CACHE, or camoxpert in the user's cache "
+        "folder",
+        flag="--cache-dir",
+    )
+    strict_cache: bool = setting(
+        False, "a disk cache that is missing or stale is an error", flag="--strict-cache"
+    )
+    augment_on: str = setting(
+        "auto",
+        "where samples are changed: in the data workers (cpu) or in batches where the step runs "
+        "(device); auto: device on CUDA",
+        flag="--augment-on",
+        choices=("auto", "cpu", "device"),
+    )
+    multi_scale: tuple[float, ...] = setting(
+        (),
+        "training sizes over --img-size, one drawn per batch, for example 0.75 1.0 1.25; empty: "
+        "one "
+        "size",
+        flag="--multi-scale",
+    )
+    source_size: int | None = setting(
+        None,
+        "side to which pairs are decoded before they are changed; more than the training size "
+        "leaves detail to zoom into; unset: the largest training size",
+        minimum=32,
+    )
     prefetch_factor: int = setting(4, "batches each worker prepares ahead", minimum=1)
     pin_memory: bool = setting(True, "page-locked batches for faster copies (CUDA only)")
     max_pixels: int = setting(50_000_000, "larger images are refused from their header", minimum=1)

@@ -24,6 +24,13 @@ MAX_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None
 ORIENTATION_TAG = 0x0112
 PNG_SIGNATURE_BYTES = 8
+# OpenCV's names for "in colour at 1/n" include BGR; these do not.
+REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 # EXIF orientation -> how to turn the stored pixels upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,7 +78,11 @@ def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
 
 
 def read_image(
-    path: str | Path, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = True
+    path: str | Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    apply_orientation: bool = True,
+    at_least: int | None = None,
 ) -> np.ndarray:
     """Decode an image to RGB.
 
@@ -82,9 +93,12 @@ def read_image(
         path: the file; its format is found by content.
         max_pixels: larger images are refused from their header.
         apply_orientation: turn the image upright by its EXIF tag.
+        at_least: the caller will shrink the image to this side: a JPEG may be decoded to a half, a
+            quarter or an eighth of its size, as long as no side gets shorter than that. The decoder
+            averages, as shrinking would.
 
     Returns:
-        uint8 (H, W, 3).
+        uint8 (H, W, 3); smaller by a power of two where ``at_least`` allows it.
 
     Raises:
         DataError: unreadable, damaged or too large.
@@ -93,7 +107,7 @@ def read_image(
     with _open(path, max_pixels) as image:
         orientation = _header(image, path).orientation if apply_orientation else 1
         if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
-            pixels = _decode_jpeg(path)
+            pixels = _decode_jpeg(path, _reduction(min(image.size), at_least))
             if pixels is not None:
                 return pixels
         return _as_rgb(_upright(_load(image, path), orientation))
@@ -178,7 +192,11 @@ def read_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def read_pair(
-    image_path: str | Path, mask_path: str | Path, *, max_pixels: int = MAX_PIXELS
+    image_path: str | Path,
+    mask_path: str | Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    at_least: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read an image and its mask so that their pixels correspond.
 
@@ -186,7 +204,8 @@ def read_pair(
     differ and the stored ones agree, the mask was drawn on the stored pixels and neither is turned.
 
     Returns:
-        image uint8 (H, W, 3), mask uint8 (H, W) with 0 and 255.
+        image uint8 (H, W, 3), mask uint8 (H, W) with 0 and 255; with ``at_least`` the image may be
+        smaller than its mask by a power of two (see ``read_image``).
 
     Raises:
         DataError: unreadable, or of different sizes.
@@ -194,7 +213,7 @@ def read_pair(
     heads = [probe(path, max_pixels=max_pixels) for path in (image_path, mask_path)]
     turn = pair_orientation(*heads, image_path=Path(image_path), mask_path=Path(mask_path))
     return (
-        read_image(image_path, max_pixels=max_pixels, apply_orientation=turn),
+        read_image(image_path, max_pixels=max_pixels, apply_orientation=turn, at_least=at_least),
         read_mask(mask_path, max_pixels=max_pixels, apply_orientation=turn),
     )
 
@@ -291,7 +310,14 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if orientation == 1 else image.transpose(TURNS[orientation])
 
 
-def _decode_jpeg(path: Path) -> np.ndarray | None:
+def _reduction(shorter: int, at_least: int | None) -> int:
+    """Return 1, 2, 4 or 8: how much smaller a JPEG may be decoded."""
+    if at_least is None:
+        return 1
+    return max(n for n in (1, 2, 4, 8) if n == 1 or shorter // n >= at_least)
+
+
+def _decode_jpeg(path: Path, reduction: int) -> np.ndarray | None:
     """Decode with OpenCV, twice as fast as Pillow; None where the file's end is not a JPEG's end.
 
     OpenCV fills what a cut-off file lacks with grey and says nothing, so the end marker is looked
@@ -300,7 +326,7 @@ def _decode_jpeg(path: Path) -> np.ndarray | None:
     data = np.fromfile(path, np.uint8)
     if data[-2:].tobytes() != b"\xff\xd9":
         return None
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = cv2.IMREAD_COLOR_RGB | REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
     pixels: np.ndarray | None = cv2.imdecode(data, flags)
     return pixels
 

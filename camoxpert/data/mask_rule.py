@@ -63,7 +63,18 @@ def cut_levels(levels: np.ndarray, path: Path, *, lossy: bool) -> np.ndarray:
     """
     if levels.dtype == bool:
         return np.where(levels, np.uint8(255), np.uint8(0))
-    values = np.unique(levels)
+    if levels.dtype == np.uint8:
+        # The rule looks at levels alone: 256 of them are judged instead of a million pixels.
+        counts = cv2.calcHist([levels], [0], None, [256], [0, 256])[:, 0]
+        table = _cut(np.arange(256, dtype=np.uint8), counts, path, lossy=lossy)
+        return np.ascontiguousarray(cv2.LUT(levels, table))
+    return _cut(levels, None, path, lossy=lossy)
+
+
+def _cut(levels: np.ndarray, counts: np.ndarray | None, path: Path, *, lossy: bool) -> np.ndarray:
+    """Cut levels of any shape; ``counts`` says how many pixels have each, where they are a
+    table."""
+    values = np.unique(levels) if counts is None else np.flatnonzero(counts)
     if len(values) == 1 and (values[0] == 0 or values[0] in FULL_LEVELS):
         return np.full(levels.shape, 255 if values[0] else 0, np.uint8)
     if len(values) == 2 and values[0] == 0 and not lossy:
@@ -72,9 +83,10 @@ def cut_levels(levels: np.ndarray, path: Path, *, lossy: bool) -> np.ndarray:
     top = 65535 if values[-1] > 255 else 255
     dark, bright = levels < top * DARK, levels > top * BRIGHT
     # Blur from JPEG or antialiasing touches outlines only; a photograph is grey all over.
-    between = 1.0 - (dark.mean() + bright.mean())
+    share_dark, share_bright = (np.average(part, weights=counts) for part in (dark, bright))
+    between = 1.0 - (share_dark + share_bright)
     all_object = values[0] > top * 0.97
-    if between > 0.1 or not bright.any() or not (dark.any() or all_object):
+    if between > 0.1 or not share_bright or not (share_dark or all_object):
         raise DataError(_refusal(values, float(between), path))
     return np.where(levels > top * (128 / 255), np.uint8(255), np.uint8(0))
 

@@ -12,19 +12,14 @@ from typing import Any
 import torch
 
 from camoxpert.config import Config
-from camoxpert.data.augment import SampleTransform
-from camoxpert.data.loader import Batch, Loader, build_loader, choose_num_workers
-from camoxpert.data.manifest import (
-    Manifest,
-    find_test_sets,
-    load_train,
-    require_readable,
-    split_validation,
-)
+from camoxpert.data.batches import Batch
+from camoxpert.data.loader import Batches
 from camoxpert.data.resources import available_memory
 from camoxpert.losses import total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.training import data_setup
+from camoxpert.training.data_setup import Data, load_data, training_sides
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.memory import (
     COMFORTABLE,
@@ -57,24 +52,6 @@ Say = Callable[[str], None]
 
 
 @dataclass
-class Data:
-    """The data of a run.
-
-    Attributes:
-        train, validation: parts of TRAIN; test sets never choose anything.
-        tests: test sets found beside the training data, by name; scored once, at the end.
-        data_hash: content hash of train and validation together.
-        num_workers: data worker processes.
-    """
-
-    train: Manifest
-    validation: Manifest
-    tests: dict[str, Manifest]
-    data_hash: str
-    num_workers: int
-
-
-@dataclass
 class Setup:
     """A run ready to start, nothing written yet."""
 
@@ -104,27 +81,13 @@ class Setup:
         return self.ema.module
 
 
-def load_data(config: Config, say: Say) -> Data:
-    """Find, pair, check and split the data; raises DataError for anything wrong with it."""
-    data = config.data
-    whole = load_train(data.roots, layout=data.layout, noncam=data.noncam)
-    require_readable(whole, max_pixels=data.max_pixels)
-    train, validation = split_validation(whole, data.val_fraction, config.train.seed)
-    tests = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam)
-    workers, reason = choose_num_workers(data.num_workers)
-    say(
-        f"data        {len(train)} training and {len(validation)} validation images "
-        f"({whole.layout}), validation carved from TRAIN"
-    )
-    for note in whole.notes:
-        say(f"            {note}")
-    sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
-    say(f"test sets   {sizes or 'none found'}; they choose nothing and are scored at the end")
-    say(f"workers     {workers}: {reason}")
-    return Data(train, validation, tests, whole.content_hash(), workers)
-
-
-def prepare(config: Config, say: Say, *, continued: Mapping[str, Any] | None = None) -> Setup:
+def prepare(
+    config: Config,
+    say: Say,
+    *,
+    continued: Mapping[str, Any] | None = None,
+    write: bool = True,
+) -> Setup:
     """Decide and build everything a run needs.
 
     Args:
@@ -132,6 +95,7 @@ def prepare(config: Config, say: Say, *, continued: Mapping[str, Any] | None = N
         say: prints one line for the user.
         continued: ``run.json`` of the stopped run that this one will continue; what it chose by the
             memory of that day is kept, so that the same command takes the same steps.
+        write: False leaves a cache of the data that is not there unbuilt.
     """
     decisions: list[str] = []
 
@@ -141,7 +105,7 @@ def prepare(config: Config, say: Say, *, continued: Mapping[str, Any] | None = N
 
     device = choose_device(config.train.device)
     check_architecture(device)
-    data = load_data(config, decide)
+    data = load_data(config, decide, device=device.type, write=write)
     precision = choose_precision(config.train, device)
     name = (
         torch.cuda.get_device_name(device)
@@ -240,24 +204,10 @@ def forward_gmacs(model: CamoXpert, img_size: int) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def training_loader(setup: Setup, batch_size: int) -> Loader:
+def training_loader(setup: Setup, batch_size: int) -> Batches:
     """Build the training loader for one stage's batch size."""
-    data = setup.config.data
-    transform = SampleTransform(
-        img_size=data.img_size, augment=data.augment, seed=setup.config.train.seed
-    )
-    return build_loader(
-        setup.data.train,
-        transform,
-        batch_size=batch_size,
-        num_workers=setup.data.num_workers,
-        shuffle=True,
-        seed=setup.config.train.seed,
-        drop_last=False,
-        persistent_workers=data.persistent_workers,
-        prefetch_factor=data.prefetch_factor,
-        pin_memory=data.pin_memory and setup.device.type == "cuda",
-        max_pixels=data.max_pixels,
+    return data_setup.training_loader(
+        setup.config, setup.data, batch_size, device=setup.device.type
     )
 
 
@@ -351,7 +301,7 @@ def trial_step(
     batch_size: int,
 ) -> None:
     """Run one forward and backward pass on made-up images; leaves no gradients behind."""
-    size = config.data.img_size
+    size = max(training_sides(config.data))
     images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
     masks = torch.zeros(batch_size, 1, size, size, device=device)
     model.train()

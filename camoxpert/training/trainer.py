@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from camoxpert.config import Config
-from camoxpert.data.loader import Batch, build_eval_loader, device_batches
+from camoxpert.data.batches import Batch
+from camoxpert.data.loader import build_eval_loader, device_batches
 from camoxpert.errors import ConfigError, NumericError
 from camoxpert.losses import total_loss
 from camoxpert.metrics import Evaluator, is_better

@@ -274,3 +274,31 @@ class TestMaskRules:
         Image.fromarray(planes).save(tmp_path / "m.png")
         with pytest.raises(DataError, match="several colours of equal strength"):
             read_mask(tmp_path / "m.png")
+
+
+class TestReducedDecoding:
+    def write(self, path: Path, width: int, height: int) -> None:
+        y, x = np.mgrid[:height, :width]
+        pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1)
+        Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+
+    @pytest.mark.parametrize(
+        ("at_least", "shape"),
+        [(None, (120, 200)), (61, (120, 200)), (60, (60, 100)), (30, (30, 50)), (1, (15, 25))],
+    )
+    def test_never_shorter_than_asked(self, tmp_path: Path, at_least, shape) -> None:
+        self.write(tmp_path / "a.jpg", 200, 120)
+        assert read_image(tmp_path / "a.jpg", at_least=at_least).shape[:2] == shape
+
+    def test_the_picture_is_the_same(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "a.jpg", 256, 192)
+        whole = read_image(tmp_path / "a.jpg")
+        half = read_image(tmp_path / "a.jpg", at_least=96)
+        shrunk = cv2.resize(whole, (128, 96), interpolation=cv2.INTER_AREA)
+        assert np.abs(half.astype(int) - shrunk).mean() < 2
+        # Control: the channels are in the same order.
+        assert np.abs(half[..., ::-1].astype(int) - shrunk).mean() > 20
+
+    def test_other_formats_are_decoded_whole(self, tmp_path: Path) -> None:
+        Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+        assert read_image(tmp_path / "a.png", at_least=8).shape == (64, 64, 3)

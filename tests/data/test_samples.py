@@ -10,16 +10,11 @@ import pytest
 import torch
 
 from camoxpert.config import AugmentConfig
-from camoxpert.data.augment import SampleTransform, sample_seed
-from camoxpert.data.loader import (
-    EpochSampler,
-    build_eval_loader,
-    build_loader,
-    choose_num_workers,
-    device_batches,
-    normalise,
-)
+from camoxpert.data.augment import SampleTransform
+from camoxpert.data.batches import normalise
+from camoxpert.data.loader import build_eval_loader, build_loader, device_batches
 from camoxpert.data.manifest import Manifest, load_train
+from camoxpert.data.sampler import EpochSampler
 from camoxpert.data.toy import TEXTURES, generate_toy, toy_pair
 from camoxpert.errors import DataError
 
@@ -74,22 +69,29 @@ def test_the_global_generators_are_left_alone(toy_data: Path) -> None:
 
 def test_sampler_by_hand() -> None:
     sampler = EpochSampler(10, seed=3, shuffle=True)
-    first = [index for _, index in sampler]
+    first = [index for _, index, _ in sampler]
     assert sorted(first) == list(range(10)) and first != list(range(10))
     sampler.epoch = 1
-    assert [index for _, index in sampler] != first
+    assert [index for _, index, _ in sampler] != first
     sampler.epoch, sampler.start = 0, 4
-    assert [index for _, index in sampler] == first[4:] and len(sampler) == 6
+    assert [index for _, index, _ in sampler] == first[4:] and len(sampler) == 6
     ranks = [EpochSampler(10, seed=3, shuffle=True, rank=r, world_size=4) for r in range(4)]
-    shares = [[i for _, i in s] for s in ranks]
+    shares = [[i for _, i, _ in s] for s in ranks]
     assert {len(share) for share in shares} == {3}
     assert {index for share in shares for index in share} == set(range(10))
 
 
-def test_seeds_of_neighbours_are_unrelated() -> None:
-    seeds = {sample_seed(0, e, i) for e in range(20) for i in range(50)}
-    assert len(seeds) == 1000
-    assert sample_seed(0, 1, 0) != sample_seed(0, 0, 1)
+def test_a_batch_shares_its_size_on_every_rank_and_after_a_resume() -> None:
+    def sizes(rank: int, start: int = 0) -> list[int]:
+        sampler = EpochSampler(
+            40, seed=3, shuffle=True, rank=rank, world_size=2, batch_size=4, targets=(32, 64, 96)
+        )
+        sampler.start = start
+        return [target for _, _, target in sampler]
+
+    whole = sizes(0)
+    assert all(len(set(whole[i : i + 4])) == 1 for i in range(0, 20, 4))
+    assert len(set(whole)) > 1 and sizes(1) == whole and sizes(0, 8) == whole[8:]
 
 
 def test_image_and_mask_move_together() -> None:
@@ -175,11 +177,6 @@ def test_normalise_by_hand() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     mean, std = torch.tensor([0.5]).view(1, 1, 1, 1), torch.tensor([0.25]).view(1, 1, 1, 1)
     assert normalise(images, mean, std).flatten().tolist() == [-2.0, 2.0]
-
-
-def test_worker_choice() -> None:
-    assert choose_num_workers(3) == (3, "as asked")
-    assert 0 <= choose_num_workers(None)[0] <= 8
 
 
 class TestToy:

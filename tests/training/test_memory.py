@@ -257,15 +257,17 @@ def test_auto_on_a_cpu_follows_the_memory(toy_data: Path, monkeypatch) -> None:
 def test_micro_batches_do_not_change_what_is_learned(train, tmp_path: Path, monkeypatch) -> None:
     """The same effective batch in one, two and four parts: the same weights."""
     weights = {}
-    for size in (8, 4, 2):
-        words = ["--batch-size", str(size), "--effective-batch-size", "8", "--epochs", "1"]
-        words += ["--run-name", str(size), "--no-test", "--no-report", "--val-fraction", "0"]
-        assert train(*words) == 0
-        checkpoint = torch.load(tmp_path / str(size) / "checkpoints" / "best.pt", weights_only=True)
-        weights[size] = checkpoint["model"]
-    for size in (4, 2):
-        for name, value in weights[8].items():
-            assert torch.allclose(value, weights[size][name], atol=2e-5), name
+    for size, effective in ((8, 8), (4, 8), (2, 8), (4, 4)):
+        name = f"{size}-{effective}"
+        words = ["--batch-size", str(size), "--effective-batch-size", str(effective)]
+        words += ["--run-name", name, "--no-test", "--no-report", "--val-fraction", "0"]
+        assert train(*words, "--epochs", "1") == 0
+        path = tmp_path / name / "checkpoints" / "best.pt"
+        model = torch.load(path, weights_only=True)["model"]
+        weights[name] = torch.cat([value.flatten().double() for value in model.values()])
+    apart = {name: float((value - weights["8-8"]).norm()) for name, value in weights.items()}
+    # AdamW's first steps follow a gradient's sign, so rounding moves the smallest of them.
+    assert apart["4-8"] < 0.01 * apart["4-4"] and apart["2-8"] < 0.01 * apart["4-4"]
 
 
 def test_a_stopped_auto_run_goes_on_with_its_own_micro_batch(train, tmp_path: Path, capsys) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from camoxpert.config import build_config
-from camoxpert.data.loader import Batch
+from camoxpert.data.batches import Batch
 from camoxpert.losses import balance_loss, expert_counts, total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.router import Routing, choose

@@ -76,6 +76,7 @@ def test_it_learns_and_the_control_does_not(tmp_path: Path) -> None:
         setup = setup_of(
             tmp_path / "data",
             **still,
+            data__cache="none",
             train__epochs=25,
             train__validate_every=25,
             train__ema_decay=0.95,

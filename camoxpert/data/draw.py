@@ -1,0 +1,137 @@
+"""One random draw per sample, from (seed, epoch, index) and nothing else; both back ends apply it.
+
+A draw is a list of numbers, not a program: the CPU and the device move the object to the same
+pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from camoxpert.config import AugmentConfig
+
+# Odds that a sample's colours change at all.
+COLOUR_PROBABILITY = 0.8
+BLUR_SIGMAS = (0.6, 1.2)
+NOISE_RANGE = (0.01, 0.05)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What happens to one sample.
+
+    Attributes:
+        matrix: (2, 3) float64; maps source pixels (x, y) to target pixels, centres at whole
+            numbers.
+        flips: (left-right, up-down), where the matrix is nothing but flips of equal sizes;
+            otherwise None.
+        brightness, contrast, saturation: factors, 1 changes nothing.
+        hue: shift, fraction of the circle.
+        blur: sigma of a Gaussian in target pixels; 0: none.
+        noise: standard deviation of Gaussian noise, fraction of the full scale; 0: none.
+        noise_seed: seed of the noise.
+    """
+
+    matrix: np.ndarray
+    flips: tuple[bool, bool] | None
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    noise_seed: int = 0
+
+    @property
+    def colour(self) -> bool:
+        """Whether colours change."""
+        return (self.brightness, self.contrast, self.saturation, self.hue) != (1, 1, 1, 0)
+
+
+def draw(
+    augment: AugmentConfig | None, *, seed: int, epoch: int, index: int, source: int, target: int
+) -> Draw:
+    """Draw what happens to sample ``index`` in ``epoch``.
+
+    Every number has its own place in the random stream, so that switching one change off leaves the
+    others as they were.
+
+    Args:
+        augment: strengths; None only resizes.
+        seed, epoch, index: what the draw depends on.
+        source, target: sides of the square before and after, in pixels.
+    """
+    if augment is None:
+        return Draw(_matrix(source, target), (False, False) if source == target else None)
+    generator = np.random.default_rng([seed, epoch, index])
+    u = generator.random(14).tolist()
+    mirrored, upended = u[0] < augment.hflip, u[1] < augment.vflip
+    angle = _within(u[2], augment.rotate)
+    zoom = 1 + _within(u[3], augment.scale)
+    shift = (_within(u[4], augment.translate), _within(u[5], augment.translate))
+    still = source == target and not (augment.rotate or augment.scale or augment.translate)
+    matrix = _matrix(source, target, mirrored, upended, angle, zoom, shift)
+    colour = u[6] < COLOUR_PROBABILITY
+    return Draw(
+        matrix,
+        (mirrored, upended) if still else None,
+        brightness=1 + _within(u[7], augment.brightness) * colour,
+        contrast=1 + _within(u[8], augment.contrast) * colour,
+        saturation=1 + _within(u[9], augment.saturation) * colour,
+        hue=_within(u[10], augment.hue) * colour,
+        blur=_between(u[11] / augment.blur, *BLUR_SIGMAS) if u[11] < augment.blur else 0.0,
+        noise=_between(u[12] / augment.noise, *NOISE_RANGE) if u[12] < augment.noise else 0.0,
+        noise_seed=int(u[13] * 2**31),
+    )
+
+
+def linear_colour(sample: Draw) -> tuple[np.ndarray, float]:
+    """Return brightness, contrast and saturation as one linear change of RGB.
+
+    Contrast turns about the mean grey of the image, saturation about each pixel's own grey (Rec.
+    601
+    weights, as in torchvision). Greys are left alone by saturation, so the three commute.
+
+    Returns:
+        (3, 3) matrix, and the factor of the mean grey that is added to every channel.
+    """
+    saturation = sample.saturation * np.eye(3) + (1 - sample.saturation) * np.tile(GREY, (3, 1))
+    pivot = (1 - sample.contrast) * sample.brightness
+    return sample.brightness * sample.contrast * saturation, pivot
+
+
+GREY = np.array([0.299, 0.587, 0.114])
+
+
+def _within(u: float, strength: float) -> float:
+    """Spread u in 0..1 over -strength..strength."""
+    return (2 * u - 1) * strength
+
+
+def _between(u: float, low: float, high: float) -> float:
+    return low + u * (high - low)
+
+
+def _matrix(
+    source: int,
+    target: int,
+    mirrored: bool = False,
+    upended: bool = False,
+    angle: float = 0.0,
+    zoom: float = 1.0,
+    shift: tuple[float, float] = (0.0, 0.0),
+) -> np.ndarray:
+    """Compose flip, rotation about the centre (degrees, counter-clockwise), zoom and shift
+    (fractions
+    of the side) into a map of pixel centres."""
+    radians = math.radians(angle)
+    scale = zoom * target / source
+    cosine, sine = scale * math.cos(radians), scale * math.sin(radians)
+    flip = np.diag([-1.0 if mirrored else 1.0, -1.0 if upended else 1.0])
+    linear = np.array([[cosine, sine], [-sine, cosine]]) @ flip
+    # Centres: pixel i covers i to i + 1, so its centre is at i + 1/2 of the side.
+    offset = (target - 1) / 2 + target * np.array(shift) - linear @ np.full(2, (source - 1) / 2)
+    return np.column_stack([linear, offset])

@@ -1,0 +1,175 @@
+"""Decisions about the data of a run: what is trained on, cached where, changed where, by how many
+workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from camoxpert.config import Config, DataConfig
+from camoxpert.data.augment import SampleTransform
+from camoxpert.data.cache import (
+    PixelCache,
+    choose_cache,
+    default_folder,
+    inspect_cache,
+    open_cache,
+)
+from camoxpert.data.loader import Batches, PairDataset, build_loader, seconds_per_sample
+from camoxpert.data.manifest import (
+    Manifest,
+    find_test_sets,
+    load_train,
+    require_readable,
+    split_validation,
+)
+from camoxpert.data.workers import choose_num_workers, choose_start_method
+from camoxpert.observe.progress import bar
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Data:
+    """The data of a run.
+
+    Attributes:
+        train, validation: parts of TRAIN; test sets never choose anything.
+        tests: test sets found beside the training data, by name; scored once, at the end.
+        data_hash: content hash of train and validation together.
+        num_workers: data worker processes.
+        cache: decoded pairs of train and validation, or None.
+        on_device: samples are changed where the step runs.
+    """
+
+    train: Manifest
+    validation: Manifest
+    tests: dict[str, Manifest]
+    data_hash: str
+    num_workers: int
+    cache: PixelCache | None = None
+    on_device: bool = False
+
+
+def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = True) -> Data:
+    """Find, pair, check, split and decode the data.
+
+    Args:
+        config: settings.
+        say: prints one line for the user.
+        device: type of the device on which the step runs.
+        write: False leaves a cache that is not there unbuilt.
+
+    Raises:
+        DataError: anything wrong with the data or its cache.
+    """
+    data = config.data
+    whole = load_train(data.roots, layout=data.layout, noncam=data.noncam)
+    sides = training_sides(data)
+    side = source_side(data)
+    folder = Path(data.cache_dir) if data.cache_dir else default_folder()
+    mode, why = choose_cache(data.cache, whole, side, folder=folder, epochs=config.train.epochs)
+    fresh = mode == "disk" and not inspect_cache(whole, side, folder, data.max_pixels)
+    if not fresh:
+        # A cache that fits its files was made from files that could be read.
+        require_readable(whole, max_pixels=data.max_pixels)
+    train, validation = split_validation(whole, data.val_fraction, config.train.seed)
+    tests = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam)
+    say(
+        f"data        {len(train)} training and {len(validation)} validation images "
+        f"({whole.layout}), validation carved from TRAIN"
+    )
+    for note in whole.notes:
+        say(f"            {note}")
+    sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
+    say(f"test sets   {sizes or 'none found'}; they choose nothing and are scored at the end")
+    cache = None
+    if mode == "none":
+        say(f"cache       none: {why}")
+    elif not write and not fresh:
+        say(f"cache       {mode}: {why}; training would decode into it first")
+    else:
+        say(f"cache       {mode}: {why}")
+        cache = open_cache(
+            whole,
+            side,
+            mode=mode,
+            folder=folder,
+            max_pixels=data.max_pixels,
+            strict=data.strict_cache,
+            say=say,
+            track=_track,
+        )
+    on_device = data.augment_on == "device" or (data.augment_on == "auto" and device == "cuda")
+    where = "where the step runs" if on_device else "in the data workers"
+    reason = "as asked" if data.augment_on != "auto" else f"the default on {device}"
+    words = f"augment     {where}: {reason}"
+    if len(sides) > 1:
+        words += f"; training sizes {', '.join(map(str, sides))} px, one a batch"
+    say(words)
+    transform = sample_transform(config)
+    dataset = PairDataset(train, transform, max_pixels=data.max_pixels, cache=cache, raw=on_device)
+    if cache is not None and on_device and data.num_workers is None:
+        workers, reason = 0, "batches are read straight from the cache, a thread ahead of the step"
+    else:
+        seconds = 0.0
+        if data.num_workers is None:
+            seconds = seconds_per_sample(dataset, data.img_size)
+        workers, reason = choose_num_workers(data.num_workers, seconds=seconds, device=device)
+    if workers:
+        method, how = choose_start_method(data.start_method)
+        reason += f"; started by {method} ({how})"
+    say(f"workers     {workers}: {reason}")
+    return Data(train, validation, tests, whole.content_hash(), workers, cache, on_device)
+
+
+def training_sides(data: DataConfig) -> tuple[int, ...]:
+    """Return the sides of the training images, in pixels, multiples of 32, ascending."""
+    if not data.multi_scale:
+        return (data.img_size,)
+    sides = {max(32, round(data.img_size * factor / 32) * 32) for factor in data.multi_scale}
+    return tuple(sorted(sides))
+
+
+def source_side(data: DataConfig) -> int:
+    """Return the side to which pairs are decoded before they are changed."""
+    return data.source_size or max(training_sides(data))
+
+
+def sample_transform(config: Config) -> SampleTransform:
+    """Return how pairs become training samples."""
+    data = config.data
+    return SampleTransform(
+        img_size=data.img_size,
+        augment=data.augment,
+        seed=config.train.seed,
+        source=source_side(data),
+    )
+
+
+def training_loader(config: Config, data: Data, batch_size: int, *, device: str) -> Batches:
+    """Build the training loader for one stage's batch size."""
+    settings = config.data
+    return build_loader(
+        data.train,
+        sample_transform(config),
+        batch_size=batch_size,
+        num_workers=data.num_workers,
+        shuffle=True,
+        seed=config.train.seed,
+        persistent_workers=settings.persistent_workers,
+        prefetch_factor=settings.prefetch_factor,
+        pin_memory=settings.pin_memory and device == "cuda",
+        max_pixels=settings.max_pixels,
+        cache=data.cache,
+        on_device=data.on_device,
+        targets=training_sides(settings),
+        start_method=settings.start_method,
+    )
+
+
+def _track(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    tracked: Iterable[Any] = bar(items, description=description, total=total)
+    return tracked

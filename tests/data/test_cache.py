@@ -1,0 +1,395 @@
+"""The cache is used when it is what it should be, and never otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from camoxpert.config import AugmentConfig
+from camoxpert.data import cache as cache_module
+from camoxpert.data.augment import SampleTransform, square_pair
+from camoxpert.data.cache import (
+    PixelCache,
+    cache_name,
+    choose_cache,
+    default_folder,
+    inspect_cache,
+    open_cache,
+)
+from camoxpert.data.image_io import read_pair
+from camoxpert.data.loader import CacheReader, build_loader, device_batches
+from camoxpert.data.manifest import load_train
+from camoxpert.data.sampler import EpochSampler
+from camoxpert.data.toy import generate_toy
+from camoxpert.errors import DataError
+
+STRONG = AugmentConfig(vflip=0.5, rotate=60, blur=0.3, noise=0.3)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    generate_toy(tmp_path / "data", num_train=20, num_test=0, size=40, seed=0)
+    return tmp_path / "data"
+
+
+def opened(data: Path, folder: Path, *, side: int = 32, mode: str = "disk", **options: object):
+    """Open a cache of ``data``; returns it, the lines said and the number of pairs decoded."""
+    lines: list[str] = []
+    decoded = 0
+
+    def track(items, total, description):
+        nonlocal decoded
+        for item in items:
+            decoded += 1
+            yield item
+
+    manifest = load_train([data])
+    settings = {"mode": mode, "folder": folder, "max_pixels": 10**6} | options
+    found = open_cache(manifest, side, say=lines.append, track=track, **settings)
+    return found, "\n".join(lines), decoded
+
+
+class TestContent:
+    @pytest.mark.parametrize("mode", ["disk", "ram"])
+    def test_rows_are_the_decoded_pairs(self, data: Path, tmp_path: Path, mode) -> None:
+        found, _, decoded = opened(data, tmp_path / "caches", mode=mode)
+        manifest = load_train([data])
+        assert decoded == 20 and found.pixels.shape == (20, 32, 32, 4)
+        for row, pair in zip(found.of(manifest), manifest.pairs, strict=True):
+            expected = square_pair(*read_pair(pair.image, pair.mask), 32)
+            assert np.array_equal(found.pixels[row], expected)
+            assert found.sizes[row].tolist() == [40, 40]
+
+    def test_a_part_of_the_data_finds_its_rows(self, data: Path, tmp_path: Path) -> None:
+        found, _, _ = opened(data, tmp_path)
+        manifest = load_train([data])
+        part = dataclasses.replace(manifest, pairs=manifest.pairs[5:2:-1])
+        assert found.of(part).tolist() == [5, 4, 3]
+
+    def test_the_data_set_is_not_touched(self, data: Path, tmp_path: Path) -> None:
+        before = sorted((str(p), p.stat().st_mtime_ns) for p in data.rglob("*"))
+        opened(data, tmp_path / "caches")
+        assert sorted((str(p), p.stat().st_mtime_ns) for p in data.rglob("*")) == before
+
+    def test_it_travels_to_workers_by_name(self, data: Path, tmp_path: Path) -> None:
+        found, _, _ = opened(data, tmp_path)
+        packed = pickle.dumps(found)
+        assert len(packed) < found.pixels.nbytes / 4
+        assert np.array_equal(pickle.loads(packed).pixels, found.pixels)
+        memory = PixelCache(np.ones((1, 2, 2, 4), np.uint8), np.ones((1, 2)), {})
+        assert np.array_equal(pickle.loads(pickle.dumps(memory)).pixels, memory.pixels)
+
+
+class TestJudgement:
+    def test_miss_then_hit(self, data: Path, tmp_path: Path) -> None:
+        _, said, decoded = opened(data, tmp_path)
+        assert "miss: nothing was built" in said and decoded == 20
+        _, said, decoded = opened(data, tmp_path)
+        assert "hit" in said and decoded == 0
+
+    def test_a_changed_file_is_named(self, data: Path, tmp_path: Path) -> None:
+        opened(data, tmp_path)
+        pair = load_train([data]).pairs[7]
+        os.utime(pair.mask, ns=(1, 1))
+        _, said, decoded = opened(data, tmp_path)
+        assert f"stale: files 1 changed (toy/{pair.name})" in said.replace("data/", "toy/")
+        assert decoded == 20
+        assert "hit" in opened(data, tmp_path)[1]
+
+    def test_new_and_missing_files_are_named(self, data: Path, tmp_path: Path) -> None:
+        opened(data, tmp_path)
+        pair = load_train([data]).pairs[3]
+        pair.image.rename(pair.image.with_name("other" + pair.image.suffix))
+        pair.mask.rename(pair.mask.with_name("other" + pair.mask.suffix))
+        _, said, _ = opened(data, tmp_path)
+        assert "1 new" in said and "1 gone" in said and pair.name in said
+
+    def test_another_size_has_its_own_cache(self, data: Path, tmp_path: Path) -> None:
+        opened(data, tmp_path, side=32)
+        _, said, decoded = opened(data, tmp_path, side=64)
+        assert "miss" in said and decoded == 20
+        assert opened(data, tmp_path, side=32)[2] == 0
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("format", 0), ("max_pixels", 7), ("versions", {"opencv": "1"})]
+    )
+    def test_other_settings_or_code_make_it_stale(self, data, tmp_path, key, value) -> None:
+        found, _, _ = opened(data, tmp_path)
+        table = found.path.parent / "table.json"
+        table.write_text(json.dumps(json.loads(table.read_text()) | {key: value}))
+        _, said, decoded = opened(data, tmp_path)
+        assert "stale" in said and decoded == 20
+
+    @pytest.mark.parametrize(
+        "harm", ["truncate", "flip", "table", "no checksums", "sizes", "vanish", "longer"]
+    )
+    def test_damage_is_found_and_repaired(self, data: Path, tmp_path: Path, harm) -> None:
+        found, _, _ = opened(data, tmp_path)
+        expected = np.array(found.pixels)
+        folder, pixels = found.path.parent, found.path
+        del found
+        if harm == "truncate":
+            os.truncate(pixels, pixels.stat().st_size // 2)
+        elif harm == "longer":
+            os.truncate(pixels, pixels.stat().st_size + 1)
+        elif harm == "flip":
+            content = bytearray(pixels.read_bytes())
+            content[len(content) // 3] ^= 1
+            pixels.write_bytes(content)
+        elif harm == "table":
+            (folder / "table.json").write_text('{"format": ')
+        elif harm == "no checksums":
+            table = json.loads((folder / "table.json").read_text())
+            del table["checksums"]
+            (folder / "table.json").write_text(json.dumps(table))
+        elif harm == "sizes":
+            (folder / "sizes.npy").write_bytes(b"")
+        else:
+            pixels.unlink()
+        again, said, decoded = opened(data, tmp_path)
+        assert "corrupt" in said and decoded == 20
+        assert np.array_equal(again.pixels, expected)
+
+    def test_strict(self, data: Path, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="--strict-cache: there is no cache"):
+            opened(data, tmp_path, strict=True)
+        opened(data, tmp_path)
+        assert "hit" in opened(data, tmp_path, strict=True)[1]
+        os.utime(load_train([data]).pairs[0].image, ns=(1, 1))
+        with pytest.raises(DataError, match="stale"):
+            opened(data, tmp_path, strict=True)
+
+
+class TestBuilding:
+    def test_killed_half_way_it_is_not_used_and_continues(self, data: Path, tmp_path: Path) -> None:
+        script = textwrap.dedent(
+            f"""
+            import os, signal
+            from pathlib import Path
+            from camoxpert.data.cache import open_cache
+            from camoxpert.data.manifest import load_train
+
+            def track(items, total, description):
+                for done, item in enumerate(items):
+                    yield item
+                    if done == 8:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            open_cache(load_train([{str(data)!r}]), 32, mode="disk", folder=Path({str(tmp_path)!r}),
+                       max_pixels=10**6, say=print, track=track)
+            """
+        )
+        done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert "did not finish" in inspect_cache(load_train([data]), 32, tmp_path, 10**6)
+        found, said, decoded = opened(data, tmp_path)
+        assert "9 of 20 pairs are there already" in said and decoded == 11
+        fresh, _, _ = opened(data, tmp_path / "fresh")
+        assert np.array_equal(found.pixels, fresh.pixels)
+        assert np.array_equal(found.sizes, fresh.sizes)
+
+    def test_a_half_built_cache_of_other_files_starts_anew(self, data, tmp_path) -> None:
+        class Stopped(Exception):
+            pass
+
+        def stop_at_second() -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                raise Stopped
+
+        calls: list[int] = []
+        with pytest.raises(Stopped):
+            opened(data, tmp_path, check_stop=stop_at_second)
+        os.utime(load_train([data]).pairs[0].image, ns=(5, 5))
+        _, _, decoded = opened(data, tmp_path)
+        assert decoded == 20
+
+    def test_two_processes_build_it_once(self, data: Path, tmp_path: Path) -> None:
+        script = textwrap.dedent(
+            f"""
+            import time
+            from pathlib import Path
+            from camoxpert.data.cache import open_cache
+            from camoxpert.data.manifest import load_train
+
+            def track(items, total, description):
+                for item in items:
+                    print("decoded", item, flush=True)
+                    time.sleep(0.1)
+                    yield item
+
+            open_cache(load_train([{str(data)!r}]), 32, mode="disk", folder=Path({str(tmp_path)!r}),
+                       max_pixels=10**6, say=print, track=track)
+            """
+        )
+        command = [sys.executable, "-c", script]
+        first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        time.sleep(0.05)
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        said = [process.communicate(timeout=60)[0] for process in (first, second)]
+        assert sum(text.count("decoded ") for text in said) == 20
+        assert (first.returncode, second.returncode) == (0, 0)
+
+    def test_every_unreadable_file_is_named(self, data: Path, tmp_path: Path) -> None:
+        pairs = load_train([data]).pairs
+        pairs[4].image.write_bytes(b"")
+        pairs[9].mask.write_bytes(b"<html>")
+        with pytest.raises(DataError, match="2 files cannot be decoded") as caught:
+            opened(data, tmp_path)
+        assert pairs[4].image.name in str(caught.value) and pairs[9].mask.name in str(caught.value)
+        assert "did not finish" in inspect_cache(load_train([data]), 32, tmp_path, 10**6)
+
+    def test_a_full_disk_is_known_before_writing(self, data, tmp_path, monkeypatch) -> None:
+        monkeypatch.setattr(cache_module, "free_disk", lambda folder: 1000)
+        with pytest.raises(DataError, match=r"GB free\. Give another folder with --cache-dir"):
+            opened(data, tmp_path)
+        assert not list(tmp_path.glob("*/pixels.u8"))
+
+    def test_a_folder_that_cannot_be_written(self, data: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(DataError, match=r"cannot be written"):
+            opened(data, tmp_path / "file")
+
+
+class TestChoice:
+    def choose(self, monkeypatch, *, disk: int | None, memory: int | None, epochs: int = 5, **k):
+        monkeypatch.setattr(cache_module, "free_disk", lambda folder: disk)
+        monkeypatch.setattr(cache_module, "available_memory", lambda: memory)
+        manifest = k.pop("manifest")
+        return choose_cache("auto", manifest, 32, folder=Path("x"), epochs=epochs)
+
+    def test_auto(self, data: Path, monkeypatch) -> None:
+        manifest = load_train([data])
+        much = 1 << 40
+        for disk, memory, expected in (
+            (much, much, "disk"),
+            (1000, much, "ram"),
+            (None, much, "ram"),
+            (1000, 1000, "none"),
+            (None, None, "none"),
+        ):
+            found = self.choose(monkeypatch, disk=disk, memory=memory, manifest=manifest)
+            assert found[0] == expected and found[1]
+        one = self.choose(monkeypatch, disk=much, memory=much, epochs=1, manifest=manifest)
+        assert one[0] == "none"
+        assert choose_cache("ram", manifest, 32, folder=Path("x"), epochs=1)[0] == "ram"
+
+    def test_names_tell_data_and_size(self, data: Path) -> None:
+        manifest = load_train([data])
+        assert cache_name(manifest, 32) != cache_name(manifest, 64)
+        assert "-32-" in cache_name(manifest, 32)
+
+    def test_the_folder(self, monkeypatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("CAMOXPERT_CACHE", str(tmp_path))
+        assert default_folder() == tmp_path
+        monkeypatch.delenv("CAMOXPERT_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+        assert default_folder() == Path("/elsewhere/camoxpert")
+
+
+def contents(loader, epoch: int, start: int = 0) -> list[bytes]:
+    loader.set_epoch(epoch, start_batch=start)
+    return [
+        batch.images.numpy().tobytes() + batch.masks.numpy().tobytes() + repr(batch.names).encode()
+        for batch, _ in device_batches(loader, torch.device("cpu"))
+    ]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_samples_are_the_same_bit_for_bit_however_they_are_read(data, tmp_path, on_device) -> None:
+    """Cached on disk or in memory or not at all, 0 to 4 workers, kept or not, resumed or not."""
+    manifest = load_train([data])
+    caches = {mode: opened(data, tmp_path, mode=mode, side=48)[0] for mode in ("disk", "ram")}
+
+    def loader(cache: str, workers: int, **options: object):
+        return build_loader(
+            manifest,
+            SampleTransform(img_size=32, augment=STRONG, seed=1, source=48),
+            batch_size=8,
+            num_workers=workers,
+            shuffle=True,
+            seed=1,
+            cache=caches.get(cache),
+            on_device=on_device,
+            targets=(32, 64),
+            **options,
+        )
+
+    plain = loader("none", 0)
+    expected = [contents(plain, epoch) for epoch in range(3)]
+    assert len({len(batch) for epoch in expected for batch in epoch}) > 2, "several sizes"
+    for cache, workers, options in (
+        ("none", 1, {}),
+        ("disk", 0, {}),
+        ("disk", 1, {"persistent_workers": False}),
+        ("disk", 4, {}),
+        ("ram", 0, {}),
+        ("ram", 1, {}),
+        ("disk", 1, {"start_method": "spawn"}),
+    ):
+        read = loader(cache, workers, **options)
+        assert isinstance(read, CacheReader) == (on_device and workers == 0)
+        assert [contents(read, epoch) for epoch in range(2)] == expected[:2]
+        assert contents(read, 2, start=1) == expected[2][1:], "resumed in the middle of an epoch"
+        read.close()
+
+
+def test_a_reader_that_is_left_early_ends_its_thread(data: Path, tmp_path: Path) -> None:
+    import threading
+
+    found, _, _ = opened(data, tmp_path)
+    sampler = EpochSampler(20, seed=0, shuffle=True, batch_size=2, targets=(32,))
+    transform = SampleTransform(img_size=32, augment=None, seed=0)
+    reader = CacheReader(load_train([data]), found, sampler, transform)
+    before = threading.active_count()
+    iterator = iter(reader)
+    next(iterator)
+    assert threading.active_count() == before + 1
+    iterator.close()
+    assert threading.active_count() == before
+    assert len(list(reader)) == len(reader) == 10
+
+
+def test_training_is_the_same_with_and_without_it(train, tmp_path: Path) -> None:
+    weights = []
+    for mode in ("none", "disk", "disk", "ram"):
+        name = f"{mode}-{len(weights)}"
+        words = ["--cache", mode, "--run-name", name, "--epochs", "2", "--no-test", "--no-report"]
+        assert train(*words, "--cache-dir", str(tmp_path / "caches")) == 0
+        path = tmp_path / name / "checkpoints" / "best.pt"
+        weights.append(torch.load(path, weights_only=True)["model"])
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+
+
+def test_what_is_said_at_the_start(train, tmp_path: Path, capsys) -> None:
+    words = ["--cache", "disk", "--cache-dir", str(tmp_path / "c"), "--no-test", "--no-report"]
+    assert train(*words, "--dry-run") == 0
+    assert "training would decode into it first" in capsys.readouterr().out
+    assert not (tmp_path / "c").exists(), "a dry run writes nothing"
+    assert train(*words, "--epochs", "2", "--strict-cache") == 3
+    assert "--strict-cache" in capsys.readouterr().err
+    assert train(*words, "--epochs", "2") == 0
+    assert "miss: nothing was built" in capsys.readouterr().out
+    assert train(*words, "--epochs", "3", "--strict-cache") == 0
+    assert "hit" in capsys.readouterr().out
+    assert train("--strict-cache", "--cache", "none") == 2
+
+
+def test_training_on_device_changes_and_several_sizes(train, capsys) -> None:
+    words = ["--augment-on", "device", "--multi-scale", "1.0", "2.0", "--epochs", "2"]
+    assert train(*words, "--no-test", "--no-report") == 0
+    said = capsys.readouterr().out
+    assert "where the step runs: as asked; training sizes 32, 64 px" in said

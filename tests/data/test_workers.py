@@ -1,0 +1,38 @@
+"""How many data workers, and why."""
+
+import pytest
+
+from camoxpert.data import workers
+from camoxpert.data.workers import choose_num_workers, choose_start_method
+
+
+@pytest.mark.parametrize(
+    ("cores", "seconds", "device", "expected"),
+    [
+        (8, 4e-3, "cuda", 8),
+        (64, 4e-3, "cuda", 8),
+        (64, 1e-3, "cuda", 2),
+        (8, 4e-3, "cpu", 1),
+        (8, 2e-2, "cpu", 4),
+        (8, 1e-4, "cuda", 0),
+        (1, 4e-3, "cuda", 0),
+    ],
+)
+def test_as_many_as_the_measured_sample_asks_for(
+    monkeypatch, cores, seconds, device, expected
+) -> None:
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    found, why = choose_num_workers(None, seconds=seconds, device=device)
+    assert found == expected
+    assert cores == 1 or "a sample takes" in why
+
+
+def test_as_asked() -> None:
+    assert choose_num_workers(3, seconds=1.0) == (3, "as asked")
+    assert choose_start_method("spawn") == ("spawn", "as asked")
+
+
+def test_the_start_method_of_this_platform(monkeypatch) -> None:
+    assert choose_start_method("auto")[0] in ("fork", "spawn")
+    monkeypatch.setattr(workers.sys, "platform", "darwin")
+    assert choose_start_method("auto")[0] == "spawn"
