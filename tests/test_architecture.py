@@ -14,9 +14,10 @@ ALLOWED = {
     **{leaf: {"config", "errors"} for leaf in LEAVES},
     "observe": {"config", "errors"},
     "training": {"observe", *LEAVES, "config", "errors"},
+    "doctor": {*LEAVES, "config", "errors"},
     "inference": {"training", "observe", *LEAVES, "config", "errors"},
     "benchmark": {"inference", "training", "observe", *LEAVES, "config", "errors"},
-    "cli": {"benchmark", "inference", "training", "observe", *LEAVES, "config", "errors"},
+    "cli": {"doctor", "benchmark", "inference", "training", "observe", *LEAVES, "config", "errors"},
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from camoxpert.benchmark import moe, train
+from camoxpert.benchmark import data, moe, train
 from camoxpert.cli import main
 from camoxpert.config import build_config
 
@@ -111,6 +111,17 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
             rounds=rounds,
         ),
     }
+    result["data"] = data.run(
+        device=device,
+        images=16 if smoke else 64,
+        height=96 if smoke else 768,
+        width=128 if smoke else 1024,
+        img_size=64 if smoke else 352,
+        batch_size=8 if smoke else 32,
+        num_workers=2 if smoke else 8,
+        rounds=1 if smoke else 5,
+        needed=result["step"]["images_per_second"],
+    )
     with tempfile.TemporaryDirectory() as folder:
         result["training"] = short_training(Path(folder), smoke=smoke)
     output.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--layout", default="auto", help="name of a known layout [auto]")
     model.add_argument(
+        "--clean-list", default="", metavar="FILE", help="CSV of images to leave out (see doctor)"
+    )
+    model.add_argument(
         "--split", choices=("test", "train"), default="test", help="which split of DIR [test]"
     )
     model.add_argument(
@@ -138,7 +141,15 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     return 0
 
 
-OF_CHECKPOINTS = ("--data", "--layout", "--split", "--batch-size", "--device", "--precision")
+OF_CHECKPOINTS = (
+    "--data",
+    "--layout",
+    "--split",
+    "--clean-list",
+    "--batch-size",
+    "--device",
+    "--precision",
+)
 OF_MAPS = (
     *("--images", "--allow-missing", "--allow-extra", "--resize", "--gt-threshold", "--measures"),
 )
@@ -264,7 +275,12 @@ def _checkpoint(
     options: argparse.Namespace, typed: Sequence[str], check_stop: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], Path]:
     """Score a checkpoint on data sets."""
-    from camoxpert.data.manifest import Manifest, find_test_sets, load_eval
+    from camoxpert.data.manifest import (
+        Manifest,
+        find_test_sets,
+        load_eval,
+        read_clean_list,
+    )
     from camoxpert.inference.evaluate import evaluate_set
     from camoxpert.inference.predictor import load_predictor
     from camoxpert.inference.results import write_tables
@@ -273,12 +289,17 @@ def _checkpoint(
     predictor = load_predictor(
         Path(options.checkpoint), device=options.device, precision=options.precision
     )
+    clean = read_clean_list(options.clean_list)
     sets: dict[str, Manifest]
     if options.data:
         sets = {}
         for path in options.data:
             found = load_eval(
-                path, layout=options.layout, noncam=options.noncam, split=options.split
+                path,
+                layout=options.layout,
+                noncam=options.noncam,
+                split=options.split,
+                clean=clean,
             )
             for name, manifest in found.items():
                 if name in sets:
@@ -288,7 +309,7 @@ def _checkpoint(
                 sets[name] = manifest
     else:
         data = predictor.config.data
-        sets = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam)
+        sets = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam, clean=clean)
         if not sets:
             raise DataError("The run's data has no test set beside it. Give one with --data DIR.")
     file = predictor.checkpoint.path

@@ -75,6 +75,11 @@ class DataConfig:
         flag="--noncam",
         choices=("exclude", "include"),
     )
+    clean_list: str = setting(
+        "",
+        "CSV of images to leave out (columns dataset, split, name), as doctor writes it",
+        flag="--clean-list",
+    )
     val_fraction: float = setting(
         0.1,
         "share of TRAIN set aside to choose the best checkpoint; test sets never choose anything. "

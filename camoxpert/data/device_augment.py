@@ -76,8 +76,7 @@ def _flip(planes_BCHW: Tensor, flips: Sequence[tuple[bool, bool] | None]) -> Ten
     for axis, dim in ((0, 3), (1, 2)):
         chosen = [i for i, flip in enumerate(flips) if flip is not None and flip[axis]]
         if chosen:
-            where = torch.tensor([i in chosen for i in range(len(flips))])
-            where = where.to(planes_BCHW.device, non_blocking=True)
+            where = _upload(np.array([i in chosen for i in range(len(flips))]), planes_BCHW) > 0
             planes_BCHW = torch.where(
                 where[:, None, None, None], planes_BCHW.flip(dim), planes_BCHW
             )

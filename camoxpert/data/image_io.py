@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from camoxpert.data.mask_rule import binary_mask, mask_levels
+from camoxpert.data.mask_rule import binary_mask, encoding_of, mask_levels
 from camoxpert.errors import DataError
 
 MAX_PIXELS = 50_000_000
@@ -83,6 +83,7 @@ def read_image(
     max_pixels: int = MAX_PIXELS,
     apply_orientation: bool = True,
     at_least: int | None = None,
+    strict: bool = False,
 ) -> np.ndarray:
     """Decode an image to RGB.
 
@@ -96,6 +97,7 @@ def read_image(
         at_least: the caller will shrink the image to this side: a JPEG may be decoded to a half, a
             quarter or an eighth of its size, as long as no side gets shorter than that. The decoder
             averages, as shrinking would.
+        strict: let the decoder that checks most decode, though it is slower.
 
     Returns:
         uint8 (H, W, 3); smaller by a power of two where ``at_least`` allows it.
@@ -106,7 +108,8 @@ def read_image(
     path = Path(path)
     with _open(path, max_pixels) as image:
         orientation = _header(image, path).orientation if apply_orientation else 1
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
+        quick = image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1
+        if quick and not strict:
             pixels = _decode_jpeg(path, _reduction(min(image.size), at_least))
             if pixels is not None:
                 return pixels
@@ -128,11 +131,25 @@ def read_mask(
     Raises:
         DataError: unreadable, or not a mask (a grey photograph, say).
     """
-    path = Path(path)
+    return _read_mask(Path(path), max_pixels, apply_orientation)[0]
+
+
+def read_mask_as(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = True
+) -> tuple[np.ndarray, str]:
+    """Decode a binary mask as ``read_mask`` does, and name how the file stores it."""
+    mask, loaded = _read_mask(Path(path), max_pixels, apply_orientation)
+    return mask, encoding_of(loaded, Path(path))
+
+
+def _read_mask(
+    path: Path, max_pixels: int, apply_orientation: bool
+) -> tuple[np.ndarray, Image.Image]:
     with _open(path, max_pixels) as image:
         orientation = _header(image, path).orientation if apply_orientation else 1
-        mask = binary_mask(_load(image, path), path)
-        return np.ascontiguousarray(_upright(Image.fromarray(mask), orientation))
+        loaded = _load(image, path)
+        mask = binary_mask(loaded, path)
+        return np.ascontiguousarray(_upright(Image.fromarray(mask), orientation)), loaded
 
 
 def read_levels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -8,7 +8,7 @@ import hashlib
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +78,11 @@ class Manifest:
 
 
 def load_train(
-    roots: Sequence[str | Path], *, layout: str = "auto", noncam: str = "exclude"
+    roots: Sequence[str | Path],
+    *,
+    layout: str = "auto",
+    noncam: str = "exclude",
+    clean: CleanList | None = None,
 ) -> Manifest:
     """Find the training pairs of one or more data sets.
 
@@ -86,6 +90,7 @@ def load_train(
         roots: folders or CSV files.
         layout: name of a known layout, or auto.
         noncam: exclude or include COD10K images without a camouflaged object.
+        clean: pairs to leave out, as ``read_clean_list`` gives them.
 
     Raises:
         DataError: nothing found, unknown layout, missing masks, doubled names.
@@ -100,24 +105,33 @@ def load_train(
         if not chosen:
             names = ", ".join(sorted({m.split for m in splits}))
             raise DataError(f"{root} has no training split (found: {names}).")
-        manifests += chosen
+        manifests += [without(m, clean or {}) for m in chosen]
     return concat(manifests)
 
 
 def find_test_sets(
-    roots: Sequence[str | Path], *, layout: str = "auto", noncam: str = "exclude"
+    roots: Sequence[str | Path],
+    *,
+    layout: str = "auto",
+    noncam: str = "exclude",
+    clean: CleanList | None = None,
 ) -> dict[str, Manifest]:
     """Return the test sets that come with training data, by name; {} where there are none."""
     sets: dict[str, Manifest] = {}
     for root in roots:
         for manifest in _read(Path(root), layout, noncam):
             if manifest.split == "test":
-                sets[_free_name(manifest.dataset, sets)] = manifest
+                sets[_free_name(manifest.dataset, sets)] = without(manifest, clean or {})
     return sets
 
 
 def load_eval(
-    path: str | Path, *, layout: str = "auto", noncam: str = "exclude", split: str = "test"
+    path: str | Path,
+    *,
+    layout: str = "auto",
+    noncam: str = "exclude",
+    split: str = "test",
+    clean: CleanList | None = None,
 ) -> dict[str, Manifest]:
     """Return what to score of a data set: its test sets, or all of it where it has no splits."""
     splits = _read(Path(path), layout, noncam)
@@ -127,7 +141,7 @@ def load_eval(
         raise DataError(f"{path} has no {split} split (found: {names}). --split chooses another.")
     sets: dict[str, Manifest] = {}
     for manifest in chosen:
-        sets[_free_name(manifest.dataset, sets)] = manifest
+        sets[_free_name(manifest.dataset, sets)] = without(manifest, clean or {})
     return sets
 
 
@@ -234,58 +248,153 @@ def _read(root: Path, layout: str, noncam: str) -> list[Manifest]:
             "is a folder with Imgs/ and GT/, one mask per image with the same name."
         )
     row, _, found = recognised
-    return [_pair_up(source, row.name, noncam) for source in found]
+    return [_manifest_of(pair_files(source, row.name, noncam)) for source in found]
 
 
-def _pair_up(found: Found, layout: str, noncam: str) -> Manifest:
-    images, masks = _by_stem(found.images), _by_stem(found.masks)
-    where = f"{found.images} and {found.masks}"
-    if not images:
-        raise DataError(f"{found.images} holds no images.")
+@dataclass(frozen=True)
+class Pairing:
+    """What two folders hold, matched by name; nothing is judged yet.
+
+    Attributes:
+        found: the folders.
+        layout: name of the layout.
+        pairs: images with a mask, by name.
+        missing: stems of images without a mask.
+        unused: stems of masks without an image.
+        doubled: files of one folder that share a stem.
+        left_out: images without a camouflaged object, excluded on purpose.
+    """
+
+    found: Found
+    layout: str
+    pairs: tuple[Pair, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    doubled: tuple[tuple[Path, Path], ...]
+    left_out: int
+
+
+def pair_files(found: Found, layout: str, noncam: str = "exclude") -> Pairing:
+    """Match the images and masks of two folders by name."""
+    images, doubled = _by_stem(found.images)
+    masks, doubled_masks = _by_stem(found.masks)
     kept = {s: p for s, p in images.items() if noncam == "include" or not is_noncam(s)}
-    left_out = len(images) - len(kept)
-    notes = []
-    if left_out:
-        notes.append(
-            f"{found.dataset} {found.source.split}: {left_out} images without a camouflaged object "
-            f"are left out "
-            "(--noncam include keeps them)"
-        )
-    if not kept:
-        raise DataError(f"{found.images}: all {left_out} images are NonCAM; see --noncam include.")
     of_image = {stem: found.source.mask_stem(stem) for stem in kept}
-    missing = [stem for stem, mask in of_image.items() if mask not in masks]
     unused = sorted(set(masks) - {found.source.mask_stem(stem) for stem in images})
-    if missing:
-        hint = f" {len(unused)} masks have no image, for example {unused[0]}." if unused else ""
-        raise DataError(
-            f"{len(missing)} of {len(kept)} images have no mask ({where}): {_some(missing)}.{hint} "
-            f"A mask has "
-            "its image's name; add the masks or take the images out."
-        )
-    if unused and not found.source.shared_masks:
-        notes.append(
-            f"{found.dataset}: {len(unused)} masks have no image ({_some(unused)}); unused"
-        )
     pairs = tuple(
         Pair(stem, path, masks[of_image[stem]], found.dataset, class_of(stem))
         for stem, path in sorted(kept.items())
+        if of_image[stem] in masks
     )
-    return Manifest(pairs, found.dataset, found.source.split, layout, left_out, tuple(notes))
+    return Pairing(
+        found,
+        layout,
+        pairs,
+        tuple(stem for stem, mask in of_image.items() if mask not in masks),
+        () if found.source.shared_masks else tuple(unused),
+        (*doubled, *doubled_masks),
+        len(images) - len(kept),
+    )
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _manifest_of(pairing: Pairing) -> Manifest:
+    """Judge a pairing: what is missing or doubled is an error, what is unused a note."""
+    found = pairing.found
+    if pairing.doubled:
+        first, second = pairing.doubled[0]
+        raise DataError(
+            f"{first} and {second} have the same name; which one is meant? Remove one of them."
+        )
+    missing, unused = pairing.missing, pairing.unused
+    total = len(pairing.pairs) + len(missing)
+    if not total and pairing.left_out:
+        raise DataError(
+            f"{found.images}: all {pairing.left_out} images are NonCAM; see --noncam include."
+        )
+    if not total:
+        raise DataError(f"{found.images} holds no images.")
+    notes = []
+    if pairing.left_out:
+        notes.append(
+            f"{found.dataset} {found.source.split}: {pairing.left_out} images without a "
+            f"camouflaged "
+            f"object are left out (--noncam include keeps them)"
+        )
+    if missing:
+        hint = f" {len(unused)} masks have no image, for example {unused[0]}." if unused else ""
+        raise DataError(
+            f"{len(missing)} of {total} images have no mask ({found.images} and {found.masks}): "
+            f"{_some(missing)}.{hint} A mask has its image's name; add the masks or take the "
+            f"images "
+            f"out."
+        )
+    if unused:
+        notes.append(
+            f"{found.dataset}: {len(unused)} masks have no image ({_some(unused)}); unused"
+        )
+    return Manifest(
+        pairing.pairs,
+        found.dataset,
+        found.source.split,
+        pairing.layout,
+        pairing.left_out,
+        tuple(notes),
+    )
+
+
+def _by_stem(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
     files: dict[str, Path] = {}
+    doubled = []
     for path in image_files(folder):
         # macOS writes decomposed accents: the same name must compare equal.
         stem = unicodedata.normalize("NFC", path.stem)
         if stem in files:
-            raise DataError(
-                f"{files[stem]} and {path} have the same name; which one is meant? Remove one of "
-                f"them."
-            )
-        files[stem] = path
-    return files
+            doubled.append((files[stem], path))
+        files.setdefault(stem, path)
+    return files, doubled
+
+
+CleanList = Mapping[tuple[str, str, str], str]
+
+
+def without(manifest: Manifest, unwanted: CleanList) -> Manifest:
+    """Leave out the pairs (data set, split, name) of a clean list, and say how many."""
+    kept = tuple(
+        pair for pair in manifest.pairs if (pair.dataset, manifest.split, pair.name) not in unwanted
+    )
+    gone = len(manifest) - len(kept)
+    if not gone:
+        return manifest
+    note = f"{manifest.dataset} {manifest.split}: {gone} images left out by the clean list"
+    return replace(
+        manifest,
+        pairs=kept,
+        excluded=manifest.excluded + gone,
+        notes=(*manifest.notes, note),
+    )
+
+
+def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
+    """Read a clean list (columns dataset, split, name and, optional, reason): what to leave out,
+    and
+    why. An empty path is an empty list.
+
+    Raises:
+        DataError: no such file, or other columns.
+    """
+    if not str(path):
+        return {}
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"--clean-list: there is no file {path}. `camoxpert doctor` writes one.")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        if not {"dataset", "split", "name"} <= set(columns):
+            raise DataError(f"{path} needs the columns dataset, split and name; it has {columns}.")
+        return {
+            (row["dataset"], row["split"], row["name"]): row.get("reason") or "" for row in reader
+        }
 
 
 def _read_csv(path: Path) -> list[Manifest]:

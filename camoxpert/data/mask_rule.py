@@ -160,3 +160,28 @@ def _refusal(values: np.ndarray, between: float, path: Path) -> str:
         "are neither dark nor bright. Is it a photograph or a label map? Masks hold 0 and 255, or "
         "0 and 1."
     )
+
+
+def encoding_of(image: Image.Image, path: Path) -> str:
+    """Name how a loaded picture stores its mask, in words for a table."""
+    if image.mode == "1":
+        return "1-bit"
+    if image.mode == "P":
+        return "palette"
+    if image.mode.startswith(("I", "F")):
+        return "16-bit" if image.mode.startswith("I") else "floating point"
+    if image.format == "JPEG":
+        return "JPEG"
+    if image.mode in ("RGBA", "LA"):
+        planes = np.asarray(image.convert("RGBA"))
+        if planes[..., :3].min() == planes[..., :3].max():
+            return "alpha"
+    levels = mask_levels(image, path)
+    if levels.dtype != np.uint8:
+        return "16-bit"
+    used = np.flatnonzero(cv2.calcHist([levels], [0], None, [256], [0, 256])[:, 0])
+    if len(used) > 2:
+        return "grey outline"
+    colour = "" if image.mode == "L" else " in colour"
+    low, high = (int(used[0]), int(used[-1]))
+    return (f"all {low}" if low == high else f"{low}/{high}") + colour

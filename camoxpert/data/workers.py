@@ -20,6 +20,8 @@ MAX_WORKERS = 8
 WANTED_RATE = {"cuda": 2000.0, "cpu": 200.0}
 # A sample that is ready sooner costs more to hand over than to make.
 HAND_OVER_SECONDS = 2e-4
+# Of the free shared memory that batches may wait in.
+SHARED_MEMORY_SHARE = 0.5
 
 
 def choose_num_workers(
@@ -43,6 +45,30 @@ def choose_num_workers(
     rate = WANTED_RATE.get(device, WANTED_RATE["cpu"])
     workers = max(1, min(cores, MAX_WORKERS, math.ceil(rate * seconds)))
     return workers, f"{made}; {workers} of {cores} cores make {workers / seconds:.0f} images/s"
+
+
+def choose_prefetch(
+    wanted: int, *, num_workers: int, batch_bytes: int, shared: int | None
+) -> tuple[int, str]:
+    """Return the batches each worker prepares ahead, and why where they are fewer than asked for.
+
+    They wait in shared memory, of which containers have little: a worker that fills it dies.
+
+    Args:
+        wanted: as the settings say.
+        num_workers, batch_bytes: what is prepared.
+        shared: free bytes of shared memory; None where there is no limit.
+    """
+    if not num_workers or shared is None:
+        return wanted, ""
+    fitting = int(SHARED_MEMORY_SHARE * shared / max(1, num_workers * batch_bytes))
+    if fitting >= wanted:
+        return wanted, ""
+    return max(1, fitting), (
+        f"{max(1, fitting)} batches ahead instead of {wanted}: {shared / 1e6:.0f} MB of shared "
+        f"memory "
+        f"are free"
+    )
 
 
 def choose_start_method(wanted: str) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from camoxpert.observe import plots
+from camoxpert.observe.pages import write_html
 from camoxpert.observe.report import chart
-from camoxpert.observe.report_style import STYLE
 from camoxpert.observe.tables import LOWER_IS_BETTER, best_values, format_value
 
 EXPLAINED = {
@@ -40,17 +40,7 @@ def write_page(path: Path, summary: Mapping[str, Any], keys: Sequence[str]) -> P
         *(_gallery(path.parent, name, summary) for name in datasets),
         _repeat(summary),
     ]
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>CamoXpert evaluation</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(page.encode("utf-8", "replace"))
-    temporary.replace(path)
-    return path
+    return write_html(path, "CamoXpert evaluation", sections)
 
 
 def _header(results: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> str:

@@ -231,6 +231,18 @@ def plot_phases(phases: Mapping[str, float]) -> bytes:
     return _png(figure)
 
 
+def plot_counts(histograms: Mapping[str, Mapping[str, int]]) -> bytes:
+    """Draw counts by name as bars, one axis per histogram; the 16 largest of each."""
+    figure, axes = _figure(len(histograms))
+    for axis, (title, counts) in zip(axes, histograms.items(), strict=True):
+        names = list(counts)
+        if len(names) > 16:
+            names = sorted(names, key=lambda name: -counts[name])[:16]
+        axis.barh(names[::-1], [counts[name] for name in names][::-1], color=COLOURS[0])
+        axis.set_title(title)
+    return _png(figure)
+
+
 def _figure(columns: int, *, width: float = 8.4, height: float = 2.9) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 

@@ -18,7 +18,7 @@ from typing import Any
 from camoxpert.config import changed_settings, config_from_dict, get_setting, leaves, read_yaml
 from camoxpert.errors import ConfigError
 from camoxpert.observe import plots
-from camoxpert.observe.report_style import STYLE
+from camoxpert.observe.pages import write_html
 from camoxpert.observe.runlog import read_jsonl
 from camoxpert.observe.tables import LOWER_IS_BETTER
 
@@ -54,17 +54,7 @@ def write_report(run_dir: Path) -> Path:
         _settings(run_dir),
         _repeat(info),
     ]
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(run_dir.name)}: CamoXpert report</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
-    path = run_dir / "report.html"
-    temporary = run_dir / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_html(run_dir / "report.html", f"{run_dir.name}: CamoXpert report", sections)
 
 
 def _header(

@@ -3,7 +3,8 @@ workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,24 @@ from camoxpert.data.cache import (
     inspect_cache,
     open_cache,
 )
+from camoxpert.data.image_io import read_mask_as
+from camoxpert.data.inspect import identical_files
 from camoxpert.data.loader import Batches, PairDataset, build_loader, seconds_per_sample
 from camoxpert.data.manifest import (
     Manifest,
     find_test_sets,
     load_train,
+    read_clean_list,
     require_readable,
     split_validation,
 )
-from camoxpert.data.workers import choose_num_workers, choose_start_method
+from camoxpert.data.resources import free_shared_memory
+from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
 from camoxpert.observe.progress import bar
+from camoxpert.training.memory import effective_batch
 
 Say = Callable[[str], None]
+MASKS_LOOKED_AT = 16
 
 
 @dataclass
@@ -42,6 +49,7 @@ class Data:
         num_workers: data worker processes.
         cache: decoded pairs of train and validation, or None.
         on_device: samples are changed where the step runs.
+        prefetch: batches each worker prepares ahead.
     """
 
     train: Manifest
@@ -51,6 +59,7 @@ class Data:
     num_workers: int
     cache: PixelCache | None = None
     on_device: bool = False
+    prefetch: int = 2
 
 
 def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = True) -> Data:
@@ -66,7 +75,8 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
         DataError: anything wrong with the data or its cache.
     """
     data = config.data
-    whole = load_train(data.roots, layout=data.layout, noncam=data.noncam)
+    clean = read_clean_list(data.clean_list)
+    whole = load_train(data.roots, layout=data.layout, noncam=data.noncam, clean=clean)
     sides = training_sides(data)
     side = source_side(data)
     folder = Path(data.cache_dir) if data.cache_dir else default_folder()
@@ -76,7 +86,7 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
         # A cache that fits its files was made from files that could be read.
         require_readable(whole, max_pixels=data.max_pixels)
     train, validation = split_validation(whole, data.val_fraction, config.train.seed)
-    tests = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam)
+    tests = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam, clean=clean)
     say(
         f"data        {len(train)} training and {len(validation)} validation images "
         f"({whole.layout}), validation carved from TRAIN"
@@ -85,6 +95,8 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
         say(f"            {note}")
     sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
     say(f"test sets   {sizes or 'none found'}; they choose nothing and are scored at the end")
+    for line in quick_checks(train, validation, tests):
+        say(line)
     cache = None
     if mode == "none":
         say(f"cache       none: {why}")
@@ -121,8 +133,36 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
     if workers:
         method, how = choose_start_method(data.start_method)
         reason += f"; started by {method} ({how})"
-    say(f"workers     {workers}: {reason}")
-    return Data(train, validation, tests, whole.content_hash(), workers, cache, on_device)
+    prefetch, fewer = choose_prefetch(
+        data.prefetch_factor,
+        num_workers=workers,
+        batch_bytes=(config.train.batch_size or effective_batch(config.train))
+        * max(sides) ** 2
+        * 4,
+        shared=free_shared_memory(),
+    )
+    say(f"workers     {workers}: {reason}" + (f"; {fewer}" if fewer else ""))
+    return Data(train, validation, tests, whole.content_hash(), workers, cache, on_device, prefetch)
+
+
+def quick_checks(train: Manifest, validation: Manifest, tests: Mapping[str, Manifest]) -> list[str]:
+    """Return what the cheap part of ``doctor`` says: how masks are stored, and identical images
+    between the splits."""
+    looked_at = train.pairs[:: max(1, len(train) // MASKS_LOOKED_AT)][:MASKS_LOOKED_AT]
+    kinds = Counter(read_mask_as(pair.mask)[1] for pair in looked_at)
+    words = ", ".join(kind for kind, _ in kinds.most_common())
+    lines = [f"masks       stored as {words} ({len(looked_at)} looked at)"]
+    parts = {"training": train, "validation": validation, **tests}
+    items = [(pair.image, part) for part, manifest in parts.items() for pair in manifest.pairs]
+    across = [(a, b) for a, b in identical_files(items) if items[a][1] != items[b][1]]
+    if across:
+        a, b = across[0]
+        lines.append(
+            f"warning     identical images in different splits: {len(across)}, for example "
+            f"{items[a][0].name} ({items[a][1]}) and {items[b][0].name} ({items[b][1]}); "
+            f"`camoxpert doctor` writes a --clean-list"
+        )
+    return lines
 
 
 def training_sides(data: DataConfig) -> tuple[int, ...]:
@@ -160,7 +200,7 @@ def training_loader(config: Config, data: Data, batch_size: int, *, device: str)
         shuffle=True,
         seed=config.train.seed,
         persistent_workers=settings.persistent_workers,
-        prefetch_factor=settings.prefetch_factor,
+        prefetch_factor=data.prefetch,
         pin_memory=settings.pin_memory and device == "cuda",
         max_pixels=settings.max_pixels,
         cache=data.cache,

@@ -3,7 +3,7 @@
 import pytest
 
 from camoxpert.data import workers
-from camoxpert.data.workers import choose_num_workers, choose_start_method
+from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,13 @@ def test_the_start_method_of_this_platform(monkeypatch) -> None:
     assert choose_start_method("auto")[0] in ("fork", "spawn")
     monkeypatch.setattr(workers.sys, "platform", "darwin")
     assert choose_start_method("auto")[0] == "spawn"
+
+
+def test_batches_ahead_fit_into_shared_memory() -> None:
+    options = {"num_workers": 2, "batch_bytes": 10}
+    assert choose_prefetch(4, shared=None, **options) == (4, "")
+    assert choose_prefetch(4, shared=160, **options) == (4, "")
+    fewer, why = choose_prefetch(4, shared=159, **options)
+    assert fewer == 3 and "3 batches ahead instead of 4" in why
+    assert choose_prefetch(4, shared=1, **options)[0] == 1
+    assert choose_prefetch(4, num_workers=0, batch_bytes=10, shared=1) == (4, "")

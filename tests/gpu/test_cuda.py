@@ -3,10 +3,18 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
-from camoxpert.config import build_config
+from camoxpert.config import AugmentConfig, build_config
+from camoxpert.data.augment import SampleTransform
+from camoxpert.data.cache import open_cache
+from camoxpert.data.device_augment import apply_draws
+from camoxpert.data.draw import draw
+from camoxpert.data.loader import build_loader, device_batches
+from camoxpert.data.manifest import load_train
+from camoxpert.data.toy import generate_toy
 from camoxpert.losses import total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.moe import DISPATCH, MoE
@@ -162,3 +170,54 @@ def test_the_micro_batch_follows_the_free_memory() -> None:
     del ballast
     assert 1 <= chosen.size < 32 and chosen.size * chosen.steps == 32, chosen.reason
     assert chosen.measured is not None, chosen.reason
+
+
+def test_device_augmentation_is_the_same_on_the_gpu_and_waits_for_nothing() -> None:
+    generator = np.random.default_rng(0)
+    pixels = torch.from_numpy(generator.integers(0, 256, (8, 64, 64, 4), dtype=np.uint8))
+    augment = AugmentConfig(vflip=0.5, rotate=60, blur=0.5, noise=0.5)
+    draws = [draw(augment, seed=0, epoch=0, index=i, source=64, target=96) for i in range(8)]
+    expected = apply_draws(pixels, draws, 96)
+    on_gpu = pixels.cuda()
+    apply_draws(on_gpu, draws, 96)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images, masks = apply_draws(on_gpu, draws, 96)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (images.cpu().int() - expected[0].int()).abs().float().mean() < 0.5
+    assert (masks.cpu() != expected[1]).float().mean() < 0.005
+
+
+def test_batches_straight_from_the_cache_arrive_on_the_gpu(tmp_path) -> None:
+    generate_toy(tmp_path / "data", num_train=12, num_test=0, size=64, seed=0)
+    manifest = load_train([tmp_path / "data"])
+    cache = open_cache(
+        manifest,
+        64,
+        mode="disk",
+        folder=tmp_path / "cache",
+        max_pixels=10**6,
+        say=lambda line: None,
+        track=lambda items, total, description: items,
+    )
+
+    def loader(pin_memory: bool):
+        return build_loader(
+            manifest,
+            SampleTransform(img_size=64, augment=AugmentConfig(), seed=0),
+            batch_size=4,
+            num_workers=0,
+            shuffle=True,
+            seed=0,
+            cache=cache,
+            on_device=True,
+            pin_memory=pin_memory,
+        )
+
+    host = [b for b, _ in device_batches(loader(False), torch.device("cpu"))]
+    batches = [b for b, _ in device_batches(loader(True), torch.device("cuda", 0))]
+    for expected, batch in zip(host, batches, strict=True):
+        assert batch.names == expected.names and batch.images.device.type == "cuda"
+        assert (batch.images.cpu().int() - expected.images.int()).abs().float().mean() < 0.5

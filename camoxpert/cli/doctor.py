@@ -1,0 +1,202 @@
+"""``doctor``: check the environment and the data before hours are spent."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from camoxpert.cli import no_overrides
+from camoxpert.errors import CamoXpertError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from camoxpert.doctor import Examination, Finding
+
+SHEET_PICTURES = 48
+FILES_PRINTED = 3
+COLUMNS = (
+    *("dataset", "split", "name", "class", "width", "height", "image", "mask"),
+    *("object_share", "objects", "faults", "oddities"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    parser.epilog = "Exit code 3: training should not start with this data."
+    parser.add_argument("data", nargs="*", help="data set folders or CSV files")
+    parser.add_argument(
+        "--dataset-path", nargs="+", default=[], metavar="DIR", help="the same, as train spells it"
+    )
+    parser.add_argument("-o", "--output", default="doctor", help="folder of the page [doctor]")
+    parser.add_argument(
+        "--clean-list", metavar="FILE", help="write what to leave out, for train and evaluate"
+    )
+    parser.add_argument("--layout", default="auto", help="name of a known layout [auto]")
+    parser.add_argument(
+        "--noncam", choices=("exclude", "include"), default="exclude", help="as for train"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.1, help="of the training that is planned [0.1]"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the training planned [42]")
+    parser.add_argument(
+        "--max-pixels", type=int, default=50_000_000, help="larger images are refused [50000000]"
+    )
+    parser.add_argument(
+        "--no-copies",
+        dest="copies",
+        action="store_false",
+        help="look for identical files only, not for copies by content",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+
+
+def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
+    """Examine, print, write the page; the exit code says whether training should start."""
+    no_overrides(rest)
+    if not 0 <= options.val_fraction <= 0.5:
+        raise ConfigError("--val-fraction must be between 0 and 0.5.")
+    from camoxpert.doctor import check_environment, examine_data, write_clean_list
+    from camoxpert.observe.progress import bar
+
+    roots = [*options.data, *options.dataset_path]
+    print("environment")
+    findings = check_environment(options.device)
+    findings.append(_dry_step(options.device))
+    _print(findings)
+    failed = any(finding.level == "error" for finding in findings)
+    if not roots:
+        if options.clean_list:
+            raise ConfigError("--clean-list needs data to look at: camoxpert doctor DIR.")
+        print("\nNo data set given: `camoxpert doctor DIR` looks at one.")
+        return DataError.exit_code if failed else 0
+    found = examine_data(
+        roots,
+        layout=options.layout,
+        noncam=options.noncam,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+        max_pixels=options.max_pixels,
+        copies=options.copies,
+        track=lambda items, total, description: bar(items, description=description, total=total),
+    )
+    print("\ndata")
+    for line in found.layouts:
+        print(f"  {line}")
+    _print(found.findings)
+    page = _write(Path(options.output), roots, findings, found)
+    print(f"\npage        {page}")
+    if options.clean_list:
+        write_clean_list(Path(options.clean_list), found.clean_list)
+        print(
+            f"clean list  {options.clean_list}: {len(found.clean_list)} images to leave out "
+            f"(train and evaluate take it with --clean-list)"
+        )
+    failed = failed or any(finding.level == "error" for finding in found.findings)
+    print("verdict     " + ("training should not start" if failed else "ready to train"))
+    return DataError.exit_code if failed else 0
+
+
+def _dry_step(device: str) -> Finding:
+    """Take one training step of a tiny model on the device that training would use."""
+    import torch
+
+    from camoxpert.config import load_config
+    from camoxpert.doctor import Finding
+    from camoxpert.models.build import build_model
+    from camoxpert.training.precision import check_architecture, choose_device, choose_precision
+    from camoxpert.training.setup import trial_step
+
+    config = load_config(
+        flags={"model.backbone": "tiny_test", "model.pretrained": False, "data.img_size": 64}
+    )
+    try:
+        chosen = choose_device(device)
+        check_architecture(chosen)
+        precision = choose_precision(config.train, chosen)
+        trial_step(build_model(config.model).to(chosen), config, chosen, precision, 2)
+    except CamoXpertError as error:
+        return Finding("error", "step", str(error))
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        words = " ".join(str(error).split())[:300]
+        return Finding("error", "step", f"A training step of a tiny model fails here: {words}")
+    return Finding("note", "step", f"A training step works on {chosen} ({precision.reason}).")
+
+
+def _print(findings: list[Finding]) -> None:
+    for finding in findings:
+        print(f"  {finding.level:<8}{finding.check:<10}{finding.text}")
+        if finding.level == "note":
+            continue
+        for file in finding.files[:FILES_PRINTED]:
+            print(f"{'':20}{file}")
+        if len(finding.files) > FILES_PRINTED:
+            print(f"{'':20}... and {len(finding.files) - FILES_PRINTED} more")
+
+
+def _write(folder: Path, roots: list[str], environment: list[Finding], found: Examination) -> Path:
+    """Write the page, the findings and a table of all pairs."""
+    import cv2
+
+    from camoxpert.data.inspect import SIZES
+    from camoxpert.observe.doctor_page import contact_sheet, write_page
+    from camoxpert.observe.runlog import write_json
+
+    findings = [
+        {"level": f.level, "check": f.check, "text": f.text, "files": list(f.files)}
+        for f in (*environment, *found.findings)
+    ]
+    parts: list[dict[str, Any]] = []
+    for dataset, split in dict.fromkeys((f.pair.dataset, f.split) for f in found.facts):
+        facts = [
+            f
+            for f in found.facts
+            if (f.pair.dataset, f.split) == (dataset, split) and f.thumb is not None
+        ]
+        if not facts:
+            continue
+        step = max(1, len(facts) // SHEET_PICTURES)
+        shown = [(f.thumb, f.thumb_mask) for f in facts[::step][:SHEET_PICTURES]]
+        sheet = contact_sheet([(a, b) for a, b in shown if a is not None and b is not None])
+        sizes = [f.size_class for f in facts if f.share > 0]
+        groups = [f.pair.group for f in facts if f.pair.group]
+        parts.append(
+            {
+                "title": f"{dataset} {split}",
+                "pairs": len(facts),
+                "sizes": {name: sizes.count(name) for _, name in SIZES},
+                "classes": {name: groups.count(name) for name in dict.fromkeys(sorted(groups))},
+                "sheet": sheet,
+            }
+        )
+    copies = [
+        {
+            "caption": f"{a.pair.name} ({a.split}) and {b.pair.name} ({b.split}): {m.how}, "
+            f"similarity {m.similarity:.2f}",
+            "pictures": [f.thumb for f in (a, b) if f.thumb is not None],
+        }
+        for m, a, b in found.matches
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(parts, start=1):
+        cv2.imwrite(str(folder / f"contact_sheet_{number}.jpg"), part["sheet"][..., ::-1])
+    write_json(folder / "findings.json", {"roots": [str(r) for r in roots], "findings": findings})
+    _write_table(folder / "pairs.csv", found)
+    summary = {"roots": roots, "layouts": found.layouts, "findings": findings}
+    return write_page(folder / "doctor.html", summary | {"parts": parts, "copies": copies})
+
+
+def _write_table(path: Path, found: Examination) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for facts in found.facts:
+            pair = facts.pair
+            writer.writerow(
+                (pair.dataset, facts.split, pair.name, pair.group, facts.size[1], facts.size[0],
+                 facts.image_format, facts.encoding, f"{facts.share:.5f}", facts.objects,
+                 " ".join(facts.faults), "; ".join(facts.oddities))
+            )  # fmt: skip
+    temporary.replace(path)

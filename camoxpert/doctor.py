@@ -1,0 +1,447 @@
+"""What stands between a user and a good run: the environment and the data, checked before hours are
+spent.
+
+Every check adds findings: errors keep training from starting, warnings deserve a look, notes say
+what
+was seen. Nothing is changed and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from camoxpert.data.cache import default_folder
+from camoxpert.data.duplicates import Match, find_copies, fingerprints
+from camoxpert.data.inspect import SIZES, PairFacts, identical_files, inspect_pairs
+from camoxpert.data.layouts import recognise
+from camoxpert.data.manifest import Pair, load_eval, load_train, pair_files, split_validation
+from camoxpert.data.resources import available_memory, free_shared_memory, usable_cores
+from camoxpert.errors import DataError
+
+LEVELS = ("error", "warning", "note")
+PACKAGES = ("torch", "torchvision", "timm", "albumentations", "opencv-python-headless", "numpy")
+# A worker hands over batches through shared memory; containers often give 64 MB.
+SMALL_SHARED_MEMORY = 1 << 28
+SMALL_DISK = 5 << 30
+SHOWN_FILES = 8
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        level: error, warning or note.
+        check: what was looked at, in a word or two.
+        text: one sentence: what is the matter, and what to do.
+        files: the files concerned.
+    """
+
+    level: str
+    check: str
+    text: str
+    files: tuple[str, ...] = ()
+
+
+@dataclass
+class Examination:
+    """Everything found out about the data.
+
+    Attributes:
+        findings: in the order of the checks.
+        facts: every pair.
+        matches: (match, facts of one, facts of the other) for pictures that are there twice.
+        clean_list: (data set, split, name, reason) of what is better left out.
+        layouts: sentences about the layouts recognised.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    facts: list[PairFacts] = field(default_factory=list)
+    matches: list[tuple[Match, PairFacts, PairFacts]] = field(default_factory=list)
+    clean_list: list[tuple[str, str, str, str]] = field(default_factory=list)
+    layouts: list[str] = field(default_factory=list)
+
+    def add(self, level: str, check: str, text: str, files: Iterable[object] = ()) -> None:
+        """Note a finding."""
+        self.findings.append(Finding(level, check, text, tuple(str(file) for file in files)))
+
+
+def examine_data(
+    roots: Sequence[str | Path],
+    *,
+    layout: str = "auto",
+    noncam: str = "exclude",
+    val_fraction: float = 0.1,
+    seed: int = 42,
+    max_pixels: int,
+    copies: bool = True,
+    track: Track,
+) -> Examination:
+    """Look at every file of the data sets.
+
+    Args:
+        roots, layout, noncam, val_fraction, seed, max_pixels: as for training.
+        copies: also look for pictures that are there twice.
+        track: wraps long loops for a progress bar.
+    """
+    found = Examination()
+    pairs: list[tuple[Pair, str]] = []
+    for root in roots:
+        pairs += _find_pairs(Path(root), layout, noncam, found)
+    if not pairs:
+        found.add("error", "pairs", "No image with a mask was found.")
+        return found
+    found.facts = inspect_pairs(pairs, max_pixels=max_pixels, track=track)
+    _check_files(found)
+    _check_masks(found)
+    _check_objects(found)
+    validation = _validation_names(roots, layout, noncam, val_fraction, seed)
+    _check_copies(found, validation, copies, max_pixels, track)
+    return found
+
+
+def _find_pairs(root: Path, layout: str, noncam: str, found: Examination) -> list[tuple[Pair, str]]:
+    """Match files by name; say what has no partner."""
+    if not root.exists():
+        found.add("error", "layout", f"There is no file or folder {root}.")
+        return []
+    if root.is_file():
+        try:
+            manifests = [*load_eval(root, split="train").values(), *load_eval(root).values()]
+        except DataError as error:
+            found.add("error", "layout", str(error))
+            return []
+        unique = {id(m.pairs): m for m in manifests}.values()
+        found.layouts.append(f"{root}: CSV")
+        rows = {(p.dataset, m.split, p.name): (p, m.split) for m in unique for p in m.pairs}
+        return list(rows.values())
+    recognised = recognise(root, layout)
+    if recognised is None:
+        found.add(
+            "error",
+            "layout",
+            f"No known data set layout in {root}. The simplest is a folder with Imgs/ and GT/, one "
+            f"mask per image with the same name.",
+        )
+        return []
+    row, _, sources = recognised
+    pairs: list[tuple[Pair, str]] = []
+    for source in sources:
+        pairing = pair_files(source, row.name, noncam)
+        split = source.source.split
+        words = f"{source.dataset} {split}: {len(pairing.pairs)} pairs ({row.name})"
+        if pairing.left_out:
+            words += f", {pairing.left_out} images without a camouflaged object left out"
+        found.layouts.append(words)
+        pairs += [(pair, split) for pair in pairing.pairs]
+        where = f"{source.images} and {source.masks}"
+        if pairing.missing:
+            found.add(
+                "error",
+                "pairing",
+                f"{source.dataset} {split}: images without a mask: {len(pairing.missing)} "
+                f"({where}). "
+                f"Add the masks or take the images out.",
+                pairing.missing,
+            )
+        if pairing.unused:
+            found.add(
+                "warning",
+                "pairing",
+                f"{source.dataset} {split}: masks without an image: {len(pairing.unused)} "
+                f"({where}).",
+                pairing.unused,
+            )
+        for first, second in pairing.doubled:
+            found.add(
+                "error",
+                "pairing",
+                f"{first.name} and {second.name} have the same name; remove one of them.",
+                (first, second),
+            )
+    return pairs
+
+
+def _check_files(found: Examination) -> None:
+    broken = [facts for facts in found.facts if facts.faults]
+    for facts in broken:
+        found.add("error", "files", " ".join(facts.faults), (facts.pair.image, facts.pair.mask))
+        found.clean_list.append((*_key(facts), "unreadable"))
+    formats = Counter(facts.image_format for facts in found.facts if facts.image_format)
+    text = ", ".join(f"{name} {count}" for name, count in formats.most_common())
+    found.add("note", "files", f"{len(found.facts) - len(broken)} pairs are sound; images: {text}.")
+    odd: dict[str, list[Path]] = {}
+    for facts in found.facts:
+        for oddity in facts.oddities:
+            odd.setdefault(oddity, []).append(facts.pair.image)
+    for oddity, files in odd.items():
+        found.add("note", "files", f"{_count(len(files), 'image')}: {oddity}.", files)
+
+
+def _check_masks(found: Examination) -> None:
+    for dataset, split, sound in _parts(found):
+        encodings = Counter(facts.encoding for facts in sound)
+        text = ", ".join(f"{name} {count}" for name, count in encodings.most_common())
+        found.add("note", "masks", f"{dataset} {split}: masks are stored as {text}.")
+        empty = [facts for facts in sound if facts.share == 0]
+        full = [facts for facts in sound if facts.share == 1]
+        if empty:
+            level = "warning" if len(empty) < len(sound) else "error"
+            found.add(
+                level,
+                "masks",
+                f"{dataset} {split}: empty masks: {len(empty)}. Images without an object teach "
+                f"and are scored differently; leave them out unless they are meant.",
+                [facts.pair.mask for facts in empty],
+            )
+        if full:
+            found.add(
+                "warning",
+                "masks",
+                f"{dataset} {split}: masks that mark every pixel: {len(full)}.",
+                [facts.pair.mask for facts in full],
+            )
+        inverted = [facts for facts in sound if facts.border > 0.9 and 0.5 < facts.share < 1]
+        if len(inverted) > 0.5 * len(sound):
+            found.add(
+                "error",
+                "masks",
+                f"{dataset} {split}: in {len(inverted)} of {len(sound)} masks the object surrounds "
+                f"the image. They look inverted: the object must be white (255).",
+                [facts.pair.mask for facts in inverted],
+            )
+        elif inverted:
+            found.add(
+                "warning",
+                "masks",
+                f"{dataset} {split}: {len(inverted)} masks look inverted (the object is the rim).",
+                [facts.pair.mask for facts in inverted],
+            )
+
+
+def _check_objects(found: Examination) -> None:
+    for dataset, split, sound in _parts(found):
+        with_object = [facts for facts in sound if facts.share > 0]
+        sizes = Counter(facts.size_class for facts in with_object)
+        text = ", ".join(f"{name}: {sizes[name]}" for _, name in SIZES if sizes[name])
+        several = sum(facts.objects > 1 for facts in with_object)
+        found.add(
+            "note",
+            "objects",
+            f"{dataset} {split}: object sizes {text}; {several} images with several objects.",
+        )
+        classes = Counter(facts.pair.group for facts in sound if facts.pair.group)
+        if len(classes) > 1:
+            shown = ", ".join(f"{name} {count}" for name, count in classes.most_common(8))
+            found.add("note", "objects", f"{dataset} {split}: {len(classes)} classes: {shown}.")
+
+
+def _check_copies(
+    found: Examination,
+    validation: set[tuple[str, str]],
+    copies: bool,
+    max_pixels: int,
+    track: Track,
+) -> None:
+    """Look for pictures that are there twice, and say where that matters."""
+    sound = [facts for facts in found.facts if not facts.faults]
+    if copies:
+        paths = [facts.pair.image for facts in sound]
+        prints = fingerprints(paths, max_pixels=max_pixels, track=track)
+        matches = find_copies(prints, track=track)
+    else:
+        items = [(facts.pair.image, facts.split) for facts in sound]
+        matches = [Match(a, b, 1.0, "the same file") for a, b in identical_files(items)]
+    found.matches = [(match, sound[match.a], sound[match.b]) for match in matches]
+
+    def part(facts: PairFacts) -> str:
+        if facts.split == "test":
+            return "test"
+        return "validation" if (facts.pair.dataset, facts.pair.name) in validation else "training"
+
+    groups: dict[str, list[tuple[Match, PairFacts, PairFacts]]] = {}
+    listed = {key[:3] for key in found.clean_list}
+    for match, a, b in found.matches:
+        parts = sorted({part(a), part(b)})
+        # Of two, the one that trains goes: test sets stay what everybody else's are.
+        order = ("training", "validation", "test")
+        loser, keeper = sorted((a, b), key=lambda facts: order.index(part(facts)))
+        groups.setdefault(" and ".join(parts), []).append((match, a, b))
+        if part(loser) != "test" and _key(loser) not in listed:
+            reason = f"shows the same as {keeper.pair.name} ({part(keeper)}): {match.how}"
+            found.clean_list.append((*_key(loser), reason))
+            listed.add(_key(loser))
+    for where, some in groups.items():
+        across = " and " in where
+        kind = "across" if across else "within"
+        leak = "test" in where and across
+        advice = "Training with them makes the scores look better than they are; " if leak else ""
+        names = [f"{a.pair.image} = {b.pair.image} ({match.how})" for match, a, b in some]
+        text = (
+            f"{_count(len(some), 'pair')} of images show the same, {kind} {where}. "
+            f"{advice}--clean-list FILE writes what to leave out."
+        )
+        found.add("warning", "copies", text, names)
+    if not found.matches:
+        sought = "re-encoded, resized, cropped or flipped copies" if copies else "identical files"
+        found.add("note", "copies", f"No {sought} among {len(sound)} images.")
+
+
+def _validation_names(
+    roots: Sequence[str | Path], layout: str, noncam: str, fraction: float, seed: int
+) -> set[tuple[str, str]]:
+    """Return which training images the settings would set aside; nothing where the data has
+    faults."""
+    try:
+        whole = load_train(roots, layout=layout, noncam=noncam)
+    except DataError:
+        return set()
+    _, validation = split_validation(whole, fraction, seed)
+    return {(pair.dataset, pair.name) for pair in validation.pairs}
+
+
+def _parts(found: Examination) -> Iterable[tuple[str, str, list[PairFacts]]]:
+    parts: dict[tuple[str, str], list[PairFacts]] = {}
+    for facts in found.facts:
+        if not facts.faults:
+            parts.setdefault((facts.pair.dataset, facts.split), []).append(facts)
+    for (dataset, split), sound in parts.items():
+        yield dataset, split, sound
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _key(facts: PairFacts) -> tuple[str, str, str]:
+    return facts.pair.dataset, facts.split, facts.pair.name
+
+
+def write_clean_list(path: Path, rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Write what to leave out, for ``--clean-list`` of train and evaluate."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("dataset", "split", "name", "reason"))
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def check_environment(device: str = "auto") -> list[Finding]:
+    """Check interpreter, packages, devices, memory and disk."""
+    findings: list[Finding] = []
+
+    def add(level: str, check: str, text: str) -> None:
+        findings.append(Finding(level, check, text))
+
+    versions = {name: _version(name) for name in PACKAGES}
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    add("note", "packages", f"Python {platform.python_version()}, {shown}.")
+    if _version("opencv-python") and _version("opencv-python-headless"):
+        add(
+            "warning",
+            "packages",
+            "opencv-python and opencv-python-headless are both installed and overwrite each "
+            "other's "
+            "files: uninstall both, then install opencv-python-headless.",
+        )
+    _check_devices(add, device)
+    memory = available_memory()
+    words = f"{memory / 1e9:.1f} GB of memory free" if memory is not None else "memory unknown"
+    add("note", "host", f"{usable_cores()} usable cores, {words}.")
+    shared = free_shared_memory()
+    if shared is not None and shared < SMALL_SHARED_MEMORY:
+        add(
+            "warning",
+            "host",
+            f"/dev/shm has {shared / 1e6:.0f} MB free: data workers hand over batches through it "
+            f"and "
+            f"die when it is full. Start the container with --shm-size=1g, or use --num-workers 0.",
+        )
+    for name, folder in (("here", Path.cwd()), ("for caches", default_folder())):
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        level = "warning" if free < SMALL_DISK else "note"
+        writable = "" if os.access(place, os.W_OK) else ", not writable"
+        add(level, "disk", f"{free / 1e9:.1f} GB free {name} ({folder}{writable}).")
+    caches = sorted(default_folder().glob("*/pixels.u8"))
+    if caches:
+        size = sum(path.stat().st_size for path in caches)
+        add(
+            "note",
+            "disk",
+            f"{len(caches)} caches of decoded data take {size / 1e9:.2f} GB in {default_folder()}; "
+            f"any of them can be deleted.",
+        )
+    return findings
+
+
+def _check_devices(add: Callable[[str, str, str], None], device: str) -> None:
+    import torch
+
+    driver = _driver_devices()
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if driver and not seen:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f" CUDA_VISIBLE_DEVICES is {visible!r}." if visible is not None else ""
+        reason = "the driver is too old or the device is blocked"
+        if torch.version.cuda is None:
+            reason = "this build is for CPUs only"
+        add(
+            "error" if device.startswith("cuda") else "warning",
+            "devices",
+            f"The driver reports {len(driver)} GPUs ({', '.join(driver)}) and PyTorch sees none: "
+            f"{reason}.{why}",
+        )
+    elif len(driver) > seen:
+        add("warning", "devices", f"PyTorch sees {seen} of the driver's {len(driver)} GPUs.")
+    if not seen:
+        add("note", "devices", "No CUDA device: training runs on the CPU.")
+    for index in range(seen):
+        name = torch.cuda.get_device_name(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        free, total = torch.cuda.mem_get_info(index)
+        add(
+            "note",
+            "devices",
+            f"cuda:{index} is {name} (compute capability {major}.{minor}), {free / 1e9:.1f} of "
+            f"{total / 1e9:.1f} GB free.",
+        )
+
+
+def _driver_devices() -> list[str]:
+    """Return the names of the GPUs that the driver reports, [] without one."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            names = []
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
+                names.append(name.decode() if isinstance(name, bytes) else str(name))
+            return names
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:
+        # No library, no driver, no permission: there is nothing to compare with.
+        return []
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
