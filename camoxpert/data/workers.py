@@ -6,14 +6,16 @@ import math
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from camoxpert.data.resources import usable_cores
 from camoxpert.errors import DataError
+
+T = TypeVar("T")
 
 MAX_WORKERS = 8
 # Images per second that keep a device busy with a small backbone; what a CPU trains is a tenth.
@@ -119,10 +121,10 @@ def checked(loader: DataLoader[Any], running: list[Any]) -> Iterator[Any]:
     except (RuntimeError, OSError, EOFError) as error:
         # How a death shows depends on what the worker was doing: a closed pipe, a message that
         # ends early, or torch's own words. A fault of our own code in a worker keeps its traceback.
-        if not is_worker_death(error) and not _any_dead(running):
+        if not is_worker_death(error) and not _despite_watch(lambda: _any_dead(running), True):
             raise
         # Its siblings end now, and with them torch's watch: it would raise again, anywhere.
-        end_workers(running)
+        _despite_watch(lambda: end_workers(running), None)
         raise worker_death(error) from error
 
 
@@ -138,6 +140,20 @@ def worker_death(error: BaseException) -> DataError:
         f"A data worker died ({reason}). Often the machine ran out of memory or shared memory: "
         "lower --num-workers or data.prefetch_factor, or use --num-workers 0."
     )
+
+
+def _despite_watch(call: Callable[[], T], otherwise: T) -> T:
+    """Call; where torch's watch interrupts with news of a death, call once more, or give up.
+
+    The watch is a signal handler: it raises wherever the program happens to be, here too.
+    """
+    for _ in range(2):
+        try:
+            return call()
+        except RuntimeError as error:
+            if not is_worker_death(error):
+                raise
+    return otherwise
 
 
 def _any_dead(running: list[Any]) -> bool:

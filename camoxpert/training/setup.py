@@ -49,6 +49,7 @@ from camoxpert.training.precision import (
 )
 
 Say = Callable[[str], None]
+GRAPHS_PER_SIZE = 8
 
 
 @dataclass
@@ -169,20 +170,33 @@ def prepare(
         gmacs=gmacs,
     )
     if config.train.compile:
-        decide(f"compile     {compile_model(model)}, static shapes; the first steps take minutes")
+        decide(
+            f"compile     {compile_model(model, sizes=len(training_sides(config.data)))}, static "
+            f"shapes; the first steps take minutes"
+        )
     return setup
 
 
-def compile_model(model: CamoXpert) -> str:
+def compile_model(model: CamoXpert, *, sizes: int = 1) -> str:
     """Compile what compiles as one graph, in place and without new parameter names.
 
     Like experts with gathered weights are one program for any routing, so the whole network is one
     graph. Otherwise only the backbone is: reading the counts breaks the decoder's graph. Static
-    shapes: block by block with dynamic shapes crashes Inductor on EdgeNeXt.
+    shapes: block by block with dynamic shapes crashes Inductor on EdgeNeXt. Every training size is
+    compiled once, and kept.
+
+    Args:
+        model: changed in place.
+        sizes: training sizes that will be seen.
 
     Returns:
         What was compiled, in words.
     """
+    # A size means a graph for full batches, short ones, training and evaluation each; beyond
+    # torch's
+    # own limit of eight it would give up on compiling.
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS_PER_SIZE * sizes)
     if all(level.dispatch in ("gathered", "dense") for level in model.moe_levels):
         model.compile(dynamic=False, fullgraph=True)
         return "the whole network as one graph"

@@ -46,3 +46,27 @@ def test_batches_ahead_fit_into_shared_memory() -> None:
     assert fewer == 3 and "3 batches ahead instead of 4" in why
     assert choose_prefetch(4, shared=1, **options)[0] == 1
     assert choose_prefetch(4, num_workers=0, batch_bytes=10, shared=1) == (4, "")
+
+
+def test_news_of_a_death_while_looking_for_it() -> None:
+    """torch reports a dead worker from a signal handler, in the middle of our own handling."""
+    calls = []
+
+    def interrupted() -> bool:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        return False
+
+    assert workers._despite_watch(interrupted, True) is False and len(calls) == 2
+
+    def always() -> bool:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    assert workers._despite_watch(always, True) is True
+
+    def other() -> bool:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        workers._despite_watch(other, True)

@@ -216,6 +216,34 @@ def test_what_compiles_as_one_graph(settings, whole, monkeypatch) -> None:
     torch._dynamo.reset()
 
 
+def test_several_training_sizes_compile_once_each(monkeypatch) -> None:
+    from camoxpert.training.setup import compile_model
+
+    original = torch.nn.Module.compile
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(tuple(inputs[0].shape))
+        return graph.forward
+
+    def with_counter(module, *args, **kwargs):
+        return original(module, *args, **kwargs | {"backend": counting})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", with_counter)
+    values = {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
+    model = build_model(build_config(values | {"model.expert_family": "uniform"}).model).train()
+    torch._dynamo.reset()
+    sizes = [32 * n for n in range(1, 11)]
+    compile_model(model, sizes=len(sizes))
+    seen = []
+    for _ in range(3):
+        for size in sizes:
+            model(torch.zeros(2, 3, size, size, dtype=torch.uint8))
+        seen.append(len(graphs))
+    torch._dynamo.reset()
+    assert seen == [len(sizes)] * 3, "more sizes than torch's own limit, none compiled twice"
+
+
 def test_without_a_connection_weights_are_refused_at_once(monkeypatch, tmp_path: Path) -> None:
     """No retries over most of a minute; what is in the cache would still be found."""
     import timm
