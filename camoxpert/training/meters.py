@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,17 @@ class RoutingMeter:
         self.mass: Tensor | None = None
         self.images = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was counted so far, for a run that stops in the middle of an epoch."""
+        return {"chosen": self.chosen, "mass": self.mass, "images": self.images}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on counting from what ``state_dict`` returned."""
+        self.images = int(state["images"])
+        self.chosen, self.mass = (
+            None if state[name] is None else state[name].to(device) for name in ("chosen", "mass")
+        )
+
     @torch.no_grad()
     def update(self, routing: Sequence[Routing]) -> None:
         """Add a batch's records; nothing is read back to the host."""
@@ -169,3 +181,25 @@ def collapse_alarm(
         "--router-warmup 3, a larger loss.balance (0.1), optim.router_bias_rate=0.01, a smaller "
         "optim.router_lr_scale, fewer --num-experts."
     )
+
+
+class Speed:
+    """Images per second and the share of time spent waiting for data, since the epoch's start."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.images = 0
+        self.waited = 0.0
+
+    def add(self, images: int, waited: float) -> None:
+        """Count a step."""
+        self.images += images
+        self.waited += waited
+
+    def images_per_second(self) -> float:
+        """Return the mean rate."""
+        return self.images / max(time.monotonic() - self.started, 1e-9)
+
+    def data_wait(self) -> float:
+        """Return the share of time spent waiting, 0..1."""
+        return min(self.waited / max(time.monotonic() - self.started, 1e-9), 1.0)

@@ -85,7 +85,7 @@ def open_run(config: Config) -> Opened:
             if _status(folder) == "finished":
                 notes.append(f"run         {folder} is finished and stays as it is")
                 continue
-            if not (folder / "checkpoints").is_dir():
+            if not _is_run(folder):
                 continue
             lock = try_lock(folder)
             if lock is None:
@@ -93,8 +93,8 @@ def open_run(config: Config) -> Opened:
                 continue
             checkpoint, problems = CheckpointFolder(folder / "checkpoints").newest()
             if checkpoint is None:
-                lock.close()
-                continue
+                notes.append(f"run         {folder} had saved nothing yet and starts anew")
+                return Opened(folder, None, notes, lock)
             changes = compare(checkpoint.config, config)
             return Opened(folder, checkpoint, notes + problems + changes, lock)
     try:
@@ -186,6 +186,12 @@ def _candidates(parent: Path, name: str) -> list[Path]:
         number += 1
         folder = parent / f"{name}-{number}"
     return found[::-1]
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run made this folder, and not somebody who keeps other things in it."""
+    begun = {".lock", "config.yaml"}
+    return (folder / "run.json").is_file() or {p.name for p in folder.iterdir()} <= begun
 
 
 def _status(folder: Path) -> str:

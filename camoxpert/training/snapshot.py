@@ -9,11 +9,12 @@ import torch
 from camoxpert.config import to_dict
 from camoxpert.errors import CheckpointError
 from camoxpert.training.checkpoint import FORMAT, Checkpoint
+from camoxpert.training.meters import RoutingMeter
 from camoxpert.training.setup import Setup
 from camoxpert.training.state import TrainState
 
 
-def snapshot(setup: Setup, state: TrainState) -> dict[str, Any]:
+def snapshot(setup: Setup, state: TrainState, meter: RoutingMeter) -> dict[str, Any]:
     """Return everything a run needs to go on; tensors and plain Python only."""
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if setup.device.type == "cuda":
@@ -27,6 +28,7 @@ def snapshot(setup: Setup, state: TrainState) -> dict[str, Any]:
         "optimizer": setup.optimizer.state_dict(),
         "scaler": setup.scaler.state_dict(),
         "state": state.to_dict(),
+        "routing": meter.state_dict(),
         "rng": rng,
     }
 
@@ -44,7 +46,7 @@ def shipped(setup: Setup, state: TrainState, scores: dict[str, float]) -> dict[s
     }
 
 
-def restore(setup: Setup, checkpoint: Checkpoint) -> TrainState:
+def restore(setup: Setup, checkpoint: Checkpoint, meter: RoutingMeter) -> TrainState:
     """Put a snapshot back: weights, optimizer, scaler, EMA, state, and the random state last."""
     values = checkpoint.values
     if "optimizer" not in values:
@@ -60,6 +62,8 @@ def restore(setup: Setup, checkpoint: Checkpoint) -> TrainState:
         if setup.ema is not None and values["ema"] is not None:
             setup.ema.load_state_dict(values["ema"])
         state = TrainState.from_dict(values["state"])
+        if "routing" in values:
+            meter.load_state_dict(values["routing"], setup.device)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
     torch.set_rng_state(values["rng"]["cpu"])

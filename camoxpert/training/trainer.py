@@ -25,7 +25,7 @@ from camoxpert.observe.progress import TrainingBar
 from camoxpert.observe.runlog import RunLog
 from camoxpert.training.checkpoint import Checkpoint, CheckpointFolder
 from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import LateReader, RoutingMeter, collapse_alarm
+from camoxpert.training.meters import LateReader, RoutingMeter, Speed, collapse_alarm
 from camoxpert.training.optim import Stage, lr_at, set_lr
 from camoxpert.training.setup import Setup, autocast, mask_target, training_loader
 from camoxpert.training.snapshot import restore, shipped, snapshot
@@ -71,11 +71,14 @@ def train(
     config, plan, device = setup.config, setup.plan, setup.device
     checkpoints = CheckpointFolder(run_dir / "checkpoints")
     state = TrainState()
+    meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
     if resume is not None:
-        state = restore(setup, resume)
+        state = restore(setup, resume, meter)
         log.truncate_after(state.step, epoch_done=state.batch == 0)
         say(f"resumed     {resume.path.name}: epoch {state.epoch + 1}, step {state.step}")
-    meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+    else:
+        # The folder may be that of a run that died before its first checkpoint.
+        log.truncate_after(-1)
     reader = LateReader()
     best_scores: dict[str, float] | None = None
     loader, loader_stage, warned = None, 0, False
@@ -84,7 +87,7 @@ def train(
     def save() -> None:
         state.seconds = seconds_before + time.monotonic() - started
         with log.phase("checkpoints"):
-            checkpoints.save(snapshot(setup, state), step=state.step)
+            checkpoints.save(snapshot(setup, state, meter), step=state.step)
 
     with GpuMonitor(str(device)) as gpu:
         while state.epoch < plan.epochs:
@@ -102,7 +105,8 @@ def train(
                     )
             setup.model.set_active_experts(active_experts(config, epoch))
             loader.set_epoch(epoch, start_batch=state.batch)
-            meter.reset()
+            if state.batch == 0:
+                meter.reset()
             speed = Speed()
             bar = TrainingBar(
                 total=stage.batches,
@@ -476,25 +480,3 @@ def write_routing(
 def peak_memory(device: torch.device) -> int | None:
     """Return the most memory the device held, in bytes; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-class Speed:
-    """Images per second and the share of time spent waiting for data, since the epoch's start."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.images = 0
-        self.waited = 0.0
-
-    def add(self, images: int, waited: float) -> None:
-        """Count a step."""
-        self.images += images
-        self.waited += waited
-
-    def images_per_second(self) -> float:
-        """Return the mean rate."""
-        return self.images / max(time.monotonic() - self.started, 1e-9)
-
-    def data_wait(self) -> float:
-        """Return the share of time spent waiting, 0..1."""
-        return min(self.waited / max(time.monotonic() - self.started, 1e-9), 1.0)

@@ -473,3 +473,24 @@ def test_active_experts_are_bounded(toy_data: Path) -> None:
     assert all(record.experts_BK.shape == (2, 3) for record in model(images).routing)
     with pytest.raises(ValueError, match="4 of 3 experts"):
         model.set_active_experts(4)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew_in_its_folder(
+    train, tmp_path: Path, capsys
+) -> None:
+    words = ["--run-name", "r", "--epochs", "1", "--no-test", "--no-report"]
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.json").write_text('{"status": "running"}')
+    (tmp_path / "r" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "epoch": 1}\n')
+    assert train(*words) == 0
+    assert "had saved nothing yet and starts anew" in capsys.readouterr().out
+    steps = [record["step"] for record in records(tmp_path / "r", "train")]
+    assert steps == sorted(set(steps)) and not (tmp_path / "r-2").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(train, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "thesis.txt").write_text("mine")
+    assert train("--run-name", "r", "--epochs", "1", "--no-test", "--no-report") == 0
+    assert [p.name for p in (tmp_path / "r").iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "r-2" / "run.json").is_file()
