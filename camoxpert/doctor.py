@@ -20,10 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from camoxpert.data.cache import default_folder
-from camoxpert.data.duplicates import Match, find_copies, fingerprints
+from camoxpert.data.duplicates import CANDIDATES, Match, find_copies, fingerprints
 from camoxpert.data.inspect import SIZES, PairFacts, identical_files, inspect_pairs
 from camoxpert.data.layouts import recognise
-from camoxpert.data.manifest import Pair, load_eval, load_train, pair_files, split_validation
+from camoxpert.data.manifest import (
+    Manifest,
+    Pair,
+    load_eval,
+    load_train,
+    pair_files,
+    split_validation,
+)
 from camoxpert.data.resources import available_memory, free_shared_memory, usable_cores
 from camoxpert.errors import DataError
 
@@ -32,7 +39,9 @@ PACKAGES = ("torch", "torchvision", "timm", "albumentations", "opencv-python-hea
 # A worker hands over batches through shared memory; containers often give 64 MB.
 SMALL_SHARED_MEMORY = 1 << 28
 SMALL_DISK = 5 << 30
-SHOWN_FILES = 8
+MORE_ROUNDS = 4
+# Pictures of every split on its contact sheet.
+SHEET_PICTURES = 48
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
@@ -102,11 +111,11 @@ def examine_data(
     if not pairs:
         found.add("error", "pairs", "No image with a mask was found.")
         return found
-    found.facts = inspect_pairs(pairs, max_pixels=max_pixels, track=track)
+    found.facts = inspect_pairs(pairs, max_pixels=max_pixels, pictures=SHEET_PICTURES, track=track)
     _check_files(found)
     _check_masks(found)
     _check_objects(found)
-    validation = _validation_names(roots, layout, noncam, val_fraction, seed)
+    validation = _check_training(found, roots, layout, noncam, val_fraction, seed)
     _check_copies(found, validation, copies, max_pixels, track)
     return found
 
@@ -117,14 +126,17 @@ def _find_pairs(root: Path, layout: str, noncam: str, found: Examination) -> lis
         found.add("error", "layout", f"There is no file or folder {root}.")
         return []
     if root.is_file():
-        try:
-            manifests = [*load_eval(root, split="train").values(), *load_eval(root).values()]
-        except DataError as error:
-            found.add("error", "layout", str(error))
-            return []
-        unique = {id(m.pairs): m for m in manifests}.values()
+        manifests: list[Manifest] = []
+        problem = ""
+        for split in ("train", "test"):
+            try:
+                manifests += load_eval(root, split=split).values()
+            except DataError as error:
+                problem = str(error)
+        if not manifests:
+            found.add("error", "layout", problem)
         found.layouts.append(f"{root}: CSV")
-        rows = {(p.dataset, m.split, p.name): (p, m.split) for m in unique for p in m.pairs}
+        rows = {(p.dataset, m.split, p.name): (p, m.split) for m in manifests for p in m.pairs}
         return list(rows.values())
     recognised = recognise(root, layout)
     if recognised is None:
@@ -260,9 +272,27 @@ def _check_copies(
         paths = [facts.pair.image for facts in sound]
         prints = fingerprints(paths, max_pixels=max_pixels, track=track)
         matches = find_copies(prints, track=track)
+        for _ in range(MORE_ROUNDS):
+            # A picture proposes few partners: a large family may hide its ties to another.
+            large = [family for family in _families(matches) if len(family) > CANDIDATES]
+            if not large:
+                break
+            left = list(prints)
+            for family in large:
+                for index in family[1:]:
+                    left[index] = None
+            more = find_copies(left, track=track)
+            known = {(match.a, match.b) for match in matches}
+            if all((match.a, match.b) in known for match in more):
+                break
+            matches += [match for match in more if (match.a, match.b) not in known]
     else:
         items = [(facts.pair.image, facts.split) for facts in sound]
-        matches = [Match(a, b, 1.0, "the same file") for a, b in identical_files(items)]
+        matches = [
+            Match(group[0], other, 1.0, "the same file")
+            for group in identical_files(items)
+            for other in group[1:]
+        ]
     found.matches = [(match, sound[match.a], sound[match.b]) for match in matches]
 
     def part(facts: PairFacts) -> str:
@@ -270,18 +300,22 @@ def _check_copies(
             return "test"
         return "validation" if (facts.pair.dataset, facts.pair.name) in validation else "training"
 
+    order = ("training", "validation", "test")
+    listed = {row[:3] for row in found.clean_list}
+    for members in _families(matches):
+        # One of a family stays: test sets are what everybody else's are, validation before
+        # training.
+        ranked = sorted(members, key=lambda i: (-order.index(part(sound[i])), i))
+        keeper = sound[ranked[0]]
+        for index in ranked[1:]:
+            loser = sound[index]
+            if part(loser) != "test" and _key(loser) not in listed:
+                reason = f"shows the same as {keeper.pair.name} ({part(keeper)})"
+                found.clean_list.append((*_key(loser), reason))
     groups: dict[str, list[tuple[Match, PairFacts, PairFacts]]] = {}
-    listed = {key[:3] for key in found.clean_list}
     for match, a, b in found.matches:
         parts = sorted({part(a), part(b)})
-        # Of two, the one that trains goes: test sets stay what everybody else's are.
-        order = ("training", "validation", "test")
-        loser, keeper = sorted((a, b), key=lambda facts: order.index(part(facts)))
         groups.setdefault(" and ".join(parts), []).append((match, a, b))
-        if part(loser) != "test" and _key(loser) not in listed:
-            reason = f"shows the same as {keeper.pair.name} ({part(keeper)}): {match.how}"
-            found.clean_list.append((*_key(loser), reason))
-            listed.add(_key(loser))
     for where, some in groups.items():
         across = " and " in where
         kind = "across" if across else "within"
@@ -295,17 +329,45 @@ def _check_copies(
         found.add("warning", "copies", text, names)
     if not found.matches:
         sought = "re-encoded, resized, cropped or flipped copies" if copies else "identical files"
-        found.add("note", "copies", f"No {sought} among {len(sound)} images.")
+        found.add("note", "copies", f"No {sought} seen among {len(sound)} images.")
 
 
-def _validation_names(
-    roots: Sequence[str | Path], layout: str, noncam: str, fraction: float, seed: int
+def _families(matches: Sequence[Match]) -> list[list[int]]:
+    """Join matches that share a picture: whatever shows the same as a copy is a copy, too."""
+    parent: dict[int, int] = {}
+
+    def root(index: int) -> int:
+        while parent.setdefault(index, index) != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    for match in matches:
+        parent[root(match.a)] = root(match.b)
+    families: dict[int, list[int]] = {}
+    for index in sorted(parent):
+        families.setdefault(root(index), []).append(index)
+    return list(families.values())
+
+
+def _check_training(
+    found: Examination,
+    roots: Sequence[str | Path],
+    layout: str,
+    noncam: str,
+    fraction: float,
+    seed: int,
 ) -> set[tuple[str, str]]:
-    """Return which training images the settings would set aside; nothing where the data has
-    faults."""
+    """Load the data as training would; return which images it would set aside for validation."""
     try:
         whole = load_train(roots, layout=layout, noncam=noncam)
-    except DataError:
+    except DataError as error:
+        tests_only = found.facts and all(facts.split == "test" for facts in found.facts)
+        if tests_only and not any(finding.check == "pairing" for finding in found.findings):
+            text = "Only test images are here: there is nothing to train on, only to evaluate."
+            found.add("warning", "training", text)
+        elif not any(finding.level == "error" for finding in found.findings):
+            found.add("error", "training", f"Training would stop here: {error}")
         return set()
     _, validation = split_validation(whole, fraction, seed)
     return {(pair.dataset, pair.name) for pair in validation.pairs}
@@ -332,7 +394,7 @@ def write_clean_list(path: Path, rows: Sequence[tuple[str, str, str, str]]) -> N
     """Write what to leave out, for ``--clean-list`` of train and evaluate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(("dataset", "split", "name", "reason"))
         writer.writerows(rows)

@@ -45,7 +45,7 @@ def test_sound_data_has_nothing_but_notes(data: Path) -> None:
     assert len(found.facts) == 26 and not found.clean_list
     notes = said(found, "note")
     assert "26 pairs are sound" in notes and "masks are stored as 0/255 20" in notes
-    assert "No re-encoded, resized, cropped or flipped copies among 26 images" in notes
+    assert "No re-encoded, resized, cropped or flipped copies seen among 26 images" in notes
     assert found.layouts == [
         "data train: 20 pairs (TrainDataset/TestDataset)",
         "toy test: 6 pairs (TrainDataset/TestDataset)",
@@ -97,7 +97,7 @@ def test_copies_across_the_splits_go_to_the_clean_list(data: Path, tmp_path: Pat
     warnings = said(found, "warning")
     assert "across test and training" in warnings and "flipped left-right" in warnings
     assert "within training" in warnings
-    assert {row[2] for row in found.clean_list} == {image.stem, inner.stem}
+    assert {row[2] for row in found.clean_list} == {image.stem, other.stem}
     assert all(row[1] == "train" for row in found.clean_list), "test sets stay as they are"
 
     path = tmp_path / "clean.csv"
@@ -109,6 +109,54 @@ def test_copies_across_the_splits_go_to_the_clean_list(data: Path, tmp_path: Pat
     assert len(next(iter(find_test_sets([data], clean=clean).values()))) == 6
     again = examined(data, copies=False, val_fraction=0.0)
     assert "identical" not in said(again, "note") and "the same file" in said(again, "warning")
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_no_copy_of_a_test_image_stays_in_training(data: Path, tmp_path: Path, copies) -> None:
+    """A family of copies, larger than the partners that one picture proposes."""
+    test = next(iter(find_test_sets([data]).values())).pairs[0]
+    planted = [train_files(data, index) for index in range(2, 9)]
+    picture = cv2.imread(str(test.image))
+    for quality, (image, mask) in enumerate(planted):
+        if copies:
+            cv2.imwrite(str(image), picture, [cv2.IMWRITE_JPEG_QUALITY, 60 + 5 * quality])
+        else:
+            shutil.copy(test.image, image)
+        shutil.copy(test.mask, mask)
+    found = examined(data, copies=copies, val_fraction=0.0)
+    assert {row[2] for row in found.clean_list} == {image.stem for image, _ in planted}
+    path = tmp_path / "clean.csv"
+    write_clean_list(path, found.clean_list)
+    kept = load_train([data], clean=read_clean_list(path))
+    assert len(kept) == 13
+
+
+def test_what_training_would_refuse_is_an_error(data: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "twin" / "data"
+    shutil.copytree(data, twin)
+    assert "in more than one of the given folders" in said(examined(data, twin), "error")
+    shutil.rmtree(data / "TrainDataset" / "Imgs")
+    (data / "TrainDataset" / "Imgs").mkdir()
+    assert "holds no images" in said(examined(data), "error")
+    shutil.rmtree(data / "TrainDataset")
+    found = examined(data)
+    assert not said(found, "error") and "nothing to train on" in said(found, "warning")
+
+
+def test_a_csv_with_one_split(data: Path) -> None:
+    pair = load_train([data]).pairs[0]
+    other = load_train([data]).pairs[1]
+    rows = [f"{p.image.relative_to(data)},{p.mask.relative_to(data)},train" for p in (pair, other)]
+    (data / "list.csv").write_text("\n".join(["image,mask,split", *rows]))
+    found = examined(data / "list.csv")
+    assert len(found.facts) == 2 and not said(found, "error")
+
+
+def test_pictures_are_kept_for_the_sheet_only(data: Path, monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "SHEET_PICTURES", 3)
+    found = examined(data)
+    kept = [facts for facts in found.facts if facts.thumb is not None]
+    assert [facts.split for facts in kept] == ["train"] * 3 + ["test"] * 3
 
 
 def test_a_copy_between_training_and_validation(data: Path) -> None:
@@ -204,6 +252,16 @@ def test_training_takes_the_clean_list(train, toy_data: Path, tmp_path: Path, ca
     printed = capsys.readouterr().out
     assert "1 images left out by the clean list" in printed and "stored as 0/255" in printed
     assert train("--clean-list", str(tmp_path / "no.csv"), "--dry-run") == 3
+    path.write_text(f"dataset,split,name\n{name.dataset},train,nobody\n")
+    assert train("--clean-list", str(path), "--dry-run") == 0
+    assert "1 of 1 rows of the clean list name no image here" in capsys.readouterr().out
+    every = [(p.dataset, "train", p.name, "all") for p in load_train([toy_data]).pairs]
+    write_clean_list(path, every)
+    assert train("--clean-list", str(path), "--dry-run") == 3
+    assert "leaves no training images" in capsys.readouterr().err
+    path.write_bytes(b"dataset,split,name\n\xff\xfe,a,b\n")
+    assert train("--clean-list", str(path), "--dry-run") == 3
+    assert "is not a CSV in" in capsys.readouterr().err
     path.write_text("file\na\n")
     with pytest.raises(DataError, match="needs the columns"):
         read_clean_list(path)

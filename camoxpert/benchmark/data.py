@@ -24,7 +24,8 @@ from camoxpert.benchmark.common import heading, interleaved, milliseconds, paire
 from camoxpert.benchmark.moe import device_name
 from camoxpert.config import AugmentConfig
 from camoxpert.data.augment import SampleTransform, resize_pair, square_pair
-from camoxpert.data.cache import PixelCache, open_cache
+from camoxpert.data.cache import open_cache
+from camoxpert.data.cache_table import PixelCache
 from camoxpert.data.image_io import probe, read_image, read_mask, read_pair
 from camoxpert.data.loader import Batches, build_loader, finish
 from camoxpert.data.manifest import Manifest, load_train

@@ -13,7 +13,7 @@ from camoxpert.errors import CamoXpertError, ConfigError, DataError
 if TYPE_CHECKING:
     from camoxpert.doctor import Examination, Finding
 
-SHEET_PICTURES = 48
+COPIES_SHOWN = 24
 FILES_PRINTED = 3
 COLUMNS = (
     *("dataset", "split", "name", "class", "width", "height", "image", "mask"),
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     for line in found.layouts:
         print(f"  {line}")
     _print(found.findings)
-    page = _write(Path(options.output), roots, findings, found)
+    page = _write(Path(options.output), roots, findings, found, options.max_pixels)
     print(f"\npage        {page}")
     if options.clean_list:
         write_clean_list(Path(options.clean_list), found.clean_list)
@@ -135,11 +135,17 @@ def _print(findings: list[Finding]) -> None:
             print(f"{'':20}... and {len(finding.files) - FILES_PRINTED} more")
 
 
-def _write(folder: Path, roots: list[str], environment: list[Finding], found: Examination) -> Path:
+def _write(
+    folder: Path,
+    roots: list[str],
+    environment: list[Finding],
+    found: Examination,
+    max_pixels: int,
+) -> Path:
     """Write the page, the findings and a table of all pairs."""
     import cv2
 
-    from camoxpert.data.inspect import SIZES
+    from camoxpert.data.inspect import SIZES, small_picture
     from camoxpert.observe.doctor_page import contact_sheet, write_page
     from camoxpert.observe.runlog import write_json
 
@@ -150,14 +156,11 @@ def _write(folder: Path, roots: list[str], environment: list[Finding], found: Ex
     parts: list[dict[str, Any]] = []
     for dataset, split in dict.fromkeys((f.pair.dataset, f.split) for f in found.facts):
         facts = [
-            f
-            for f in found.facts
-            if (f.pair.dataset, f.split) == (dataset, split) and f.thumb is not None
+            f for f in found.facts if (f.pair.dataset, f.split) == (dataset, split) and not f.faults
         ]
         if not facts:
             continue
-        step = max(1, len(facts) // SHEET_PICTURES)
-        shown = [(f.thumb, f.thumb_mask) for f in facts[::step][:SHEET_PICTURES]]
+        shown = [(f.thumb, f.thumb_mask) for f in facts]
         sheet = contact_sheet([(a, b) for a, b in shown if a is not None and b is not None])
         sizes = [f.size_class for f in facts if f.share > 0]
         groups = [f.pair.group for f in facts if f.pair.group]
@@ -174,9 +177,13 @@ def _write(folder: Path, roots: list[str], environment: list[Finding], found: Ex
         {
             "caption": f"{a.pair.name} ({a.split}) and {b.pair.name} ({b.split}): {m.how}, "
             f"similarity {m.similarity:.2f}",
-            "pictures": [f.thumb for f in (a, b) if f.thumb is not None],
+            "pictures": [
+                small_picture(f.pair.image, max_pixels=max_pixels)
+                for f in (a, b)
+                if number < COPIES_SHOWN
+            ],
         }
-        for m, a, b in found.matches
+        for number, (m, a, b) in enumerate(found.matches)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(parts, start=1):
@@ -189,7 +196,7 @@ def _write(folder: Path, roots: list[str], environment: list[Finding], found: Ex
 
 def _write_table(path: Path, found: Examination) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for facts in found.facts:

@@ -34,6 +34,16 @@ def check_conflicts(config: Config) -> None:
             f"of "
             f"them."
         )
+    if (
+        data.cache == "ram"
+        and data.start_method in ("spawn", "forkserver")
+        and data.num_workers != 0
+    ):
+        raise ConfigError(
+            f"--cache ram lives in this process, which workers started by {data.start_method} do "
+            f"not "
+            f"share. Use --cache disk, data.start_method=fork or --num-workers 0."
+        )
     if data.source_size is not None and data.source_size < data.img_size:
         raise ConfigError(
             f"data.source_size {data.source_size} is less than --img-size {data.img_size}: pairs "

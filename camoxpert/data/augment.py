@@ -82,11 +82,14 @@ def square_pair(image: np.ndarray, mask: np.ndarray, side: int) -> np.ndarray:
 
 def resize_pair(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Resize a pair to a square; the mask is averaged, then cut at one half."""
-    shrink = min(image.shape[:2]) > size
-    how = cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
-    small = cv2.resize(mask, (size, size), interpolation=how)
+    # Judged apart: the decoder may have shrunk the image already.
+    small = cv2.resize(mask, (size, size), interpolation=_filter(mask, size))
     binary = np.where(small > 127, np.uint8(255), np.uint8(0))
-    return cv2.resize(image, (size, size), interpolation=how), binary
+    return cv2.resize(image, (size, size), interpolation=_filter(image, size)), binary
+
+
+def _filter(picture: np.ndarray, size: int) -> int:
+    return cv2.INTER_AREA if min(picture.shape[:2]) > size else cv2.INTER_LINEAR
 
 
 class Operators:

@@ -19,62 +19,34 @@ import mmap
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import cv2
 import numpy as np
-import PIL
 
 from camoxpert.data.augment import resize_pair
+from camoxpert.data.cache_table import (
+    CHANNELS,
+    PixelCache,
+    checksum,
+    description,
+    judge,
+    map_cache,
+)
 from camoxpert.data.image_io import read_pair
 from camoxpert.data.manifest import Manifest, Pair
 from camoxpert.data.resources import available_memory, usable_cores
 from camoxpert.errors import DataError
 
-# Raise it when decoding or resizing changes: older caches are then stale.
-FORMAT = 1
-CHANNELS = 4
-# Rows whose checksums every start looks at, spread evenly; all of them in smaller sets.
-VERIFIED_ROWS = 2048
 # Free space that a cache leaves on its disk, and the share of free memory it takes at most.
 DISK_RESERVE = 1 << 30
 MEMORY_SHARE = 0.5
 
 Say = Callable[[str], None]
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class PixelCache:
-    """Decoded pairs of one data set.
-
-    Attributes:
-        pixels: uint8 (N, S, S, 4), RGB and mask (0 or 255).
-        sizes: original (height, width) of each, (N, 2).
-        rows: row of each (data set, name).
-        path: file of the pixels; None where they live in memory alone.
-    """
-
-    pixels: np.ndarray
-    sizes: np.ndarray
-    rows: dict[tuple[str, str], int]
-    path: Path | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the file's name, not its gigabytes: a spawned worker maps it again."""
-        if self.path is None:
-            return PixelCache, (np.asarray(self.pixels), self.sizes, self.rows)
-        return _reopened, (self.path, self.pixels.shape, self.sizes, self.rows)
-
-    def of(self, manifest: Manifest) -> np.ndarray:
-        """Return the rows of a manifest's pairs, in its order."""
-        return np.array([self.rows[pair.dataset, pair.name] for pair in manifest.pairs], np.int64)
 
 
 def cache_bytes(manifest: Manifest, side: int) -> int:
@@ -88,34 +60,69 @@ def default_folder() -> Path:
     named = os.environ.get("CAMOXPERT_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "camoxpert"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(base or Path.home() / ".cache") / "camoxpert"
+    except RuntimeError:
+        # A container's user may have no home.
+        return Path(tempfile.gettempdir()) / "camoxpert"
 
 
 def choose_cache(
-    mode: str, manifest: Manifest, side: int, *, folder: Path, epochs: int
+    mode: str, manifest: Manifest, side: int, *, folder: Path, epochs: int, forks: bool = True
 ) -> tuple[str, str]:
-    """Resolve ``--cache auto``; return none, ram or disk, and why."""
+    """Resolve ``--cache auto``; return none, ram or disk, and why.
+
+    Args:
+        mode: as asked.
+        manifest, side, folder: as ``open_cache`` takes them.
+        epochs: of the run.
+        forks: workers see this process's memory, so that one copy in it serves all.
+    """
     needed = cache_bytes(manifest, side)
     words = f"{needed / 1e9:.2f} GB"
     if mode != "auto":
         return mode, f"{words}, as asked" if mode != "none" else "as asked"
     if epochs == 1:
         return "none", "one epoch reads every file once anyway"
-    free = free_disk(folder)
+    free = free_disk(folder / cache_name(manifest, side))
     if free is not None and needed + DISK_RESERVE <= free:
         return "disk", f"{words} of {free / 1e9:.0f} GB free"
     memory = available_memory()
-    if memory is not None and needed <= MEMORY_SHARE * memory:
-        return "ram", f"{words} of {memory / 1e9:.0f} GB of free memory; the disk is too full"
+    if forks and memory is not None and needed <= MEMORY_SHARE * memory:
+        return "ram", f"{words} of {memory / 1e9:.0f} GB of free memory; the disk cannot take it"
     return "none", f"{words} fit neither on the disk nor in memory: every epoch decodes"
 
 
 def free_disk(folder: Path) -> int | None:
     """Return the free bytes where ``folder`` is or would be made; None where it cannot be."""
+    lock = folder / ".lock"
+    if lock.exists() and not os.access(lock, os.W_OK):
+        # Somebody else's cache: it can be read, not rebuilt.
+        return None
     for place in (folder, *folder.parents):
         if place.exists():
             return shutil.disk_usage(place).free if os.access(place, os.W_OK) else None
     return None
+
+
+def find_cache(
+    manifest: Manifest, side: int, folder: Path, max_pixels: int
+) -> tuple[PixelCache | None, str]:
+    """Look for a disk cache of (at least) these pairs; write nothing.
+
+    Returns:
+        The cache and "", or None and why there is none to use: miss, stale or corrupt.
+    """
+    place = folder / cache_name(manifest, side)
+    wanted = description(manifest, side, max_pixels)
+    verdict = judge(place, wanted)
+    if verdict:
+        return None, verdict
+    try:
+        return map_cache(place), ""
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        return None, f"corrupt: {error}"
 
 
 def open_cache(
@@ -144,54 +151,64 @@ def open_cache(
         check_stop: called while building; raises to stop.
 
     Raises:
-        DataError: a file cannot be read, the disk is too small, or ``strict`` and no hit.
+        DataError: a file cannot be read, memory or disk are too small, or ``strict`` and no hit.
     """
     if mode == "ram":
-        say(f"            {len(manifest)} pairs are decoded now, anew in every run")
-        shape = (len(manifest), side, side, CHANNELS)
-        # Anonymous and shared: forked workers read the same pages.
-        pixels = np.frombuffer(mmap.mmap(-1, max(1, int(np.prod(shape)))), np.uint8)
-        pixels = pixels[: int(np.prod(shape))].reshape(shape)
-        sizes = np.zeros((len(manifest), 2), np.int32)
-        todo = list(range(len(manifest)))
-        decoded = _decode(manifest, todo, pixels, sizes, max_pixels, check_stop)
-        for _ in track(decoded, len(todo), "decoding"):
-            pass
-        return PixelCache(pixels, sizes, _rows(manifest))
+        return _in_memory(manifest, side, max_pixels, say, track, check_stop)
     place = folder / cache_name(manifest, side)
-    wanted = description(manifest, side, max_pixels)
-    verdict = judge(place, wanted)
-    if verdict:
-        if strict:
-            raise DataError(
-                f"--strict-cache: there is no cache to use in {place}: {verdict}. Run once without "
-                f"--strict-cache to build it."
-            )
-        say(f"            {verdict}; decoding into {place}")
-        build(
-            place,
-            wanted,
-            manifest,
-            max_pixels=max_pixels,
-            say=say,
-            track=track,
-            check_stop=check_stop,
-        )
-        verdict = judge(place, wanted)
-        if verdict:
-            raise DataError(f"The cache in {place} was built and is not sound: {verdict}.")
-    else:
+    found, verdict = find_cache(manifest, side, folder, max_pixels)
+    if found is not None:
         say(f"            hit: {place}")
+        return found
+    if strict:
+        raise DataError(
+            f"--strict-cache: there is no cache to use in {place}: {verdict}. Run once without "
+            f"--strict-cache to build it."
+        )
+    say(f"            {verdict}; decoding into {place}")
+    wanted = description(manifest, side, max_pixels)
+    with locked(place, say):
+        # Another process may have built it while this one waited.
+        if judge(place, wanted):
+            build(
+                place,
+                wanted,
+                manifest,
+                max_pixels=max_pixels,
+                say=say,
+                track=track,
+                check_stop=check_stop,
+            )
+        # Still under the lock: nobody replaces the files between the table and the map.
+        return map_cache(place)
+
+
+def _in_memory(
+    manifest: Manifest,
+    side: int,
+    max_pixels: int,
+    say: Say,
+    track: Track,
+    check_stop: Callable[[], None],
+) -> PixelCache:
+    needed, free = cache_bytes(manifest, side), available_memory()
+    if free is not None and needed > free:
+        raise DataError(
+            f"--cache ram needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free. "
+            f"Use "
+            f"--cache disk or none."
+        )
+    say(f"            {len(manifest)} pairs are decoded now, anew in every run")
     shape = (len(manifest), side, side, CHANNELS)
-    path = place / "pixels.u8"
-    sizes = np.load(place / "sizes.npy", allow_pickle=False)
-    return PixelCache(_mapped(path, shape), sizes, _rows(manifest), path)
-
-
-def inspect_cache(manifest: Manifest, side: int, folder: Path, max_pixels: int) -> str:
-    """Say why there is no disk cache to use (see ``judge``); "" where there is one."""
-    place = folder / cache_name(manifest, side)
-    return judge(place, description(manifest, side, max_pixels))
+    # Anonymous and shared: forked workers read the same pages.
+    pixels = np.frombuffer(mmap.mmap(-1, max(1, needed)), np.uint8)[:needed].reshape(shape)
+    sizes = np.zeros((len(manifest), 2), np.int32)
+    todo = list(range(len(manifest)))
+    decoded = _decode(manifest, todo, pixels, sizes, max_pixels, check_stop)
+    for _ in track(decoded, len(todo), "decoding"):
+        pass
+    rows = {(pair.dataset, pair.name): row for row, pair in enumerate(manifest.pairs)}
+    return PixelCache(pixels, sizes, rows)
 
 
 def cache_name(manifest: Manifest, side: int) -> str:
@@ -204,95 +221,6 @@ def cache_name(manifest: Manifest, side: int) -> str:
     return f"{safe}-{side}-{digest}"
 
 
-def description(manifest: Manifest, side: int, max_pixels: int) -> dict[str, Any]:
-    """Return everything the pixels of a cache depend on."""
-    files = {}
-    for pair in manifest.pairs:
-        stats = [path.stat() for path in (pair.image, pair.mask)]
-        files[f"{pair.dataset}/{pair.name}"] = [
-            str(pair.image.resolve()),
-            str(pair.mask.resolve()),
-            *(number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)),
-        ]
-    versions = {"opencv": cv2.__version__, "pillow": PIL.__version__}
-    return {
-        "format": FORMAT,
-        "side": side,
-        "max_pixels": max_pixels,
-        "versions": versions,
-        "files": files,
-    }
-
-
-def judge(place: Path, wanted: dict[str, Any]) -> str:
-    """Say why the cache in ``place`` cannot be used (miss, stale or corrupt); "" where it can."""
-    try:
-        found = json.loads((place / "table.json").read_text())
-    except FileNotFoundError:
-        if (place / "building.json").exists():
-            return "miss: an earlier build did not finish; it continues"
-        return "miss: nothing was built for this data and size yet"
-    except (OSError, ValueError) as error:
-        return f"corrupt: its table cannot be read ({error})"
-    if not isinstance(found, dict) or "checksums" not in found:
-        return "corrupt: its table is incomplete"
-    stale = difference(found, wanted)
-    if stale:
-        return f"stale: {stale}"
-    return damage(place, found)
-
-
-def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Say what a table's description has other than the one wanted; "" where nothing."""
-    names = {
-        "format": "made by another version of this program",
-        "side": "another image size",
-        "max_pixels": "another data.max_pixels",
-        "versions": "other versions of the decoders",
-    }
-    for key, words in names.items():
-        if found.get(key) != wanted[key]:
-            return f"{words} ({found.get(key)}, now {wanted[key]})"
-    old, new = found.get("files", {}), wanted["files"]
-    if list(old) == list(new) and old == new:
-        return ""
-    changed = [name for name in new if name in old and old[name] != new[name]]
-    parts = []
-    for words, some in (
-        ("changed", changed),
-        ("new", [name for name in new if name not in old]),
-        ("gone", [name for name in old if name not in new]),
-    ):
-        if some:
-            parts.append(f"{len(some)} {words} ({some[0]}{', ...' if len(some) > 1 else ''})")
-    return "files " + (", ".join(parts) if parts else "in another order")
-
-
-def damage(place: Path, table: dict[str, Any]) -> str:
-    """Say how the pixels differ from their checksums; "" where they do not."""
-    checksums, side = table["checksums"], table["side"]
-    row = side * side * CHANNELS
-    path = place / "pixels.u8"
-    try:
-        size = path.stat().st_size
-        sizes = np.load(place / "sizes.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        return f"corrupt: {error}"
-    if size != row * len(checksums) or sizes.shape != (len(checksums), 2):
-        return f"corrupt: it holds {size} bytes instead of {row * len(checksums)}"
-    if not checksums:
-        return ""
-    pixels = np.memmap(path, np.uint8, "r", shape=(len(checksums), row))
-    count = min(len(checksums), VERIFIED_ROWS)
-    looked_at = np.linspace(0, len(checksums) - 1, count).astype(int)
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        sums = pool.map(lambda index: _checksum(pixels[index]), looked_at)
-        for index, checksum in zip(looked_at, sums, strict=True):
-            if checksum != checksums[index]:
-                return f"corrupt: row {index} does not match its checksum"
-    return ""
-
-
 def build(
     place: Path,
     wanted: dict[str, Any],
@@ -303,57 +231,55 @@ def build(
     track: Track,
     check_stop: Callable[[], None],
 ) -> None:
-    """Decode every pair into ``place``; continue an unfinished build of the same description."""
+    """Decode every pair into ``place``, whose lock is held; continue an unfinished build of the
+    same
+    description."""
     side, count = wanted["side"], len(manifest)
     needed = cache_bytes(manifest, side)
-    with locked(place, say):
-        if not judge(place, wanted):
-            # Another process built it while this one waited.
-            return
-        started = _read_json(place / "building.json")
-        progress = place / "progress.u4"
-        same = started is not None and not difference(started, wanted)
-        if not (same and progress.exists() and (place / "pixels.u8").exists()):
-            for name in ("table.json", "building.json", "pixels.u8", "sizes.npy", "progress.u4"):
-                (place / name).unlink(missing_ok=True)
-            free = free_disk(place) or 0
-            if needed + DISK_RESERVE // 4 > free:
-                raise DataError(
-                    f"The cache needs {needed / 1e9:.1f} GB and {place.parent} has "
-                    f"{free / 1e9:.1f} GB free. Give another folder with --cache-dir, or use "
-                    f"--cache "
-                    f"ram or none."
-                )
-            try:
-                _allocate(place / "pixels.u8", needed)
-                _allocate(progress, 3 * 4 * count)
-            except OSError as error:
-                raise DataError(f"The cache cannot be written in {place}: {error}.") from error
-            write_json(place / "building.json", wanted)
-        shape = (count, side, side, CHANNELS)
-        pixels = np.memmap(place / "pixels.u8", np.uint8, "r+", shape=shape)
-        # Per row: checksum, height, width; a height of 0 says not done.
-        table = np.memmap(progress, np.uint32, "r+", shape=(count, 3))
-        todo = []
-        for index in range(count):
-            if table[index, 1] and _checksum(pixels[index]) != table[index, 0]:
-                # Written to disk in another order than they were made, when the power failed.
-                table[index] = 0
-            if not table[index, 1]:
-                todo.append(index)
-        if 0 < len(todo) < count:
-            say(f"            {count - len(todo)} of {count} pairs are there already")
-        sizes = np.zeros((count, 2), np.int32)
-        decoded = _decode(manifest, todo, pixels, sizes, max_pixels, check_stop)
-        for index in track(decoded, len(todo), "decoding"):
-            table[index] = (_checksum(pixels[index]), *sizes[index])
-        pixels.flush()
-        table.flush()
-        _save_array(place / "sizes.npy", np.asarray(table[:, 1:], np.int32))
-        write_json(place / "table.json", {**wanted, "checksums": table[:, 0].tolist()})
-        (place / "building.json").unlink(missing_ok=True)
-        del table
-        progress.unlink(missing_ok=True)
+    started = _read_json(place / "building.json")
+    progress = place / "progress.u4"
+    same = started is not None and started == wanted
+    if not (same and progress.exists() and (place / "pixels.u8").exists()):
+        for name in ("table.json", "building.json", "pixels.u8", "sizes.npy", "progress.u4"):
+            (place / name).unlink(missing_ok=True)
+        free = free_disk(place) or 0
+        if needed + DISK_RESERVE // 4 > free:
+            raise DataError(
+                f"The cache needs {needed / 1e9:.1f} GB and {place.parent} has "
+                f"{free / 1e9:.1f} GB free. Give another folder with --cache-dir, or use "
+                f"--cache "
+                f"ram or none."
+            )
+        try:
+            _allocate(place / "pixels.u8", needed)
+            _allocate(progress, 3 * 4 * count)
+        except OSError as error:
+            raise DataError(f"The cache cannot be written in {place}: {error}.") from error
+        write_json(place / "building.json", wanted)
+    shape = (count, side, side, CHANNELS)
+    pixels = np.memmap(place / "pixels.u8", np.uint8, "r+", shape=shape)
+    # Per row: checksum, height, width; a height of 0 says not done.
+    table = np.memmap(progress, np.uint32, "r+", shape=(count, 3))
+    todo = []
+    for index in range(count):
+        if table[index, 1] and checksum(pixels[index]) != table[index, 0]:
+            # Written to disk in another order than they were made, when the power failed.
+            table[index] = 0
+        if not table[index, 1]:
+            todo.append(index)
+    if 0 < len(todo) < count:
+        say(f"            {count - len(todo)} of {count} pairs are there already")
+    sizes = np.zeros((count, 2), np.int32)
+    decoded = _decode(manifest, todo, pixels, sizes, max_pixels, check_stop)
+    for index in track(decoded, len(todo), "decoding"):
+        table[index] = (checksum(pixels[index]), *sizes[index])
+    pixels.flush()
+    table.flush()
+    _save_array(place / "sizes.npy", np.asarray(table[:, 1:], np.int32))
+    write_json(place / "table.json", {**wanted, "checksums": table[:, 0].tolist()})
+    (place / "building.json").unlink(missing_ok=True)
+    del table
+    progress.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -423,26 +349,6 @@ def _decode(
         raise DataError(f"{len(faults)} files cannot be decoded:\n{listed}{more}")
 
 
-def _checksum(row: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(row).data)
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    if not np.prod(shape):
-        return np.zeros(shape, np.uint8)
-    return np.memmap(path, np.uint8, "r", shape=shape)
-
-
-def _reopened(
-    path: Path, shape: tuple[int, ...], sizes: np.ndarray, rows: dict[tuple[str, str], int]
-) -> PixelCache:
-    return PixelCache(_mapped(path, shape), sizes, rows, path)
-
-
-def _rows(manifest: Manifest) -> dict[tuple[str, str], int]:
-    return {(pair.dataset, pair.name): row for row, pair in enumerate(manifest.pairs)}
-
-
 def _allocate(path: Path, size: int) -> None:
     """Make a file of ``size`` bytes whose space is truly reserved: a full disk says so now, not as
     a
@@ -471,6 +377,8 @@ def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        # mkstemp makes private files; a cache may be shared.
+        Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

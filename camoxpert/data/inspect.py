@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -60,8 +61,13 @@ class PairFacts:
         return next(name for limit, name in SIZES if self.share < limit)
 
 
-def inspect_pair(pair: Pair, split: str, *, max_pixels: int = MAX_PIXELS) -> PairFacts:
-    """Decode a pair strictly and describe it; never raises for what is wrong with the files."""
+def inspect_pair(
+    pair: Pair, split: str, *, max_pixels: int = MAX_PIXELS, picture: bool = True
+) -> PairFacts:
+    """Decode a pair strictly and describe it; never raises for what is wrong with the files.
+
+    ``picture`` keeps small copies of image and mask.
+    """
     facts = PairFacts(pair, split)
     image = mask = None
     turn = True
@@ -104,7 +110,7 @@ def inspect_pair(pair: Pair, split: str, *, max_pixels: int = MAX_PIXELS) -> Pai
         edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
         facts.border = float((edge > 0).mean())
         facts.objects = count_objects(mask)
-    if image is not None and mask is not None:
+    if picture and image is not None and mask is not None:
         side = max(image.shape[:2])
         size = tuple(max(1, round(n * THUMB / side)) for n in image.shape[1::-1])
         facts.thumb = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
@@ -123,16 +129,34 @@ EXPECTED = {
 }
 
 
-def inspect_pairs(
-    pairs: Sequence[tuple[Pair, str]], *, max_pixels: int, track: Track
-) -> list[PairFacts]:
-    """Inspect (pair, split) items in threads; the results keep their order."""
+def small_picture(path: Path, *, max_pixels: int) -> np.ndarray:
+    """Decode an image small, for a page."""
+    image = read_image(path, max_pixels=max_pixels, at_least=THUMB)
+    scale = THUMB / max(image.shape[:2])
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+    small: np.ndarray = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return small
 
-    def one(item: tuple[Pair, str]) -> PairFacts:
-        return inspect_pair(*item, max_pixels=max_pixels)
+
+def inspect_pairs(
+    pairs: Sequence[tuple[Pair, str]], *, max_pixels: int, pictures: int, track: Track
+) -> list[PairFacts]:
+    """Inspect (pair, split) items in threads; the results keep their order.
+
+    ``pictures`` of every data set and split, spread evenly, keep small copies for contact sheets.
+    """
+    parts: dict[tuple[str, str], list[int]] = {}
+    for index, (pair, split) in enumerate(pairs):
+        parts.setdefault((pair.dataset, split), []).append(index)
+    shown = {
+        i for part in parts.values() for i in part[:: max(1, len(part) // pictures)][:pictures]
+    }
+
+    def one(index: int) -> PairFacts:
+        return inspect_pair(*pairs[index], max_pixels=max_pixels, picture=index in shown)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return list(track(pool.map(one, pairs), len(pairs), "decoding pairs"))
+        return list(track(pool.map(one, range(len(pairs))), len(pairs), "decoding pairs"))
 
 
 def count_objects(mask: np.ndarray, *, smallest: float = 1e-4) -> int:
@@ -142,20 +166,15 @@ def count_objects(mask: np.ndarray, *, smallest: float = 1e-4) -> int:
     return int((areas >= max(1, smallest * mask.size)).sum())
 
 
-def identical_files(items: Sequence[tuple[Path, str]]) -> list[tuple[int, int]]:
-    """Return positions (first, later) of files with the same bytes; only files of equal size are
+def identical_files(items: Sequence[tuple[Path, str]]) -> list[list[int]]:
+    """Return groups of positions of files with the same bytes; only files of equal size are
     read."""
-    import hashlib
-
     by_size: dict[int, list[int]] = {}
     for index, (path, _) in enumerate(items):
         by_size.setdefault(path.stat().st_size, []).append(index)
-    doubled = []
+    groups: dict[bytes, list[int]] = {}
     for same in by_size.values():
-        seen: dict[bytes, int] = {}
         for index in same if len(same) > 1 else ():
             digest = hashlib.sha256(items[index][0].read_bytes()).digest()
-            if digest in seen:
-                doubled.append((seen[digest], index))
-            seen.setdefault(digest, index)
-    return doubled
+            groups.setdefault(digest, []).append(index)
+    return [group for group in groups.values() if len(group) > 1]

@@ -174,8 +174,10 @@ def locate(root: Path, source: Source) -> Iterator[Found]:
                 # On a case-insensitive disk Imgs and imgs are one folder, and so are GT and gt.
                 if masks.is_dir() and masks != images:
                     seen.add(parent)
-                    named = star if "/" in pattern else root.name
-                    yield Found(source, source.dataset or named or root.name, images, masks)
+                    # Resolved: the folder "." has no name of its own.
+                    own = root.resolve().name
+                    named = star if "/" in pattern else own
+                    yield Found(source, source.dataset or named or own, images, masks)
                     break
 
 

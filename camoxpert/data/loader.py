@@ -27,7 +27,7 @@ from camoxpert.data.batches import (
     collate_eval,
     collate_raw,
 )
-from camoxpert.data.cache import PixelCache
+from camoxpert.data.cache_table import PixelCache
 from camoxpert.data.image_io import MAX_PIXELS, read_pair
 from camoxpert.data.manifest import Manifest
 from camoxpert.data.sampler import EpochSampler
@@ -343,15 +343,17 @@ def device_batches(loader: Batches, device: torch.device) -> Iterator[tuple[Batc
             yield finish(loader, batch, device), waited
         return
     side = torch.cuda.Stream(device)
-    ahead: tuple[Batch, float] | None = None
+    ahead: tuple[Batch, float, torch.cuda.Event] | None = None
     for batch, waited in _timed(iter(loader)):
         with torch.cuda.stream(side):
-            following = finish(loader, batch, device), waited
+            arriving = finish(loader, batch, device)
+            done = torch.cuda.Event()
+            done.record(side)
         if ahead is not None:
-            yield _arrived(ahead, side, device)
-        ahead = following
+            yield _arrived(*ahead, device)
+        ahead = arriving, waited, done
     if ahead is not None:
-        yield _arrived(ahead, side, device)
+        yield _arrived(*ahead, device)
 
 
 def seconds_per_sample(dataset: PairDataset, target: int, *, samples: int = 8) -> float:
@@ -379,11 +381,12 @@ def _timed(batches: Iterator[Any]) -> Iterator[tuple[Any, float]]:
 
 
 def _arrived(
-    item: tuple[Batch, float], side: torch.cuda.Stream, device: torch.device
+    batch: Batch, waited: float, done: torch.cuda.Event, device: torch.device
 ) -> tuple[Batch, float]:
+    """Let the step wait for its own batch, and not for the one after it."""
     current = torch.cuda.current_stream(device)
-    current.wait_stream(side)
-    for tensor in (item[0].images, item[0].masks):
+    current.wait_event(done)
+    for tensor in (batch.images, batch.masks):
         # The allocator must not hand the memory out while this stream still reads it.
         tensor.record_stream(current)
-    return item
+    return batch, waited

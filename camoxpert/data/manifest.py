@@ -8,10 +8,12 @@ import hashlib
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from camoxpert.data.image_io import MAX_PIXELS, pair_orientation, probe, require_whole
 from camoxpert.data.layouts import (
@@ -55,6 +57,7 @@ class Manifest:
         layout: names of the layouts recognised.
         excluded: images left out on purpose (``notes`` says why).
         notes: sentences for the user.
+        cleaned: rows of a clean list that applied.
     """
 
     pairs: tuple[Pair, ...]
@@ -63,6 +66,7 @@ class Manifest:
     layout: str
     excluded: int = 0
     notes: tuple[str, ...] = ()
+    cleaned: tuple[tuple[str, str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -73,7 +77,11 @@ class Manifest:
         digest = hashlib.sha256()
         for pair in self.pairs:
             sizes = (pair.image.stat().st_size, pair.mask.stat().st_size)
-            digest.update(f"{pair.dataset}/{pair.name}\t{sizes[0]}\t{sizes[1]}\n".encode())
+            digest.update(
+                f"{pair.dataset}/{pair.name}\t{sizes[0]}\t{sizes[1]}\n".encode(
+                    errors="surrogateescape"
+                )
+            )
         return digest.hexdigest()
 
 
@@ -106,7 +114,10 @@ def load_train(
             names = ", ".join(sorted({m.split for m in splits}))
             raise DataError(f"{root} has no training split (found: {names}).")
         manifests += [without(m, clean or {}) for m in chosen]
-    return concat(manifests)
+    whole = concat(manifests)
+    if not whole.pairs:
+        raise DataError("The clean list leaves no training images.")
+    return whole
 
 
 def find_test_sets(
@@ -161,6 +172,7 @@ def concat(manifests: Sequence[Manifest]) -> Manifest:
         ", ".join(dict.fromkeys(m.layout for m in manifests)),
         sum(m.excluded for m in manifests),
         tuple(note for m in manifests for note in m.notes),
+        tuple(row for m in manifests for row in m.cleaned),
     )
 
 
@@ -177,7 +189,9 @@ def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Ma
     wanted = min(max(1, round(fraction * total)), total - 1) if fraction > 0 and total > 1 else 0
 
     def rank(pair: Pair) -> str:
-        return hashlib.sha256(f"{seed}/{pair.dataset}/{pair.name}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{seed}/{pair.dataset}/{pair.name}".encode(errors="surrogateescape")
+        ).hexdigest()
 
     groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)
     for pair in manifest.pairs:
@@ -362,7 +376,11 @@ def without(manifest: Manifest, unwanted: CleanList) -> Manifest:
     kept = tuple(
         pair for pair in manifest.pairs if (pair.dataset, manifest.split, pair.name) not in unwanted
     )
-    gone = len(manifest) - len(kept)
+    left = set(kept)
+    cleaned = tuple(
+        (pair.dataset, manifest.split, pair.name) for pair in manifest.pairs if pair not in left
+    )
+    gone = len(cleaned)
     if not gone:
         return manifest
     note = f"{manifest.dataset} {manifest.split}: {gone} images left out by the clean list"
@@ -371,7 +389,14 @@ def without(manifest: Manifest, unwanted: CleanList) -> Manifest:
         pairs=kept,
         excluded=manifest.excluded + gone,
         notes=(*manifest.notes, note),
+        cleaned=cleaned,
     )
+
+
+def unused_rows(clean: CleanList, manifests: Sequence[Manifest]) -> list[tuple[str, str, str]]:
+    """Return the rows of a clean list that left no image out of these manifests."""
+    used = {row for manifest in manifests for row in manifest.cleaned}
+    return [row for row in clean if row not in used]
 
 
 def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
@@ -387,7 +412,7 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"--clean-list: there is no file {path}. `camoxpert doctor` writes one.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with _text_file(path) as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
         if not {"dataset", "split", "name"} <= set(columns):
@@ -397,9 +422,19 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
         }
 
 
+@contextmanager
+def _text_file(path: Path) -> Iterator[IO[str]]:
+    """Open a CSV; what is no UTF-8 text is the user's mistake, not the program's."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            yield file
+        except (UnicodeError, csv.Error) as error:
+            raise DataError(f"{path} is not a CSV in UTF-8: {error}. Save it as one.") from error
+
+
 def _read_csv(path: Path) -> list[Manifest]:
     """Read columns image, mask and optionally split and class; paths are relative to the file."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with _text_file(path) as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         if not {"image", "mask"} <= set(columns):

@@ -107,7 +107,7 @@ def _copies(copies: Sequence[Mapping[str, Any]]) -> str:
     if not copies:
         return ""
     figures = []
-    for entry in copies[:24]:
+    for entry in (entry for entry in copies if entry["pictures"]):
         pictures = [fit(picture, 220) for picture in entry["pictures"]]
         height = max(picture.shape[0] for picture in pictures)
         padded = [

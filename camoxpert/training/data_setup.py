@@ -12,12 +12,12 @@ from typing import Any
 from camoxpert.config import Config, DataConfig
 from camoxpert.data.augment import SampleTransform
 from camoxpert.data.cache import (
-    PixelCache,
     choose_cache,
     default_folder,
-    inspect_cache,
+    find_cache,
     open_cache,
 )
+from camoxpert.data.cache_table import PixelCache
 from camoxpert.data.image_io import read_mask_as
 from camoxpert.data.inspect import identical_files
 from camoxpert.data.loader import Batches, PairDataset, build_loader, seconds_per_sample
@@ -28,6 +28,7 @@ from camoxpert.data.manifest import (
     read_clean_list,
     require_readable,
     split_validation,
+    unused_rows,
 )
 from camoxpert.data.resources import free_shared_memory
 from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
@@ -80,11 +81,22 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
     sides = training_sides(data)
     side = source_side(data)
     folder = Path(data.cache_dir) if data.cache_dir else default_folder()
-    mode, why = choose_cache(data.cache, whole, side, folder=folder, epochs=config.train.epochs)
-    fresh = mode == "disk" and not inspect_cache(whole, side, folder, data.max_pixels)
-    if not fresh:
+    cache, verdict = None, ""
+    if data.cache in ("auto", "disk"):
+        cache, verdict = find_cache(whole, side, folder, data.max_pixels)
+    mode, why = "disk", "made by an earlier run"
+    if cache is None:
         # A cache that fits its files was made from files that could be read.
         require_readable(whole, max_pixels=data.max_pixels)
+        forks = choose_start_method(data.start_method)[0] == "fork"
+        mode, why = choose_cache(
+            "disk" if data.strict_cache else data.cache,
+            whole,
+            side,
+            folder=folder,
+            epochs=config.train.epochs,
+            forks=forks,
+        )
     train, validation = split_validation(whole, data.val_fraction, config.train.seed)
     tests = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam, clean=clean)
     say(
@@ -95,15 +107,21 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
         say(f"            {note}")
     sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
     say(f"test sets   {sizes or 'none found'}; they choose nothing and are scored at the end")
-    for line in quick_checks(train, validation, tests):
+    for line in quick_checks(train, validation, tests, max_pixels=data.max_pixels):
         say(line)
-    cache = None
-    if mode == "none":
-        say(f"cache       none: {why}")
-    elif not write and not fresh:
-        say(f"cache       {mode}: {why}; training would decode into it first")
-    else:
-        say(f"cache       {mode}: {why}")
+    unmatched = unused_rows(clean, [whole, *tests.values()])
+    if unmatched:
+        say(
+            f"warning     {len(unmatched)} of {len(clean)} rows of the clean list name no image "
+            f"here, "
+            f"for example {'/'.join(unmatched[0])}"
+        )
+    say(f"cache       {mode}: {why}")
+    if cache is not None:
+        say(f"            hit: {cache.path.parent if cache.path else folder}")
+    elif mode != "none" and not write:
+        say(f"            {verdict or 'in memory'}; training would decode into it first")
+    elif mode != "none":
         cache = open_cache(
             whole,
             side,
@@ -145,20 +163,27 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
     return Data(train, validation, tests, whole.content_hash(), workers, cache, on_device, prefetch)
 
 
-def quick_checks(train: Manifest, validation: Manifest, tests: Mapping[str, Manifest]) -> list[str]:
+def quick_checks(
+    train: Manifest,
+    validation: Manifest,
+    tests: Mapping[str, Manifest],
+    *,
+    max_pixels: int,
+) -> list[str]:
     """Return what the cheap part of ``doctor`` says: how masks are stored, and identical images
     between the splits."""
     looked_at = train.pairs[:: max(1, len(train) // MASKS_LOOKED_AT)][:MASKS_LOOKED_AT]
-    kinds = Counter(read_mask_as(pair.mask)[1] for pair in looked_at)
+    kinds = Counter(read_mask_as(pair.mask, max_pixels=max_pixels)[1] for pair in looked_at)
     words = ", ".join(kind for kind, _ in kinds.most_common())
     lines = [f"masks       stored as {words} ({len(looked_at)} looked at)"]
     parts = {"training": train, "validation": validation, **tests}
     items = [(pair.image, part) for part, manifest in parts.items() for pair in manifest.pairs]
-    across = [(a, b) for a, b in identical_files(items) if items[a][1] != items[b][1]]
-    if across:
-        a, b = across[0]
+    groups = [group for group in identical_files(items) if len({items[i][1] for i in group}) > 1]
+    if groups:
+        a = groups[0][0]
+        b = next(i for i in groups[0] if items[i][1] != items[a][1])
         lines.append(
-            f"warning     identical images in different splits: {len(across)}, for example "
+            f"warning     identical images in different splits: {len(groups)}, for example "
             f"{items[a][0].name} ({items[a][1]}) and {items[b][0].name} ({items[b][1]}); "
             f"`camoxpert doctor` writes a --clean-list"
         )

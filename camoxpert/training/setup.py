@@ -5,7 +5,8 @@ Each decision is one line for the user, with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -247,7 +248,8 @@ def choose_micro_batch(
     largest = max(sizes[0], train.stage2_batch_size or 0)
 
     def step(images: int) -> None:
-        trial_step(model, config, device, precision, images)
+        with unchanged(model, device):
+            trial_step(model, config, device, precision, images)
 
     if device.type == "cuda":
         # AdamW's two moments come with the first step, in the parameters' own format.
@@ -260,7 +262,10 @@ def choose_micro_batch(
 
         def rate(images: int, recompute: bool) -> float:
             model.set_gradient_checkpointing(recompute)
-            return measured_rate(step, images, device)
+            try:
+                return measured_rate(step, images, device)
+            except torch.OutOfMemoryError:
+                return 0.0
 
         # With sizes asked for, stage 2's may be the larger: what fits it fits both.
         chosen = plan_micro_batch(
@@ -307,6 +312,25 @@ def choose_micro_batch(
     )
 
 
+@contextmanager
+def unchanged(model: CamoXpert, device: torch.device) -> Iterator[None]:
+    """Put buffers (batch norm's statistics), random state and routing back after trying things
+    out."""
+    kept = [buffer.clone() for buffer in model.buffers()]
+    training, active = model.training, [level.router.top_k for level in model.moe_levels]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), kept, strict=True):
+                buffer.copy_(value)
+        model.train(training)
+        for level, top_k in zip(model.moe_levels, active, strict=True):
+            level.router.top_k = top_k
+
+
 def trial_step(
     model: CamoXpert,
     config: Config,
@@ -322,11 +346,15 @@ def trial_step(
     # The first epochs may use all experts: that is the step that has to fit.
     warm = config.train.router_warmup > 0
     model.set_active_experts(config.model.num_experts if warm else config.model.top_k)
-    with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.dtype is not None):
-        output = model(images)
-    loss, _ = total_loss(output, masks, config.loss)
-    loss.backward()
-    model.zero_grad(set_to_none=True)
+    try:
+        enabled = precision.dtype is not None
+        with torch.autocast(device.type, dtype=precision.dtype, enabled=enabled):
+            output = model(images)
+        loss, _ = total_loss(output, masks, config.loss)
+        loss.backward()
+    finally:
+        # Also where memory ran out half way.
+        model.zero_grad(set_to_none=True)
 
 
 def autocast(setup: Setup) -> torch.autocast:

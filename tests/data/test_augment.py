@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from camoxpert.config import AugmentConfig
-from camoxpert.data.augment import Operators, SampleTransform, square_pair
+from camoxpert.data.augment import Operators, SampleTransform, resize_pair, square_pair
 from camoxpert.data.device_augment import apply_draws, gaussian_noise, turn_hue, warp
 from camoxpert.data.draw import GREY, Draw, draw, linear_colour
 from camoxpert.data.toy import toy_pair
@@ -206,3 +206,14 @@ def test_operators_do_not_change_their_input() -> None:
     sample = draw(WILD, seed=0, epoch=0, index=0, source=48, target=48)
     Operators().apply(pixels, sample, 48)
     assert np.array_equal(pixels, before)
+
+
+def test_a_mask_is_averaged_however_small_its_image_was_decoded() -> None:
+    mask = np.zeros((256, 256), np.uint8)
+    mask[:, ::3] = 255
+    mask[:, 1::3] = 255
+    whole = np.repeat(mask[..., None], 3, 2)
+    half = cv2.resize(whole, (32, 32), interpolation=cv2.INTER_AREA)
+    _, expected = resize_pair(whole, mask, 32)
+    _, got = resize_pair(half, mask, 32)
+    assert np.array_equal(got, expected) and expected.all(), "two thirds are more than half"

@@ -21,13 +21,13 @@ from camoxpert.config import AugmentConfig
 from camoxpert.data import cache as cache_module
 from camoxpert.data.augment import SampleTransform, square_pair
 from camoxpert.data.cache import (
-    PixelCache,
     cache_name,
     choose_cache,
     default_folder,
-    inspect_cache,
+    find_cache,
     open_cache,
 )
+from camoxpert.data.cache_table import PixelCache
 from camoxpert.data.image_io import read_pair
 from camoxpert.data.loader import CacheReader, build_loader, device_batches
 from camoxpert.data.manifest import load_train
@@ -116,6 +116,24 @@ class TestJudgement:
         _, said, _ = opened(data, tmp_path)
         assert "1 new" in said and "1 gone" in said and pair.name in said
 
+    def test_a_part_of_its_pairs_is_a_hit(self, data: Path, tmp_path: Path) -> None:
+        """A clean list leaves pairs out: the cache holds them besides, and nothing is rebuilt."""
+        whole, _, _ = opened(data, tmp_path)
+        manifest = load_train([data])
+        part = dataclasses.replace(manifest, pairs=manifest.pairs[3:9])
+        found, verdict = find_cache(part, 32, tmp_path, 10**6)
+        assert not verdict
+        assert np.array_equal(found.pixels[found.of(part)], whole.pixels[3:9])
+
+    def test_a_worker_does_not_open_another_cache_by_its_name(self, data, tmp_path) -> None:
+        found, _, _ = opened(data, tmp_path)
+        packed = pickle.dumps(found)
+        os.utime(load_train([data]).pairs[0].image, ns=(1, 1))
+        opened(data, tmp_path)
+        with pytest.raises(DataError, match="was replaced by another run"):
+            pickle.loads(packed)
+        assert found.pixels.shape[0] == 20, "what is mapped already stays"
+
     def test_another_size_has_its_own_cache(self, data: Path, tmp_path: Path) -> None:
         opened(data, tmp_path, side=32)
         _, said, decoded = opened(data, tmp_path, side=64)
@@ -193,7 +211,7 @@ class TestBuilding:
         )
         done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        assert "did not finish" in inspect_cache(load_train([data]), 32, tmp_path, 10**6)
+        assert "did not finish" in find_cache(load_train([data]), 32, tmp_path, 10**6)[1]
         found, said, decoded = opened(data, tmp_path)
         assert "9 of 20 pairs are there already" in said and decoded == 11
         fresh, _, _ = opened(data, tmp_path / "fresh")
@@ -249,7 +267,7 @@ class TestBuilding:
         with pytest.raises(DataError, match="2 files cannot be decoded") as caught:
             opened(data, tmp_path)
         assert pairs[4].image.name in str(caught.value) and pairs[9].mask.name in str(caught.value)
-        assert "did not finish" in inspect_cache(load_train([data]), 32, tmp_path, 10**6)
+        assert "did not finish" in find_cache(load_train([data]), 32, tmp_path, 10**6)[1]
 
     def test_a_full_disk_is_known_before_writing(self, data, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(cache_module, "free_disk", lambda folder: 1000)
@@ -263,7 +281,30 @@ class TestBuilding:
             opened(data, tmp_path / "file")
 
 
+class TestMemory:
+    def test_too_large_for_memory(self, data: Path, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(cache_module, "available_memory", lambda: 1000)
+        with pytest.raises(DataError, match="--cache ram needs"):
+            opened(data, tmp_path, mode="ram")
+
+    def test_a_cache_in_this_process_needs_forked_workers(self, train, capsys) -> None:
+        words = ["--cache", "ram", "data.start_method=spawn", "--num-workers", "1", "--dry-run"]
+        assert train(*words) == 2
+        assert "do not share" in capsys.readouterr().err
+
+
 class TestChoice:
+    def test_a_cache_that_is_there_is_used_on_a_full_disk(
+        self, train, tmp_path: Path, monkeypatch, capsys
+    ) -> None:
+        words = ["--cache-dir", str(tmp_path / "c"), "--no-test", "--no-report", "--epochs", "2"]
+        assert train(*words) == 0
+        monkeypatch.setattr(cache_module, "free_disk", lambda folder: None)
+        capsys.readouterr()
+        assert train(*words, "--seed", "9", "--dry-run") == 0
+        assert "hit" in capsys.readouterr().out
+        assert train(*words, "--seed", "9", "--img-size", "64", "--strict-cache") == 3
+
     def choose(self, monkeypatch, *, disk: int | None, memory: int | None, epochs: int = 5, **k):
         monkeypatch.setattr(cache_module, "free_disk", lambda folder: disk)
         monkeypatch.setattr(cache_module, "available_memory", lambda: memory)

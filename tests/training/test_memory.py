@@ -284,3 +284,40 @@ def test_a_stopped_auto_run_goes_on_with_its_own_micro_batch(train, tmp_path: Pa
     capsys.readouterr()
     assert train(*words) == 0
     assert "4 images x 2 per step, as in the run being continued" in capsys.readouterr().out
+
+
+def test_trying_a_step_changes_nothing() -> None:
+    """Batch norm's statistics, random state, routing and gradients are as before, whatever
+    happens."""
+    config = build_config(
+        {"model.backbone": "resnet18", "model.pretrained": False, "data.img_size": 32}
+        | {"model.width": 16, "model.num_experts": 3, "train.router_warmup": 1}
+    )
+    model = build_model(config.model)
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with setup.unchanged(model, CPU):
+        setup.trial_step(model, config, CPU, Precision(None, False, "fp32"), 2)
+        torch.rand(5)
+    assert torch.equal(torch.rand(2), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training and model.moe_levels[0].router.top_k == config.model.top_k
+
+
+def test_running_out_of_memory_leaves_no_gradients(monkeypatch) -> None:
+    config = build_config(
+        {"model.backbone": "tiny_test", "model.pretrained": False, "data.img_size": 32}
+    )
+    model = build_model(config.model)
+    last = next(iter(model.backbone.parameters()))
+
+    def full(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    last.register_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        setup.trial_step(model, config, CPU, Precision(None, False, "fp32"), 2)
+    assert all(p.grad is None for p in model.parameters())
