@@ -11,11 +11,16 @@ import cv2
 import numpy as np
 import pytest
 
-from camoxpert import doctor
 from camoxpert.cli import main
-from camoxpert.data.manifest import find_test_sets, load_train, read_clean_list
+from camoxpert.data.manifest import (
+    find_test_sets,
+    load_train,
+    read_clean_list,
+    split_validation,
+)
 from camoxpert.data.toy import generate_toy
-from camoxpert.doctor import check_environment, examine_data, write_clean_list
+from camoxpert.doctor import check_environment, environment, examine_data, write_clean_list
+from camoxpert.doctor import data as doctor_data
 from camoxpert.errors import DataError
 
 
@@ -153,7 +158,7 @@ def test_a_csv_with_one_split(data: Path) -> None:
 
 
 def test_pictures_are_kept_for_the_sheet_only(data: Path, monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "SHEET_PICTURES", 3)
+    monkeypatch.setattr(doctor_data, "SHEET_PICTURES", 3)
     found = examined(data)
     kept = [facts for facts in found.facts if facts.thumb is not None]
     assert [facts.split for facts in kept] == ["train"] * 3 + ["test"] * 3
@@ -161,7 +166,7 @@ def test_pictures_are_kept_for_the_sheet_only(data: Path, monkeypatch) -> None:
 
 def test_a_copy_between_training_and_validation(data: Path) -> None:
     whole = load_train([data])
-    train, validation = doctor.split_validation(whole, 0.2, 42)
+    train, validation = split_validation(whole, 0.2, 42)
     shutil.copy(validation.pairs[0].image, train.pairs[0].image)
     found = examined(data, val_fraction=0.2)
     assert "across training and validation" in said(found, "warning")
@@ -228,7 +233,7 @@ class TestEnvironment:
     def test_a_gpu_that_pytorch_does_not_see(self, monkeypatch) -> None:
         import torch
 
-        monkeypatch.setattr(doctor, "_driver_devices", lambda: ["Tesla T4", "Tesla T4"])
+        monkeypatch.setattr(environment, "_driver_devices", lambda: ["Tesla T4", "Tesla T4"])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         found = {f.level: f.text for f in check_environment() if f.check == "devices"}
@@ -237,8 +242,8 @@ class TestEnvironment:
         assert "error" in levels
 
     def test_little_shared_memory_and_disk(self, monkeypatch) -> None:
-        monkeypatch.setattr(doctor, "free_shared_memory", lambda: 64 << 20)
-        monkeypatch.setattr(doctor, "SMALL_DISK", 1 << 60)
+        monkeypatch.setattr(environment, "free_shared_memory", lambda: 64 << 20)
+        monkeypatch.setattr(environment, "SMALL_DISK", 1 << 60)
         warnings = [f.text for f in check_environment() if f.level == "warning"]
         assert any("/dev/shm has 67 MB free" in text for text in warnings)
         assert sum("GB free" in text for text in warnings) == 2

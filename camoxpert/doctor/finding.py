@@ -1,0 +1,22 @@
+"""What a check has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        level: error, warning or note.
+        check: what was looked at, in a word or two.
+        text: one sentence: what is the matter, and what to do.
+        files: the files concerned.
+    """
+
+    level: str
+    check: str
+    text: str
+    files: tuple[str, ...] = ()
