@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from camoxpert.data.augment import SampleTransform, resize_pair, square_pair
@@ -165,6 +166,7 @@ class CacheReader:
         self._sampler = sampler
         self._ahead = ahead
         self._pin = pin_memory
+        self._free: list[np.ndarray] = []
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch to iterate next, from its ``start_batch``-th batch on."""
@@ -213,12 +215,28 @@ class CacheReader:
             stopped.set()
             thread.join()
 
+    def _buffer(self, count: int) -> Tensor:
+        """Return memory for a batch: what earlier batches used, once nothing refers to it any more.
+
+        The kernel would otherwise clear megabytes of fresh pages for every batch, which takes
+        longer
+        than filling them. Page-locked memory is kept by torch itself.
+        """
+        side = self._cache.pixels.shape[1]
+        if self._pin:
+            return torch.empty((count, side, side, 4), dtype=torch.uint8, pin_memory=True)
+        size = self._sampler.batch_size
+        whole = self._free.pop() if self._free else np.empty((size, side, side, 4), np.uint8)
+        lent = whole[:count]
+        # torch holds this very array as long as any tensor looks into it.
+        weakref.finalize(lent, self._free.append, whole).atexit = False
+        return torch.from_numpy(lent)
+
     def read(self, keys: Sequence[tuple[int, int, int]]) -> RawBatch:
         """Gather the rows of one batch of (epoch, index, target)."""
         epochs, indices, targets = zip(*keys, strict=True)
         rows = self._rows[list(indices)]
-        side = self._cache.pixels.shape[1]
-        pixels = torch.empty((len(rows), side, side, 4), dtype=torch.uint8, pin_memory=self._pin)
+        pixels = self._buffer(len(rows))
         np.take(self._cache.pixels, rows, axis=0, out=pixels.numpy(), mode="clip")
         sizes = [(int(height), int(width)) for height, width in self._cache.sizes[rows]]
         names = [self._pairs[index].name for index in indices]

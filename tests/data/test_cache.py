@@ -434,3 +434,26 @@ def test_training_on_device_changes_and_several_sizes(train, capsys) -> None:
     assert train(*words, "--no-test", "--no-report") == 0
     said = capsys.readouterr().out
     assert "where the step runs: as asked; training sizes 32, 64 px" in said
+
+
+def test_memory_of_batches_is_used_again_and_never_too_early(data: Path, tmp_path: Path) -> None:
+    found, _, _ = opened(data, tmp_path)
+    sampler = EpochSampler(20, seed=0, shuffle=False, batch_size=4, targets=(32,))
+    reader = CacheReader(
+        load_train([data]), found, sampler, SampleTransform(img_size=32, augment=None, seed=0)
+    )
+
+    def keys(start: int) -> list[tuple[int, int, int]]:
+        return [(0, index, 32) for index in range(start, start + 4)]
+
+    first = reader.read(keys(0))
+    view, address = first.pixels[1:3, ..., 3], first.pixels.data_ptr()
+    expected = view.clone()
+    del first
+    second = reader.read(keys(4))
+    assert second.pixels.data_ptr() != address, "a view of the first batch is still in use"
+    assert torch.equal(view, expected)
+    del view
+    third = reader.read(keys(8))
+    assert third.pixels.data_ptr() == address
+    assert torch.equal(third.pixels, torch.from_numpy(np.array(found.pixels[8:12])))
