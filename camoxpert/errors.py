@@ -3,8 +3,7 @@
 Every error carries one readable paragraph as its only argument: what is wrong, where, and what to
 do. One positional
 argument on purpose: worker processes send exceptions back by pickling ``args``, and an
-``__init__`` with more than one
-required argument cannot be rebuilt on the other side.
+``__init__`` with more than one required argument cannot be rebuilt on the other side.
 """
 
 

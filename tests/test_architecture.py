@@ -10,14 +10,25 @@ LEAVES = {"data", "models", "losses", "metrics"}
 # What each part may import; everything else of the package is above it or beside it.
 ALLOWED = {
     "errors": set(),
+    "files": set(),
     "config": {"errors"},
-    **{leaf: {"config", "errors"} for leaf in LEAVES},
-    "observe": {"config", "errors"},
-    "training": {"observe", *LEAVES, "config", "errors"},
-    "doctor": {*LEAVES, "config", "errors"},
-    "inference": {"training", "observe", *LEAVES, "config", "errors"},
-    "benchmark": {"inference", "training", "observe", *LEAVES, "config", "errors"},
-    "cli": {"doctor", "benchmark", "inference", "training", "observe", *LEAVES, "config", "errors"},
+    **{leaf: {"config", "files", "errors"} for leaf in LEAVES},
+    "observe": {"config", "files", "errors"},
+    "training": {"observe", *LEAVES, "config", "files", "errors"},
+    "doctor": {*LEAVES, "config", "files", "errors"},
+    "inference": {"training", "observe", *LEAVES, "config", "files", "errors"},
+    "benchmark": {"inference", "training", "observe", *LEAVES, "config", "files", "errors"},
+    "cli": {
+        "doctor",
+        "benchmark",
+        "inference",
+        "training",
+        "observe",
+        *LEAVES,
+        "config",
+        "files",
+        "errors",
+    },
 }
 
 

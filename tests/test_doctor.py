@@ -264,9 +264,12 @@ def test_training_takes_the_clean_list(train, toy_data: Path, tmp_path: Path, ca
     write_clean_list(path, every)
     assert train("--clean-list", str(path), "--dry-run") == 3
     assert "leaves no training images" in capsys.readouterr().err
-    path.write_bytes(b"dataset,split,name\n\xff\xfe,a,b\n")
+    path.write_bytes(b"\xff\xd8\xff\xe0 a picture\n")
     assert train("--clean-list", str(path), "--dry-run") == 3
-    assert "is not a CSV in" in capsys.readouterr().err
+    assert "needs the columns" in capsys.readouterr().err
+    odd = ("data", "train", "k\udce4fer", "a name that is no UTF-8")
+    write_clean_list(path, [odd])
+    assert read_clean_list(path) == {odd[:3]: odd[3]}
     path.write_text("file\na\n")
     with pytest.raises(DataError, match="needs the columns"):
         read_clean_list(path)

@@ -189,9 +189,8 @@ def bound_by(parts: dict[str, float]) -> list[str]:
     rest = whole - weighted
     return [
         f"bound by: weighted F takes {weighted / whole:.0%} of an image's {whole:.1f} ms, its "
-        f"exact "
-        f"distance transform alone {distance / whole:.0%}; without it counting grey levels takes "
-        f"{parts['count levels'] / rest:.0%} of the remaining {rest:.1f} ms"
+        f"exact distance transform alone {distance / whole:.0%}; without it counting grey levels "
+        f"takes {parts['count levels'] / rest:.0%} of the remaining {rest:.1f} ms"
     ]
 
 

@@ -1,6 +1,5 @@
 """``benchmark moe``: every dispatch back end against the per-image loop and against a dense block
-of
-the same active work, forward and backward, at several batch and map sizes."""
+of the same active work, forward and backward, at several batch and map sizes."""
 
 from __future__ import annotations
 
@@ -54,8 +53,8 @@ def run(
                 name: _step(moe, x, name, device) for name in names
             }
             # One expert for all images with the hidden width of k experts. Like experts: exactly
-            # the
-            # same active work; unlike ones: the ratio of multiply-adds is reported beside the time.
+            # the same active work; unlike ones: the ratio of multiply-adds is reported beside the
+            # time.
             single = _dense_block(width, top_k, family).to(device)
             blocks["one expert"] = _step(single, x, "dense", device)
             for block in blocks.values():

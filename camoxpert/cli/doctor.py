@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camoxpert.cli import no_overrides
 from camoxpert.errors import CamoXpertError, ConfigError, DataError
+from camoxpert.files import write_rows
 
 if TYPE_CHECKING:
+    from camoxpert.data.inspect import PairFacts
     from camoxpert.doctor import Examination, Finding
 
 COPIES_SHOWN = 24
 FILES_PRINTED = 3
-COLUMNS = (
-    *("dataset", "split", "name", "class", "width", "height", "image", "mask"),
-    *("object_share", "objects", "faults", "oddities"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,21 +186,25 @@ def _write(
     for number, part in enumerate(parts, start=1):
         cv2.imwrite(str(folder / f"contact_sheet_{number}.jpg"), part["sheet"][..., ::-1])
     write_json(folder / "findings.json", {"roots": [str(r) for r in roots], "findings": findings})
-    _write_table(folder / "pairs.csv", found)
+    write_rows(folder / "pairs.csv", [_row(facts) for facts in found.facts])
     summary = {"roots": roots, "layouts": found.layouts, "findings": findings}
     return write_page(folder / "doctor.html", summary | {"parts": parts, "copies": copies})
 
 
-def _write_table(path: Path, found: Examination) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for facts in found.facts:
-            pair = facts.pair
-            writer.writerow(
-                (pair.dataset, facts.split, pair.name, pair.group, facts.size[1], facts.size[0],
-                 facts.image_format, facts.encoding, f"{facts.share:.5f}", facts.objects,
-                 " ".join(facts.faults), "; ".join(facts.oddities))
-            )  # fmt: skip
-    temporary.replace(path)
+def _row(facts: PairFacts) -> dict[str, Any]:
+    """Return a pair's line of the table."""
+    pair = facts.pair
+    return {
+        "dataset": pair.dataset,
+        "split": facts.split,
+        "name": pair.name,
+        "class": pair.group,
+        "width": facts.size[1],
+        "height": facts.size[0],
+        "image": facts.image_format,
+        "mask": facts.encoding,
+        "object_share": f"{facts.share:.5f}",
+        "objects": facts.objects,
+        "faults": " ".join(facts.faults),
+        "oddities": "; ".join(facts.oddities),
+    }

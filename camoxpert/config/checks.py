@@ -30,9 +30,8 @@ def check_conflicts(config: Config) -> None:
         )
     if data.strict_cache and data.cache in ("none", "ram"):
         raise ConfigError(
-            f"--strict-cache asks for a disk cache and --cache {data.cache} rules it out. Give one "
-            f"of "
-            f"them."
+            f"--strict-cache asks for a disk cache and --cache {data.cache} rules it out. Give "
+            f"one of them."
         )
     if (
         data.cache == "ram"
@@ -41,14 +40,12 @@ def check_conflicts(config: Config) -> None:
     ):
         raise ConfigError(
             f"--cache ram lives in this process, which workers started by {data.start_method} do "
-            f"not "
-            f"share. Use --cache disk, data.start_method=fork or --num-workers 0."
+            f"not share. Use --cache disk, data.start_method=fork or --num-workers 0."
         )
     if data.source_size is not None and data.source_size < data.img_size:
         raise ConfigError(
             f"data.source_size {data.source_size} is less than --img-size {data.img_size}: pairs "
-            f"would "
-            f"be shrunk and enlarged again."
+            f"would be shrunk and enlarged again."
         )
     for name, value in (("model.width", model.width), ("model.detail_width", model.detail_width)):
         if value % 8:
@@ -56,8 +53,7 @@ def check_conflicts(config: Config) -> None:
     if model.top_k > model.num_experts:
         raise ConfigError(
             f"--top-k {model.top_k} is more than --num-experts {model.num_experts}: an image "
-            f"cannot use more experts "
-            "than there are. Lower --top-k or raise --num-experts."
+            f"cannot use more experts than there are. Lower --top-k or raise --num-experts."
         )
     for kind in (*model.experts, *([model.shared_expert] if model.shared_expert else [])):
         if kind not in EXPERT_KINDS:
@@ -68,8 +64,8 @@ def check_conflicts(config: Config) -> None:
     if len(model.experts) > model.num_experts:
         raise ConfigError(
             f"model.experts names {len(model.experts)} kinds but --num-experts is "
-            f"{model.num_experts}; "
-            "some would never exist. Raise --num-experts or shorten the list."
+            f"{model.num_experts}; some would never exist. Raise --num-experts or shorten the "
+            f"list."
         )
     if model.dispatch == "gathered" and model.expert_family != "uniform":
         raise ConfigError(
@@ -83,9 +79,8 @@ def check_conflicts(config: Config) -> None:
         )
     if train.stage1_epochs is not None and train.stage1_epochs > train.epochs:
         raise ConfigError(
-            f"--stage1-epochs {train.stage1_epochs} is more than --epochs {train.epochs}; --epochs "
-            f"counts both stages "
-            "together. Lower the first or raise the second."
+            f"--stage1-epochs {train.stage1_epochs} is more than --epochs {train.epochs}; "
+            f"--epochs counts both stages together. Lower the first or raise the second."
         )
     if train.batch_size is None or train.effective_batch_size is not None:
         asked = "--batch-size auto" if train.batch_size is None else "--effective-batch-size"

@@ -125,8 +125,7 @@ class DataConfig:
     multi_scale: tuple[float, ...] = setting(
         (),
         "training sizes over --img-size, one drawn per batch, for example 0.75 1.0 1.25; empty: "
-        "one "
-        "size",
+        "one size",
         flag="--multi-scale",
     )
     source_size: int | None = setting(
@@ -284,16 +283,14 @@ class TrainConfig:
     batch_size: int | None = setting(
         16,
         "images per micro-batch; auto: the largest that fits the memory, with as many "
-        "micro-batches "
-        "as the effective batch needs",
+        "micro-batches as the effective batch needs",
         flag="--batch-size",
         minimum=1,
     )
     effective_batch_size: int | None = setting(
         None,
         "images per optimizer step; unset: --batch-size x --accumulation-steps (16 with "
-        "--batch-size "
-        "auto)",
+        "--batch-size auto)",
         flag="--effective-batch-size",
         minimum=1,
     )

@@ -1,8 +1,7 @@
 """The CPU back end of augmentation: albumentations' operators with our own draws.
 
 albumentations stays behind this module: 2.0.8 is its last MIT release. Its own sampling, which
-gives
-every data worker the same stream, is not used.
+gives every data worker the same stream, is not used.
 """
 
 from __future__ import annotations

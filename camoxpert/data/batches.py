@@ -165,8 +165,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def _planes(images: Sequence[np.ndarray]) -> Tensor:
     """Stack uint8 (H, W, 3) images to (B, 3, H, W); OpenCV takes channels apart several times
-    faster
-    than a transposing copy."""
+    faster than a transposing copy."""
     height, width = images[0].shape[:2]
     stacked = np.empty((len(images), 3, height, width), np.uint8)
     for planes, image in zip(stacked, images, strict=True):

@@ -1,13 +1,10 @@
 """Decoded pairs on disk or in memory: what an epoch reads instead of JPEGs.
 
 One array of uint8 (N, S, S, 4), RGB and mask, shared by workers and ranks. It lives outside the
-data
-set,
-in a folder named after the data; a table beside it says from which files, with which settings and
-by
-which code it was made, so that a cache of anything else is never used. Rows carry checksums; the
-table
-is written last and at once. A build that was killed continues where it stopped.
+data set, in a folder named after the data; a table beside it says from which files, with which
+settings and by which code it was made, so that a cache of anything else is never used. Rows carry
+checksums; the table is written last and at once. A build that was killed continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from camoxpert.data.augment import resize_pair
+from camoxpert.data.augment import square_pair
 from camoxpert.data.cache_table import (
     CHANNELS,
     PixelCache,
@@ -40,6 +37,7 @@ from camoxpert.data.image_io import read_pair
 from camoxpert.data.manifest import Manifest, Pair
 from camoxpert.data.resources import available_memory, usable_cores
 from camoxpert.errors import DataError
+from camoxpert.files import write_bytes, write_whole
 
 # Free space that a cache leaves on its disk, and the share of free memory it takes at most.
 DISK_RESERVE = 1 << 30
@@ -195,8 +193,7 @@ def _in_memory(
     if free is not None and needed > free:
         raise DataError(
             f"--cache ram needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free. "
-            f"Use "
-            f"--cache disk or none."
+            f"Use --cache disk or none."
         )
     say(f"            {len(manifest)} pairs are decoded now, anew in every run")
     shape = (len(manifest), side, side, CHANNELS)
@@ -213,8 +210,7 @@ def _in_memory(
 
 def cache_name(manifest: Manifest, side: int) -> str:
     """Name a cache after the data's place and the size of its rows: a changed data set finds its
-    old
-    cache, and replaces it."""
+    old cache, and replaces it."""
     roots = sorted({str(pair.image.parent.resolve()) for pair in manifest.pairs})
     digest = hashlib.sha256("\n".join(roots).encode()).hexdigest()[:10]
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in manifest.dataset)[:40]
@@ -232,8 +228,7 @@ def build(
     check_stop: Callable[[], None],
 ) -> None:
     """Decode every pair into ``place``, whose lock is held; continue an unfinished build of the
-    same
-    description."""
+    same description."""
     side, count = wanted["side"], len(manifest)
     needed = cache_bytes(manifest, side)
     started = _read_json(place / "building.json")
@@ -245,17 +240,15 @@ def build(
         free = free_disk(place) or 0
         if needed + DISK_RESERVE // 4 > free:
             raise DataError(
-                f"The cache needs {needed / 1e9:.1f} GB and {place.parent} has "
-                f"{free / 1e9:.1f} GB free. Give another folder with --cache-dir, or use "
-                f"--cache "
-                f"ram or none."
+                f"The cache needs {needed / 1e9:.1f} GB and {place.parent} has {free / 1e9:.1f} "
+                f"GB free. Give another folder with --cache-dir, or use --cache ram or none."
             )
         try:
             _allocate(place / "pixels.u8", needed)
             _allocate(progress, 3 * 4 * count)
         except OSError as error:
             raise DataError(f"The cache cannot be written in {place}: {error}.") from error
-        write_json(place / "building.json", wanted)
+        _write_json(place / "building.json", wanted)
     shape = (count, side, side, CHANNELS)
     pixels = np.memmap(place / "pixels.u8", np.uint8, "r+", shape=shape)
     # Per row: checksum, height, width; a height of 0 says not done.
@@ -275,15 +268,16 @@ def build(
         table[index] = (checksum(pixels[index]), *sizes[index])
     pixels.flush()
     table.flush()
-    _save_array(place / "sizes.npy", np.asarray(table[:, 1:], np.int32))
-    write_json(place / "table.json", {**wanted, "checksums": table[:, 0].tolist()})
+    original = np.asarray(table[:, 1:], np.int32)
+    write_whole(place / "sizes.npy", lambda file: np.save(file, original), durable=True)
+    _write_json(place / "table.json", {**wanted, "checksums": table[:, 0].tolist()})
     (place / "building.json").unlink(missing_ok=True)
     del table
     progress.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(place: Path, say: Say) -> Any:
+def locked(place: Path, say: Say) -> Iterator[None]:
     """Hold a cache's lock; the kernel drops it when the process dies, however it dies."""
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -291,8 +285,7 @@ def locked(place: Path, say: Say) -> Any:
     except OSError as error:
         raise DataError(
             f"The cache folder {place} cannot be written: {error}. Give another with --cache-dir, "
-            f"or "
-            f"use --cache none."
+            f"or use --cache none."
         ) from error
     try:
         try:
@@ -327,9 +320,7 @@ def _decode(
         except DataError as error:
             return str(error)
         sizes[index] = mask.shape
-        small, binary = resize_pair(image, mask, side)
-        pixels[index, :, :, :3] = small
-        pixels[index, :, :, 3] = binary
+        pixels[index] = square_pair(image, mask, side)
         return ""
 
     faults = []
@@ -351,8 +342,7 @@ def _decode(
 
 def _allocate(path: Path, size: int) -> None:
     """Make a file of ``size`` bytes whose space is truly reserved: a full disk says so now, not as
-    a
-    bus error later."""
+    a bus error later."""
     with path.open("wb") as file:
         if size:
             if hasattr(os, "posix_fallocate"):
@@ -361,28 +351,8 @@ def _allocate(path: Path, size: int) -> None:
                 file.truncate(size)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    _write_whole(path, lambda file: file.write(json.dumps(value).encode()))
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    _write_whole(path, lambda file: np.save(file, array))
-
-
-def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a cache may be shared.
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def _write_json(path: Path, value: Any) -> None:
+    write_bytes(path, json.dumps(value).encode(), durable=True)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

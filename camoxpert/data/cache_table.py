@@ -1,10 +1,8 @@
 """What a disk cache consists of, and whether one can be trusted.
 
 ``pixels.u8`` is one array of uint8 (N, S, S, 4), RGB and mask; ``sizes.npy`` holds the original
-sizes;
-``table.json`` says from which files, with which settings and by which code the rows were made, and
-the
-checksum of each. A cache is used only if all of that fits.
+sizes; ``table.json`` says from which files, with which settings and by which code the rows were
+made, and the checksum of each. A cache is used only if all of that fits.
 """
 
 from __future__ import annotations

@@ -92,8 +92,7 @@ def linear_colour(sample: Draw) -> tuple[np.ndarray, float]:
     """Return brightness, contrast and saturation as one linear change of RGB.
 
     Contrast turns about the mean grey of the image, saturation about each pixel's own grey (Rec.
-    601
-    weights, as in torchvision). Greys are left alone by saturation, so the three commute.
+    601 weights, as in torchvision). Greys are left alone by saturation, so the three commute.
 
     Returns:
         (3, 3) matrix, and the factor of the mean grey that is added to every channel.
@@ -125,8 +124,7 @@ def _matrix(
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:
     """Compose flip, rotation about the centre (degrees, counter-clockwise), zoom and shift
-    (fractions
-    of the side) into a map of pixel centres."""
+    (fractions of the side) into a map of pixel centres."""
     radians = math.radians(angle)
     scale = zoom * target / source
     cosine, sine = scale * math.cos(radians), scale * math.sin(radians)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from camoxpert.data.mask_rule import binary_mask, encoding_of, mask_levels
 from camoxpert.errors import DataError
+from camoxpert.files import write_bytes
 
 MAX_PIXELS = 50_000_000
 # Our own limit is checked from the header; Pillow's warning would only repeat it.
@@ -366,22 +366,10 @@ def _write(path: Path, array: np.ndarray, suffix: str, options: list[int]) -> No
     done, data = cv2.imencode(suffix, np.ascontiguousarray(array), options)
     if not done:
         raise DataError(f"{path} could not be encoded.")
-    temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.tobytes())
-        # mkstemp makes private files; results are meant to be read by others.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise DataError(f"{path} could not be written: {error}.") from error
-        raise
+        write_bytes(path, data.tobytes())
+    except OSError as error:
+        raise DataError(f"{path} could not be written: {error}.") from error
 
 
 def require_whole(path: Path, header: ImageHeader) -> None:

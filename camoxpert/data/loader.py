@@ -1,8 +1,7 @@
 """From pairs to batches on the device: pure data sets, loaders, and the reader of the cache.
 
 A sample is a pure function of (seed, epoch, index). So any number of workers, kept or not, cached
-or
-not, and any resume give the same batches bit for bit.
+or not, and any resume give the same batches bit for bit.
 """
 
 from __future__ import annotations
@@ -219,8 +218,7 @@ class CacheReader:
         """Return memory for a batch: what earlier batches used, once nothing refers to it any more.
 
         The kernel would otherwise clear megabytes of fresh pages for every batch, which takes
-        longer
-        than filling them. Page-locked memory is kept by torch itself.
+        longer than filling them. Page-locked memory is kept by torch itself.
         """
         side = self._cache.pixels.shape[1]
         if self._pin:

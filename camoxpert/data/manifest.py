@@ -257,9 +257,9 @@ def _read(root: Path, layout: str, noncam: str) -> list[Manifest]:
     if recognised is None:
         entries = ", ".join(sorted(p.name for p in root.iterdir())[:12]) or "nothing"
         raise DataError(
-            f"No known data set layout in {root} (it holds: {entries}). Known: {', '.join(known)}; "
-            f"the simplest "
-            "is a folder with Imgs/ and GT/, one mask per image with the same name."
+            f"No known data set layout in {root} (it holds: {entries}). Known: "
+            f"{', '.join(known)}; the simplest is a folder with Imgs/ and GT/, one mask per image "
+            f"with the same name."
         )
     row, _, found = recognised
     return [_manifest_of(pair_files(source, row.name, noncam)) for source in found]
@@ -331,16 +331,14 @@ def _manifest_of(pairing: Pairing) -> Manifest:
     if pairing.left_out:
         notes.append(
             f"{found.dataset} {found.source.split}: {pairing.left_out} images without a "
-            f"camouflaged "
-            f"object are left out (--noncam include keeps them)"
+            f"camouflaged object are left out (--noncam include keeps them)"
         )
     if missing:
         hint = f" {len(unused)} masks have no image, for example {unused[0]}." if unused else ""
         raise DataError(
             f"{len(missing)} of {total} images have no mask ({found.images} and {found.masks}): "
             f"{_some(missing)}.{hint} A mask has its image's name; add the masks or take the "
-            f"images "
-            f"out."
+            f"images out."
         )
     if unused:
         notes.append(
@@ -401,8 +399,7 @@ def unused_rows(clean: CleanList, manifests: Sequence[Manifest]) -> list[tuple[s
 
 def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
     """Read a clean list (columns dataset, split, name and, optional, reason): what to leave out,
-    and
-    why. An empty path is an empty list.
+    and why. An empty path is an empty list.
 
     Raises:
         DataError: no such file, or other columns.
@@ -412,7 +409,8 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"--clean-list: there is no file {path}. `camoxpert doctor` writes one.")
-    with _text_file(path) as file:
+    # Written by this program: names that are no UTF-8 come back as they went out.
+    with _text_file(path, errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
         if not {"dataset", "split", "name"} <= set(columns):
@@ -423,9 +421,9 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
 
 
 @contextmanager
-def _text_file(path: Path) -> Iterator[IO[str]]:
+def _text_file(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
     """Open a CSV; what is no UTF-8 text is the user's mistake, not the program's."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
         try:
             yield file
         except (UnicodeError, csv.Error) as error:
@@ -466,9 +464,8 @@ def _inside(root: Path, text: str, path: Path, number: int) -> Path:
     candidate = (root / text).resolve()
     if not text or Path(text).is_absolute() or not candidate.is_relative_to(root):
         raise DataError(
-            f"{path}, line {number}: {text!r} is not a path inside the CSV's own folder. Paths are "
-            f"relative "
-            "to it; put the CSV beside the images."
+            f"{path}, line {number}: {text!r} is not a path inside the CSV's own folder. Paths "
+            f"are relative to it; put the CSV beside the images."
         )
     return candidate
 

@@ -1,8 +1,7 @@
 """What this process may use of the host: cores, memory, shared memory.
 
 Containers (Kaggle, Docker, Slurm) give a process less than the machine has; the limits read here
-are
-those of the process.
+are those of the process.
 """
 
 from __future__ import annotations

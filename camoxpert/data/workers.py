@@ -68,8 +68,7 @@ def choose_prefetch(
         return wanted, ""
     return max(1, fitting), (
         f"{max(1, fitting)} batches ahead instead of {wanted}: {shared / 1e6:.0f} MB of shared "
-        f"memory "
-        f"are free"
+        f"memory are free"
     )
 
 

@@ -2,8 +2,7 @@
 spent.
 
 Every check adds findings: errors keep training from starting, warnings deserve a look, notes say
-what
-was seen.
+what was seen.
 """
 
 from camoxpert.doctor.data import Examination, examine_data, write_clean_list

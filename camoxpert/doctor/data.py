@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from camoxpert.data.manifest import (
 )
 from camoxpert.doctor.finding import Finding
 from camoxpert.errors import DataError
+from camoxpert.files import write_rows
 
 MORE_ROUNDS = 4
 # Pictures of every split on its contact sheet.
@@ -130,8 +130,7 @@ def _find_pairs(root: Path, layout: str, noncam: str, found: Examination) -> lis
                 "error",
                 "pairing",
                 f"{source.dataset} {split}: images without a mask: {len(pairing.missing)} "
-                f"({where}). "
-                f"Add the masks or take the images out.",
+                f"({where}). Add the masks or take the images out.",
                 pairing.missing,
             )
         if pairing.unused:
@@ -359,10 +358,5 @@ def _key(facts: PairFacts) -> tuple[str, str, str]:
 
 def write_clean_list(path: Path, rows: Sequence[tuple[str, str, str, str]]) -> None:
     """Write what to leave out, for ``--clean-list`` of train and evaluate."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(("dataset", "split", "name", "reason"))
-        writer.writerows(rows)
-    temporary.replace(path)
+    columns = ("dataset", "split", "name", "reason")
+    write_rows(path, [dict(zip(columns, row, strict=True)) for row in rows], columns)

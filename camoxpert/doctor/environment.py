@@ -34,8 +34,7 @@ def check_environment(device: str = "auto") -> list[Finding]:
             "warning",
             "packages",
             "opencv-python and opencv-python-headless are both installed and overwrite each "
-            "other's "
-            "files: uninstall both, then install opencv-python-headless.",
+            "other's files: uninstall both, then install opencv-python-headless.",
         )
     _check_devices(add, device)
     memory = available_memory()
@@ -47,8 +46,8 @@ def check_environment(device: str = "auto") -> list[Finding]:
             "warning",
             "host",
             f"/dev/shm has {shared / 1e6:.0f} MB free: data workers hand over batches through it "
-            f"and "
-            f"die when it is full. Start the container with --shm-size=1g, or use --num-workers 0.",
+            f"and die when it is full. Start the container with --shm-size=1g, or use "
+            f"--num-workers 0.",
         )
     for name, folder in (("here", Path.cwd()), ("for caches", default_folder())):
         place = next(path for path in (folder, *folder.parents) if path.exists())

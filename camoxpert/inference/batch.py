@@ -65,8 +65,8 @@ def find_photos(inputs: Sequence[str]) -> list[Photo]:
         if not found:
             raise DataError(
                 f"No image found for {text!r}: not an image, a folder with images, a glob that "
-                f"matches, or a CSV file "
-                f"with a column 'image'. Known endings: {', '.join(sorted(SUFFIXES))}."
+                f"matches, or a CSV file with a column 'image'. Known endings: "
+                f"{', '.join(sorted(SUFFIXES))}."
             )
         photos += found
     seen: dict[str, Path] = {}

@@ -63,9 +63,8 @@ def evaluate_maps(
         if not evaluator.num_images:
             raise DataError(
                 f"{task.method} on {task.dataset}: none of the {evaluator.num_skipped} images has "
-                f"an "
-                "object, and --empty-gt skip leaves them all out. Score this data set with another "
-                "--empty-gt, or leave it out."
+                f"an object, and --empty-gt skip leaves them all out. Score this data set with "
+                f"another --empty-gt, or leave it out."
             )
         scored.setdefault(task.dataset, {})[task.method] = evaluator
         found.append((task, evaluator, time.monotonic() - started))

@@ -19,13 +19,11 @@ class OutputFolder:
     """Collects files in an unfinished folder and puts them in place at the end.
 
     The unfinished folder lies on the same disk as the final one: inside it if that exists (it may
-    be
-    a mount point), else beside it. Left in any way but ``finish``, it disappears.
+    be a mount point), else beside it. Left in any way but ``finish``, it disappears.
 
     Args:
         target: final folder. It may exist if it is empty or holds an earlier evaluation, whose
-            files
-            are then replaced. None takes ``evaluation``, ``evaluation-2`` ... in the working
+            files are then replaced. None takes ``evaluation``, ``evaluation-2`` ... in the working
             directory.
 
     Raises:

@@ -5,7 +5,6 @@ Everything is written after the last image; each file is whole or not there.
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from camoxpert.files import write_bytes, write_rows
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.statistics import (
     Scores,
@@ -160,18 +160,6 @@ def write_curves(
         write_bytes(folder / f"{name}.png", picture)
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write dictionaries as CSV, all at once; without rows an empty file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    # File names may hold bytes that are no UTF-8: they go out as they came in.
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
 def write_result(folder: Path, result: Mapping[str, Any], evaluator: Evaluator) -> None:
     """Write ``<data set>.json`` and the per-image ``<data set>.csv``."""
     stem = safe_name(result["dataset"])
@@ -182,14 +170,6 @@ def write_result(folder: Path, result: Mapping[str, Any], evaluator: Evaluator) 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def safe_name(name: str) -> str:

@@ -95,9 +95,8 @@ def adaptive_confusion(
         histogram: of the image.
         values: (256,) value of each grey level.
         pixels: returns the map, for parity to the last bit. A level that lies on the threshold
-            falls to
-            either side with the rounding of the mean; then, and only then, the mean is taken of the
-            pixels, summed as an array, the way the reference does.
+            falls to either side with the rounding of the mean; then, and only then, the mean is
+            taken of the pixels, summed as an array, the way the reference does.
     """
     threshold = 2 * mean_value(histogram, values)
     if pixels is not None and (np.abs(values - threshold) < 1e-9).any():

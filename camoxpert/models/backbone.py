@@ -288,9 +288,8 @@ def load_weights(net: nn.Module, path: Path) -> None:
         name = (missing or wrong)[0]
         raise CheckpointError(
             f"--weights: {path} does not fit this backbone: of {len(own)} tensors {len(missing)} "
-            f"are missing "
-            f"and {len(wrong)} have another shape (first: {name}). Is it the file of another "
-            f"backbone?"
+            f"are missing and {len(wrong)} have another shape (first: {name}). Is it the file of "
+            f"another backbone?"
         )
     net.load_state_dict({name: source[name] for name in own})
 

@@ -1,10 +1,9 @@
 """The seven specialist experts: each looks at the same features through another operator.
 
 Every expert maps (B, C, H, W) to (B, C, H, W), costs time linear in the number of pixels, accepts
-any
-size from 1x1 up and a batch of zero samples (an idle expert still runs, so that every rank of a
-distributed run executes the same program). Shape letters: B batch, C width, D hidden width,
-H height, W width in pixels, N pixels.
+any size from 1x1 up and a batch of zero samples (an idle expert still runs, so that every rank of a
+distributed run executes the same program). Shape letters: B batch, C width, D hidden width, H
+height, W width in pixels, N pixels.
 """
 
 from collections.abc import Callable

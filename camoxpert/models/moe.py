@@ -2,10 +2,9 @@
 gradient.
 
 A back end takes the experts, the features x_BCHW, the routing decision and, where the caller has
-read
-them already, the number of images of every expert; it returns
-``sum_k gates_BK[:, k] * expert[experts_BK[:, k]](x)`` for every image. Shape letters: B batch,
-C width, H height, W width in pixels, E experts, K experts per image.
+read them already, the number of images of every expert; it returns ``sum_k gates_BK[:, k] *
+expert[experts_BK[:, k]](x)`` for every image. Shape letters: B batch, C width, H height, W width in
+pixels, E experts, K experts per image.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,11 +1,9 @@
 """Like experts in stacked weights: one tensor per layer holds all experts, so that an image's
-weights
-can be gathered and no host ever asks which expert it uses.
+weights can be gathered and no host ever asks which expert it uses.
 
 Every expert is pointwise -> depthwise -> pointwise; experts differ in the receptive field of the
 depthwise filter: a mask over one kernel size keeps the taps that are theirs. Shape letters: B
-batch,
-C width, D hidden width, E experts, H height, W width in pixels, K experts per image.
+batch, C width, D hidden width, E experts, H height, W width in pixels, K experts per image.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from camoxpert.files import write_bytes
 from camoxpert.observe.report_style import STYLE
 
 
@@ -23,9 +24,5 @@ def write_html(path: Path, title: str, sections: Iterable[str]) -> Path:
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     # File names may hold bytes that are no text.
-    temporary.write_bytes(page.encode("utf-8", "replace"))
-    temporary.replace(path)
-    return path
+    return write_bytes(path, page.encode("utf-8", "replace"))

@@ -1,8 +1,7 @@
 """Pictures: overlays and panels of predictions, and the charts of a run.
 
 Charts are made with matplotlib's figure objects, never its global state, on a transparent ground
-with
-mid-grey text, so that they read on a light and on a dark page.
+with mid-grey text, so that they read on a light and on a dark page.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 The timer knows nothing of the trainer: it is told which modules and functions are which component.
 Times
 are exclusive: what a part of a component is charged with is taken off the component, so that the
-rows of
-a table add up to the wall time of the step.
+rows of a table add up to the wall time of the step.
 """
 
 from __future__ import annotations
@@ -249,8 +248,7 @@ def advice(
     """Return (expected gain in throughput, what to do), the largest gain first.
 
     Gains come from the interventions and from the table's shares; they are what the change can
-    bring
-    at most.
+    bring at most.
 
     Args:
         diagnosis: of the step.

@@ -1,8 +1,7 @@
 """One self-contained HTML page about a run, from the files in its folder and nothing else.
 
 Everything that comes from names, settings or the command line is escaped; pictures are inlined;
-there
-is no script and nothing is loaded from elsewhere.
+there is no script and nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -114,10 +113,8 @@ def _scores(results: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str,
         body = f"<table><tr><th>data set (images)</th>{head}</tr>{''.join(rows)}</table>"
         body += (
             "<p class='soft'>S: structure; wF: weighted F; E: alignment; F: with beta&sup2; 0.3; "
-            "mean, max and "
-            "adaptive over thresholds; IoU and Dice at 0.5; MAE: mean absolute error. At the "
-            "masks' own size. "
-            "Test sets chose nothing.</p>"
+            "mean, max and adaptive over thresholds; IoU and Dice at 0.5; MAE: mean absolute "
+            "error. At the masks' own size. Test sets chose nothing.</p>"
         )
     if not results:
         body += (
@@ -196,8 +193,7 @@ def _experts(records: Sequence[Mapping[str, Any]]) -> str:
         if idle:
             warnings.append(
                 f"<p class='warning'>{escape(name)}: {', '.join(idle)} under a tenth of the fair "
-                f"share. "
-                "If it stays so, raise loss.balance or lower --num-experts.</p>"
+                f"share. If it stays so, raise loss.balance or lower --num-experts.</p>"
             )
     entropy = ", ".join(f"{escape(k)} {v['entropy']:.2f}" for k, v in last["levels"].items())
     excess = ", ".join(
@@ -205,14 +201,13 @@ def _experts(records: Sequence[Mapping[str, Any]]) -> str:
         for k, v in last["levels"].items()
         if "max_violation" in v
     )
+    busiest = f" Busiest expert against its fair share: {excess}." if excess else ""
     return (
         f"<section><h2>Experts</h2><p class='soft'>Which experts the images of epoch "
-        f"{last['epoch']} used. Healthy is "
-        f"every expert near its fair share of {1 / count:.0%}, with differences between levels: "
-        f"specialisation, "
-        f"not collapse. Entropy (1 is even): {entropy}."
-        f"{f' Busiest expert against its fair share: {excess}.' if excess else ''}</p>"
-        f"{chart(lambda: plots.plot_routing(last), 'expert usage')}{''.join(warnings)}</section>"
+        f"{last['epoch']} used. Healthy is every expert near its fair share of {1 / count:.0%}, "
+        f"with differences between levels: specialisation, not collapse. Entropy (1 is even): "
+        f"{entropy}.{busiest}</p>{chart(lambda: plots.plot_routing(last), 'expert usage')}"
+        f"{''.join(warnings)}</section>"
     )
 
 
@@ -227,8 +222,7 @@ def _time(info: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
         wait = last.get("data_wait") or 0.0
         text = (
             f"<p>{last.get('images_per_second') or 0:.1f} images per second in the last logged "
-            f"epoch; "
-            f"{wait:.1%} of the time was spent waiting for data.</p>"
+            f"epoch; {wait:.1%} of the time was spent waiting for data.</p>"
         )
         if wait > 0.2:
             advice = "The device waits for data: raise --num-workers if cores are free."

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from camoxpert.files import write_bytes
+
 PACKAGES = (
     "camoxpert",
     "torch",
@@ -148,13 +150,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all; NaN and infinity become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(finite(value), file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    text = json.dumps(finite(value), indent=1, allow_nan=False)
+    write_bytes(path, text.encode(), durable=True)
 
 
 def write_run_json(

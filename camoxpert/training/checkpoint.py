@@ -2,10 +2,9 @@
 best.
 
 ``checkpoints/step_00001200.pt`` holds everything a run needs to go on; ``checkpoints/best.pt``
-holds
-the evaluated weights and the settings, for ``evaluate`` and ``predict``. ``checkpoints/index.json``
-lists them with size and sha256. Files hold tensors and plain Python only and are read with
-``weights_only=True``, so that a checkpoint made by someone else cannot run code.
+holds the evaluated weights and the settings, for ``evaluate`` and ``predict``.
+``checkpoints/index.json`` lists them with size and sha256. Files hold tensors and plain Python only
+and are read with ``weights_only=True``, so that a checkpoint made by someone else cannot run code.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ class CheckpointFolder:
         if problems:
             raise CheckpointError(
                 f"No checkpoint in {self.folder} can be read: {' '.join(problems)} Nothing was "
-                f"deleted. "
-                "Start anew with --resume never."
+                f"deleted. Start anew with --resume never."
             )
         return None, []
 
@@ -120,8 +118,8 @@ class CheckpointFolder:
             free = shutil.disk_usage(self.folder).free
             raise CheckpointError(
                 f"Could not write {path}: {error}. {free / 1e6:.0f} MB are free there. The "
-                f"checkpoints already "
-                "written are intact; free some space and run the same command again to continue."
+                f"checkpoints already written are intact; free some space and run the same "
+                f"command again to continue."
             ) from error
         entry = {"file": name, "step": step, "bytes": size, "sha256": digest}
         self._write_index([e for e in self._entries() if e["file"] != name] + [entry])

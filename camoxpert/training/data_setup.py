@@ -113,13 +113,12 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
     if unmatched:
         say(
             f"warning     {len(unmatched)} of {len(clean)} rows of the clean list name no image "
-            f"here, "
-            f"for example {'/'.join(unmatched[0])}"
+            f"here, for example {'/'.join(unmatched[0])}"
         )
     say(f"cache       {mode}: {why}")
     if cache is not None:
         say(f"            hit: {cache.path.parent if cache.path else folder}")
-    elif mode != "none" and not write:
+    elif mode != "none" and not write and not data.strict_cache:
         say(f"            {verdict or 'in memory'}; training would decode into it first")
     elif mode != "none":
         cache = open_cache(

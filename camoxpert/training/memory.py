@@ -1,13 +1,11 @@
 """How many images a step takes at once, and whether it recomputes: decided from the memory that a
-step
-takes.
+step takes.
 
 A step's peak is a straight line over the size of the micro-batch: weights, gradients and optimizer
-state
-are there once, activations per image. Two sizes give the line; the line gives the largest
-micro-batch
-that fits. On CUDA the two points are measured and the choice is measured again; elsewhere they are
-counted on tensors without values (``predicted_bytes``), which costs seconds and no memory.
+state are there once, activations per image. Two sizes give the line; the line gives the largest
+micro-batch that fits. On CUDA the two points are measured and the choice is measured again;
+elsewhere they are counted on tensors without values (``predicted_bytes``), which costs seconds and
+no memory.
 """
 
 from __future__ import annotations
@@ -32,10 +30,8 @@ from camoxpert.errors import ConfigError
 # Above this share of the device's free memory a run is one fragmented batch away from failing.
 COMFORTABLE = 0.85
 # On a CPU the count misses what kernels borrow and the allocator keeps: the process grew by 1.2
-# times
-# the count without and 1.8 times with recomputation (edgenext_small, 4 images of 352 px). And
-# where a
-# GPU raises an error, a host kills the process.
+# times the count without and 1.8 times with recomputation (edgenext_small, 4 images of 352 px). And
+# where a GPU raises an error, a host kills the process.
 COMFORTABLE_HOST = 0.45
 DEFAULT_EFFECTIVE = 16
 # Sizes of the two points; small ones, because they are tried before anything is known.
@@ -202,8 +198,7 @@ def _needs(predicted: int | None, measured: int | None, free: int) -> str:
 
 def measured_bytes(step: Callable[[int], None], images: int, device: torch.device) -> int | None:
     """Run ``step`` on a CUDA device; return what it took beyond what was there, or None if it did
-    not
-    fit."""
+    not fit."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -232,9 +227,9 @@ def predicted_bytes(model: nn.Module, step: Callable[[nn.Module], None]) -> int:
     """Count the peak bytes of the tensors that ``step`` makes, without computing or storing one.
 
     The model is copied to tensors that have a shape and no values; ``step`` is called with the
-    copy and
-    must make its own inputs. What kernels borrow inside themselves is not counted.
-    ``torch.distributed``'s MemTracker counts the same and took 25 to 70 times as long here.
+    copy and must make its own inputs. What kernels borrow inside themselves is not counted.
+    ``torch.distributed``'s MemTracker counts the same, module by module: 4 images of 352 px through
+    edgenext_small took it 71 s, and this 6 s, on one busy core.
     """
     mode = FakeTensorMode()
     with FakeCopyMode(mode):

@@ -75,10 +75,9 @@ def check_architecture(device: torch.device) -> None:
     if numbers and not fits:
         raise ConfigError(
             f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) is not "
-            f"supported by "
-            f"this build of PyTorch ({', '.join(torch.cuda.get_arch_list())}). On Kaggle choose "
-            f"the T4 "
-            "accelerator instead of the P100, or install a PyTorch built for this GPU."
+            f"supported by this build of PyTorch ({', '.join(torch.cuda.get_arch_list())}). On "
+            f"Kaggle choose the T4 accelerator instead of the P100, or install a PyTorch built "
+            f"for this GPU."
         )
 
 

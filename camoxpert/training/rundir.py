@@ -1,8 +1,7 @@
 """Which folder a run writes to, and whether it continues a stopped one.
 
 The same command finds its own stopped run again; a finished run is never touched, a new one gets
-the
-next free name beside it.
+the next free name beside it.
 """
 
 from __future__ import annotations
@@ -151,10 +150,8 @@ def check_data(checkpoint: Checkpoint, data_hash: str) -> None:
     if checkpoint.values.get("data_hash") != data_hash:
         raise CheckpointError(
             f"The training data changed since {checkpoint.path} was written (another content "
-            f"hash), so the order of "
-            "samples and the validation split would no longer be the same. Restore the data, or "
-            "start "
-            "a new run with --resume never."
+            f"hash), so the order of samples and the validation split would no longer be the "
+            f"same. Restore the data, or start a new run with --resume never."
         )
 
 

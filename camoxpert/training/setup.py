@@ -128,9 +128,8 @@ def prepare(
     gmacs = forward_gmacs(model, config.data.img_size)
     decide(
         f"model       {config.model.backbone}, {size:.2f} M parameters, {gmacs:.2f} GMACs an "
-        f"image; "
-        f"{config.model.num_experts} experts, "
-        f"top {config.model.top_k}, dispatch {moe.dispatch}"
+        f"image; {config.model.num_experts} experts, top {config.model.top_k}, dispatch "
+        f"{moe.dispatch}"
     )
     routers = [(moe.router, config.optim.router_lr_scale) for moe in model.moe_levels]
     scale = backbone_scale(config.optim, has_weights=has_weights)
@@ -152,8 +151,7 @@ def prepare(
     first, why = stage1_epochs(config.train, has_weights=has_weights)
     decide(
         f"plan        {plan.epochs} epochs, {plan.steps} optimizer steps; stage 1 {first} epochs "
-        f"({why}); "
-        f"backbone at {scale:g}x the learning rate"
+        f"({why}); backbone at {scale:g}x the learning rate"
     )
     setup = Setup(
         config=config,
@@ -194,8 +192,7 @@ def compile_model(model: CamoXpert, *, sizes: int = 1) -> str:
         What was compiled, in words.
     """
     # A size means a graph for full batches, short ones, training and evaluation each; beyond
-    # torch's
-    # own limit of eight it would give up on compiling.
+    # torch's own limit of eight it would give up on compiling.
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS_PER_SIZE * sizes)
     if all(level.dispatch in ("gathered", "dense") for level in model.moe_levels):

@@ -52,8 +52,7 @@ def restore(setup: Setup, checkpoint: Checkpoint, meter: RoutingMeter) -> TrainS
     if "optimizer" not in values:
         raise CheckpointError(
             f"{checkpoint.path} holds weights only and cannot be continued. Use a step_*.pt file "
-            f"or the run "
-            "folder; to start a new run from these weights give them with --weights."
+            f"or the run folder; to start a new run from these weights give them with --weights."
         )
     try:
         setup.model.load_state_dict(values["model"])

@@ -130,8 +130,7 @@ def train(
                         text = (
                             f"out of memory: micro-batches of {stage.batch_size} are taken in "
                             f"{setup.split} parts from step {state.step + 1} on; the effective "
-                            f"batch "
-                            "stays the same"
+                            f"batch stays the same"
                         )
                         note_event(log, state, text)
                         say(f"memory      {text}")
@@ -163,8 +162,7 @@ def train(
                         save()
                         raise stop.stopped(
                             f"Saved at epoch {epoch + 1}, step {state.step} of {plan.steps} in "
-                            f"{run_dir}. "
-                            "Run the same command again to continue."
+                            f"{run_dir}. Run the same command again to continue."
                         )
                     if config.run.save_every and state.step % config.run.save_every == 0:
                         inspect(reader.flush(), config, state, log, gpu, speed)
@@ -204,10 +202,10 @@ def train(
                 log.write(record)
                 log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
                 say(
-                    f"epoch {state.epoch:>3}/{plan.epochs}  S {scores['Smeasure']:.3f}  "
-                    f"wF {scores['wFmeasure']:.3f}  E {scores['meanEm']:.3f}  IoU "
-                    f"{scores['IoU']:.3f}  "
-                    f"MAE {scores['MAE']:.3f}{'  best so far' if better else ''}"
+                    f"epoch {state.epoch:>3}/{plan.epochs}  S {scores['Smeasure']:.3f}  wF "
+                    f"{scores['wFmeasure']:.3f}  E {scores['meanEm']:.3f}  IoU "
+                    f"{scores['IoU']:.3f}  MAE "
+                    f"{scores['MAE']:.3f}{'  best so far' if better else ''}"
                 )
             elif not len(setup.data.validation) and last:
                 state.best_epoch = state.epoch
@@ -318,12 +316,10 @@ def out_of_memory(setup: Setup, stage: Stage) -> ConfigError:
     half, double = max(1, stage.batch_size // 2), 2 * setup.micro_batch.steps
     return ConfigError(
         f"Out of memory on {setup.device}: {stage.batch_size} images of "
-        f"{setup.config.data.img_size} px do not "
-        f"fit (peak {(peak_memory(setup.device) or 0) / 1e9:.1f} GB). The same effective batch in "
-        f"half the "
+        f"{setup.config.data.img_size} px do not fit (peak "
+        f"{(peak_memory(setup.device) or 0) / 1e9:.1f} GB). The same effective batch in half the "
         f"memory: --batch-size {half} --accumulation-steps {double}; or --gradient-checkpointing. "
-        f"The "
-        "checkpoints already written are intact."
+        f"The checkpoints already written are intact."
     )
 
 
@@ -393,10 +389,9 @@ def inspect(
         if state.skipped_in_a_row > config.train.max_skipped_steps:
             raise NumericError(
                 f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite loss or "
-                f"gradient (last: "
-                f"step {step}, epoch {epoch}). The weights are those before them and the last "
-                f"checkpoint is "
-                "intact. Lower --lr, or try --precision fp32; metrics.jsonl names the images."
+                f"gradient (last: step {step}, epoch {epoch}). The weights are those before them "
+                f"and the last checkpoint is intact. Lower --lr, or try --precision fp32; "
+                f"metrics.jsonl names the images."
             )
     else:
         state.skipped_in_a_row = 0

@@ -420,8 +420,9 @@ def test_what_is_said_at_the_start(train, tmp_path: Path, capsys) -> None:
     assert train(*words, "--dry-run") == 0
     assert "training would decode into it first" in capsys.readouterr().out
     assert not (tmp_path / "c").exists(), "a dry run writes nothing"
-    assert train(*words, "--epochs", "2", "--strict-cache") == 3
-    assert "--strict-cache" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert train(*words, "--epochs", "2", "--strict-cache", *more) == 3
+        assert "--strict-cache" in capsys.readouterr().err
     assert train(*words, "--epochs", "2") == 0
     assert "miss: nothing was built" in capsys.readouterr().out
     assert train(*words, "--epochs", "3", "--strict-cache") == 0

@@ -236,3 +236,9 @@ def test_real_images() -> None:
     assert Counter(p.group for p in train.pairs) == {"In": 240, "Pa": 240, "Sc": 240}
     require_readable(train)
     assert {k: len(v) for k, v in find_test_sets([REAL / "steel"]).items()} == {"steel": 180}
+
+
+def test_a_csv_in_another_encoding_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes("image,mask\nkäfer.jpg,käfer.png\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not a CSV in UTF-8"):
+        load_train([tmp_path / "list.csv"])

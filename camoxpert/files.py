@@ -1,0 +1,65 @@
+"""Files that are written whole or not at all, by every part of the program."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bool = False) -> Path:
+    """Write a file beside its place and move it there: readers see the old one or the new one.
+
+    Args:
+        path: the file; its folder is made.
+        write: receives the open file.
+        durable: wait until the content is on the disk, so that a power cut cannot leave an empty
+            file under the new name. Takes milliseconds.
+
+    Raises:
+        OSError: no space, no permission; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        # mkstemp makes private files; results are meant to be read by others.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> Path:
+    """Write bytes, whole or not at all; see ``write_whole``."""
+    return write_whole(path, lambda file: file.write(data), durable=durable)
+
+
+def write_rows(
+    path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] | None = None
+) -> Path:
+    """Write dictionaries as CSV, whole or not at all.
+
+    Args:
+        path: the file.
+        rows: all with the same keys.
+        fields: the columns; None takes those of the first row.
+    """
+    text = io.StringIO(newline="")
+    columns = fields if fields is not None else list(rows[0]) if rows else []
+    writer = csv.DictWriter(text, fieldnames=columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    # File names may hold bytes that are no UTF-8: they go out as they came in.
+    return write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
