@@ -1,9 +1,8 @@
 """The faults a user can meet, each with the exit code the command line ends with.
 
 Every error carries one readable paragraph as its only argument: what is wrong, where, and what to
-do. One positional
-argument on purpose: worker processes send exceptions back by pickling ``args``, and an
-``__init__`` with more than one required argument cannot be rebuilt on the other side.
+do. One positional argument on purpose: worker processes send exceptions back by pickling ``args``,
+and an ``__init__`` with more than one required argument cannot be rebuilt on the other side.
 """
 
 
@@ -11,6 +10,8 @@ class CamoXpertError(Exception):
     """Base of all expected faults; the command line prints its text without a traceback."""
 
     exit_code = 1
+    # Set where another process of the same run already says it.
+    quiet = False
 
 
 class ConfigError(CamoXpertError):
@@ -35,6 +36,12 @@ class NumericError(CamoXpertError):
     """Training met a non-finite loss or gradient that it could not step over."""
 
     exit_code = 5
+
+
+class PeerError(CamoXpertError):
+    """Another process of a distributed run ended or does not answer."""
+
+    exit_code = 6
 
 
 class Stopped(CamoXpertError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,30 @@ def train(toy_data: Path, tmp_path: Path) -> Callable[..., int]:
         return main(
             ["train", "--dataset-path", str(data), "--checkpoint-dir", str(out), *TINY, *words]
         )
+
+    return call
+
+
+@pytest.fixture
+def stopped(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Call ``train``, and let its deadline strike after some optimizer steps."""
+    from camoxpert.training import guards, trainer
+
+    def call(*words: str, steps: int = 1, **options: Any) -> int:
+        taken = []
+        honest = trainer.train_step
+
+        def step(*args: Any, **more: Any) -> Any:
+            taken.append(1)
+            return honest(*args, **more)
+
+        def code(flag: guards.StopFlag) -> int:
+            return guards.DEADLINE_CODE if len(taken) >= steps else 0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "train_step", step)
+            patch.setattr(guards.StopFlag, "code", code)
+            return train(*words, **options)
 
     return call
 

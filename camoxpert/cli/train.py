@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from camoxpert.config import Config, Leaf, leaves, load_config, parse_text, to_yaml
-from camoxpert.errors import CamoXpertError, ConfigError, DataError, Stopped
+from camoxpert.errors import CamoXpertError, ConfigError, DataError, NumericError, Stopped
+
+if TYPE_CHECKING:
+    from camoxpert.observe.runlog import RunLog
+    from camoxpert.training.checkpoint import Checkpoint
+    from camoxpert.training.distributed import World
+    from camoxpert.training.guards import StopFlag
+    from camoxpert.training.setup import Setup
+
+Say = Callable[[str], None]
 
 OVERRIDE = re.compile(r"(data|model|loss|optim|train|run)\.[\w.]+=.*", re.DOTALL)
 
@@ -93,40 +105,148 @@ def check_data_given(config: Config) -> None:
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Train; see ``training.trainer.train`` for the loop."""
-    config = read_config(options, rest)
-    if options.print_config:
-        print(to_yaml(config), end="")
-        return 0
-    check_data_given(config)
     started = time.monotonic()
+    try:
+        config = read_config(options, rest)
+        if options.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        check_data_given(config)
+    except CamoXpertError as error:
+        # Every process of torchrun finds the same: one on each machine says it.
+        error.quiet = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+    from camoxpert.training.guards import StopFlag, watch
+
+    stop = StopFlag(config.train.max_hours)
+    with watch(stop):
+        from camoxpert.training.distributed import join, named_faults, restarts_left
+
+        world = join(config.train.device, timeout=config.train.process_timeout)
+        try:
+            with named_faults(world):
+                return prepare_and_train(config, options.dry_run, typed, world, stop, started)
+        except Stopped as stopped:
+            stopped.quiet = not world.first
+            if world.size > 1 and restarts_left():
+                # For torchrun any other code is a fault, after which it starts everything anew.
+                if world.first:
+                    print(stopped)
+                return 0
+            raise
+        except NumericError as error:
+            error.quiet = not world.first
+            raise
+        finally:
+            world.close()
+
+
+def prepare_and_train(
+    config: Config, dry_run: bool, typed: list[str], world: World, stop: StopFlag, started: float
+) -> int:
+    """Decide and build everything, then train; returns the exit code."""
     from camoxpert.training.rundir import stopped_run
     from camoxpert.training.setup import prepare, trial_step
 
-    setup = prepare(config, print, continued=stopped_run(config), write=not options.dry_run)
-    if options.dry_run:
+    say = print if world.first else _silent
+    setup = prepare(
+        config,
+        say,
+        continued=world.from_first(lambda: stopped_run(config)),
+        write=not dry_run,
+        world=world,
+        check_stop=lambda: stop.check("Nothing was trained yet; the same command starts again."),
+    )
+    if dry_run:
         largest = max(stage.batch_size for stage in setup.plan.stages)
         trial_step(setup.model, config, setup.device, setup.precision, largest)
-        print("dry run     one step forward and back worked; nothing was written")
+        say("dry run     one step forward and back worked; nothing was written")
         return 0
-    return train_and_report(setup, config, typed, started)
+    return train_and_report(setup, config, typed, stop, say, started)
 
 
-def train_and_report(setup: Any, config: Config, typed: list[str], started: float) -> int:
+def train_and_report(
+    setup: Setup, config: Config, typed: list[str], stop: StopFlag, say: Say, started: float
+) -> int:
     """Open the run folder, train, score the test sets with the best weights, write the report."""
-    from camoxpert.data.workers import is_worker_death, worker_death
-    from camoxpert.observe.runlog import RunLog, update_run_json, write_run_json
-    from camoxpert.training.guards import StopFlag, watch
-    from camoxpert.training.rundir import check_data, open_run
+    from camoxpert.observe.runlog import SilentLog
+    from camoxpert.training.rundir import check_batch, check_data, open_run
     from camoxpert.training.trainer import train
 
-    opened = open_run(config)
-    run_dir = opened.path
-    if opened.resume is not None:
-        check_data(opened.resume, setup.data.data_hash)
-    for note in opened.notes:
-        print(note)
-    print(f"run         {run_dir}")
-    (run_dir / "config.yaml").write_text(to_yaml(config))
+    world = setup.world
+    locks = []
+
+    def opening() -> tuple[Path, Checkpoint | None]:
+        opened = open_run(config)
+        locks.append(opened.lock)
+        notes = opened.notes
+        if opened.resume is not None:
+            notes = [
+                *notes,
+                *check_batch(opened.resume, setup.micro_batch),
+                *check_data(
+                    opened.resume,
+                    setup.data.data_hash,
+                    allow_change=config.train.allow_data_change,
+                ),
+            ]
+        for note in notes:
+            say(note)
+        say(f"run         {opened.path}")
+        return opened.path, opened.resume
+
+    run_dir, resume = world.from_first(opening)
+    log: RunLog = SilentLog()
+    if world.first:
+        log = open_log(setup, run_dir, config, typed, resume)
+    log.add_phase("start", time.monotonic() - started)
+    status = "failed"
+    try:
+        summary = train(setup, run_dir, log, stop=stop, say=say, resume=resume)
+        if not world.first:
+            # The first process scores and reports alone; nobody waits for it.
+            return 0
+        share_weights(run_dir)
+        if config.run.test and setup.data.tests:
+            with log.phase("testing"):
+                score_tests(setup, run_dir, config, stop)
+        status = "finished"
+    except Stopped:
+        status = "stopped"
+        raise
+    except CamoXpertError as error:
+        write_event(log, str(error))
+        raise
+    except MemoryError as error:
+        raise ConfigError(
+            "The host ran out of memory. Lower --batch-size or --num-workers, or use --cache disk; "
+            "the checkpoints already written are intact."
+        ) from error
+    finally:
+        log.close()
+        if world.first:
+            close_run(run_dir, status, log, report=config.run.report)
+    if summary.state.skipped:
+        print(
+            f"skipped     {summary.state.skipped} optimizer steps (non-finite); see metrics.jsonl"
+        )
+    print(
+        f"done        {time.monotonic() - started:.0f} s; weights "
+        f"{run_dir / 'checkpoints' / 'best.pt'}"
+    )
+    if config.run.report:
+        print(f"report      {run_dir / 'report.html'}")
+    return 0
+
+
+def open_log(
+    setup: Setup, run_dir: Path, config: Config, typed: list[str], resume: Checkpoint | None
+) -> RunLog:
+    """Write what is known of a run before it begins, and open its log."""
+    from camoxpert.files import write_bytes
+    from camoxpert.observe.runlog import RunLog, write_run_json
+
+    write_bytes(run_dir / "config.yaml", to_yaml(config).encode())
     write_run_json(
         run_dir,
         argv=["camoxpert", *typed],
@@ -141,48 +261,42 @@ def train_and_report(setup: Any, config: Config, typed: list[str], started: floa
             "batch": dataclasses.asdict(setup.micro_batch),
         },
     )
-    step = opened.resume.values["state"]["step"] + 1 if opened.resume else None
-    log = RunLog(run_dir, tensorboard=config.run.tensorboard, resume_step=step)
-    log.add_phase("start", time.monotonic() - started)
-    stop = StopFlag(config.train.max_hours)
-    status = "failed"
+    step = resume.values["state"]["step"] + 1 if resume else None
+    return RunLog(run_dir, tensorboard=config.run.tensorboard, resume_step=step)
+
+
+def close_run(run_dir: Path, status: str, log: RunLog, *, report: bool) -> None:
+    """Write how a run ended; where even that cannot be written, the fault that ended it counts."""
+    from camoxpert.observe.runlog import update_run_json
+
     try:
-        with watch(stop):
-            summary = train(setup, run_dir, log, stop=stop, say=print, resume=opened.resume)
-            if config.run.test and setup.data.tests:
-                with log.phase("testing"):
-                    score_tests(setup, run_dir, config, stop)
-        status = "finished"
-    except Stopped:
-        status = "stopped"
-        raise
-    except CamoXpertError as error:
-        log.write({"kind": "event", "text": str(error)})
-        raise
-    except RuntimeError as error:
-        # torch reports a dead data worker from a signal handler, wherever the program happens to
-        # be.
-        if not is_worker_death(error):
-            raise
-        log.write({"kind": "event", "text": str(worker_death(error))})
-        raise worker_death(error) from error
-    finally:
-        log.close()
         phases = merged(previous_phases(run_dir), log.phases)
         update_run_json(run_dir, status=status, phases=phases)
-        if config.run.report:
-            write_report_if_possible(run_dir)
-    if summary.state.skipped:
-        print(
-            f"skipped     {summary.state.skipped} optimizer steps (non-finite); see metrics.jsonl"
-        )
-    print(
-        f"done        {time.monotonic() - started:.0f} s; weights "
-        f"{run_dir / 'checkpoints' / 'best.pt'}"
-    )
-    if config.run.report:
-        print(f"report      {run_dir / 'report.html'}")
-    return 0
+    except (OSError, ValueError) as error:
+        print(f"warning: {run_dir / 'run.json'} could not be updated: {error}", file=sys.stderr)
+        return
+    if report:
+        write_report_if_possible(run_dir)
+
+
+def write_event(log: RunLog, text: str) -> None:
+    """Log a fault, unless the log itself is what failed."""
+    with contextlib.suppress(CamoXpertError, OSError, ValueError):
+        log.write({"kind": "event", "text": text})
+
+
+def share_weights(run_dir: Path) -> None:
+    """Write the best weights as safetensors with their settings, to be given to others."""
+    from camoxpert.training.checkpoint import load_checkpoint
+    from camoxpert.training.share import write_shared
+
+    best = run_dir / "checkpoints" / "best.pt"
+    if best.is_file():
+        write_shared(run_dir / "model", load_checkpoint(best))
+
+
+def _silent(text: str) -> None:
+    """Say nothing: the first process speaks."""
 
 
 def score_tests(setup: Any, run_dir: Path, config: Config, stop: Any) -> None:

@@ -364,6 +364,14 @@ class TrainConfig:
     resume_from: str = setting(
         "", "checkpoint or run folder to continue from", flag="--resume-from"
     )
+    allow_data_change: bool = setting(
+        False,
+        "continue a run although its training data changed; the epoch in progress starts anew",
+        flag="--allow-data-change",
+    )
+    process_timeout: float = setting(
+        600.0, "seconds that the processes of torchrun wait for each other", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -379,6 +387,12 @@ class RunConfig:
         0,
         "also save every this many optimizer steps; 0: at each epoch's end",
         flag="--save-every",
+        minimum=0,
+    )
+    keep_every: int = setting(
+        0,
+        "keep the checkpoint of every this many epochs for ever; 0: the last two and the best",
+        flag="--keep-every",
         minimum=0,
     )
     tensorboard: bool = setting(True, "write TensorBoard events", flag="--tensorboard")

@@ -25,6 +25,7 @@ class TrainingBar:
         stage: shown behind the epoch, or "".
         initial: micro-batches already done (a resumed epoch).
         live: True on a terminal, False in a log; None finds out.
+        silent: shows nothing (another process of the run does).
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class TrainingBar:
         stage: str = "",
         initial: int = 0,
         live: bool | None = None,
+        silent: bool = False,
     ) -> None:
         label = f"Epoch {epoch}/{epochs}" + (f" ({stage})" if stage else "")
-        self._live = sys.stderr.isatty() if live is None else live
+        self._live = (sys.stderr.isatty() if live is None else live) and not silent
+        self._silent = silent
         self._last_line = time.monotonic()
         self._tenths = 10 * initial // max(total, 1)
         self._bar = tqdm(
@@ -78,7 +81,7 @@ class TrainingBar:
         parts.append(f"data={data_wait:.0%}" if data_wait is not None else "")
         self._bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)
         self._bar.update(n)
-        if not self._live:
+        if not self._live and not self._silent:
             self._log_line()
 
     def text(self) -> str:

@@ -135,6 +135,28 @@ class RunLog:
             self._writer.close()
 
 
+class SilentLog(RunLog):
+    """The log of a process that leaves writing to another one; it counts its phases."""
+
+    def __init__(self) -> None:
+        self._phases = {}
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write nothing."""
+
+    def image(self, tag: str, array_HWC: np.ndarray, step: int) -> None:
+        """Write nothing."""
+
+    def truncate_after(self, step: int, *, epoch_done: bool = True) -> None:
+        """Change nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read records; a torn line (the process died while writing it) ends the file."""
     records: list[dict[str, Any]] = []

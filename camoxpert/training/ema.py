@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from camoxpert.errors import CheckpointError
 
 
-def warmed_decay(decay: float, updates: int) -> float:
-    """Return min(decay, (1 + n) / (10 + n)) for the n-th update, from 0.
+def warmed_decay(decay: float, updates: Tensor) -> Tensor:
+    """Return min(decay, (1 + n) / (10 + n)) for the n-th update, from 0; a scalar tensor.
 
     A constant 0.9999 keeps most of the random initialisation for thousands of steps; warmed up, the
     average spans about the last tenth of the updates until ``decay`` is reached.
     """
-    return min(decay, (1 + updates) / (10 + updates))
+    return ((1 + updates) / (10 + updates)).clamp(max=decay)
 
 
 class ModelEma:
@@ -31,7 +31,10 @@ class ModelEma:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self.updates = 0
+        device = next(model.parameters()).device
+        # Counted where the steps are taken: the host need not know which of them were skipped.
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self.updates = torch.zeros((), dtype=kind, device=device)
 
     @torch.no_grad()
     def update(self, model: nn.Module, keep: Tensor) -> None:
@@ -40,8 +43,8 @@ class ModelEma:
         ``keep`` is 0 for a skipped optimizer step. It is a tensor so that the host need not wait
         for the device to learn which.
         """
-        weight = keep * (1 - warmed_decay(self.decay, self.updates))
-        self.updates += 1
+        weight = keep * (1 - warmed_decay(self.decay, self.updates)).to(keep.dtype)
+        self.updates += keep
         averaged: list[Tensor] = list(self.module.parameters())
         trained: list[Tensor] = [parameter.detach() for parameter in model.parameters()]
         steps = list(torch._foreach_sub(trained, averaged))
@@ -53,12 +56,12 @@ class ModelEma:
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights (the model's own keys) and the update count."""
-        return {"weights": self.module.state_dict(), "updates": self.updates}
+        return {"weights": self.module.state_dict(), "updates": int(self.updates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; raises CheckpointError if it does not fit."""
         try:
             self.module.load_state_dict(state["weights"])
-            self.updates = int(state["updates"])
+            self.updates.fill_(int(state["updates"]))
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"The EMA weights do not fit this model: {error}") from error

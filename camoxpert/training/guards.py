@@ -7,7 +7,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,8 @@ from typing import IO
 from camoxpert.errors import Stopped
 
 DEADLINE_CODE = 75
+# With which a run can be asked to stop; the first of several wishes counts.
+STOP_CODES = (130, 143, DEADLINE_CODE)
 
 
 class StopFlag:
@@ -30,6 +32,7 @@ class StopFlag:
         self.clock = clock
         self.deadline = None if max_hours is None else clock() + max_hours * 3600
         self.signal_number = 0
+        self.agreed = 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the signal; a second Ctrl-C leaves at once. No output and no file access in here."""
@@ -45,9 +48,19 @@ class StopFlag:
             return DEADLINE_CODE
         return 0
 
+    def agree(self, wishes: Mapping[str, float]) -> None:
+        """Note what the processes of a run want together: ``stop 75`` and its like -> how many."""
+        wanted = [code for code in STOP_CODES if wishes.get(f"stop {code}")]
+        self.agreed = self.agreed or (wanted[0] if wanted else 0)
+
+    def check(self, what: str) -> None:
+        """Raise Stopped if asked to stop; for places where nothing needs saving."""
+        if self.code():
+            raise self.stopped(what)
+
     def stopped(self, what: str) -> Stopped:
         """Build the exception that ends the run."""
-        code = self.code()
+        code = self.agreed or self.code()
         why = {130: "Ctrl-C", 143: "SIGTERM", DEADLINE_CODE: "--max-hours is over"}.get(
             code, "signal"
         )

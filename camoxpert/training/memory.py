@@ -11,9 +11,10 @@ no memory.
 from __future__ import annotations
 
 import copy
+import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,8 @@ class MicroBatch:
         checkpointing: activations are recomputed in the backward pass.
         reason: one sentence for the user.
         predicted, measured: peak bytes of a step; None where unknown.
+        processes: that take such steps together.
+        stage2_size: ``size`` of stage 2; None: the same.
     """
 
     size: int
@@ -61,6 +64,13 @@ class MicroBatch:
     reason: str
     predicted: int | None = None
     measured: int | None = None
+    processes: int = 1
+    stage2_size: int | None = None
+
+    @property
+    def effective(self) -> int:
+        """Images per optimizer step, over all processes."""
+        return self.size * self.steps * self.processes
 
 
 @dataclass(frozen=True)
@@ -75,31 +85,82 @@ class Line:
         return round(self.fixed + self.per_image * images)
 
 
-def effective_batch(train: TrainConfig) -> int:
-    """Return the images per optimizer step that the settings ask for."""
-    if train.effective_batch_size is not None:
-        return train.effective_batch_size
-    return (train.batch_size or DEFAULT_EFFECTIVE) * train.accumulation_steps
+def effective_batch(train: TrainConfig, processes: int = 1) -> int:
+    """Return the images that one process adds to an optimizer step, as the settings ask for.
+
+    ``--batch-size`` counts for each process, ``--effective-batch-size`` for all together.
+
+    Raises:
+        ConfigError: the processes cannot share the effective batch equally.
+    """
+    if train.batch_size is not None and train.effective_batch_size is None:
+        return train.batch_size * train.accumulation_steps
+    whole = train.effective_batch_size or DEFAULT_EFFECTIVE * train.accumulation_steps
+    if whole % processes:
+        raise ConfigError(
+            f"--effective-batch-size {whole} cannot be shared equally by {processes} processes. "
+            f"Use a multiple of {processes}."
+        )
+    return whole // processes
 
 
-def micro_batch_sizes(train: TrainConfig) -> list[int]:
+def micro_batch_sizes(train: TrainConfig, processes: int = 1) -> list[int]:
     """Return the micro-batches to choose from, largest first: the one asked for, or with ``auto``
     every divisor of the effective batch.
 
     Raises:
         ConfigError: the one asked for does not divide the effective batch.
     """
-    wanted = effective_batch(train)
+    wanted = effective_batch(train, processes)
     if train.batch_size is None:
         return [size for size in range(wanted, 0, -1) if wanted % size == 0]
     size = min(train.batch_size, wanted)
     if wanted % size:
         raise ConfigError(
-            f"--effective-batch-size {wanted} is not a multiple of --batch-size {size}: the images "
-            f"of an optimizer step would not fill whole micro-batches. Use --batch-size auto, or a "
-            f"divisor."
+            f"--effective-batch-size {wanted * processes} is not a multiple of --batch-size {size}"
+            f"{f' x {processes} processes' if processes > 1 else ''}: the images of an optimizer "
+            f"step would not fill whole micro-batches. Use --batch-size auto, or a divisor."
         )
     return [size]
+
+
+def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: int) -> MicroBatch:
+    """Return the micro-batch with which another number of processes takes the steps of a stopped
+    run.
+
+    Args:
+        train: settings, the same as those of the run.
+        continued: what the run did (see ``MicroBatch``).
+        processes: of the run that goes on.
+
+    Raises:
+        ConfigError: they cannot share its steps equally.
+    """
+    before, size = int(continued.get("processes", 1)), int(continued["size"])
+    second = int(continued.get("stage2_size") or train.stage2_batch_size or size)
+    slots = int(continued["steps"]) * before
+    # Fewer micro-batches per process, or smaller ones where there are not enough to share.
+    shared = math.gcd(slots, processes)
+    parts = processes // shared
+    if size % parts or second % parts:
+        raise ConfigError(
+            f"The stopped run took {size * slots} images per optimizer step with {before} "
+            f"processes; {processes} cannot share them equally. Use {before} processes again, or "
+            f"--resume never for a new run."
+        )
+    reason = (
+        f"{size // parts} images x {slots // shared} per step on each of {processes} processes: "
+        f"the {size * slots} of the run being continued, which had {before}"
+    )
+    recompute = bool(continued["checkpointing"])
+    return MicroBatch(
+        size // parts,
+        slots // shared,
+        recompute,
+        reason,
+        processes=processes,
+        stage2_size=second // parts,
+    )
 
 
 def plan_micro_batch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,13 @@ class StepCounts:
 
     A micro-batch's balance loss sees the choices of the step so far: the whole step's cannot be
     known before the first backward pass.
+
+    Args:
+        total: adds up counts over the processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
+        self.total = total
         self.counts_LE: Tensor | None = None
 
     def start(self) -> None:
@@ -58,8 +62,7 @@ class StepCounts:
         if not routing:
             return None
         counts = torch.stack([expert_counts(r.experts_BK, r.probs_BE.shape[1]) for r in routing])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
+        counts = self.total(counts)
         self.counts_LE = counts if self.counts_LE is None else self.counts_LE + counts
         return self.counts_LE
 
@@ -102,6 +105,21 @@ class RoutingMeter:
         self.chosen, self.mass = (
             None if state[name] is None else state[name].to(device) for name in ("chosen", "mass")
         )
+
+    def merge(self, total: Callable[[Tensor], Tensor], *, first: bool) -> None:
+        """Move what all processes counted to the first one; every process calls this.
+
+        Args:
+            total: adds up a tensor over the processes.
+            first: whether this is the first process.
+        """
+        if self.chosen is None or self.mass is None:
+            return
+        images = torch.tensor(float(self.images), device=self.chosen.device)
+        self.chosen, self.mass = total(self.chosen.clone()), total(self.mass.clone())
+        self.images = int(total(images))
+        if not first:
+            self.chosen, self.mass, self.images = self.chosen * 0, self.mass * 0, 0
 
     @torch.no_grad()
     def update(self, routing: Sequence[Routing]) -> None:

@@ -68,6 +68,11 @@ class Plan:
         """Return the stage that ``epoch`` (from 0) belongs to."""
         return next(stage for stage in self.stages if epoch < stage.last_epoch)
 
+    def step_of(self, epoch: int, done: int) -> int:
+        """Return the optimizer step that follows ``done`` steps of an epoch."""
+        stage = self.stage_of_epoch(epoch)
+        return stage.first_step + (epoch - stage.first_epoch) * stage.steps + done
+
     def stage_of_step(self, step: int) -> Stage:
         """Return the stage that optimizer step ``step`` (from 0) belongs to."""
         for stage in self.stages:
@@ -99,10 +104,12 @@ def make_plan(
     has_weights: bool,
     batch_size: int | None = None,
     accumulation_steps: int | None = None,
+    stage2_batch_size: int | None = None,
 ) -> Plan:
-    """Lay out stages and steps for ``num_images`` training images.
+    """Lay out stages and steps for ``num_images`` training images, those of one process.
 
-    ``batch_size`` and ``accumulation_steps`` are those chosen, where the settings leave them open.
+    ``batch_size``, ``accumulation_steps`` and ``stage2_batch_size`` are those chosen, where they
+    are not those of the settings.
     """
     chosen = batch_size or train.batch_size
     accumulation = accumulation_steps or train.accumulation_steps
@@ -112,7 +119,7 @@ def make_plan(
     stages: list[Stage] = []
     wanted = (
         (1, first, chosen, optim.lr),
-        (2, train.epochs - first, train.stage2_batch_size, optim.stage2_lr),
+        (2, train.epochs - first, stage2_batch_size or train.stage2_batch_size, optim.stage2_lr),
     )
     epoch = step = 0
     for number, epochs, asked, lr in wanted:

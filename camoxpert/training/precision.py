@@ -30,14 +30,18 @@ class Precision:
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, index: int = 0) -> torch.device:
     """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Args:
+        name: the setting.
+        index: CUDA device to take where the setting names none.
 
     Raises:
         ConfigError: the device is not there; it is never replaced by another one.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -46,11 +50,12 @@ def choose_device(name: str) -> torch.device:
                 "Check the driver with nvidia-smi, or use --device cpu."
             )
         count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
+        number = index if device.index is None else device.index
+        if number >= count:
             raise ConfigError(
                 f"--device {name}: there are {count} CUDA devices, cuda:0 to {count - 1}."
             )
-        return torch.device("cuda", device.index or 0)
+        return torch.device("cuda", number)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("--device mps: this machine has no Metal device. Use --device cpu.")
     return device

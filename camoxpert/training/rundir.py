@@ -17,6 +17,7 @@ from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.observe.runlog import create_run_dir
 from camoxpert.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 from camoxpert.training.guards import try_lock
+from camoxpert.training.memory import MicroBatch
 
 # Settings that say how long, how fast or where, not what is trained.
 FREE = (
@@ -32,6 +33,8 @@ FREE = (
     "train.max_hours",
     "train.resume",
     "train.resume_from",
+    "train.allow_data_change",
+    "train.process_timeout",
 )
 # Settings that decide what the weights mean or which samples are which.
 FIXED = ("model.", "data.", "train.seed")
@@ -145,32 +148,71 @@ def compare(old: Config, new: Config) -> list[str]:
     return [f"changed     {line}" for line in lines]
 
 
-def check_data(checkpoint: Checkpoint, data_hash: str) -> None:
-    """Raise CheckpointError where the data changed since the checkpoint was written."""
-    if checkpoint.values.get("data_hash") != data_hash:
+def check_batch(checkpoint: Checkpoint, batch: MicroBatch) -> list[str]:
+    """Return what changed about how steps are taken.
+
+    Raises:
+        CheckpointError: a step would take another number of images, and the run another number of
+            steps.
+    """
+    before = checkpoint.values.get("batch")
+    if before is None:
+        return []
+    if before["effective"] != batch.effective:
+        raise CheckpointError(
+            f"The stopped run took {before['effective']} images per optimizer step and this one "
+            f"would take {batch.effective}. Keep the product of --batch-size, "
+            f"--accumulation-steps and processes, or start a new run with --resume never."
+        )
+    if before["processes"] != batch.processes:
+        return [
+            f"changed     processes: {before['processes']} -> {batch.processes}; {batch.size} "
+            f"images x {batch.steps} on each, {batch.effective} per step as before"
+        ]
+    return []
+
+
+def check_data(checkpoint: Checkpoint, data_hash: str, *, allow_change: bool = False) -> list[str]:
+    """Return what to tell about changed data; where that is allowed, the epoch in progress starts
+    anew, because the order of its samples is another one.
+
+    Raises:
+        CheckpointError: the data changed since the checkpoint was written.
+    """
+    if checkpoint.values.get("data_hash") == data_hash:
+        return []
+    if not allow_change:
         raise CheckpointError(
             f"The training data changed since {checkpoint.path} was written (another content "
             f"hash), so the order of samples and the validation split would no longer be the "
-            f"same. Restore the data, or start a new run with --resume never."
+            f"same. Restore the data, go on with --allow-data-change, or start a new run with "
+            f"--resume never."
         )
+    state = checkpoint.values["state"]
+    if state["position"]:
+        state["position"] = 0
+        for name in ("chosen", "mass"):
+            checkpoint.values["routing"][name] = None
+        checkpoint.values["routing"]["images"] = 0
+    return [f"changed     the training data; epoch {state['epoch'] + 1} starts anew, as allowed"]
 
 
 def _continue(path: Path, config: Config) -> Opened:
+    if not path.exists():
+        raise CheckpointError(f"--resume: there is no checkpoint or run folder {path}.")
+    folder = path.parent.parent if path.is_file() else path
+    # Before the folder is looked into: a live run's half-written file is not a leftover.
+    lock = try_lock(folder)
+    if lock is None:
+        raise ConfigError(f"--resume: {folder} is being trained by another process.")
+    problems: list[str] = []
     if path.is_file():
-        folder = path.parent.parent
         checkpoint = load_checkpoint(path)
-        problems: list[str] = []
-    elif path.is_dir():
-        folder = path
+    else:
         newest, problems = CheckpointFolder(path / "checkpoints").newest()
         if newest is None:
             raise CheckpointError(f"--resume: {path} holds no checkpoint to continue from.")
         checkpoint = newest
-    else:
-        raise CheckpointError(f"--resume: there is no checkpoint or run folder {path}.")
-    lock = try_lock(folder)
-    if lock is None:
-        raise ConfigError(f"--resume: {folder} is being trained by another process.")
     return Opened(folder, checkpoint, problems + compare(checkpoint.config, config), lock)
 
 

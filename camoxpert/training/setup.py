@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from camoxpert.config import Config
 from camoxpert.data.batches import Batch
@@ -21,12 +22,14 @@ from camoxpert.models.build import build_model
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.training import data_setup
 from camoxpert.training.data_setup import Data, load_data, training_sides
+from camoxpert.training.distributed import World
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.memory import (
     COMFORTABLE,
     COMFORTABLE_HOST,
     MicroBatch,
     effective_batch,
+    keep_effective,
     measured_bytes,
     measured_rate,
     micro_batch_sizes,
@@ -71,8 +74,16 @@ class Setup:
     parameters: int
     gmacs: float
     step_counts: StepCounts = field(default_factory=StepCounts)
+    world: World = field(default_factory=World)
+    # What a forward pass goes through: the model, wrapped where several processes train it.
+    forward: nn.Module = field(default_factory=nn.Identity)
     # Parts that every micro-batch is taken in, since the device ran out of memory.
     split: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Micro-batches of each process per optimizer step."""
+        return self.micro_batch.steps
 
     @property
     def evaluated_model(self) -> CamoXpert:
@@ -89,6 +100,8 @@ def prepare(
     *,
     continued: Mapping[str, Any] | None = None,
     write: bool = True,
+    world: World | None = None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Setup:
     """Decide and build everything a run needs.
 
@@ -98,16 +111,20 @@ def prepare(
         continued: ``run.json`` of the stopped run that this one will continue; what it chose by the
             memory of that day is kept, so that the same command takes the same steps.
         write: False leaves a cache of the data that is not there unbuilt.
+        world: the processes that train together.
+        check_stop: called now and then; raises to stop.
     """
     decisions: list[str] = []
+    world = world or World()
 
     def decide(text: str) -> None:
         decisions.append(text)
         say(text)
 
-    device = choose_device(config.train.device)
+    device = choose_device(config.train.device, index=world.local_rank)
     check_architecture(device)
-    data = load_data(config, decide, device=device.type, write=write)
+    data = world.in_turn(lambda: load_data(config, decide, device=device.type, write=write))
+    check_stop()
     precision = choose_precision(config.train, device)
     name = (
         torch.cuda.get_device_name(device)
@@ -115,11 +132,21 @@ def prepare(
         else f"{torch.get_num_threads()} threads"
     )
     decide(f"device      {device} ({name})")
+    if world.size > 1:
+        share = -(-len(data.train) // world.size)
+        decide(
+            f"processes   {world.size}, {world.local_size} on this machine; each sees {share} of "
+            f"the {len(data.train)} training images an epoch"
+        )
     tf32 = set_tf32(config.train.tf32, device)
     decide(f"precision   {precision.reason}; TF32 {tf32}")
 
+    # The same weights everywhere, then every process its own random numbers.
     torch.manual_seed(config.train.seed)
     model = build_model(config.model).to(device)
+    if not world.first:
+        torch.manual_seed(config.train.seed + 1_000_003 * world.rank)
+    check_stop()
     has_weights = bool(config.model.weights) or config.model.pretrained
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -135,7 +162,10 @@ def prepare(
     scale = backbone_scale(config.optim, has_weights=has_weights)
     optimizer = build_optimizer(model, config.optim, scales=[(model.backbone, scale), *routers])
     ema = ModelEma(model, config.train.ema_decay) if config.train.use_ema else None
-    batch = choose_micro_batch(config, model, device, precision, (continued or {}).get("batch"))
+    batch = agree_on_micro_batch(
+        config, model, device, precision, (continued or {}).get("batch"), world
+    )
+    check_stop()
     decide(f"memory      {batch.reason}")
     covered = model.set_gradient_checkpointing(batch.checkpointing)
     if batch.checkpointing:
@@ -143,10 +173,11 @@ def prepare(
     plan = make_plan(
         config.train,
         config.optim,
-        num_images=len(data.train),
+        num_images=-(-len(data.train) // world.size),
         has_weights=has_weights,
         batch_size=batch.size,
         accumulation_steps=batch.steps,
+        stage2_batch_size=batch.stage2_size,
     )
     first, why = stage1_epochs(config.train, has_weights=has_weights)
     decide(
@@ -167,6 +198,9 @@ def prepare(
         decisions=decisions,
         parameters=sum(p.numel() for p in model.parameters()),
         gmacs=gmacs,
+        world=world,
+        forward=model,
+        step_counts=StepCounts(world.sum),
     )
     if config.train.compile:
         decide(
@@ -223,12 +257,30 @@ def training_loader(setup: Setup, batch_size: int) -> Batches:
     )
 
 
+def agree_on_micro_batch(
+    config: Config,
+    model: CamoXpert,
+    device: torch.device,
+    precision: Precision,
+    continued: Mapping[str, Any] | None,
+    world: World,
+) -> MicroBatch:
+    """Choose as ``choose_micro_batch`` does, for all processes: what fits the fullest device."""
+    if continued and int(continued.get("processes", 1)) != world.size:
+        return keep_effective(config.train, continued, world.size)
+    own = choose_micro_batch(config, model, device, precision, continued, processes=world.size)
+    chosen = min(world.gather(own), key=lambda batch: (batch.size, not batch.checkpointing))
+    return replace(chosen, processes=world.size)
+
+
 def choose_micro_batch(
     config: Config,
     model: CamoXpert,
     device: torch.device,
     precision: Precision,
     continued: Mapping[str, Any] | None = None,
+    *,
+    processes: int = 1,
 ) -> MicroBatch:
     """Choose micro-batch, accumulation and recomputation; leaves no gradients behind.
 
@@ -236,7 +288,7 @@ def choose_micro_batch(
     ``--batch-size auto``.
     """
     train = config.train
-    wanted, sizes = effective_batch(train), micro_batch_sizes(train)
+    wanted, sizes = effective_batch(train, processes), micro_batch_sizes(train, processes)
     setting = train.gradient_checkpointing
     if train.batch_size is None and continued and wanted % int(continued["size"]) == 0:
         size, recompute = int(continued["size"]), bool(continued["checkpointing"])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from camoxpert.config import to_dict
-from camoxpert.errors import CheckpointError
+from camoxpert.errors import CheckpointError, NumericError
 from camoxpert.training.checkpoint import FORMAT, Checkpoint
 from camoxpert.training.meters import RoutingMeter
 from camoxpert.training.setup import Setup
@@ -15,10 +15,16 @@ from camoxpert.training.state import TrainState
 
 
 def snapshot(setup: Setup, state: TrainState, meter: RoutingMeter) -> dict[str, Any]:
-    """Return everything a run needs to go on; tensors and plain Python only."""
+    """Return everything a run needs to go on; tensors and plain Python only.
+
+    Every process calls this; what the first one returns is to be kept.
+    """
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if setup.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(setup.device)
+    rngs = setup.world.gather(rng)
+    meter.merge(setup.world.sum, first=setup.world.first)
+    batch = setup.micro_batch
     return {
         "format": FORMAT,
         "config": to_dict(setup.config),
@@ -29,8 +35,37 @@ def snapshot(setup: Setup, state: TrainState, meter: RoutingMeter) -> dict[str, 
         "scaler": setup.scaler.state_dict(),
         "state": state.to_dict(),
         "routing": meter.state_dict(),
-        "rng": rng,
+        "rng": rngs[0],
+        "other_rngs": rngs[1:],
+        "batch": {
+            "size": batch.size,
+            "steps": batch.steps,
+            "processes": batch.processes,
+            "effective": batch.effective,
+        },
     }
+
+
+def require_finite(setup: Setup, state: TrainState) -> None:
+    """Raise NumericError where weights have become useless: not finite, or too large to add up.
+
+    One look at the device; for use before weights are kept.
+    """
+    weights = [p.detach() for p in setup.model.parameters()]
+    if setup.ema is not None:
+        weights += [p for p in setup.ema.module.parameters()]
+    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+        raise NumericError(
+            f"The weights are no longer finite after step {state.step} (epoch {state.epoch + 1}): "
+            f"training diverged. They are not saved; the last checkpoint is intact. Lower --lr, or "
+            f"keep --clip-grad-norm on."
+        )
+
+
+def state_bytes(setup: Setup) -> int:
+    """Return the size of a checkpoint: weights, their average, and AdamW's two moments."""
+    weights = sum(t.numel() * t.element_size() for t in setup.model.state_dict().values())
+    return weights * (4 if setup.ema else 3)
 
 
 def shipped(setup: Setup, state: TrainState, scores: dict[str, float]) -> dict[str, Any]:
@@ -61,11 +96,17 @@ def restore(setup: Setup, checkpoint: Checkpoint, meter: RoutingMeter) -> TrainS
         if setup.ema is not None and values["ema"] is not None:
             setup.ema.load_state_dict(values["ema"])
         state = TrainState.from_dict(values["state"])
+        # Counts of an epoch that was stopped on its way: the first process keeps them for all.
         if "routing" in values:
             meter.load_state_dict(values["routing"], setup.device)
+            meter.merge(lambda counts: counts, first=setup.world.first)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
-    torch.set_rng_state(values["rng"]["cpu"])
-    if setup.device.type == "cuda" and "cuda" in values["rng"]:
-        torch.cuda.set_rng_state(values["rng"]["cuda"], setup.device)
+    rngs = [values["rng"], *values.get("other_rngs", [])]
+    if setup.world.rank < len(rngs):
+        # Of another number of processes, those that were not there begin with their seeds.
+        rng = rngs[setup.world.rank]
+        torch.set_rng_state(rng["cpu"])
+        if setup.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], setup.device)
     return state

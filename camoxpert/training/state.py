@@ -13,8 +13,9 @@ class TrainState:
 
     Attributes:
         step: optimizer steps taken (windows finished, skipped ones included).
-        epoch: epoch in progress, from 0; ``batch`` micro-batches of it are done.
-        batch: micro-batches of this epoch that are done, always at the end of a window.
+        epoch: epoch in progress, from 0.
+        position: images of the epoch's order that are done, over all processes, always at the end
+            of an optimizer step; 0 between epochs.
         images: training images seen.
         best: best validation score, or None before the first validation.
         best_epoch: epoch of the best score, from 1; 0 before the first validation.
@@ -26,7 +27,7 @@ class TrainState:
 
     step: int = 0
     epoch: int = 0
-    batch: int = 0
+    position: int = 0
     images: int = 0
     best: float | None = None
     best_epoch: int = 0

@@ -1,35 +1,32 @@
-"""The training loop: one function that reads top to bottom, and the step it repeats."""
+"""The training loop: one function that reads top to bottom."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from camoxpert.config import Config
-from camoxpert.data.batches import Batch
 from camoxpert.data.loader import build_eval_loader, device_batches
-from camoxpert.errors import ConfigError, NumericError
-from camoxpert.losses import total_loss
 from camoxpert.metrics import Evaluator, is_better
-from camoxpert.models.router import Routing
 from camoxpert.observe.gpu import GpuMonitor
 from camoxpert.observe.plots import panel
 from camoxpert.observe.progress import TrainingBar
 from camoxpert.observe.runlog import RunLog
 from camoxpert.training.checkpoint import Checkpoint, CheckpointFolder
 from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import LateReader, RoutingMeter, Speed, collapse_alarm
+from camoxpert.training.meters import LateReader, RoutingMeter, Speed
 from camoxpert.training.optim import Stage, lr_at, set_lr
-from camoxpert.training.setup import Setup, autocast, mask_target, training_loader
-from camoxpert.training.snapshot import restore, shipped, snapshot
+from camoxpert.training.records import Step, active_experts, inspect, note_event, write_routing
+from camoxpert.training.setup import Setup, autocast, training_loader
+from camoxpert.training.snapshot import require_finite, restore, shipped, snapshot, state_bytes
 from camoxpert.training.state import TrainState
+from camoxpert.training.step import out_of_memory, peak_memory, train_step, windows
 from camoxpert.training.validation import Item, score
 
 Say = Callable[[str], None]
@@ -44,6 +41,10 @@ class Summary:
     best_scores: dict[str, float] | None
 
 
+class ValidationStopped(Exception):
+    """A process was asked to stop in the middle of a validation."""
+
+
 def train(
     setup: Setup,
     run_dir: Path,
@@ -55,6 +56,8 @@ def train(
 ) -> Summary:
     """Train until the plan is done, early stopping strikes or ``stop`` is raised.
 
+    With several processes all of them call this and take the same turns; the first one writes.
+
     Args:
         setup: everything decided and built.
         run_dir: an existing run folder.
@@ -65,47 +68,53 @@ def train(
 
     Raises:
         Stopped: asked to stop; the same command continues.
-        NumericError: too many non-finite steps in a row.
+        NumericError: too many non-finite steps in a row, or weights that are no longer finite.
         DataError, CheckpointError: a file cannot be read or written.
+        PeerError: another process is gone.
     """
-    config, plan, device = setup.config, setup.plan, setup.device
-    checkpoints = CheckpointFolder(run_dir / "checkpoints")
+    config, plan, device, world = setup.config, setup.plan, setup.device, setup.world
     state = TrainState()
     meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
     if resume is not None:
         state = restore(setup, resume, meter)
-        log.truncate_after(state.step, epoch_done=state.batch == 0)
+        log.truncate_after(state.step, epoch_done=state.position == 0)
         say(f"resumed     {resume.path.name}: epoch {state.epoch + 1}, step {state.step}")
     else:
         # The folder may be that of a run that died before its first checkpoint.
         log.truncate_after(-1)
+    saver = Saver(setup, run_dir, state, meter, log)
     reader = LateReader()
     best_scores: dict[str, float] | None = None
     loader, loader_stage, warned = None, 0, False
-    started, seconds_before = time.monotonic(), state.seconds
+    learning: list[bool] = []
 
-    def save() -> None:
-        state.seconds = seconds_before + time.monotonic() - started
-        with log.phase("checkpoints"):
-            checkpoints.save(snapshot(setup, state, meter), step=state.step)
+    def stop_code() -> int:
+        # Several processes act on what all of them know, in the same step.
+        return stop.code() if world.size == 1 else stop.agreed
 
     with GpuMonitor(str(device)) as gpu:
         while state.epoch < plan.epochs:
             # --- one epoch: which parameters learn, in which order the samples come
             epoch, stage = state.epoch, plan.stage_of_epoch(state.epoch)
             freed = set_trainable(setup, stage, epoch)
+            if learning != (now := [p.requires_grad for p in setup.model.parameters()]):
+                setup.forward = setup.model
+                setup.forward, learning = world.wrap(setup.model), now
+            # Images of the window, of the epoch so far: over all processes.
+            slots = stage.batch_size * world.size
+            done = -(-state.position // slots)
             if loader is None or loader_stage != stage.number:
                 if loader is not None:
                     loader.close()
                 loader, loader_stage = training_loader(setup, stage.batch_size), stage.number
-                if epoch == stage.first_epoch and state.batch == 0:
+                if epoch == stage.first_epoch and done == 0:
                     text = f"stage {stage.number}: {freed}"
                     log.write(
                         {"kind": "event", "step": state.step, "epoch": epoch + 1, "text": text}
                     )
             setup.model.set_active_experts(active_experts(config, epoch))
-            loader.set_epoch(epoch, start_batch=state.batch)
-            if state.batch == 0:
+            loader.set_epoch(epoch, start_batch=done)
+            if done == 0:
                 meter.reset()
             speed = Speed()
             bar = TrainingBar(
@@ -113,19 +122,22 @@ def train(
                 epoch=epoch + 1,
                 epochs=plan.epochs,
                 stage=f"stage {stage.number}" if len(plan.stages) > 1 else "",
-                initial=state.batch,
+                initial=done,
+                silent=not world.first,
             )
             with bar, log.phase("training"):
                 batches = device_batches(loader, device)
                 for window in windows(batches, setup.micro_batch.steps):
                     # --- one optimizer step
-                    lr = lr_at(plan, config.optim, state.step)
+                    lr = lr_at(plan, config.optim, plan.step_of(epoch, done // setup.steps))
                     set_lr(setup.optimizer, lr)
                     split = setup.split
+                    taken = [batch for batch, _ in window]
+                    wish = stop.code() if world.size > 1 else 0
                     try:
-                        values = train_step(setup, [batch for batch, _ in window], meter)
+                        values = train_step(setup, taken, meter, stop_code=wish)
                     except torch.OutOfMemoryError as error:
-                        raise out_of_memory(setup, stage) from error
+                        raise out_of_memory(setup, stage.batch_size) from error
                     if setup.split != split:
                         text = (
                             f"out of memory: micro-batches of {stage.batch_size} are taken in "
@@ -135,60 +147,64 @@ def train(
                         note_event(log, state, text)
                         say(f"memory      {text}")
                     state.step += 1
-                    state.batch += len(window)
-                    names = [name for batch, _ in window for name in batch.names]
-                    state.images += len(names)
-                    speed.add(len(names), sum(wait for _, wait in window))
-                    late = reader.push(values, (state.step, stage.number, epoch + 1, lr, names))
+                    done += len(window)
+                    state.position = done * slots
+                    images = world.size * sum(len(batch.names) for batch in taken)
+                    state.images += images
+                    speed.add(images, sum(wait for _, wait in window))
+                    step = Step(state.step, stage.number, epoch + 1, lr, taken)
+                    late = reader.push(values, step)
 
                     # --- what the step before this one says
-                    if late is not None:
-                        inspect(late, config, state, log, gpu, speed)
-                        bar.update(
-                            len(window),
-                            loss=late[0]["loss"],
-                            gpu=gpu.text(),
-                            memory=peak_memory(device),
-                            data_wait=speed.data_wait(),
-                        )
-                    else:
-                        bar.update(
-                            len(window), loss=None, gpu=gpu.text(), memory=None, data_wait=None
-                        )
+                    inspect(late, setup, state, log, gpu, speed, stop)
+                    bar.update(
+                        len(window),
+                        loss=late[0]["loss"] if late is not None else None,
+                        gpu=gpu.text(),
+                        memory=peak_memory(device) if late is not None else None,
+                        data_wait=speed.data_wait() if late is not None else None,
+                    )
 
                     # --- due work
-                    if stop.code():
-                        inspect(reader.flush(), config, state, log, gpu, speed)
-                        save()
-                        raise stop.stopped(
-                            f"Saved at epoch {epoch + 1}, step {state.step} of {plan.steps} in "
-                            f"{run_dir}. Run the same command again to continue."
-                        )
+                    if stop_code():
+                        inspect(reader.flush(), setup, state, log, gpu, speed, stop)
+                        raise stop.stopped(saver.leave())
                     if config.run.save_every and state.step % config.run.save_every == 0:
-                        inspect(reader.flush(), config, state, log, gpu, speed)
-                        save()
-            inspect(reader.flush(), config, state, log, gpu, speed)
+                        inspect(reader.flush(), setup, state, log, gpu, speed, stop)
+                        saver.save()
+            inspect(reader.flush(), setup, state, log, gpu, speed, stop)
+            if stop_code():
+                raise stop.stopped(saver.leave())
 
             # --- end of the epoch: routing, validation, checkpoints
+            meter.merge(world.sum, first=world.first)
             alarm = write_routing(meter, log, state, stage, epoch, config)
             if alarm and not warned:
                 # Once: the report and metrics.jsonl have every epoch's.
                 say(f"warning     {alarm}")
             warned = warned or bool(alarm)
-            state.epoch, state.batch = epoch + 1, 0
-            last = state.epoch == plan.epochs
+            last = epoch + 1 == plan.epochs
             if len(setup.data.validation) and (
-                last or state.epoch % config.train.validate_every == 0
+                last or (epoch + 1) % config.train.validate_every == 0
             ):
-                with log.phase("validation"):
-                    scores = validate(setup, log, state, stop)
+                require_finite(setup, state)
+                try:
+                    with log.phase("validation"):
+                        scores = validate(setup, log, state, stop)
+                except torch.OutOfMemoryError as error:
+                    raise out_of_memory(setup, stage.batch_size) from error
+                except ValidationStopped:
+                    # The epoch's end is done again, as a whole.
+                    log.truncate_after(state.step, epoch_done=False)
+                    raise stop.stopped(saver.leave()) from None
+                state.epoch, state.position = epoch + 1, 0
                 better = state.best is None or is_better(
                     config.train.select, scores[config.train.select], state.best
                 )
                 if better:
                     state.best, state.best_epoch = scores[config.train.select], state.epoch
                     state.stale, best_scores = 0, scores
-                    checkpoints.save_best(shipped(setup, state, scores), step=state.step)
+                    saver.save_best(scores)
                 else:
                     state.stale += 1
                 record = {"kind": "validation", "step": state.step, "epoch": state.epoch}
@@ -207,134 +223,98 @@ def train(
                     f"{scores['IoU']:.3f}  MAE "
                     f"{scores['MAE']:.3f}{'  best so far' if better else ''}"
                 )
-            elif not len(setup.data.validation) and last:
+            state.epoch, state.position = epoch + 1, 0
+            if not len(setup.data.validation) and last:
+                require_finite(setup, state)
                 state.best_epoch = state.epoch
-                checkpoints.save_best(shipped(setup, state, {}), step=state.step)
-            save()
+                saver.save_best({})
+            keep_every = config.run.keep_every
+            saver.save(stays=bool(keep_every) and state.epoch % keep_every == 0)
             if config.train.early_stopping and state.stale >= config.train.early_stopping:
                 since = f"no better {config.train.select} since epoch {state.best_epoch}"
                 text = f"early stopping: {since}"
                 note_event(log, state, text)
                 say(text)
                 break
-            if stop.code() and not last:
-                raise stop.stopped(
-                    f"Saved after epoch {state.epoch} in {run_dir}. Run the same command again to "
-                    f"continue."
-                )
+            wishes = {f"stop {code}": 1.0 for code in world.gather(stop.code()) if code}
+            stop.agree(wishes)
+            if stop.agreed and not last:
+                raise stop.stopped(saver.where())
     return Summary(state, best_scores)
 
 
-def train_step(setup: Setup, window: list[Batch], meter: RoutingMeter) -> dict[str, torch.Tensor]:
-    """Take one optimizer step over the micro-batches of a window.
+class Saver:
+    """Writes the checkpoints of a run: on the first process, with what all of them know.
 
-    Each image weighs the same, in a short last window too. A non-finite loss or gradient leaves
-    weights, optimizer and EMA exactly as they were; the device decides it, the host does not wait.
-
-    Returns:
-        Scalars on the device: ``loss``, its parts, ``grad_norm`` and ``skipped`` (0 or 1).
+    A state whose last step was skipped is not written: where a run diverges, the newest checkpoint
+    is of before. Nor are weights that are no longer finite.
     """
-    model, optimizer, scaler, config = setup.model, setup.optimizer, setup.scaler, setup.config
-    model.train()
-    if not any(p.requires_grad for p in model.backbone.parameters()):
-        # Frozen means frozen: batch norm statistics and dropout, too.
-        model.backbone.eval()
-    values, records = accumulate_within_memory(setup, window)
-    for routing in records:
-        meter.update(routing)
-    scaler.unscale_(optimizer)
-    limit = config.optim.clip_grad_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    finite = (torch.isfinite(norm) & torch.isfinite(values["loss"])).float()
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        # The fused kernels skip the update where this is 1, the way loss scaling makes them.
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    counts_LE = setup.step_counts.counts_LE
-    if config.optim.router_bias_rate and counts_LE is not None:
-        for level, counts_E in zip(reversed(model.moe_levels), counts_LE, strict=True):
-            level.router.move_bias(counts_E, config.optim.router_bias_rate * finite)
-    if setup.ema is not None:
-        setup.ema.update(model, finite)
-    return {**values, "grad_norm": norm, "skipped": 1 - finite}
 
+    def __init__(
+        self, setup: Setup, run_dir: Path, state: TrainState, meter: RoutingMeter, log: RunLog
+    ) -> None:
+        self.setup, self.run_dir, self.state, self.meter, self.log = (
+            setup,
+            run_dir,
+            state,
+            meter,
+            log,
+        )
+        self.saved_step = state.step if state.step else None
+        self.started, self.seconds_before = time.monotonic(), state.seconds
+        self.folder: CheckpointFolder | None = None
+        if setup.world.first:
+            self.folder = CheckpointFolder(run_dir / "checkpoints")
+            keep_every = setup.config.run.keep_every
+            others = setup.plan.epochs // keep_every if keep_every else 0
+            self.folder.require_space(state_bytes(setup), others=others)
 
-def accumulate_within_memory(
-    setup: Setup, window: list[Batch]
-) -> tuple[dict[str, torch.Tensor], list[tuple[Routing, ...]]]:
-    """Add up the gradients of a window; where micro-batches do not fit, halve them and start anew.
+    def save(self, *, stays: bool = False) -> bool:
+        """Write where the run stands; returns whether it was written."""
+        state = self.state
+        if state.skipped_in_a_row:
+            note_event(
+                self.log, state, f"not saved at step {state.step}: its last step was skipped"
+            )
+            return False
+        require_finite(self.setup, state)
+        state.seconds = self.seconds_before + time.monotonic() - self.started
+        with self.log.phase("checkpoints"):
+            values = snapshot(self.setup, state, self.meter)
+            if self.folder is not None:
+                self.folder.save(values, step=state.step, stays=stays, about=self._about())
+        self.saved_step = state.step
+        return True
 
-    The images of the optimizer step stay the same, and so does each one's weight. Smaller parts
-    stay for the rest of the run.
+    def save_best(self, scores: dict[str, float]) -> None:
+        """Write the evaluated weights."""
+        if self.folder is not None:
+            values = shipped(self.setup, self.state, scores)
+            self.folder.save_best(values, step=self.state.step, about=self._about())
 
-    Raises:
-        torch.OutOfMemoryError: single images do not fit.
-    """
-    while True:
-        parts = [part for batch in window for part in batch.split(setup.split)]
-        try:
-            return accumulate(setup, parts)
-        except torch.OutOfMemoryError:
-            if max(len(part.names) for part in parts) == 1:
-                raise
-        # Not in the handler: until it is left, the traceback holds the tensors that did not fit.
-        setup.optimizer.zero_grad(set_to_none=True)
-        if setup.device.type == "cuda":
-            torch.cuda.empty_cache()
-        setup.split *= 2
+    def leave(self) -> str:
+        """Save if the state is good; returns what to tell the user."""
+        self.save()
+        return self.where()
 
+    def where(self) -> str:
+        """Return where the run can be continued from, in words."""
+        if self.saved_step is None:
+            return f"Nothing was worth saving yet in {self.run_dir}. The same command starts anew."
+        return (
+            f"Saved at step {self.saved_step} of {self.setup.plan.steps} in {self.run_dir}. Run "
+            f"the same command again to continue."
+        )
 
-def accumulate(
-    setup: Setup, parts: list[Batch]
-) -> tuple[dict[str, torch.Tensor], list[tuple[Routing, ...]]]:
-    """Run forward and backward passes; return the loss with its terms, and the routing records."""
-    images = sum(len(batch.names) for batch in parts)
-    values: dict[str, torch.Tensor] = {}
-    records = []
-    counts = setup.step_counts
-    counts.start()
-    for batch in parts:
-        share = len(batch.names) / images
-        with autocast(setup):
-            output = setup.model(batch.images)
-        counts_LE = counts.add(output.routing)
-        loss, terms = total_loss(output, mask_target(batch), setup.config.loss, counts_LE=counts_LE)
-        setup.scaler.scale(loss * share).backward()
-        records.append(tuple(Routing(*(part.detach() for part in r)) for r in output.routing))
-        for name, value in {"loss": loss.detach(), **terms}.items():
-            values[name] = values.get(name, 0) + value * share
-    return values, records
-
-
-def out_of_memory(setup: Setup, stage: Stage) -> ConfigError:
-    """Say what did not fit and which flags keep the same effective batch in less memory."""
-    half, double = max(1, stage.batch_size // 2), 2 * setup.micro_batch.steps
-    return ConfigError(
-        f"Out of memory on {setup.device}: {stage.batch_size} images of "
-        f"{setup.config.data.img_size} px do not fit (peak "
-        f"{(peak_memory(setup.device) or 0) / 1e9:.1f} GB). The same effective batch in half the "
-        f"memory: --batch-size {half} --accumulation-steps {double}; or --gradient-checkpointing. "
-        f"The checkpoints already written are intact."
-    )
-
-
-def windows(
-    batches: Iterable[tuple[Batch, float]], size: int
-) -> Iterator[list[tuple[Batch, float]]]:
-    """Group micro-batches into accumulation windows; the last one may be short, never dropped."""
-    window: list[tuple[Batch, float]] = []
-    for item in batches:
-        window.append(item)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
+    def _about(self) -> dict[str, Any]:
+        return {
+            "epoch": self.state.epoch,
+            "best": self.state.best,
+            "data_hash": self.setup.data.data_hash,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "processes": self.setup.world.size,
+        }
 
 
 def set_trainable(setup: Setup, stage: Stage, epoch: int) -> str:
@@ -359,67 +339,24 @@ def set_trainable(setup: Setup, stage: Stage, epoch: int) -> str:
     return "everything" if free == len(levels) else f"decoder and {free} backbone levels"
 
 
-def active_experts(config: Config, epoch: int) -> int:
-    """Return how many experts an image uses in an epoch: all of them during router warm-up.
-
-    The evaluated weights (the EMA's copy of the model) are always routed as they will ship.
-    """
-    warm = epoch < config.train.router_warmup
-    return config.model.num_experts if warm else config.model.top_k
-
-
-def inspect(
-    late: tuple[dict[str, float], Any] | None,
-    config: Config,
-    state: TrainState,
-    log: RunLog,
-    gpu: GpuMonitor,
-    speed: Speed,
-) -> None:
-    """Log a finished step where it is due, and stop at too many non-finite ones in a row."""
-    if late is None:
-        return
-    values, (step, stage, epoch, lr, names) = late
-    if values["skipped"]:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        shown = ", ".join(names[:8]) + ("..." if len(names) > 8 else "")
-        text = f"step {step} skipped: non-finite loss or gradient; images {shown}"
-        log.write({"kind": "event", "step": step, "epoch": epoch, "text": text})
-        if state.skipped_in_a_row > config.train.max_skipped_steps:
-            raise NumericError(
-                f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite loss or "
-                f"gradient (last: step {step}, epoch {epoch}). The weights are those before them "
-                f"and the last checkpoint is intact. Lower --lr, or try --precision fp32; "
-                f"metrics.jsonl names the images."
-            )
-    else:
-        state.skipped_in_a_row = 0
-    if step % config.run.log_every and step != 1:
-        return
-    parts = {k: v for k, v in values.items() if k not in ("loss", "grad_norm", "skipped")}
-    rates = {"images_per_second": speed.images_per_second(), "data_wait": speed.data_wait()}
-    record = {"kind": "train", "step": step, "epoch": epoch, "stage": stage, "loss": values["loss"]}
-    record |= {"terms": parts, "lr": lr, "grad_norm": values["grad_norm"], **rates}
-    memory = gpu.memory()
-    record |= {"gpu": gpu.utilisation(), "memory": memory[0] if memory else None}
-    log.write(record)
-    log.scalars(step, {"train/loss": values["loss"], "train/lr": lr})
-    log.scalars(step, {f"train/{name}": value for name, value in parts.items()})
-    log.scalars(step, {f"speed/{name}": value for name, value in rates.items()})
-
-
 def validate(setup: Setup, log: RunLog, state: TrainState, stop: StopFlag) -> dict[str, float]:
-    """Score the evaluated weights on the validation split at original size."""
-    data, count = setup.config.data, setup.config.run.num_images
+    """Score the evaluated weights on the validation split at original size.
+
+    Every process scores its share of the images; the scores are those of one process, exactly.
+
+    Raises:
+        ValidationStopped: a process was asked to stop; raised on all of them.
+    """
+    data, count, world = setup.config.data, setup.config.run.num_images, setup.world
     evaluator = Evaluator()
+    whole = setup.data.validation
     loader = build_eval_loader(
-        setup.data.validation,
+        replace(whole, pairs=whole.pairs[world.rank :: world.size]),
         img_size=data.img_size,
         batch_size=setup.plan.stages[0].batch_size,
         num_workers=setup.data.num_workers,
         max_pixels=data.max_pixels,
-        keep_images=count > 0 and setup.config.run.tensorboard,
+        keep_images=count > 0 and setup.config.run.tensorboard and world.first,
     )
 
     shown = itertools.count()
@@ -429,49 +366,32 @@ def validate(setup: Setup, log: RunLog, state: TrainState, stop: StopFlag) -> di
             picture = panel(item.original, item.mask, prediction() / np.float32(255))
             log.image(f"validation/{row['name']}", picture, state.step)
 
+    def check_stop() -> None:
+        if stop.code():
+            raise ValidationStopped
+
     setup.evaluated_model.set_active_experts(setup.config.model.top_k)
-    score(
-        setup.evaluated_model,
-        loader,
-        device=setup.device,
-        evaluator=evaluator,
-        context=lambda: autocast(setup),
-        seen=show,
-    )
-    return evaluator.results()
-
-
-def note_event(log: RunLog, state: TrainState, text: str) -> None:
-    """Log something worth a line in the report."""
-    log.write({"kind": "event", "step": state.step, "epoch": state.epoch, "text": text})
-
-
-def write_routing(
-    meter: RoutingMeter, log: RunLog, state: TrainState, stage: Stage, epoch: int, config: Config
-) -> str:
-    """Log which experts the epoch's images used; nothing where a resume had no step left to do.
-
-    Returns:
-        What is wrong with the router, or "".
-    """
-    levels = meter.summary()
-    if not levels:
-        return ""
-    record = {"kind": "routing", "step": state.step, "epoch": epoch + 1, "stage": stage.number}
-    log.write({**record, "experts": meter.experts, "levels": levels})
-    for name, level in levels.items():
-        log.scalars(state.step, {f"routing/entropy {name}": level["entropy"]})
-        log.scalars(state.step, {f"routing/max violation {name}": level["max_violation"]})
-        usage = zip(meter.experts, level["usage"], strict=True)
-        log.scalars(state.step, {f"routing {name}/{expert}": share for expert, share in usage})
-    alarm = collapse_alarm(
-        levels, meter.experts, images=meter.images, top_k=active_experts(config, epoch)
-    )
-    if alarm:
-        log.write({"kind": "event", "step": state.step, "epoch": epoch + 1, "text": alarm})
-    return alarm
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the most memory the device held, in bytes; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    found: dict[str, Any] | None = None
+    try:
+        score(
+            setup.evaluated_model,
+            loader,
+            device=setup.device,
+            evaluator=evaluator,
+            context=lambda: autocast(setup),
+            seen=show,
+            check_stop=check_stop,
+        )
+        found = evaluator.state_dict()
+    except ValidationStopped:
+        pass
+    parts = world.gather((found, stop.code()))
+    if any(part is None for part, _ in parts):
+        stop.agree({f"stop {code}": 1.0 for _, code in parts})
+        raise ValidationStopped
+    merged = Evaluator()
+    for part, _ in parts:
+        one = Evaluator()
+        one.load_state_dict(part or {})
+        merged.merge(one)
+    return merged.results()

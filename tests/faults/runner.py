@@ -1,15 +1,19 @@
-"""Runs the program again and again in forked processes, so that a kill costs no new imports.
+"""Runs the program again and again in forked processes, so that a start costs no new imports.
 
-Reads one JSON request a line: ``arguments`` of the program, ``seconds`` until SIGKILL (null: let it
-finish), ``slow_saves`` (seconds that every checkpoint write is drawn out). Answers the exit status,
-negative for a signal.
+Reads one JSON request a line: ``arguments`` of the program; ``ranks`` (processes that train
+together, as torchrun would start them); ``signals``, a list of [seconds since the last one, signal,
+rank or null for all of them]; ``environment``; ``patches``, names of functions of this file that
+change the program before it starts. Answers the exit status of every rank, negative for a signal,
+and the seconds from the last signal (or the first rank's end) to the end of the last rank.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -24,42 +28,165 @@ torch.set_num_threads(1)
 camoxpert.data.augment.Operators()
 
 
-def child(request: dict) -> None:
+def slow_saves() -> None:
+    """Draw every checkpoint write out."""
+    honest = os.fsync
+
+    def slow(handle: int) -> None:
+        time.sleep(0.03)
+        honest(handle)
+
+    checkpoint.os.fsync = slow
+
+
+def slow_steps() -> None:
+    """Make steps take long enough to be interrupted."""
+    trainer = camoxpert.training.trainer
+    honest = trainer.train_step
+
+    def slow(*arguments, **options):
+        time.sleep(0.05)
+        return honest(*arguments, **options)
+
+    trainer.train_step = slow
+
+
+def rank_1_fails() -> None:
+    """Let rank 1 meet a fault of its own in its third step."""
+    trainer = camoxpert.training.trainer
+    honest = trainer.train_step
+    steps = []
+
+    def failing(*arguments, **options):
+        steps.append(1)
+        if os.environ.get("RANK") == "1" and len(steps) == 3:
+            raise RuntimeError("a fault of rank 1 alone")
+        return honest(*arguments, **options)
+
+    trainer.train_step = failing
+
+
+def rank_1_hangs() -> None:
+    """Let rank 1 stop answering in its third step."""
+    trainer = camoxpert.training.trainer
+    honest = trainer.train_step
+    steps = []
+
+    def hanging(*arguments, **options):
+        steps.append(1)
+        if os.environ.get("RANK") == "1" and len(steps) == 3:
+            time.sleep(60)
+        return honest(*arguments, **options)
+
+    trainer.train_step = hanging
+
+
+def rank_1_sees_nan() -> None:
+    """Give rank 1 a loss that is not a number in its second step."""
+    from camoxpert.training import step
+
+    honest = step.total_loss
+    calls = []
+
+    def broken(*arguments, **options):
+        loss, parts = honest(*arguments, **options)
+        calls.append(1)
+        if os.environ.get("RANK") == "1" and len(calls) == 2:
+            loss = loss * float("nan")
+        return loss, parts
+
+    step.total_loss = broken
+
+
+def slow_validation() -> None:
+    """Make scoring an image take long enough to be interrupted."""
+    from camoxpert.training import validation
+
+    honest = validation.probability_maps
+
+    def slow(*arguments, **options):
+        time.sleep(0.1)
+        return honest(*arguments, **options)
+
+    validation.probability_maps = slow
+
+
+def slow_decoding() -> None:
+    """Make building a cache take long enough to be interrupted."""
+    from camoxpert.data import cache
+
+    honest = cache.read_pair
+
+    def slow(*arguments, **options):
+        time.sleep(0.15)
+        return honest(*arguments, **options)
+
+    cache.read_pair = slow
+    cache.usable_cores = lambda: 1
+
+
+def child(request: dict, environment: dict[str, str]) -> None:
     """Run the program in this process; never return."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.close(devnull)
     os.setsid()
-    if request.get("slow_saves"):
-        honest = os.fsync
-
-        def slow(handle: int) -> None:
-            time.sleep(request["slow_saves"])
-            honest(handle)
-
-        checkpoint.os.fsync = slow
+    os.environ.update(environment)
+    for name in request.get("patches", ()):
+        globals()[name]()
     code = 1
     try:
         code = main(request["arguments"])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
+def free_port() -> int:
+    """Return a port that nobody uses."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def ranks_of(count: int) -> list[dict[str, str]]:
+    """Return what torchrun tells every process it starts."""
+    if count == 1:
+        return [{}]
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 for line in sys.stdin:
     wanted = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        child(wanted)
-    if wanted["seconds"] is not None:
-        time.sleep(wanted["seconds"])
-        try:
-            # The whole group: data workers, too.
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+    pids = []
+    for environment in ranks_of(wanted.get("ranks", 1)):
+        pid = os.fork()
+        if pid == 0:
+            child(wanted, environment | wanted.get("environment", {}))
+        pids.append(pid)
+    for seconds, number, rank in wanted.get("signals", ()):
+        time.sleep(seconds)
+        for index, pid in enumerate(pids):
+            if rank in (None, index):
+                with contextlib.suppress(ProcessLookupError):
+                    # The whole group for a kill: data workers, too.
+                    (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+    started = time.monotonic() if wanted.get("signals") else None
+    statuses = {}
+    for _ in pids:
+        pid, status = os.wait()
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+        started = started or time.monotonic()
+    answer = {"codes": [statuses[pid] for pid in pids], "seconds": time.monotonic() - started}
+    print(json.dumps(answer), flush=True)

@@ -32,10 +32,10 @@ class TestEma:
     def test_warm_up_forgets_the_initialisation(self) -> None:
         left = constant = 1.0
         for step in range(500):
-            left *= warmed_decay(0.9999, step)
+            left *= float(warmed_decay(0.9999, torch.tensor(float(step))))
             constant *= 0.9999
         assert left < 1e-6 < 0.9 < constant
-        assert warmed_decay(0.99, 10**6) == 0.99
+        assert float(warmed_decay(0.99, torch.tensor(1e6, dtype=torch.float64))) == 0.99
 
     def test_a_skipped_step_leaves_it_alone(self) -> None:
         model = nn.BatchNorm1d(2)
@@ -45,6 +45,7 @@ class TestEma:
         ema.update(model, torch.tensor(0.0))
         assert torch.equal(ema.module.weight.data, torch.ones(2))
         assert torch.equal(ema.module.running_mean, torch.zeros(2))
+        assert ema.state_dict()["updates"] == 0, "the warm-up counts updates, not steps"
         ema.update(model, torch.tensor(1.0))
         assert torch.equal(ema.module.running_mean, torch.full((2,), 7.0))
 

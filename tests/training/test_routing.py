@@ -15,9 +15,10 @@ from camoxpert.losses import balance_loss, expert_counts, total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.router import Routing, choose
 from camoxpert.observe.syncs import SyncCounter
+from camoxpert.training.distributed import World
 from camoxpert.training.meters import RoutingMeter, StepCounts, collapse_alarm
 from camoxpert.training.setup import Setup, prepare
-from camoxpert.training.trainer import train_step
+from camoxpert.training.step import train_step
 
 SETTINGS = {
     "model.backbone": "tiny_test",
@@ -61,7 +62,7 @@ def one_rank(rank: int, folder: str, ranks: int, batch: int) -> None:
     config, model = model_of()
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     images, masks = (part[rank * batch : (rank + 1) * batch] for part in images_of(ranks * batch))
-    counts = StepCounts()
+    counts = StepCounts(World(rank, ranks).sum)
     output = wrapped(images)
     loss, parts = total_loss(output, masks, config.loss, counts_LE=counts.add(output.routing))
     loss.backward()

@@ -13,12 +13,13 @@ from camoxpert.config import build_config, load_config
 from camoxpert.data.toy import generate_toy
 from camoxpert.errors import ConfigError, NumericError
 from camoxpert.observe.runlog import RunLog, read_jsonl
-from camoxpert.training import trainer
+from camoxpert.training import step, trainer
 from camoxpert.training.checkpoint import load_checkpoint
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.meters import RoutingMeter
 from camoxpert.training.setup import Setup, prepare, training_loader
-from camoxpert.training.trainer import set_trainable, train, train_step, windows
+from camoxpert.training.step import train_step, windows
+from camoxpert.training.trainer import set_trainable, train
 
 BASE = {
     "model.backbone": "tiny_test",
@@ -128,7 +129,7 @@ def test_settings_take_effect_in_what_is_built(toy_data: Path) -> None:
 
 
 def test_out_of_memory_says_what_to_lower(toy_data: Path, tmp_path: Path, monkeypatch) -> None:
-    def full(*args: object) -> None:
+    def full(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(trainer, "train_step", full)
@@ -140,7 +141,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     toy_data: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """Room for two images: 8 are taken two by two, with the weights and records of all at once."""
-    honest = trainer.total_loss
+    honest = step.total_loss
     refused = []
 
     def cramped(output, *args: object, **counts: object):
@@ -153,7 +154,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     runs = {}
     for name in ("roomy", "cramped"):
         if name == "cramped":
-            monkeypatch.setattr(trainer, "total_loss", cramped)
+            monkeypatch.setattr(step, "total_loss", cramped)
         setup = setup_of(toy_data, loss__balance=0.0, train__epochs=1, optim__lr=1e-4)
         said: list[str] = []
         folder = tmp_path / name
@@ -257,7 +258,7 @@ def test_a_non_finite_step_changes_nothing(toy_data: Path, monkeypatch, where: s
     train_step(setup, window, meter_of(setup))
     before = copy.deepcopy(setup.model.state_dict())
     average = copy.deepcopy(setup.evaluated_model.state_dict())
-    honest = trainer.total_loss
+    honest = step.total_loss
 
     def broken(*args: object, **counts: object):
         loss, parts = honest(*args, **counts)
@@ -265,7 +266,7 @@ def test_a_non_finite_step_changes_nothing(toy_data: Path, monkeypatch, where: s
             return loss * float("nan"), parts
         return loss + (loss - loss.detach()) * float("inf"), parts
 
-    monkeypatch.setattr(trainer, "total_loss", broken)
+    monkeypatch.setattr(step, "total_loss", broken)
     values = train_step(setup, window, meter_of(setup))
     assert float(values["skipped"]) == 1
     for name, value in setup.model.state_dict().items():
@@ -279,9 +280,9 @@ def test_a_non_finite_step_changes_nothing(toy_data: Path, monkeypatch, where: s
 
 def test_endless_non_finite_steps_end_the_run(toy_data: Path, tmp_path: Path, monkeypatch) -> None:
     setup = setup_of(toy_data, train__max_skipped_steps=2, train__epochs=3)
-    honest = trainer.total_loss
+    honest = step.total_loss
     monkeypatch.setattr(
-        trainer,
+        step,
         "total_loss",
         lambda *a, **counts: (honest(*a, **counts)[0] * float("nan"), honest(*a, **counts)[1]),
     )
@@ -321,7 +322,7 @@ def test_stop_and_resume_is_bitwise_the_same(toy_data: Path, tmp_path: Path, wor
         run(setup_of(toy_data, **settings), tmp_path / "parts", stop=StopAt(5))
     assert stopped.value.exit_code == 143
     checkpoint, _ = CheckpointFolder(tmp_path / "parts" / "checkpoints").newest()
-    assert checkpoint is not None and checkpoint.values["state"]["batch"] > 0
+    assert checkpoint is not None and checkpoint.values["state"]["position"] > 0
     run(setup_of(toy_data, **settings), tmp_path / "parts", resume=checkpoint)
 
     last = [max((tmp_path / name / "checkpoints").glob("step_*.pt")) for name in ("whole", "parts")]
@@ -409,9 +410,11 @@ class TestCommand:
         assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, f"{first.name}-2"]
         assert (first / "checkpoints" / "best.pt").read_bytes() == before
 
-    def test_the_deadline_saves_and_the_same_command_goes_on(self, train, tmp_path: Path) -> None:
+    def test_the_deadline_saves_and_the_same_command_goes_on(
+        self, train, stopped, tmp_path: Path
+    ) -> None:
         words = ("--epochs", "3", "--no-test", "--no-report")
-        assert train(*words, "--max-hours", "1e-9") == 75
+        assert stopped(*words) == 75
         folder = next(tmp_path.iterdir())
         assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
         assert train(*words) == 0
@@ -419,19 +422,19 @@ class TestCommand:
         assert json.loads((folder / "run.json").read_text())["status"] == "finished"
 
     def test_a_stopped_run_is_not_continued_with_another_model(
-        self, train, tmp_path: Path, capsys
+        self, train, stopped, tmp_path: Path, capsys
     ) -> None:
         words = ("--run-name", "x", "--epochs", "2", "--no-test", "--no-report")
-        assert train(*words, "--max-hours", "1e-9") == 75
+        assert stopped(*words) == 75
         assert train(*words, "--num-experts", "4") == 4
         message = " ".join(capsys.readouterr().err.split())
         assert "model.num_experts: 3 -> 4" in message
         assert train(*words, "--num-experts", "4", "--resume", "never") == 0
         assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x-2"]
 
-    def test_resume_from_a_folder(self, train, tmp_path: Path, capsys) -> None:
+    def test_resume_from_a_folder(self, train, stopped, tmp_path: Path, capsys) -> None:
         words = ("--run-name", "x", "--no-test", "--no-report", "--epochs", "2")
-        assert train(*words, "--max-hours", "1e-9") == 75
+        assert stopped(*words) == 75
         assert train(*words, "--resume-from", str(tmp_path / "x")) == 0
         assert "resumed" in capsys.readouterr().out
         assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -1,0 +1,112 @@
+"""Whole runs in other processes, to be killed, stopped and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from camoxpert.training.checkpoint import CheckpointFolder
+
+RUNNER = Path(__file__).parents[1] / "faults" / "runner.py"
+KILLED = -signal.SIGKILL
+# What a clock says, not what was learned.
+CLOCKS = ("images_per_second", "data_wait", "gpu", "memory", "time", "seconds")
+
+
+class Runner:
+    """Forks the program from a process that has imported it already; see ``faults/runner.py``."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(RUNNER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.seconds = 0.0
+
+    def run(self, arguments: list[str], **options: Any) -> list[int]:
+        """Return the exit codes of all ranks; ``seconds`` is how long the end took."""
+        self.log.unlink(missing_ok=True)
+        request = {"arguments": arguments, "log": str(self.log)} | options
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        self.seconds = answer["seconds"]
+        return answer["codes"]
+
+    def said(self) -> str:
+        """Return what the last run printed, on one line."""
+        return " ".join(self.log.read_text().split()) if self.log.exists() else ""
+
+
+def command(data: Path, out: Path, *words: str, seed: int = 1, batch: int = 4) -> list[str]:
+    """Return the words of a tiny two-stage training run."""
+    base = ["train", "--dataset-path", str(data), "--checkpoint-dir", str(out), "--run-name", "r"]
+    base += ["--backbone", "tiny_test", "--no-pretrained", "--img-size", "32"]
+    base += ["--batch-size", str(batch), "--accumulation-steps", "2", "--num-experts", "3"]
+    base += ["--epochs", "4", "--stage1-epochs", "1", "--save-every", "1"]
+    base += ["--num-workers", "0", "--no-tensorboard", "--no-report", "--no-test"]
+    base += ["--seed", str(seed), "--cache-dir", str(out / "cache")]
+    return [*base, "model.width=16", "model.detail_width=8", "run.log_every=1", *words]
+
+
+def digest_of(value: Any) -> str:
+    """Return a digest of nested dictionaries, lists, tensors and plain values, clocks left out."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                if key not in CLOCKS:
+                    digest.update(str(key).encode())
+                    add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+def ending(run: Path) -> str:
+    """Return a digest of everything that was learned and logged."""
+    checkpoint, problems = CheckpointFolder(run / "checkpoints").newest()
+    assert checkpoint is not None and not problems
+    parts = ("model", "ema", "optimizer", "scaler", "state", "rng", "other_rngs")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in lines if record["kind"] == "train"]
+    assert steps == sorted(set(steps)), "no step twice, none out of order"
+    kinds = ("train", "validation", "routing")
+    kept = [record for record in lines if record["kind"] in kinds]
+    return digest_of([{part: checkpoint.values[part] for part in parts}, kept])
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run's newest checkpoint."""
+    checkpoint, _ = CheckpointFolder(run / "checkpoints").newest()
+    assert checkpoint is not None
+    return checkpoint.values["model"]
+
+
+def events(run: Path) -> list[str]:
+    """Return the texts of a run's events."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record["text"] for record in records if record["kind"] == "event"]
