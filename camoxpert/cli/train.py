@@ -116,29 +116,29 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         # Every process of torchrun finds the same: one on each machine says it.
         error.quiet = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
+    from camoxpert.training.distributed import join, named_faults, restarts_left
     from camoxpert.training.guards import StopFlag, watch
 
     stop = StopFlag(config.train.max_hours)
-    with watch(stop):
-        from camoxpert.training.distributed import join, named_faults, restarts_left
-
-        world = join(config.train.device, timeout=config.train.process_timeout)
-        try:
-            with named_faults(world):
-                return prepare_and_train(config, options.dry_run, typed, world, stop, started)
-        except Stopped as stopped:
-            stopped.quiet = not world.first
-            if world.size > 1 and restarts_left():
-                # For torchrun any other code is a fault, after which it starts everything anew.
-                if world.first:
-                    print(stopped)
-                return 0
-            raise
-        except NumericError as error:
-            error.quiet = not world.first
-            raise
-        finally:
-            world.close()
+    # Before signals are watched: who still waits for the others can simply be ended.
+    world = join(config.train.device, timeout=config.train.process_timeout)
+    try:
+        with watch(stop), named_faults(world):
+            return prepare_and_train(config, options.dry_run, typed, world, stop, started)
+    except (Stopped, NumericError) as error:
+        error.quiet = not world.first
+        if isinstance(error, Stopped) and world.size > 1 and restarts_left():
+            # For torchrun any other code is a fault, after which it starts everything anew.
+            if world.first:
+                print(error)
+            return 0
+        raise
+    except ConfigError as error:
+        # All processes of a machine find the same, but for memory that ran out on one.
+        error.quiet = error.quiet or (world.local_rank > 0 and error.__cause__ is None)
+        raise
+    finally:
+        world.close()
 
 
 def prepare_and_train(
@@ -155,7 +155,7 @@ def prepare_and_train(
         continued=world.from_first(lambda: stopped_run(config)),
         write=not dry_run,
         world=world,
-        check_stop=lambda: stop.check("Nothing was trained yet; the same command starts again."),
+        stop=stop,
     )
     if dry_run:
         largest = max(stage.batch_size for stage in setup.plan.stages)
@@ -176,7 +176,7 @@ def train_and_report(
     world = setup.world
     locks = []
 
-    def opening() -> tuple[Path, Checkpoint | None]:
+    def opening() -> tuple[Path, Checkpoint | None, list[str]]:
         opened = open_run(config)
         locks.append(opened.lock)
         notes = opened.notes
@@ -193,12 +193,14 @@ def train_and_report(
         for note in notes:
             say(note)
         say(f"run         {opened.path}")
-        return opened.path, opened.resume
+        return opened.path, opened.resume, [n for n in notes if n.startswith("changed")]
 
-    run_dir, resume = world.from_first(opening)
+    run_dir, resume, changes = world.from_first(opening)
     log: RunLog = SilentLog()
     if world.first:
         log = open_log(setup, run_dir, config, typed, resume)
+        for change in changes:
+            log.write({"kind": "event", "text": change})
     log.add_phase("start", time.monotonic() - started)
     status = "failed"
     try:

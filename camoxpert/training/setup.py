@@ -24,6 +24,7 @@ from camoxpert.training import data_setup
 from camoxpert.training.data_setup import Data, load_data, training_sides
 from camoxpert.training.distributed import World
 from camoxpert.training.ema import ModelEma
+from camoxpert.training.guards import StopFlag
 from camoxpert.training.memory import (
     COMFORTABLE,
     COMFORTABLE_HOST,
@@ -54,6 +55,7 @@ from camoxpert.training.precision import (
 
 Say = Callable[[str], None]
 GRAPHS_PER_SIZE = 8
+NOTHING_YET = "Nothing was trained yet; the same command starts again."
 
 
 @dataclass
@@ -101,7 +103,7 @@ def prepare(
     continued: Mapping[str, Any] | None = None,
     write: bool = True,
     world: World | None = None,
-    check_stop: Callable[[], None] = lambda: None,
+    stop: StopFlag | None = None,
 ) -> Setup:
     """Decide and build everything a run needs.
 
@@ -112,10 +114,18 @@ def prepare(
             memory of that day is kept, so that the same command takes the same steps.
         write: False leaves a cache of the data that is not there unbuilt.
         world: the processes that train together.
-        check_stop: called now and then; raises to stop.
+        stop: looked at now and then.
+
+    Raises:
+        Stopped: asked to stop; nothing was trained yet.
     """
     decisions: list[str] = []
-    world = world or World()
+    world, stop = world or World(), stop or StopFlag()
+
+    def check_stop() -> None:
+        stop.agree({f"stop {code}": 1.0 for code in world.gather(stop.code()) if code})
+        if stop.agreed:
+            raise stop.stopped(NOTHING_YET)
 
     def decide(text: str) -> None:
         decisions.append(text)

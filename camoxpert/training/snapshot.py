@@ -93,8 +93,10 @@ def restore(setup: Setup, checkpoint: Checkpoint, meter: RoutingMeter) -> TrainS
         setup.model.load_state_dict(values["model"])
         setup.optimizer.load_state_dict(values["optimizer"])
         setup.scaler.load_state_dict(values["scaler"])
-        if setup.ema is not None and values["ema"] is not None:
-            setup.ema.load_state_dict(values["ema"])
+        if setup.ema is not None:
+            # An average that begins now begins at the weights of now.
+            fresh = {"weights": values["model"], "updates": 0}
+            setup.ema.load_state_dict(values["ema"] or fresh)
         state = TrainState.from_dict(values["state"])
         # Counts of an epoch that was stopped on its way: the first process keeps them for all.
         if "routing" in values:

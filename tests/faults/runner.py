@@ -1,10 +1,11 @@
 """Runs the program again and again in forked processes, so that a start costs no new imports.
 
 Reads one JSON request a line: ``arguments`` of the program; ``ranks`` (processes that train
-together, as torchrun would start them); ``signals``, a list of [seconds since the last one, signal,
-rank or null for all of them]; ``environment``; ``patches``, names of functions of this file that
-change the program before it starts. Answers the exit status of every rank, negative for a signal,
-and the seconds from the last signal (or the first rank's end) to the end of the last rank.
+together, as torchrun would start them); ``signals``, a list of [when, signal, rank or null for all
+of them], when being seconds since the last one or a text that the program prints; ``environment``;
+``patches``, names of functions of this file that change the program before it starts. Answers the
+exit status of every rank, negative for a signal, and the seconds from the last signal (or the first
+rank's end) to the end of the last rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -40,15 +42,96 @@ def slow_saves() -> None:
 
 
 def slow_steps() -> None:
-    """Make steps take long enough to be interrupted."""
+    """Make steps take long enough to be interrupted, and tell of them."""
     trainer = camoxpert.training.trainer
     honest = trainer.train_step
+    steps = []
 
     def slow(*arguments, **options):
+        steps.append(1)
+        print(f"[step {len(steps)}]", flush=True)
         time.sleep(0.05)
         return honest(*arguments, **options)
 
     trainer.train_step = slow
+
+
+def three_seconds_a_step() -> None:
+    """Make steps take long enough to be interrupted twice."""
+    trainer = camoxpert.training.trainer
+    honest = trainer.train_step
+    steps = []
+
+    def slow(*arguments, **options):
+        steps.append(1)
+        print(f"[step {len(steps)}]", flush=True)
+        if len(steps) > 1:
+            ends = time.monotonic() + 3
+            while time.monotonic() < ends:
+                time.sleep(0.1)
+        return honest(*arguments, **options)
+
+    trainer.train_step = slow
+
+
+def clock_of_steps() -> None:
+    """Give the deadline a clock that ticks once a step."""
+    from camoxpert.training import guards
+
+    trainer = camoxpert.training.trainer
+    honest = trainer.train_step
+    steps = []
+
+    def counted(*arguments, **options):
+        steps.append(1)
+        return honest(*arguments, **options)
+
+    start = guards.StopFlag.__init__
+    trainer.train_step = counted
+    guards.StopFlag.__init__ = lambda flag, hours=None: start(flag, hours, lambda: len(steps))
+
+
+def small_disk() -> None:
+    """No file may grow beyond 300 KB: less than a checkpoint, more than anything else."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
+def folder_vanishes() -> None:
+    """Let somebody delete the run's folder in the middle of the run."""
+    import shutil
+
+    folder = Path(sys.argv[0])
+    trainer = camoxpert.training.trainer
+    honest = trainer.train
+    step = trainer.train_step
+    steps = []
+
+    def train(setup, run_dir, *arguments, **options):
+        nonlocal folder
+        folder = run_dir
+        return honest(setup, run_dir, *arguments, **options)
+
+    def vanishing(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 4:
+            shutil.rmtree(folder)
+        return step(*arguments, **options)
+
+    trainer.train, trainer.train_step = train, vanishing
+
+
+def folder_becomes_read_only() -> None:
+    """Let renames fail, as they do in a folder without permission (which stops root, too)."""
+    honest = Path.replace
+
+    def refused(path, target):
+        if str(target).endswith(".pt"):
+            raise PermissionError(13, "Permission denied", str(target))
+        return honest(path, target)
+
+    Path.replace = refused
 
 
 def rank_1_fails() -> None:
@@ -105,10 +188,24 @@ def slow_validation() -> None:
     honest = validation.probability_maps
 
     def slow(*arguments, **options):
-        time.sleep(0.1)
+        print("[scoring]", flush=True)
+        time.sleep(0.2)
         return honest(*arguments, **options)
 
     validation.probability_maps = slow
+
+
+def slow_start() -> None:
+    """Make building the model take long enough to be interrupted."""
+    from camoxpert.training import setup
+
+    honest = setup.build_model
+
+    def slow(*arguments, **options):
+        time.sleep(0.5)
+        return honest(*arguments, **options)
+
+    setup.build_model = slow
 
 
 def slow_decoding() -> None:
@@ -118,6 +215,7 @@ def slow_decoding() -> None:
     honest = cache.read_pair
 
     def slow(*arguments, **options):
+        print("[decoding]", flush=True)
         time.sleep(0.15)
         return honest(*arguments, **options)
 
@@ -145,6 +243,19 @@ def child(request: dict, environment: dict[str, str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def wait(when: float | str, log: str) -> None:
+    """Wait so many seconds, or until the program has printed a text."""
+    if not isinstance(when, str):
+        time.sleep(when)
+        return
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if when in Path(log).read_text(errors="replace"):
+                return
+        time.sleep(0.01)
 
 
 def free_port() -> int:
@@ -175,13 +286,14 @@ for line in sys.stdin:
         if pid == 0:
             child(wanted, environment | wanted.get("environment", {}))
         pids.append(pid)
-    for seconds, number, rank in wanted.get("signals", ()):
-        time.sleep(seconds)
+    for when, number, rank in wanted.get("signals", ()):
+        wait(when, wanted["log"])
         for index, pid in enumerate(pids):
             if rank in (None, index):
                 with contextlib.suppress(ProcessLookupError):
                     # The whole group for a kill: data workers, too.
-                    (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+                    group = number == signal.SIGKILL or wanted.get("whole_group")
+                    (os.killpg if group else os.kill)(pid, number)
     started = time.monotonic() if wanted.get("signals") else None
     statuses = {}
     for _ in pids:

@@ -1,0 +1,383 @@
+"""A file on the disk is never replaced by something worse, and what is read is what was written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import Runner, command, digest_of, ending
+
+from camoxpert.cli import main
+from camoxpert.config import Config, load_config, to_dict
+from camoxpert.errors import CheckpointError, NumericError
+from camoxpert.observe.runlog import RunLog, read_jsonl
+from camoxpert.training import checkpoint as checkpoints
+from camoxpert.training.checkpoint import (
+    BEST,
+    FORMAT,
+    CheckpointFolder,
+    load_checkpoint,
+    read_index,
+    resolve_checkpoint,
+)
+from camoxpert.training.guards import StopFlag
+from camoxpert.training.meters import RoutingMeter
+from camoxpert.training.setup import prepare
+from camoxpert.training.share import write_shared
+from camoxpert.training.snapshot import restore, snapshot
+from camoxpert.training.trainer import train as run_training
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def values(number: float = 1.0) -> dict[str, Any]:
+    model = {"w": torch.full((100,), number)}
+    return {"format": FORMAT, "config": to_dict(Config()), "model": model, "ema": None}
+
+
+class TestFolder:
+    """Which checkpoint a run goes on from, whatever happened to the folder."""
+
+    def test_without_its_index_the_newest_good_file_counts(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path)
+        for step in (1, 2):
+            folder.save(values(step), step=step)
+        (tmp_path / "index.json").write_text('[{"file": "step_')
+        newest, problems = CheckpointFolder(tmp_path).newest()
+        assert newest is not None and newest.values["model"]["w"][0] == 2 and not problems
+
+    def test_a_flipped_bit_is_seen_without_the_index(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path)
+        for step in (1, 2):
+            path = folder.save(values(float(step)), step=step)
+        (tmp_path / "index.json").unlink()
+        data = bytearray(path.read_bytes())
+        # In the middle of the weights: the value 2.0 a hundred times.
+        place = data.index(torch.full((100,), 2.0).numpy().tobytes()) + 200
+        data[place] ^= 1
+        path.write_bytes(data)
+        newest, problems = CheckpointFolder(tmp_path).newest()
+        assert newest is not None and newest.values["model"]["w"][0] == 1
+        assert "the checksum of" in problems[0]
+        # The control: torch reads it without a word.
+        read = torch.load(path, weights_only=True)["model"]["w"]
+        assert not torch.equal(read, torch.full((100,), 2.0))
+
+    def test_some_stay_for_ever(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path)
+        for step in range(1, 7):
+            folder.save(values(step), step=step, stays=step % 2 == 0, about={"epoch": step})
+        kept = sorted(p.name for p in tmp_path.glob("step_*.pt"))
+        assert kept == [f"step_{step:08d}.pt" for step in (2, 3, 4, 5, 6)]
+        assert {e["epoch"] for e in read_index(tmp_path)} == {2, 3, 4, 5, 6}
+
+    def test_space_is_asked_for_before_the_first_step(self, tmp_path: Path, monkeypatch) -> None:
+        folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(
+            checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000)
+        )
+        folder.require_space(3_000_000)
+        with pytest.raises(CheckpointError, match="needs 13 MB and has 10 MB"):
+            folder.require_space(4_000_000)
+        with pytest.raises(CheckpointError, match="needs 16 MB and has 10 MB"):
+            folder.require_space(3_000_000, others=2)
+
+    def test_a_write_that_cannot_fit_is_not_begun(self, tmp_path: Path, monkeypatch) -> None:
+        folder = CheckpointFolder(tmp_path / "checkpoints")
+        folder.save(values(1), step=1)
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=399))
+        with pytest.raises(CheckpointError, match=r"needs 0\.0 MB and 0\.0 MB are free"):
+            folder.save(values(2), step=2)
+        assert sorted(p.name for p in folder.folder.iterdir()) == ["index.json", "step_00000001.pt"]
+
+
+class TestDisk:
+    """Disks fill, vanish and refuse in the middle of a run."""
+
+    def test_a_disk_that_fills(self, runner: Runner, data: Path, tmp_path: Path) -> None:
+        words = command(data, tmp_path)
+        assert runner.run(words, patches=["clock_of_steps"], environment={}) == [0]
+        whole = ending(tmp_path / "r")
+        shutil.rmtree(tmp_path / "r")
+        assert runner.run([*words, "--max-hours", str(5 / 3600)], patches=["clock_of_steps"]) == [
+            75
+        ]
+        before = {p.name: p.read_bytes() for p in (tmp_path / "r" / "checkpoints").iterdir()}
+        assert runner.run(words, patches=["small_disk"]) == [4], runner.said()
+        assert "Could not write" in runner.said() and "are intact" in runner.said()
+        after = {p.name: p.read_bytes() for p in (tmp_path / "r" / "checkpoints").iterdir()}
+        assert after == before, "the old ones are as they were, and no stub lies beside them"
+        assert runner.run(words) == [0] and ending(tmp_path / "r") == whole
+
+    @pytest.mark.parametrize("fault", ["folder_vanishes", "folder_becomes_read_only"])
+    def test_a_folder_that_is_gone(self, runner: Runner, data, tmp_path: Path, fault: str) -> None:
+        assert runner.run(command(data, tmp_path), patches=[fault]) == [4], runner.said()
+        said = runner.said()
+        assert "Traceback" not in said and ("is gone" in said or "Permission denied" in said)
+
+
+class TestState:
+    """Everything that decides how a run goes on is in its checkpoint."""
+
+    SETTINGS = ("--epochs", "3", "--run-name", "r", "--no-test", "--no-report", "--save-every", "1")
+
+    @pytest.fixture(scope="class")
+    def stopped_run(self, toy_data: Path, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+        """A run that was stopped in its second epoch, and its checkpoint."""
+        out = tmp_path_factory.mktemp("state")
+        words = ["train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(out)]
+        words += ["--backbone", "tiny_test", "--no-pretrained", "--img-size", "32"]
+        words += ["--batch-size", "8", "--num-experts", "3", "--num-workers", "0"]
+        words += ["--no-tensorboard", "model.width=16", "model.detail_width=8", *self.SETTINGS]
+        assert main([*words, "--epochs", "3"]) == 0
+        steps = sorted((out / "r" / "checkpoints").glob("step_*.pt"))
+        checkpoint = load_checkpoint(steps[0])
+        assert checkpoint.values["state"]["step"] == 14
+        return out / "r", copy.deepcopy(checkpoint.values)
+
+    def continued(self, run: Path, state: dict[str, Any], folder: Path) -> str:
+        """Go on from a checkpoint; return a digest of the end."""
+        folder.mkdir()
+        config = load_config(file=run / "config.yaml")
+        setup = prepare(config, lambda text: None)
+        resume = checkpoints.Checkpoint(Path("step.pt"), config, copy.deepcopy(state))
+        log = RunLog(folder, tensorboard=False)
+        run_training(setup, folder, log, stop=StopFlag(), say=lambda text: None, resume=resume)
+        log.close()
+        newest, _ = CheckpointFolder(folder / "checkpoints").newest()
+        assert newest is not None
+        end = {k: v for k, v in newest.values.items() if k != "config"}
+        kinds = ("train", "validation", "routing")
+        kept = [r for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] in kinds]
+        return digest_of([end, kept])
+
+    def test_every_part_matters(self, stopped_run, tmp_path: Path) -> None:
+        """Each of them changed by itself changes the end; unchanged, it is the same twice."""
+        run, state = stopped_run
+        same = self.continued(run, state, tmp_path / "same")
+        assert self.continued(run, state, tmp_path / "again") == same
+
+        def nudged(value: torch.Tensor) -> torch.Tensor:
+            return value + 1e-3
+
+        def changed(part: str) -> dict[str, Any]:
+            other = copy.deepcopy(state)
+            if part in other["state"]:
+                value = other["state"][part]
+                other["state"][part] = {
+                    "position": 0,
+                    "epoch": 0,
+                    "best": 0.999,
+                }.get(part, (value or 0) + 1)
+            elif part in ("model", "ema"):
+                weights = other[part] if part == "model" else other[part]["weights"]
+                weights.update({n: nudged(w) for n, w in weights.items() if w.ndim})
+            elif part == "average's count":
+                other["ema"]["updates"] += 50
+            elif part == "moments":
+                for moments in other["optimizer"]["state"].values():
+                    moments["exp_avg"] = nudged(moments["exp_avg"])
+            elif part == "random state":
+                other["rng"]["cpu"] = torch.Generator().manual_seed(99).get_state()
+            elif part == "routing counts":
+                other["routing"]["chosen"] = other["routing"]["chosen"] + 5
+            return other
+
+        clocks = {"seconds"}
+        # Only counts until the next good step: shown by a test of its own.
+        short_lived = {"skipped_in_a_row"}
+        parts = [p for p in state["state"] if p not in clocks | short_lived]
+        parts += ["model", "ema", "average's count", "moments", "random state", "routing counts"]
+        for part in parts:
+            folder = tmp_path / part.replace(" ", "_")
+            assert self.continued(run, changed(part), folder) != same, part
+
+    def test_skipped_steps_go_on_being_counted(self, stopped_run, tmp_path, monkeypatch) -> None:
+        from camoxpert.training import step
+
+        run, state = stopped_run
+        honest = step.total_loss
+
+        def broken(*args: Any, **options: Any):
+            loss, parts = honest(*args, **options)
+            return loss * float("nan"), parts
+
+        monkeypatch.setattr(step, "total_loss", broken)
+        state = copy.deepcopy(state)
+        state["state"]["skipped_in_a_row"] = 10
+        with pytest.raises(NumericError, match="11 optimizer steps in a row"):
+            self.continued(run, state, tmp_path / "x")
+
+    def test_the_average_may_come_and_go(self, stopped_run) -> None:
+        """With the average switched off and on between sessions weights stay what they are."""
+        run, state = stopped_run
+        config = load_config(file=run / "config.yaml")
+        without = load_config(file=run / "config.yaml", flags={"train.use_ema": False})
+
+        def loaded(config: Config, state: dict[str, Any]):
+            setup = prepare(config, lambda text: None)
+            meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+            resume = checkpoints.Checkpoint(Path("step.pt"), config, copy.deepcopy(state))
+            return setup, restore(setup, resume, meter), meter
+
+        setup, position, meter = loaded(without, state)
+        assert setup.ema is None
+        second, _, _ = loaded(config, snapshot(setup, position, meter))
+        assert second.ema is not None and int(second.ema.updates) == 0
+        for name, weight in second.ema.module.state_dict().items():
+            assert torch.equal(weight, state["model"][name]), name
+
+    def test_compiling_leaves_the_names_alone(self, stopped_run) -> None:
+        run, state = stopped_run
+        setup = prepare(load_config(file=run / "config.yaml"), lambda text: None)
+        setup.model.compile(backend="eager")
+        assert list(setup.model.state_dict()) == list(state["model"])
+
+
+class TestChanges:
+    """What may change between two sessions of a run, and what may not."""
+
+    WORDS = ("--run-name", "x", "--epochs", "2", "--no-test", "--no-report")
+
+    def test_another_schedule_is_allowed_and_logged(self, train, stopped, tmp_path, capsys) -> None:
+        assert stopped(*self.WORDS) == 75
+        assert train(*self.WORDS, "--epochs", "3", "--lr", "0.001") == 0
+        out = capsys.readouterr().out
+        assert "optim.lr: 0.00025 -> 0.001" in out and "train.epochs: 2 -> 3" in out
+        events = [r["text"] for r in read_jsonl(tmp_path / "x" / "metrics.jsonl") if "text" in r]
+        assert any("optim.lr: 0.00025 -> 0.001" in text for text in events)
+
+    def test_another_batch_is_refused_and_other_parts_of_it_are_not(
+        self, train, stopped, capsys
+    ) -> None:
+        assert stopped(*self.WORDS) == 75
+        assert train(*self.WORDS, "--batch-size", "4") == 4
+        said = " ".join(capsys.readouterr().err.split())
+        assert "took 8 images per optimizer step and this one would take 4" in said
+        assert train(*self.WORDS, "--batch-size", "4", "--accumulation-steps", "2") == 0
+
+    def test_smaller_micro_batches_go_on_at_the_same_image(
+        self, train, stopped, tmp_path: Path
+    ) -> None:
+        """The order of what is left of the epoch is that of the run that was not stopped."""
+        words = (*self.WORDS, "run.log_every=1", "loss.balance=0.0")
+        assert stopped(*words, steps=2) == 75
+        assert train(*words, "--batch-size", "4", "--accumulation-steps", "2") == 0
+        assert train(*words[2:], "--run-name", "whole") == 0
+        losses = [
+            [r["loss"] for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in r]
+            for name in ("x", "whole")
+        ]
+        assert len(losses[0]) == len(losses[1]) == 10
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+    def test_changed_data_is_refused_unless_allowed(
+        self, train, stopped, toy_data: Path, tmp_path: Path, capsys
+    ) -> None:
+        own = tmp_path / "data"
+        shutil.copytree(toy_data, own)
+        out = tmp_path / "runs"
+        assert stopped(*self.WORDS, steps=3, data=own, out=out) == 75
+        picture = sorted((own / "TrainDataset" / "Imgs").iterdir())[0]
+        picture.unlink()
+        next((own / "TrainDataset" / "GT").glob(f"{picture.stem}.*")).unlink()
+        assert train(*self.WORDS, data=own, out=out) == 4
+        assert "--allow-data-change" in capsys.readouterr().err
+        assert train(*self.WORDS, "--allow-data-change", data=own, out=out) == 0
+        assert "epoch 1 starts anew, as allowed" in capsys.readouterr().out
+
+
+class TestShared:
+    """Weights that can be given to others."""
+
+    def test_they_predict_the_same_and_name_no_place_of_the_maker(
+        self, tiny_run: Path, toy_data: Path, tmp_path: Path
+    ) -> None:
+        folder = tiny_run / "model"
+        assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model.safetensors"]
+        best, shared = (load_checkpoint(resolve_checkpoint(p)) for p in (tiny_run, folder))
+        assert best.path.name == BEST and shared.path.suffix == ".safetensors"
+        for name, weight in best.evaluated_weights.items():
+            assert torch.equal(weight, shared.evaluated_weights[name]), name
+        assert shared.config.model == best.config.model
+        for path in folder.iterdir():
+            assert str(toy_data).encode() not in path.read_bytes()
+            assert str(tiny_run.parent).encode() not in path.read_bytes()
+        images = str(toy_data / "TestDataset")
+        for name, source in (("a", tiny_run), ("b", folder)):
+            assert main(["predict", str(source), images, "-o", str(tmp_path / name)]) == 0
+        maps = [sorted(p for p in (tmp_path / n).rglob("*.png")) for n in ("a", "b")]
+        assert maps[0] and len(maps[0]) == len(maps[1])
+        for a, b in zip(*maps, strict=True):
+            assert a.read_bytes() == b.read_bytes()
+
+    def test_damage_is_seen(self, tiny_run: Path, tmp_path: Path, capsys) -> None:
+        whole = (tiny_run / "model" / "model.safetensors").read_bytes()
+        for name, data in (("half", whole[: len(whole) // 2]), ("empty", b""), ("text", b"{}")):
+            path = tmp_path / f"{name}.safetensors"
+            path.write_bytes(data)
+            with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+                load_checkpoint(path)
+        from safetensors.torch import save_file
+
+        save_file({"w": torch.ones(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match="not a CamoXpert checkpoint"):
+            load_checkpoint(tmp_path / "other.safetensors")
+
+    def test_the_card_holds_no_markup_of_others(self, tmp_path: Path) -> None:
+        config = load_config(
+            flags={"model.backbone": "<script>x</script>[a](http://b)", "data.roots": ["/secret"]}
+        )
+        made = {**values(), "config": to_dict(config), "scores": {"<b>S": 0.5}}
+        write_shared(tmp_path, checkpoints.Checkpoint(Path("x"), config, made))
+        card = (tmp_path / "README.md").read_text()
+        assert "<" not in card and "](" not in card and "/secret" not in card
+
+
+class TestFirstFormat:
+    """Files of the first format stay readable for ever; these were written by release 0.1."""
+
+    def test_a_run_goes_on(self, tmp_path: Path) -> None:
+        saved = load_checkpoint(GOLDEN / "format_1_step.pt")
+        assert saved.values["format"] == 1
+        setup = prepare_golden(saved.config, tmp_path)
+        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+        state = restore(setup, saved, meter)
+        assert (state.step, state.epoch, state.position) == (3, 1, 8)
+        assert setup.ema is not None and int(setup.ema.updates) == 3
+        again = snapshot(setup, state, meter)
+        for part in ("model", "ema", "optimizer", "state", "routing"):
+            assert digest_of(again[part]) == digest_of(saved.values[part]), part
+
+    @pytest.mark.parametrize("name", ["format_1_step.pt", "format_1.safetensors"])
+    def test_its_weights_say_the_same(self, name: str) -> None:
+        from camoxpert.models.build import build_model
+
+        saved = load_checkpoint(GOLDEN / name)
+        expected = json.loads((GOLDEN / "format_1.json").read_text())
+        model = build_model(saved.config.model).eval()
+        model.load_state_dict(saved.evaluated_weights)
+        image = torch.arange(3 * 32 * 32).remainder(251).reshape(1, 3, 32, 32).to(torch.uint8)
+        with torch.no_grad():
+            logits = model(image).logits_B1HW[0, 0, ::8, ::8]
+        torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-4, atol=1e-4)
+
+
+def prepare_golden(config: Config, folder: Path):
+    """Build what the golden checkpoint was made with, on generated data of its own."""
+    import dataclasses
+
+    from camoxpert.data.toy import generate_toy
+
+    generate_toy(folder / "data", num_train=8, num_test=0, size=32, difficulty=0.1, seed=0)
+    own = dataclasses.replace(
+        config.data, roots=(str(folder / "data"),), cache_dir=str(folder / "cache")
+    )
+    return prepare(dataclasses.replace(config, data=own), lambda text: None)

@@ -1,0 +1,284 @@
+"""Several processes that train one model: the same result as one, and no rank left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import KILLED, Runner, command, ending, events, weights_of
+
+from camoxpert.config import load_config
+from camoxpert.data.toy import generate_toy
+from camoxpert.errors import ConfigError
+from camoxpert.observe.runlog import SilentLog, read_jsonl
+from camoxpert.training import distributed
+from camoxpert.training.checkpoint import CheckpointFolder, load_checkpoint
+from camoxpert.training.distributed import join
+from camoxpert.training.guards import StopFlag
+from camoxpert.training.memory import MicroBatch, keep_effective
+from camoxpert.training.setup import prepare
+from camoxpert.training.state import TrainState
+from camoxpert.training.trainer import validate
+
+PEER_GONE = 6
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images, which two processes share equally."""
+    root = tmp_path_factory.mktemp("even")
+    generate_toy(root, num_train=24, num_test=2, size=32, difficulty=0.1, seed=0)
+    return root
+
+
+def short(data: Path, out: Path, *words: str, batch: int = 4) -> list[str]:
+    """A run over all of the images, without accumulation."""
+    words = ("--val-fraction", "0", "--accumulation-steps", "1", "--epochs", "2", *words)
+    return command(data, out, *words, batch=batch)
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+class TestSameAsOne:
+    """What a run learns does not depend on how many processes take its steps."""
+
+    @pytest.fixture(scope="class")
+    def one(self, runner: Runner, even: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        out = tmp_path_factory.mktemp("one")
+        assert runner.run(short(even, out, batch=8)) == [0], runner.said()
+        return out / "r"
+
+    def test_two_with_half_of_the_batch_end_at_the_same_weights(
+        self, runner: Runner, even: Path, tmp_path: Path, one: Path
+    ) -> None:
+        assert runner.run(short(even, tmp_path), ranks=2) == [0, 0], runner.said()
+        assert furthest(weights_of(one), weights_of(tmp_path / "r")) < 1e-5
+        logs = [read_jsonl(run / "metrics.jsonl") for run in (one, tmp_path / "r")]
+        losses = [[r["loss"] for r in log if r["kind"] == "train"] for log in logs]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        usage = [[r["levels"] for r in log if r["kind"] == "routing"] for log in logs]
+        for one_epoch, two_epoch in zip(*usage, strict=True):
+            for level, own in one_epoch.items():
+                assert own["usage"] == pytest.approx(two_epoch[level]["usage"], abs=1e-6)
+
+    def test_micro_batches_of_two_processes(
+        self, runner: Runner, even: Path, tmp_path: Path, one: Path
+    ) -> None:
+        """Two processes, two micro-batches each, two images in each: the same eight per step.
+
+        Balance left out: a micro-batch sees the counts of the step so far.
+        """
+        accumulated = tmp_path / "two"
+        words = ("--accumulation-steps", "2", "loss.balance=0.0")
+        assert runner.run(short(even, accumulated, *words, batch=2), ranks=2) == [0, 0]
+        assert runner.run(short(even, tmp_path, "loss.balance=0.0", batch=8)) == [0]
+        assert furthest(weights_of(tmp_path / "r"), weights_of(accumulated / "r")) < 1e-5
+
+    def test_the_control_is_another_batch(
+        self, runner: Runner, even: Path, tmp_path: Path, one: Path
+    ) -> None:
+        """The same two shares without the other's gradients: half of the batch."""
+        assert runner.run(short(even, tmp_path)) == [0]
+        assert furthest(weights_of(one), weights_of(tmp_path / "r")) > 1e-4
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("--expert-family", "uniform"),
+            ("--num-experts", "1", "--top-k", "1", "--no-deep-supervision"),
+            ("--routing", "fused", "--gradient-checkpointing"),
+            ("--router-warmup", "1", "--progressive-unfreeze", "--router-bias-rate", "0.01"),
+        ],
+        ids=lambda words: words[0].strip("-"),
+    )
+    def test_any_network(self, runner, even: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+        """No parameter is left without a gradient, whatever is trained, and the end is the same."""
+        for name, ranks in (("one", 1), ("two", 2)):
+            arguments = short(even, tmp_path / name, *words, batch=8 // ranks)
+            assert set(runner.run(arguments, ranks=ranks)) == {0}, runner.said()
+        assert furthest(*(weights_of(tmp_path / name / "r") for name in ("one", "two"))) < 1e-5
+
+    def test_validation_scores_are_those_of_one_process(
+        self, runner: Runner, data: Path, tmp_path: Path
+    ) -> None:
+        """Three images over two processes: every figure is equal to the last bit."""
+        words = command(data, tmp_path, "--epochs", "2", batch=2)
+        assert runner.run(words, ranks=2) == [0, 0], runner.said()
+        records = read_jsonl(tmp_path / "r" / "metrics.jsonl")
+        logged = [r["scores"] for r in records if r["kind"] == "validation"][-1]
+        config = load_config(file=tmp_path / "r" / "config.yaml")
+        setup = prepare(config, lambda text: None)
+        newest, _ = CheckpointFolder(tmp_path / "r" / "checkpoints").newest()
+        assert newest is not None
+        setup.evaluated_model.load_state_dict(newest.evaluated_weights)
+        own = validate(setup, SilentLog(), TrainState(), StopFlag())
+        assert json.loads(json.dumps(own)) == logged
+
+    def test_one_goes_on_where_two_stopped_and_back(
+        self, runner: Runner, even: Path, tmp_path: Path, one: Path
+    ) -> None:
+        """The images of a step stay the same; so does the order of what is left of the epoch."""
+        words = short(even, tmp_path)
+        soon = [["[step 3]", signal.SIGTERM, None]]
+        assert runner.run(words, ranks=2, signals=soon, patches=["slow_steps"]) == [143, 143]
+        taken = load_checkpoint(max((tmp_path / "r" / "checkpoints").glob("step_*.pt")))
+        assert 0 < taken.values["state"]["step"] < 6
+        assert runner.run(words) == [0], runner.said()
+        assert "the 8 of the run being continued, which had 2" in runner.said()
+        assert furthest(weights_of(one), weights_of(tmp_path / "r")) < 1e-5
+
+    def test_another_effective_batch_is_refused(
+        self, runner: Runner, even: Path, tmp_path: Path
+    ) -> None:
+        soon = [["[step 3]", signal.SIGTERM, None]]
+        assert runner.run(short(even, tmp_path), signals=soon, patches=["slow_steps"]) == [143]
+        assert runner.run(short(even, tmp_path, batch=8)) == [4]
+        assert "took 4 images per optimizer step and this one would take 8" in runner.said()
+
+
+class TestFaults:
+    """What happens to one happens to all, within seconds; the same command goes on."""
+
+    @pytest.fixture(scope="class")
+    def whole(self, runner: Runner, data: Path, tmp_path_factory) -> str:
+        out = tmp_path_factory.mktemp("whole")
+        assert runner.run(command(data, out, batch=2), ranks=2) == [0, 0], runner.said()
+        return ending(out / "r")
+
+    def goes_on(self, runner: Runner, words: list[str], run: Path, whole: str) -> None:
+        assert runner.run(words, ranks=2) == [0, 0], runner.said()
+        assert ending(run) == whole
+
+    def test_a_killed_rank_ends_the_other(self, runner, data, tmp_path: Path, whole) -> None:
+        words = command(data, tmp_path, batch=2)
+        kill = [["[step 6]", signal.SIGKILL, 1]]
+        codes = runner.run(words, ranks=2, signals=kill, patches=["slow_steps"])
+        assert codes == [PEER_GONE, KILLED], runner.said()
+        assert runner.seconds < 10
+        assert "another process of this run ended or does not answer" in runner.said()
+        self.goes_on(runner, words, tmp_path / "r", whole)
+
+    def test_a_fault_of_one_rank_ends_the_other(self, runner, data, tmp_path, whole) -> None:
+        words = command(data, tmp_path, batch=2)
+        codes = runner.run(words, ranks=2, patches=["rank_1_fails"])
+        assert codes == [PEER_GONE, 1] and "a fault of rank 1 alone" in runner.said()
+        assert runner.seconds < 10
+        self.goes_on(runner, words, tmp_path / "r", whole)
+
+    def test_a_rank_that_hangs_is_not_waited_for_for_ever(self, runner, data, tmp_path) -> None:
+        words = command(data, tmp_path, "train.process_timeout=3", batch=2)
+        kill = [[12, signal.SIGKILL, 1]]
+        codes = runner.run(words, ranks=2, patches=["rank_1_hangs"], signals=kill)
+        assert codes == [PEER_GONE, KILLED], runner.said()
+        assert runner.seconds < 1, "the first rank had left before the other one was killed"
+
+    @pytest.mark.parametrize(
+        ("during", "when"),
+        [("slow_steps", "[step 6]"), ("slow_validation", "[scoring]"), ("slow_start", "device")],
+    )
+    def test_a_signal_to_one_rank_stops_both(
+        self, runner, data, tmp_path: Path, whole, during: str, when: str
+    ) -> None:
+        words = command(data, tmp_path, batch=2)
+        term = [[when, signal.SIGTERM, 1]]
+        assert runner.run(words, ranks=2, signals=term, patches=[during]) == [143, 143]
+        assert runner.said().count("Stopped (SIGTERM)") == 1
+        self.goes_on(runner, words, tmp_path / "r", whole)
+
+    def test_a_loss_that_is_no_number_on_one_rank(self, runner, data, tmp_path: Path) -> None:
+        """Both leave the step out, and it names the images of both."""
+        words = command(data, tmp_path, batch=2)
+        assert runner.run(words, ranks=2, patches=["rank_1_sees_nan"]) == [0, 0], runner.said()
+        skipped = [text for text in events(tmp_path / "r") if "skipped" in text]
+        # Two ranks, two micro-batches, two images.
+        assert skipped[0].startswith("step 1 skipped") and skipped[0].count(",") == 7
+        assert all(bool(w.isfinite().all()) for w in weights_of(tmp_path / "r").values())
+
+    def test_wrong_settings_are_said_once(self, runner, data, tmp_path: Path) -> None:
+        words = command(data, tmp_path, "--backbone", "edgenext_bass", batch=2)
+        assert runner.run(words, ranks=2) == [2, 2]
+        assert runner.said().count("Did you mean edgenext_base") == 1
+
+    def test_torchrun_starts_a_dead_rank_anew_and_the_run_goes_on(
+        self, data: Path, tmp_path: Path, whole
+    ) -> None:
+        target = Path(__file__).with_name("torchrun_target.py")
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node=2", "--max-restarts=2", str(target)),
+                *command(data, tmp_path, batch=2),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "resumed" in done.stdout
+        assert ending(tmp_path / "r") == whole
+
+
+def test_a_world_without_torchrun_is_one_process(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    world = join("auto", timeout=1)
+    assert (world.rank, world.size, world.first) == (0, 1, True)
+    assert world.gather("x") == ["x"] and world.from_first(lambda: 3) == 3
+    tensor = torch.ones(2)
+    assert world.sum(tensor) is tensor
+    model = torch.nn.Linear(1, 1)
+    assert world.wrap(model) is model
+
+
+def test_half_of_torchruns_settings(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=r"RANK.* is not set\. Start several processes with tor"):
+        join("cpu", timeout=1)
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+    os.environ["MASTER_PORT"] = "1"
+    with pytest.raises(ConfigError, match="under torchrun every process takes a device of its own"):
+        join("cuda:1", timeout=1)
+
+
+def test_after_the_deadline_torchrun_has_nothing_to_restart(monkeypatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert distributed.restarts_left()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    assert not distributed.restarts_left()
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "before", "processes", "expected"),
+    [
+        (8, 1, 2, 1, (8, 2)),
+        (8, 1, 1, 2, (4, 1)),
+        (8, 3, 2, 4, (4, 3)),
+        (8, 4, 1, 2, (8, 2)),
+        (6, 1, 2, 3, (4, None)),
+    ],
+)
+def test_the_images_of_a_step_are_shared_anew(size, steps, before, processes, expected) -> None:
+    from camoxpert.config import TrainConfig
+
+    was = {"size": size, "steps": steps, "processes": before, "checkpointing": False}
+    if expected[1] is None:
+        made = keep_effective(TrainConfig(), was, processes)
+        assert made.effective == size * steps * before
+        return
+    made = keep_effective(TrainConfig(), was, processes)
+    assert (made.size, made.steps) == expected
+    assert made.effective == size * steps * before
+    with pytest.raises(ConfigError, match="cannot share them equally"):
+        keep_effective(TrainConfig(), was | {"size": 7}, 16)
+    assert MicroBatch(4, 2, False, "", processes=3).effective == 24

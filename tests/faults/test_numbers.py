@@ -1,0 +1,206 @@
+"""Numbers that are none: the weights are never poisoned, and the run says what it left out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import weights_of
+
+from camoxpert.config import build_config
+from camoxpert.errors import ConfigError, NumericError
+from camoxpert.observe.runlog import RunLog, read_jsonl
+from camoxpert.training import step, trainer
+from camoxpert.training.checkpoint import CheckpointFolder
+from camoxpert.training.guards import StopFlag
+from camoxpert.training.setup import Setup, prepare
+from camoxpert.training.trainer import train as run_training
+
+SETTINGS = {
+    "model.backbone": "tiny_test",
+    "model.pretrained": False,
+    "model.width": 16,
+    "model.detail_width": 8,
+    "model.num_experts": 3,
+    "data.img_size": 32,
+    "data.num_workers": 0,
+    "data.cache": "ram",
+    "train.batch_size": 8,
+    "train.epochs": 2,
+    "run.log_every": 1,
+    "run.save_every": 1,
+    "run.tensorboard": False,
+}
+
+
+@pytest.fixture
+def setup(toy_data: Path) -> Setup:
+    config = build_config({**SETTINGS, "data.roots": [str(toy_data)]})
+    return prepare(config, lambda text: None)
+
+
+def go(setup: Setup, folder: Path) -> Any:
+    folder.mkdir(exist_ok=True)
+    log = RunLog(folder, tensorboard=False)
+    try:
+        return run_training(setup, folder, log, stop=StopFlag(), say=lambda text: None)
+    finally:
+        log.close()
+
+
+def break_steps(monkeypatch, chosen: Callable[[int], bool], factor: float) -> list[int]:
+    """Multiply the loss of chosen steps (from 1) by a factor that is no number."""
+    honest = step.total_loss
+    seen: list[int] = []
+
+    def broken(*args: Any, **options: Any):
+        loss, parts = honest(*args, **options)
+        seen.append(1)
+        return (loss * factor if chosen(len(seen)) else loss), parts
+
+    monkeypatch.setattr(step, "total_loss", broken)
+    return seen
+
+
+def test_a_skipped_step_names_its_images_and_what_they_are_like(
+    setup: Setup, tmp_path: Path, monkeypatch
+) -> None:
+    break_steps(monkeypatch, lambda number: number == 3, float("nan"))
+    summary = go(setup, tmp_path / "run")
+    assert summary.state.skipped == 1 and summary.state.skipped_in_a_row == 0
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    event = next(r for r in records if "skipped: non-finite" in r.get("text", ""))
+    assert event["step"] == 3 and event["loss"] is None and len(event["images"]) == 8
+    for image in event["images"]:
+        assert image["name"] in event["text"] or event["text"].endswith("...")
+        assert 0 < image["mean"] < 255 and 0 < image["object"] < 1
+    # Nothing was written between the skipped step and the next good one.
+    texts = [r.get("text", "") for r in records]
+    assert "not saved at step 3: its last step was skipped" in texts
+
+
+class TestHalfPrecision:
+    """fp16's loss scale, on a CPU: it falls at every overflow, and the weights stay."""
+
+    def scaled(self, setup: Setup, scale: float) -> Setup:
+        setup.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return setup
+
+    def test_an_overflow_halves_the_scale_and_moves_nothing(
+        self, setup: Setup, tmp_path: Path, monkeypatch
+    ) -> None:
+        break_steps(monkeypatch, lambda number: number <= 3, float("inf"))
+        self.scaled(setup, 65536.0)
+        before = copy.deepcopy(setup.model.state_dict())
+        average = copy.deepcopy(setup.evaluated_model.state_dict())
+        scales = []
+        honest = trainer.train_step
+
+        def watched(*args: Any, **options: Any):
+            values = honest(*args, **options)
+            scales.append(setup.scaler.get_scale())
+            if len(scales) == 3:
+                assert setup.ema is not None and float(setup.ema.updates) == 0
+                for name, weight in setup.model.state_dict().items():
+                    assert torch.equal(weight, before[name]), name
+                    assert torch.equal(setup.evaluated_model.state_dict()[name], average[name])
+            return values
+
+        monkeypatch.setattr(trainer, "train_step", watched)
+        summary = go(setup, tmp_path / "run")
+        assert scales[:4] == [32768.0, 16384.0, 8192.0, 8192.0]
+        assert summary.state.skipped == 3 and summary.state.step == 10
+        assert setup.ema is not None and float(setup.ema.updates) == 7
+        moved = any(not torch.equal(w, before[n]) for n, w in setup.model.state_dict().items())
+        assert moved, "the control: later steps do move the weights"
+        records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+        assert [r["scale"] for r in records if "scale" in r] == [32768.0, 16384.0, 8192.0]
+
+    def test_gradients_that_no_scale_saves(self, setup: Setup, tmp_path: Path, monkeypatch) -> None:
+        break_steps(monkeypatch, lambda number: True, float("inf"))
+        with pytest.raises(NumericError, match=r"the loss scale fell to 0\.5 after 3 skipped"):
+            go(self.scaled(setup, 4.0), tmp_path / "run")
+
+
+class TestDivergence:
+    """A learning rate of 1e20."""
+
+    @pytest.mark.parametrize("save_every", ["0", "1"])
+    def test_the_last_finite_checkpoint_stays_the_newest(
+        self, train, stopped, tmp_path: Path, capsys, save_every: str
+    ) -> None:
+        words = ("--run-name", "x", "--epochs", "9", "--no-test", "--no-report")
+        assert stopped(*words, steps=2) == 75
+        before = weights_of(tmp_path / "x")
+        wild = ("--lr", "1e20", "--warmup-epochs", "0", "--clip-grad-norm", "0")
+        assert train(*words, *wild, "--save-every", save_every) == 5
+        said = " ".join(capsys.readouterr().err.split())
+        assert "Lower --lr" in said and "Traceback" not in said
+        newest, _ = CheckpointFolder(tmp_path / "x" / "checkpoints").newest()
+        assert newest is not None and newest.values["state"]["step"] == 2
+        for name, weight in newest.values["model"].items():
+            assert torch.equal(weight, before[name]) and bool(weight.isfinite().all())
+        assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
+
+    def test_steps_without_the_protection_poison_the_weights(self, setup: Setup) -> None:
+        """The control: one such update and the norm of the weights is infinite."""
+        optimizer = torch.optim.AdamW(setup.model.parameters(), lr=1e20)
+        sum(p.square().sum() for p in setup.model.parameters()).backward()
+        optimizer.step()
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in setup.model.parameters()]))
+        assert not norms.isfinite().all()
+
+
+class TestOutOfMemory:
+    """Memory that runs out anywhere: a paragraph, and the gradients are freed."""
+
+    def test_in_the_optimizer(self, train, tmp_path: Path, monkeypatch, capsys) -> None:
+        def full(*args: Any, **options: Any) -> None:
+            raise torch.OutOfMemoryError("injected")
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", full)
+        assert train("--epochs", "1", "--no-test", "--no-report") == 2
+        assert "Out of memory on cpu: 8 images of 32 px" in capsys.readouterr().err
+
+    def test_in_the_validation(self, setup: Setup, tmp_path: Path, monkeypatch) -> None:
+        from camoxpert.training import validation
+
+        def full(*args: Any, **options: Any) -> None:
+            raise torch.OutOfMemoryError("injected")
+
+        monkeypatch.setattr(validation, "probability_maps", full)
+        with pytest.raises(ConfigError, match="The checkpoints already written are intact"):
+            go(setup, tmp_path / "run")
+        newest, _ = CheckpointFolder(tmp_path / "run" / "checkpoints").newest()
+        assert newest is not None and newest.values["state"]["position"] > 0
+
+    def test_what_did_not_fit_is_let_go(self, setup: Setup, monkeypatch) -> None:
+        """No reference cycle and no traceback keeps the graph while smaller parts are tried."""
+        import weakref
+
+        from camoxpert.training.meters import RoutingMeter
+        from camoxpert.training.setup import training_loader
+
+        kept: list[weakref.ref[torch.Tensor]] = []
+        alive: list[bool] = []
+        honest = step.total_loss
+
+        def cramped(output: Any, *args: Any, **options: Any):
+            alive.append(any(ref() is not None for ref in kept))
+            if len(output.logits_B1HW) > 2:
+                kept.append(weakref.ref(output.logits_B1HW))
+                raise torch.OutOfMemoryError("injected")
+            return honest(output, *args, **options)
+
+        monkeypatch.setattr(step, "total_loss", cramped)
+        loader = training_loader(setup, 8)
+        loader.set_epoch(0)
+        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+        values = step.train_step(setup, [next(iter(loader))], meter)
+        assert setup.split == 4 and len(kept) == 2 and not any(alive)
+        assert float(values["skipped"]) == 0

@@ -1,0 +1,132 @@
+"""Asked to stop: what was done is saved, the exit code says why, the same command goes on."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+from helpers.runs import Runner, command, ending
+
+from camoxpert.errors import Stopped
+from camoxpert.training import guards
+from camoxpert.training.guards import StopFlag
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runner: Runner, data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert runner.run(command(data, out)) == [0], runner.said()
+    return ending(out / "r")
+
+
+@pytest.mark.parametrize(
+    ("patch", "when", "number"),
+    [
+        ("slow_start", "device", signal.SIGTERM),
+        ("slow_decoding", "[decoding]", signal.SIGINT),
+        ("slow_steps", "[step 1]", signal.SIGTERM),
+        ("slow_steps", "[step 9]", signal.SIGINT),
+        ("slow_validation", "[scoring]", signal.SIGTERM),
+        ("slow_saves", "epoch   1/4", signal.SIGTERM),
+    ],
+    ids=["start", "decoding", "first-step", "step", "validation", "save"],
+)
+def test_a_signal_stops_it_anywhere_and_the_same_command_goes_on(
+    runner: Runner, data: Path, tmp_path: Path, undisturbed: str, patch, when, number
+) -> None:
+    code = 128 + number
+    words = command(data, tmp_path)
+    assert runner.run(words, signals=[[when, number, None]], patches=[patch]) == [code]
+    assert runner.seconds < 5
+    why = {143: "Stopped (SIGTERM)", 130: "Stopped (Ctrl-C)"}[code]
+    assert runner.said().count(why) == 1 and "Traceback" not in runner.said()
+    assert runner.run(words) == [0], runner.said()
+    assert ending(tmp_path / "r") == undisturbed
+    status = json.loads((tmp_path / "r" / "run.json").read_text())["status"]
+    assert status == "finished" and not (tmp_path / "r-2").exists()
+
+
+def test_a_second_ctrl_c_leaves_at_once(runner: Runner, data: Path, tmp_path: Path) -> None:
+    """The first one waits for a step that takes three seconds; the second one does not."""
+    twice = [["[step 2]", signal.SIGINT, None], [0.3, signal.SIGINT, None]]
+    codes = runner.run(command(data, tmp_path), signals=twice, patches=["three_seconds_a_step"])
+    assert codes == [130] and runner.seconds < 2
+    assert "Stopped" not in runner.said()
+
+
+def test_a_decoding_that_was_stopped_goes_on_where_it_was(runner, data, tmp_path: Path) -> None:
+    words = command(data, tmp_path)
+    stop = [["[decoding]", signal.SIGTERM, None]]
+    assert runner.run(words, signals=stop, patches=["slow_decoding"]) == [143]
+    assert not (tmp_path / "r").exists(), "nothing was trained, so there is no run"
+    assert runner.run(words, patches=["slow_decoding"]) == [0]
+    assert "of 28 pairs are there already" in runner.said()
+    assert 0 < runner.said().count("[decoding]") < 28
+
+
+def test_a_signal_to_the_whole_group_finds_deaf_workers(
+    runner: Runner, data: Path, tmp_path: Path, undisturbed: str
+) -> None:
+    """Schedulers signal the data workers, too; they must outlive the step that needs them."""
+    words = command(data, tmp_path, "--num-workers", "2", "--cache", "none")
+    stop = [["[step 2]", signal.SIGTERM, None]]
+    codes = runner.run(words, signals=stop, patches=["slow_steps"], whole_group=True)
+    assert codes == [143] and "worker" not in runner.said().split("Stopped")[1]
+    assert runner.run(words) == [0] and ending(tmp_path / "r") == undisturbed
+
+
+def test_the_deadline_saves_and_the_next_runs_go_on(
+    runner: Runner, data: Path, tmp_path: Path, undisturbed: str
+) -> None:
+    """Sixteen steps in sessions of five, by a clock that ticks once a step."""
+    words = [*command(data, tmp_path), "--max-hours", str(5 / 3600)]
+    codes = [runner.run(words, patches=["clock_of_steps"])[0] for _ in range(4)]
+    assert codes == [75, 75, 75, 0], runner.said()
+    assert ending(tmp_path / "r") == undisturbed
+
+
+def test_evaluation_stops_and_goes_on(runner: Runner, data: Path, tmp_path: Path) -> None:
+    assert runner.run(command(data, tmp_path, "--epochs", "1")) == [0]
+    words = ["evaluate", str(tmp_path / "r"), "--data", str(data), "-o", str(tmp_path / "scores")]
+    stop = [["[scoring]", signal.SIGTERM, None]]
+    assert runner.run(words, signals=stop, patches=["slow_validation"]) == [143], runner.said()
+    assert runner.seconds < 3 and "Stopped (SIGTERM)" in runner.said()
+    assert runner.run(words) == [0], runner.said()
+
+
+class TestFlag:
+    """What the signal handler does, and what the flag answers."""
+
+    def test_the_handler_does_nothing_but_set_a_flag(self) -> None:
+        """A handler runs in the middle of anything: files, locks and collectives are forbidden."""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(guards.StopFlag.handle)))
+        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert calls == ["os._exit"]
+        control = ast.parse("def handle(self):\n    print('stopping')\n    self.save()")
+        assert len([n for n in ast.walk(control) if isinstance(n, ast.Call)]) == 2
+
+    def test_codes(self) -> None:
+        now = [0.0]
+        flag = StopFlag(1.0, clock=lambda: now[0])
+        assert flag.code() == 0
+        now[0] = 3599.9
+        assert flag.code() == 0
+        now[0] = 3600.0
+        assert flag.code() == 75
+        flag.handle(signal.SIGTERM, None)
+        assert flag.code() == 143
+
+    def test_what_the_processes_want_together(self) -> None:
+        flag = StopFlag()
+        flag.agree({"stop 130": 0.0, "stop 143": 0.0, "stop 75": 0.0, "loss": 3.0})
+        assert not flag.agreed
+        flag.agree({"stop 75": 1.0, "stop 143": 2.0})
+        assert flag.agreed == 143
+        with pytest.raises(Stopped) as error:
+            raise flag.stopped("Saved.")
+        assert error.value.exit_code == 143
