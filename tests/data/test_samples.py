@@ -12,6 +12,8 @@ import torch
 from camoxpert.config import AugmentConfig
 from camoxpert.data.augment import SampleTransform
 from camoxpert.data.batches import normalise
+from camoxpert.data.cache import open_cache
+from camoxpert.data.cache_reader import CacheReader
 from camoxpert.data.loader import build_eval_loader, build_loader, device_batches
 from camoxpert.data.manifest import Manifest, load_train
 from camoxpert.data.sampler import EpochSampler
@@ -150,8 +152,11 @@ def test_workers_that_do_not_fork_give_the_same_batches(tmp_path: Path, method: 
     loader.close()
 
 
-def test_ranks_share_an_epoch(toy_data: Path) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_ranks_share_an_epoch(toy_data: Path, tmp_path: Path, cached: bool) -> None:
     manifest = load_train([toy_data])
+    settings = {"mode": "ram", "folder": tmp_path, "max_pixels": 10**6, "say": print}
+    cache = open_cache(manifest, 32, track=lambda items, *_: items, **settings) if cached else None
     transform = SampleTransform(img_size=32, augment=None, seed=1)
 
     def names(rank: int, world_size: int) -> list[str]:
@@ -164,7 +169,10 @@ def test_ranks_share_an_epoch(toy_data: Path) -> None:
             seed=1,
             rank=rank,
             world_size=world_size,
+            cache=cache,
+            on_device=cached,
         )
+        assert isinstance(loader, CacheReader) == cached
         loader.set_epoch(2)
         assert len(list(loader)) == len(loader)
         return [name for batch in loader for name in batch.names]

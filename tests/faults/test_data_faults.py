@@ -16,7 +16,7 @@ import torch.utils.data._utils.signal_handling as torch_watch
 
 from camoxpert.config import AugmentConfig
 from camoxpert.data import supervise, workers
-from camoxpert.data.augment import SampleTransform
+from camoxpert.data.augment import Operators, SampleTransform
 from camoxpert.data.datasets import EvalDataset, PairDataset
 from camoxpert.data.loader import Loader, build_eval_loader, build_loader
 from camoxpert.data.manifest import Manifest, load_train
@@ -28,6 +28,8 @@ STRONG = AugmentConfig(vflip=0.5, rotate=60, blur=0.3, noise=0.3)
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    # Imported here once: a worker that imports it takes longer than the tests wait.
+    Operators()
     root = tmp_path_factory.mktemp("data")
     generate_toy(root, num_train=24, num_test=0, size=32, seed=0)
     return load_train([root])
@@ -243,13 +245,13 @@ class TestHang:
         expected = epoch_of(loader_of(0), 0)
         hangs_at(1)
         told: list[str] = []
-        loader = loader_of(2, worker_timeout=1.0, report=told.append)
+        loader = loader_of(2, worker_timeout=2.0, report=told.append)
         assert epoch_of(loader, 0) == expected
         assert len(told) == 1 and "gave no answer" in told[0]
 
     def test_twice_the_samples_are_named(self, loader_of, manifest, hangs_at) -> None:
         hangs_at(2)
-        loader = loader_of(2, worker_timeout=1.0, report=lambda text: None)
+        loader = loader_of(2, worker_timeout=2.0, report=lambda text: None)
         with pytest.raises(DataError, match=r"data\.worker_timeout") as caught:
             epoch_of(loader, 0)
         assert manifest.pairs[7].name in str(caught.value)
