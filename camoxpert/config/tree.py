@@ -100,6 +100,25 @@ class DataConfig:
         "how data workers start",
         choices=("auto", "fork", "spawn", "forkserver"),
     )
+    worker_timeout: float = setting(
+        300.0,
+        "seconds without a batch after which data workers are taken for hung and started anew; 0: "
+        "never",
+        minimum=0,
+    )
+    unreadable: str = setting(
+        "error",
+        "what an unreadable image or mask is: an error, or replaced by the next readable pair "
+        "(left out in validation)",
+        flag="--unreadable",
+        choices=("error", "skip"),
+    )
+    max_unreadable: float = setting(
+        0.01,
+        "share of the images that may be unreadable under --unreadable skip; one always may",
+        minimum=0,
+        maximum=1,
+    )
     cache: str = setting(
         "auto",
         "decoded training pairs: kept on disk, in memory, or nowhere (none)",

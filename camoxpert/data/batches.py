@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import cv2
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from camoxpert.data.augment import SampleTransform
 from camoxpert.data.device_augment import apply_draws
+from camoxpert.data.unreadable import Fault
 from camoxpert.errors import DataError
 
 
@@ -25,7 +27,8 @@ class Batch:
         masks: uint8 (B, 1, S, S), 0 or 255.
         names: names of the pairs.
         sizes: original (height, width) of each.
-        indices: positions in the manifest.
+        indices: positions in the manifest of the samples that were due; their draws are used.
+        replaced: (name, reason) of every unreadable pair for which another one stands in.
     """
 
     images: Tensor
@@ -33,6 +36,7 @@ class Batch:
     names: list[str]
     sizes: list[tuple[int, int]]
     indices: list[int]
+    replaced: list[Fault] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which copies to the GPU run beside the
@@ -40,8 +44,8 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
-        """Return the batch in up to so many parts of nearly equal size, in order, without
-        copies."""
+        """Return the batch in up to so many parts of nearly equal size, in order, without copies;
+        the first part keeps ``replaced``."""
         size = -(-len(self.names) // parts)
         if size >= len(self.names):
             return [self]
@@ -52,6 +56,7 @@ class Batch:
                 self.names[start : start + size],
                 self.sizes[start : start + size],
                 self.indices[start : start + size],
+                [] if start else self.replaced,
             )
             for start in range(0, len(self.names), size)
         ]
@@ -74,6 +79,7 @@ class EvalBatch:
         names, sizes: as in Batch.
         full_masks: uint8 (H, W) arrays, 0 or 255.
         originals: uint8 (H, W, 3) RGB arrays, or empty.
+        unreadable: (name, reason) of pairs that were left out; the batch may be empty.
     """
 
     images: Tensor
@@ -81,6 +87,7 @@ class EvalBatch:
     sizes: list[tuple[int, int]]
     full_masks: list[np.ndarray]
     originals: list[np.ndarray] = field(default_factory=list)
+    unreadable: list[Fault] = field(default_factory=list)
 
 
 @dataclass
@@ -89,7 +96,7 @@ class RawBatch:
 
     Attributes:
         pixels: uint8 (B, S, S, 4), RGB and mask.
-        names, sizes, indices: as in Batch.
+        names, sizes, indices, replaced: as in Batch.
         epoch: epoch of the draws.
         target: side of the training images, in pixels.
     """
@@ -100,6 +107,7 @@ class RawBatch:
     indices: list[int]
     epoch: int
     target: int
+    replaced: list[Fault] = field(default_factory=list)
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory."""
@@ -113,30 +121,31 @@ class RawBatch:
         ]
         pixels = self.pixels.to(device, non_blocking=True)
         images, masks = apply_draws(pixels, draws, self.target)
-        return Batch(images, masks, self.names, self.sizes, self.indices)
+        return Batch(images, masks, self.names, self.sizes, self.indices, self.replaced)
 
 
 def collate(samples: list[Any]) -> Batch | DataError:
-    """Stack (image, mask, name, size, index) samples; the first fault wins."""
+    """Stack (image, mask, name, size, index, faults) samples; the first fault wins."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    images, masks, names, sizes, indices = zip(*samples, strict=True)
+    images, masks, names, sizes, indices, faults = zip(*samples, strict=True)
     return Batch(
         _planes(images),
         torch.from_numpy(np.stack(masks))[:, None],
         list(names),
         list(sizes),
         list(indices),
+        list(chain(*faults)),
     )
 
 
 def collate_raw(samples: list[Any]) -> RawBatch | DataError:
-    """Stack (pixels, name, size, index, epoch, target) samples; the first fault wins."""
+    """Stack (pixels, name, size, index, epoch, target, faults) samples; the first fault wins."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    pixels, names, sizes, indices, epochs, targets = zip(*samples, strict=True)
+    pixels, names, sizes, indices, epochs, targets, faults = zip(*samples, strict=True)
     return RawBatch(
         torch.from_numpy(np.stack(pixels)),
         list(names),
@@ -144,18 +153,25 @@ def collate_raw(samples: list[Any]) -> RawBatch | DataError:
         list(indices),
         epochs[0],
         targets[0],
+        list(chain(*faults)),
     )
 
 
-def collate_eval(samples: Sequence[Any]) -> EvalBatch | DataError:
-    """Stack the images and list the rest; the first fault wins."""
+def collate_eval(samples: Sequence[Any], *, img_size: int) -> EvalBatch | DataError:
+    """Stack the images and list the rest; the first fault wins, (name, reason) pairs of skipped
+    ones are set aside."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    images, names, masks, originals = zip(*samples, strict=True)
+    skipped = [sample for sample in samples if len(sample) == 2]
+    read = [sample for sample in samples if len(sample) != 2]
+    if not read:
+        empty = torch.empty((0, 3, img_size, img_size), dtype=torch.uint8)
+        return EvalBatch(empty, [], [], [], unreadable=skipped)
+    images, names, masks, originals = zip(*read, strict=True)
     sizes = [(int(mask.shape[0]), int(mask.shape[1])) for mask in masks]
     kept = [image for image in originals if image is not None]
-    return EvalBatch(_planes(images), list(names), sizes, list(masks), kept)
+    return EvalBatch(_planes(images), list(names), sizes, list(masks), kept, skipped)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +36,7 @@ from camoxpert.data.cache_table import (
 from camoxpert.data.image_io import read_pair
 from camoxpert.data.manifest import Manifest, Pair
 from camoxpert.data.resources import available_memory, usable_cores
+from camoxpert.data.unreadable import listed
 from camoxpert.errors import DataError
 from camoxpert.files import write_bytes, write_whole
 
@@ -67,7 +68,14 @@ def default_folder() -> Path:
 
 
 def choose_cache(
-    mode: str, manifest: Manifest, side: int, *, folder: Path, epochs: int, forks: bool = True
+    mode: str,
+    manifest: Manifest,
+    side: int,
+    *,
+    folder: Path,
+    epochs: int,
+    forks: bool = True,
+    processes: int = 1,
 ) -> tuple[str, str]:
     """Resolve ``--cache auto``; return none, ram or disk, and why.
 
@@ -76,19 +84,22 @@ def choose_cache(
         manifest, side, folder: as ``open_cache`` takes them.
         epochs: of the run.
         forks: workers see this process's memory, so that one copy in it serves all.
+        processes: training processes on this machine; each would keep its own copy in memory.
     """
     needed = cache_bytes(manifest, side)
     words = f"{needed / 1e9:.2f} GB"
+    copies = words if processes == 1 else f"{words} in each of {processes} processes"
     if mode != "auto":
-        return mode, f"{words}, as asked" if mode != "none" else "as asked"
+        asked = copies if mode == "ram" else words
+        return mode, f"{asked}, as asked" if mode != "none" else "as asked"
     if epochs == 1:
         return "none", "one epoch reads every file once anyway"
     free = free_disk(folder / cache_name(manifest, side))
     if free is not None and needed + DISK_RESERVE <= free:
         return "disk", f"{words} of {free / 1e9:.0f} GB free"
     memory = available_memory()
-    if forks and memory is not None and needed <= MEMORY_SHARE * memory:
-        return "ram", f"{words} of {memory / 1e9:.0f} GB of free memory; the disk cannot take it"
+    if forks and memory is not None and processes * needed <= MEMORY_SHARE * memory:
+        return "ram", f"{copies} of {memory / 1e9:.0f} GB of free memory; the disk cannot take it"
     return "none", f"{words} fit neither on the disk nor in memory: every epoch decodes"
 
 
@@ -105,12 +116,15 @@ def free_disk(folder: Path) -> int | None:
 
 
 def find_cache(
-    manifest: Manifest, side: int, folder: Path, max_pixels: int
+    manifest: Manifest, side: int, folder: Path, max_pixels: int, *, unreadable: str = "error"
 ) -> tuple[PixelCache | None, str]:
     """Look for a disk cache of (at least) these pairs; write nothing.
 
     Returns:
         The cache and "", or None and why there is none to use: miss, stale or corrupt.
+
+    Raises:
+        DataError: ``unreadable`` is error, and the cache was made over files it could not decode.
     """
     place = folder / cache_name(manifest, side)
     wanted = description(manifest, side, max_pixels)
@@ -118,9 +132,12 @@ def find_cache(
     if verdict:
         return None, verdict
     try:
-        return map_cache(place), ""
+        found = map_cache(place)
     except (OSError, ValueError, EOFError, KeyError) as error:
         return None, f"corrupt: {error}"
+    if unreadable == "error":
+        found.require_sound(manifest)
+    return found, ""
 
 
 def open_cache(
@@ -131,6 +148,7 @@ def open_cache(
     folder: Path,
     max_pixels: int,
     strict: bool = False,
+    unreadable: str = "error",
     say: Say,
     track: Track,
     check_stop: Callable[[], None] = lambda: None,
@@ -144,6 +162,8 @@ def open_cache(
         folder: holds the caches of all data sets.
         max_pixels: as for training.
         strict: a disk cache that is not there, complete and fresh is an error.
+        unreadable: error, or skip: rows of files that cannot be decoded stay empty and are listed
+            in the cache.
         say: receives one line: hit, miss, stale or corrupt, and why.
         track: wraps the build's iterations for a progress bar.
         check_stop: called while building; raises to stop.
@@ -152,9 +172,9 @@ def open_cache(
         DataError: a file cannot be read, memory or disk are too small, or ``strict`` and no hit.
     """
     if mode == "ram":
-        return _in_memory(manifest, side, max_pixels, say, track, check_stop)
+        return _in_memory(manifest, side, max_pixels, unreadable, say, track, check_stop)
     place = folder / cache_name(manifest, side)
-    found, verdict = find_cache(manifest, side, folder, max_pixels)
+    found, verdict = find_cache(manifest, side, folder, max_pixels, unreadable=unreadable)
     if found is not None:
         say(f"            hit: {place}")
         return found
@@ -173,18 +193,23 @@ def open_cache(
                 wanted,
                 manifest,
                 max_pixels=max_pixels,
+                unreadable=unreadable,
                 say=say,
                 track=track,
                 check_stop=check_stop,
             )
         # Still under the lock: nobody replaces the files between the table and the map.
-        return map_cache(place)
+        made = map_cache(place)
+    if unreadable == "error":
+        made.require_sound(manifest)
+    return made
 
 
 def _in_memory(
     manifest: Manifest,
     side: int,
     max_pixels: int,
+    unreadable: str,
     say: Say,
     track: Track,
     check_stop: Callable[[], None],
@@ -201,11 +226,16 @@ def _in_memory(
     pixels = np.frombuffer(mmap.mmap(-1, max(1, needed)), np.uint8)[:needed].reshape(shape)
     sizes = np.zeros((len(manifest), 2), np.int32)
     todo = list(range(len(manifest)))
-    decoded = _decode(manifest, todo, pixels, sizes, max_pixels, check_stop)
+    faults: dict[int, str] = {}
+    decoded = _decode(manifest, todo, pixels, sizes, faults, max_pixels, check_stop)
     for _ in track(decoded, len(todo), "decoding"):
         pass
-    rows = {(pair.dataset, pair.name): row for row, pair in enumerate(manifest.pairs)}
-    return PixelCache(pixels, sizes, rows)
+    if unreadable == "error":
+        _require_none(faults)
+    keys = [(pair.dataset, pair.name) for pair in manifest.pairs]
+    rows = {key: row for row, key in enumerate(keys)}
+    bad = {keys[row]: why for row, why in sorted(faults.items())}
+    return PixelCache(pixels, sizes, rows, unreadable=bad)
 
 
 def cache_name(manifest: Manifest, side: int) -> str:
@@ -223,6 +253,7 @@ def build(
     manifest: Manifest,
     *,
     max_pixels: int,
+    unreadable: str,
     say: Say,
     track: Track,
     check_stop: Callable[[], None],
@@ -263,14 +294,24 @@ def build(
     if 0 < len(todo) < count:
         say(f"            {count - len(todo)} of {count} pairs are there already")
     sizes = np.zeros((count, 2), np.int32)
-    decoded = _decode(manifest, todo, pixels, sizes, max_pixels, check_stop)
+    faults: dict[int, str] = {}
+    decoded = _decode(manifest, todo, pixels, sizes, faults, max_pixels, check_stop)
     for index in track(decoded, len(todo), "decoding"):
         table[index] = (checksum(pixels[index]), *sizes[index])
+    if unreadable == "error":
+        _require_none(faults)
+    for index in faults:
+        # Their height stays 0. What an earlier build left in the row must not pass for a sample.
+        pixels[index] = 0
+        table[index] = (checksum(pixels[index]), 0, 0)
     pixels.flush()
     table.flush()
     original = np.asarray(table[:, 1:], np.int32)
     write_whole(place / "sizes.npy", lambda file: np.save(file, original), durable=True)
-    _write_json(place / "table.json", {**wanted, "checksums": table[:, 0].tolist()})
+    names = list(wanted["files"])
+    bad = {names[index]: why for index, why in sorted(faults.items())}
+    checksums = table[:, 0].tolist()
+    _write_json(place / "table.json", {**wanted, "checksums": checksums, "unreadable": bad})
     (place / "building.json").unlink(missing_ok=True)
     del table
     progress.unlink(missing_ok=True)
@@ -303,14 +344,12 @@ def _decode(
     todo: Sequence[int],
     pixels: np.ndarray,
     sizes: np.ndarray,
+    faults: dict[int, str],
     max_pixels: int,
     check_stop: Callable[[], None],
 ) -> Iterable[int]:
-    """Decode rows in threads (the decoders release the interpreter's lock); yield those done.
-
-    Raises:
-        DataError: one error that lists up to ten unreadable files, after all others are decoded.
-    """
+    """Decode rows in threads (the decoders release the interpreter's lock); yield those done, and
+    put why others cannot be decoded into ``faults``."""
     side = pixels.shape[1]
 
     def one(index: int) -> str:
@@ -323,7 +362,6 @@ def _decode(
         pixels[index] = square_pair(image, mask, side)
         return ""
 
-    faults = []
     chunk = 8 * usable_cores()
     with ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(todo), chunk):
@@ -331,13 +369,16 @@ def _decode(
             part = todo[start : start + chunk]
             for index, fault in zip(part, pool.map(one, part), strict=True):
                 if fault:
-                    faults.append(fault)
+                    faults[index] = fault
                 else:
                     yield index
+
+
+def _require_none(faults: Mapping[int, str]) -> None:
+    """Raise one DataError that lists up to ten unreadable files."""
     if faults:
-        more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
-        listed = "\n".join(f"  {text}" for text in faults[:10])
-        raise DataError(f"{len(faults)} files cannot be decoded:\n{listed}{more}")
+        reasons = [faults[row] for row in sorted(faults)]
+        raise DataError(f"{len(faults)} files cannot be decoded:\n{listed(reasons)}")
 
 
 def _allocate(path: Path, size: int) -> None:

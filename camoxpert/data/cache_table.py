@@ -2,7 +2,8 @@
 
 ``pixels.u8`` is one array of uint8 (N, S, S, 4), RGB and mask; ``sizes.npy`` holds the original
 sizes; ``table.json`` says from which files, with which settings and by which code the rows were
-made, and the checksum of each. A cache is used only if all of that fits.
+made, the checksum of each, and which files could not be decoded under ``--unreadable skip`` (their
+rows are empty, their height is 0). A cache is used only if all of that fits.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import PIL
 
 from camoxpert.data.manifest import Manifest
 from camoxpert.data.resources import usable_cores
+from camoxpert.data.unreadable import listed
 from camoxpert.errors import DataError
 
 # Raise it when decoding or resizing changes: older caches are then stale.
@@ -40,6 +42,7 @@ class PixelCache:
         rows: row of each (data set, name).
         path: file of the pixels; None where they live in memory alone.
         digest: of the table beside it.
+        unreadable: why the files of a (data set, name) could not be decoded; its row is empty.
     """
 
     pixels: np.ndarray
@@ -47,27 +50,46 @@ class PixelCache:
     rows: dict[tuple[str, str], int]
     path: Path | None = None
     digest: str = ""
+    unreadable: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the file's name, not its gigabytes: a spawned worker maps it again."""
         if self.path is None:
-            return PixelCache, (np.asarray(self.pixels), self.sizes, self.rows)
+            values = (np.asarray(self.pixels), self.sizes, self.rows)
+            return PixelCache, (*values, None, "", self.unreadable)
         return _reopened, (self.path.parent, self.digest)
 
     def of(self, manifest: Manifest) -> np.ndarray:
         """Return the rows of a manifest's pairs, in its order."""
         return np.array([self.rows[pair.dataset, pair.name] for pair in manifest.pairs], np.int64)
 
+    def unreadable_of(self, manifest: Manifest) -> dict[int, str]:
+        """Return which of a manifest's pairs could not be decoded, by position, and why."""
+        if not self.unreadable:
+            return {}
+        keys = ((pair.dataset, pair.name) for pair in manifest.pairs)
+        return {i: self.unreadable[key] for i, key in enumerate(keys) if key in self.unreadable}
+
+    def require_sound(self, manifest: Manifest) -> None:
+        """Raise DataError that lists the pairs of a manifest that could not be decoded."""
+        bad = list(self.unreadable_of(manifest).values())
+        if bad:
+            raise DataError(
+                f"{len(bad)} files could not be decoded when the cache was made with "
+                f"--unreadable skip:\n{listed(bad)}\nRepair, replace or remove them, or use "
+                f"--unreadable skip again."
+            )
+
 
 def description(manifest: Manifest, side: int, max_pixels: int) -> dict[str, Any]:
     """Return everything the pixels of a cache depend on."""
     files = {}
     for pair in manifest.pairs:
-        stats = [path.stat() for path in (pair.image, pair.mask)]
         files[f"{pair.dataset}/{pair.name}"] = [
             str(pair.image.resolve()),
             str(pair.mask.resolve()),
-            *(number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)),
+            *_state(pair.image),
+            *_state(pair.mask),
         ]
     versions = {"opencv": cv2.__version__, "pillow": PIL.__version__}
     return {
@@ -166,7 +188,17 @@ def map_cache(place: Path, digest: str = "") -> PixelCache:
         pixels = np.memmap(place / "pixels.u8", np.uint8, "r", shape=shape)
     sizes = np.load(place / "sizes.npy", allow_pickle=False)
     rows = {_pair_key(name): row for row, name in enumerate(names)}
-    return PixelCache(pixels, sizes, rows, place / "pixels.u8", found)
+    unreadable = {_pair_key(name): why for name, why in table.get("unreadable", {}).items()}
+    return PixelCache(pixels, sizes, rows, place / "pixels.u8", found, unreadable)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return a file's size and time; a missing one is a state, too."""
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _reopened(place: Path, digest: str) -> PixelCache:

@@ -1,4 +1,4 @@
-"""From pairs to batches on the device: pure data sets, loaders, and the reader of the cache.
+"""From pairs to batches on the device.
 
 A sample is a pure function of (seed, epoch, index). So any number of workers, kept or not, cached
 or not, and any resume give the same batches bit for bit.
@@ -6,122 +6,54 @@ or not, and any resume give the same batches bit for bit.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from camoxpert.data.augment import SampleTransform, resize_pair, square_pair
-from camoxpert.data.batches import (
-    Batch,
-    EvalBatch,
-    RawBatch,
-    collate,
-    collate_eval,
-    collate_raw,
-)
+from camoxpert.data.augment import SampleTransform
+from camoxpert.data.batches import Batch, EvalBatch, RawBatch, collate, collate_eval, collate_raw
+from camoxpert.data.cache_reader import CacheReader
 from camoxpert.data.cache_table import PixelCache
-from camoxpert.data.image_io import MAX_PIXELS, read_pair
+from camoxpert.data.datasets import EvalDataset, PairDataset
+from camoxpert.data.image_io import MAX_PIXELS
 from camoxpert.data.manifest import Manifest
-from camoxpert.data.sampler import EpochSampler
-from camoxpert.data.workers import checked, end_workers, loader_options
-from camoxpert.errors import DataError
+from camoxpert.data.sampler import EpochSampler, InOrderSampler
+from camoxpert.data.supervise import Report, Supervised, end_workers
+from camoxpert.data.unreadable import allowed
+from camoxpert.data.workers import loader_options
 
 
-class PairDataset(Dataset[Any]):
-    """Reads pairs, from their files or from the cache, and changes them unless the device will.
+class Loader:
+    """Training batches of one manifest, epoch after epoch; ``close`` ends its worker processes.
 
-    A fault is returned as a value: an exception raised in a worker reaches the main process as a
-    traceback inside a message, and the readable text is lost.
+    Args:
+        make: builds the DataLoader; called again when its workers died.
+        sampler: which its samples come from.
+        transform: how they are changed.
+        names: of the manifest's pairs.
+        timeout, report: see ``Supervised``.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        make: Callable[[], DataLoader[Any]],
+        sampler: EpochSampler,
         transform: SampleTransform,
+        names: Sequence[str],
         *,
-        max_pixels: int = MAX_PIXELS,
-        cache: PixelCache | None = None,
-        raw: bool = False,
-    ) -> None:
-        self.pairs = manifest.pairs
-        self.transform = transform
-        self.max_pixels = max_pixels
-        self.cache = cache
-        self.rows = None if cache is None else cache.of(manifest)
-        self.raw = raw
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: tuple[int, int, int]) -> Any:
-        """Return sample (epoch, index, target) as ``collate`` or, raw, as ``collate_raw`` takes it;
-        or the DataError."""
-        epoch, index, target = key
-        pair = self.pairs[index]
-        if self.cache is not None and self.rows is not None:
-            pixels = self.cache.pixels[self.rows[index]]
-            height, width = self.cache.sizes[self.rows[index]].tolist()
-        else:
-            try:
-                image, mask = read_pair(
-                    pair.image,
-                    pair.mask,
-                    max_pixels=self.max_pixels,
-                    at_least=self.transform.source,
-                )
-            except DataError as error:
-                return error
-            height, width = mask.shape
-            pixels = square_pair(image, mask, self.transform.source)
-        if self.raw:
-            return pixels, pair.name, (height, width), index, epoch, target
-        changed = self.transform.change(pixels, epoch=epoch, index=index, target=target)
-        return *changed, pair.name, (height, width), index
-
-
-class EvalDataset(Dataset[Any]):
-    """Reads pairs for scoring: the image resized, the mask as it is."""
-
-    def __init__(
-        self, manifest: Manifest, *, img_size: int, max_pixels: int, keep_images: bool
-    ) -> None:
-        self.pairs = manifest.pairs
-        self.img_size = img_size
-        self.max_pixels = max_pixels
-        self.keep_images = keep_images
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Any:
-        """Return (resized image, name, mask, original image or None), or the DataError."""
-        pair = self.pairs[index]
-        try:
-            image, mask = read_pair(pair.image, pair.mask, max_pixels=self.max_pixels)
-        except DataError as error:
-            return error
-        resized, _ = resize_pair(image, mask, self.img_size)
-        return resized, pair.name, mask, image if self.keep_images else None
-
-
-class Loader:
-    """Training batches of one manifest, epoch after epoch; ``close`` ends its worker processes."""
-
-    def __init__(
-        self, loader: DataLoader[Any], sampler: EpochSampler, transform: SampleTransform
+        timeout: float = 0.0,
+        report: Report | None = None,
     ) -> None:
         self.transform = transform
-        self._loader = loader
         self._sampler = sampler
-        self._running: list[Any] = []
+        self._batches = Supervised(make, sampler, names, timeout=timeout, report=report)
+        self._running = self._batches.running
         # Workers do not obey SIGTERM (see start_worker), and that is how the interpreter ends its
         # children: without this an exception that keeps a loader alive hangs the exit for ever.
         self._finalizer = weakref.finalize(self, end_workers, self._running)
@@ -136,109 +68,10 @@ class Loader:
         self._finalizer()
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._batches.loader)
 
     def __iter__(self) -> Iterator[Batch | RawBatch]:
-        return checked(self._loader, self._running)
-
-
-class CacheReader:
-    """Batches straight from the cache's memory map: a thread reads ahead, no process is needed.
-
-    A batch is one gather of rows; handing it between processes would cost more than making it.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        cache: PixelCache,
-        sampler: EpochSampler,
-        transform: SampleTransform,
-        *,
-        ahead: int = 2,
-        pin_memory: bool = False,
-    ) -> None:
-        self.transform = transform
-        self._pairs = manifest.pairs
-        self._cache = cache
-        self._rows = cache.of(manifest)
-        self._sampler = sampler
-        self._ahead = ahead
-        self._pin = pin_memory
-        self._free: list[np.ndarray] = []
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch to iterate next, from its ``start_batch``-th batch on."""
-        self._sampler.epoch = epoch
-        self._sampler.start = start_batch * self._sampler.batch_size
-
-    def close(self) -> None:
-        """Nothing to end: the thread ends with its iteration."""
-
-    def __len__(self) -> int:
-        return -(-len(self._sampler) // self._sampler.batch_size)
-
-    def __iter__(self) -> Iterator[RawBatch]:
-        keys = list(self._sampler)
-        size = self._sampler.batch_size
-        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-        ready: queue.Queue[RawBatch | BaseException] = queue.Queue(maxsize=self._ahead)
-        stopped = threading.Event()
-
-        def put(item: RawBatch | BaseException) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read() -> None:
-            for batch in batches:
-                if stopped.is_set():
-                    return
-                try:
-                    put(self.read(batch))
-                except BaseException as error:
-                    put(error)
-                    return
-
-        thread = threading.Thread(target=read, daemon=True)
-        thread.start()
-        try:
-            for _ in batches:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
-
-    def _buffer(self, count: int) -> Tensor:
-        """Return memory for a batch: what earlier batches used, once nothing refers to it any more.
-
-        The kernel would otherwise clear megabytes of fresh pages for every batch, which takes
-        longer than filling them. Page-locked memory is kept by torch itself.
-        """
-        side = self._cache.pixels.shape[1]
-        if self._pin:
-            return torch.empty((count, side, side, 4), dtype=torch.uint8, pin_memory=True)
-        size = self._sampler.batch_size
-        whole = self._free.pop() if self._free else np.empty((size, side, side, 4), np.uint8)
-        lent = whole[:count]
-        # torch holds this very array as long as any tensor looks into it.
-        weakref.finalize(lent, self._free.append, whole).atexit = False
-        return torch.from_numpy(lent)
-
-    def read(self, keys: Sequence[tuple[int, int, int]]) -> RawBatch:
-        """Gather the rows of one batch of (epoch, index, target)."""
-        epochs, indices, targets = zip(*keys, strict=True)
-        rows = self._rows[list(indices)]
-        pixels = self._buffer(len(rows))
-        np.take(self._cache.pixels, rows, axis=0, out=pixels.numpy(), mode="clip")
-        sizes = [(int(height), int(width)) for height, width in self._cache.sizes[rows]]
-        names = [self._pairs[index].name for index in indices]
-        return RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0])
+        return iter(self._batches)
 
 
 Batches = Loader | CacheReader
@@ -261,33 +94,56 @@ def build_loader(
     on_device: bool = False,
     targets: Sequence[int] = (),
     start_method: str = "auto",
+    rank: int = 0,
+    world_size: int = 1,
+    worker_timeout: float = 300.0,
+    unreadable: str = "error",
+    max_unreadable: float = 0.01,
+    report: Report | None = None,
 ) -> Batches:
     """Build a loader of training batches.
 
     Args:
         manifest: the pairs.
         transform: how they become samples.
-        batch_size, num_workers, shuffle, seed, drop_last: as usual.
+        batch_size, num_workers, shuffle, seed, drop_last: as usual; the batch is this process's.
         persistent_workers, prefetch_factor, pin_memory, start_method: about the workers.
         max_pixels: larger images are refused.
         cache: decoded pairs to read instead of files.
         on_device: batches are RawBatch, to be finished on the device. With a cache and no workers
             they are read straight from it.
         targets: sides of the training images, one drawn per batch; empty: the transform's.
+        rank, world_size: this process among those that share an epoch.
+        worker_timeout: seconds without a batch after which workers are taken for hung; 0: never.
+        unreadable: error, or skip: the next readable pair stands in, and ``replaced`` says so.
+        max_unreadable: share of the pairs; more in a row are an error under skip, too.
+        report: receives a line when workers died and were started anew; by default stderr does.
     """
     sampler = EpochSampler(
         len(manifest),
         seed=seed,
         shuffle=shuffle,
+        rank=rank,
+        world_size=world_size,
         batch_size=batch_size,
         targets=targets or (transform.img_size,),
     )
+    skip = allowed(len(manifest), max_unreadable) if unreadable == "skip" else 0
     if cache is not None and on_device and num_workers == 0 and not drop_last:
         return CacheReader(
-            manifest, cache, sampler, transform, ahead=prefetch_factor, pin_memory=pin_memory
+            manifest,
+            cache,
+            sampler,
+            transform,
+            ahead=prefetch_factor,
+            pin_memory=pin_memory,
+            skip=skip,
         )
-    dataset = PairDataset(manifest, transform, max_pixels=max_pixels, cache=cache, raw=on_device)
-    loader = DataLoader(
+    dataset = PairDataset(
+        manifest, transform, max_pixels=max_pixels, cache=cache, raw=on_device, skip=skip
+    )
+    make = partial(
+        DataLoader,
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -299,9 +155,10 @@ def build_loader(
             persistent=persistent_workers,
             prefetch=prefetch_factor,
             start_method=start_method,
+            timeout=worker_timeout,
         ),
     )
-    return Loader(loader, sampler, transform)
+    return Loader(make, sampler, transform, dataset.names, timeout=worker_timeout, report=report)
 
 
 def build_eval_loader(
@@ -312,34 +169,68 @@ def build_eval_loader(
     num_workers: int = 0,
     max_pixels: int = MAX_PIXELS,
     keep_images: bool = False,
+    start_method: str = "auto",
+    worker_timeout: float = 300.0,
+    unreadable: str = "error",
+    report: Report | None = None,
 ) -> EvalLoader:
-    """Build a loader of evaluation batches in manifest order; see ``EvalBatch``."""
+    """Build a loader of evaluation batches in manifest order; see ``EvalBatch``.
+
+    ``unreadable`` (error, or skip: left out and listed in the batch), ``worker_timeout`` and
+    ``report`` are as in ``build_loader``.
+    """
     dataset = EvalDataset(
-        manifest, img_size=img_size, max_pixels=max_pixels, keep_images=keep_images
+        manifest,
+        img_size=img_size,
+        max_pixels=max_pixels,
+        keep_images=keep_images,
+        skip=unreadable == "skip",
+    )
+    sampler = InOrderSampler(len(manifest), batch_size)
+    make = partial(
+        DataLoader,
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=partial(collate_eval, img_size=img_size),
+        **loader_options(
+            num_workers,
+            persistent=False,
+            prefetch=2,
+            start_method=start_method,
+            timeout=worker_timeout,
+        ),
     )
     return EvalLoader(
-        DataLoader(
-            dataset,
-            batch_size=batch_size,
-            collate_fn=collate_eval,
-            **loader_options(num_workers, persistent=False, prefetch=2),
-        )
+        make,
+        sampler,
+        [pair.name for pair in manifest.pairs],
+        timeout=worker_timeout,
+        report=report,
     )
 
 
 class EvalLoader:
-    """Evaluation batches in manifest order."""
+    """Evaluation batches in manifest order; workers that die are started anew once."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-        self._running: list[Any] = []
+    def __init__(
+        self,
+        make: Callable[[], DataLoader[Any]],
+        sampler: InOrderSampler,
+        names: Sequence[str],
+        *,
+        timeout: float = 0.0,
+        report: Report | None = None,
+    ) -> None:
+        self._batches = Supervised(make, sampler, names, timeout=timeout, report=report)
+        self._running = self._batches.running
         self._finalizer = weakref.finalize(self, end_workers, self._running)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._batches.loader)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        return checked(self._loader, self._running)
+        return iter(self._batches)
 
 
 def finish(loader: Batches, batch: Batch | RawBatch, device: torch.device) -> Batch:

@@ -9,13 +9,11 @@ import math
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from camoxpert.data.image_io import MAX_PIXELS, pair_orientation, probe, require_whole
 from camoxpert.data.layouts import (
     CSV_LAYOUT,
     LAYOUTS,
@@ -76,7 +74,7 @@ class Manifest:
         not."""
         digest = hashlib.sha256()
         for pair in self.pairs:
-            sizes = (pair.image.stat().st_size, pair.mask.stat().st_size)
+            sizes = (_size(pair.image), _size(pair.mask))
             digest.update(
                 f"{pair.dataset}/{pair.name}\t{sizes[0]}\t{sizes[1]}\n".encode(
                     errors="surrogateescape"
@@ -214,32 +212,12 @@ def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Ma
     )
 
 
-def require_readable(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> None:
-    """Check every header, the ends of the files and the sizes of each pair, before hours are spent.
-
-    Raises:
-        DataError: one error that lists up to ten faulty files.
-    """
-
-    def fault(pair: Pair) -> str | None:
-        try:
-            heads = [probe(path, max_pixels=max_pixels) for path in (pair.image, pair.mask)]
-            pair_orientation(*heads, image_path=pair.image, mask_path=pair.mask)
-            for path, head in zip((pair.image, pair.mask), heads, strict=True):
-                require_whole(path, head)
-        except DataError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        faults = [text for text in pool.map(fault, manifest.pairs, chunksize=32) if text]
-    if faults:
-        more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
-        listed = "\n".join(f"  {text}" for text in faults[:10])
-        raise DataError(
-            f"{len(faults)} of {len(manifest)} pairs of {manifest.dataset} cannot be used:\n"
-            f"{listed}{more}\nRepair, replace or remove these files (image and mask)."
-        )
+def _size(path: Path) -> int:
+    """Return a file's size, -1 where it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _read(root: Path, layout: str, noncam: str) -> list[Manifest]:

@@ -4,12 +4,44 @@ resume."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch.utils.data import Sampler
 
 
-class EpochSampler(Sampler[tuple[int, int, int]]):
+class BatchPlaces:
+    """A sampler that can start at any batch.
+
+    Attributes:
+        start: first sample of the order that is drawn.
+        batch_size: samples of a batch.
+    """
+
+    start: int
+    batch_size: int
+
+    def indices(self) -> Sequence[int]:
+        """Return the indices that are left from ``start`` on."""
+        raise NotImplementedError
+
+    @contextmanager
+    def at_batch(self, batch: int) -> Iterator[None]:
+        """Start at the batch-th batch after ``start`` for the time of the context."""
+        start = self.start
+        self.start = start + batch * self.batch_size
+        try:
+            yield
+        finally:
+            self.start = start
+
+    def batch_indices(self, batch: int) -> list[int]:
+        """Return the indices of the batch-th batch after ``start``."""
+        with self.at_batch(batch):
+            return [int(index) for index in self.indices()[: self.batch_size]]
+
+
+class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
     """Yields (epoch, index, target); the order is a pure function of (seed, epoch).
 
     Every rank gets equally many: the order is filled up from its own beginning.
@@ -53,6 +85,10 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         each = -(-self.num_samples // self.world_size)
         return np.resize(indices, each * self.world_size)[self.rank :: self.world_size]
 
+    def indices(self) -> Sequence[int]:
+        """Return the indices that are left of this rank's epoch from ``start`` on."""
+        return self.order(self.epoch)[self.start :].tolist()
+
     def target(self, epoch: int, batch: int) -> int:
         """Return the side of the images of an epoch's ``batch``-th batch."""
         if len(self.targets) == 1:
@@ -62,12 +98,32 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
         return self.targets[int(generator.integers(len(self.targets)))]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        epoch = self.epoch
+        # Read once: whoever set them may set them back while the samples are drawn.
+        epoch, start = self.epoch, self.start
         target = self.targets[0]
-        for position, index in enumerate(self.order(epoch)[self.start :], start=self.start):
-            if position == self.start or position % self.batch_size == 0:
+        for position, index in enumerate(self.order(epoch)[start:], start=start):
+            if position == start or position % self.batch_size == 0:
                 target = self.target(epoch, position // self.batch_size)
             yield epoch, int(index), target
 
     def __len__(self) -> int:
         return len(self.order(self.epoch)) - self.start
+
+
+class InOrderSampler(BatchPlaces, Sampler[int]):
+    """Yields every index in order, from ``start`` on."""
+
+    def __init__(self, num_samples: int, batch_size: int) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.start = 0
+
+    def indices(self) -> Sequence[int]:
+        """Return the indices that are left from ``start`` on."""
+        return range(self.start, self.num_samples)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices())
+
+    def __len__(self) -> int:
+        return self.num_samples - self.start

@@ -4,7 +4,7 @@ workers."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,25 @@ from camoxpert.data.cache import (
     open_cache,
 )
 from camoxpert.data.cache_table import PixelCache
+from camoxpert.data.datasets import PairDataset
+from camoxpert.data.headers import require_readable, unreadable_pairs
 from camoxpert.data.image_io import read_mask_as
 from camoxpert.data.inspect import identical_files
-from camoxpert.data.loader import Batches, PairDataset, build_loader, seconds_per_sample
+from camoxpert.data.loader import Batches, build_loader, seconds_per_sample
 from camoxpert.data.manifest import (
     Manifest,
+    Pair,
     find_test_sets,
     load_train,
     read_clean_list,
-    require_readable,
     split_validation,
     unused_rows,
 )
 from camoxpert.data.resources import free_shared_memory
+from camoxpert.data.supervise import Report
+from camoxpert.data.unreadable import allowed, require_few, some
 from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
+from camoxpert.errors import DataError
 from camoxpert.observe.progress import bar
 from camoxpert.training.memory import effective_batch
 
@@ -63,7 +68,17 @@ class Data:
     prefetch: int = 2
 
 
-def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = True) -> Data:
+def load_data(
+    config: Config,
+    say: Say,
+    *,
+    device: str = "cpu",
+    write: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    processes: int = 1,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Data:
     """Find, pair, check, split and decode the data.
 
     Args:
@@ -71,11 +86,17 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
         say: prints one line for the user.
         device: type of the device on which the step runs.
         write: False leaves a cache that is not there unbuilt.
+        rank, world_size: this process among those that train together; the first one alone looks
+            for what is only worth a remark.
+        processes: training processes on this machine; they share its cores and memory.
+        check_stop: called often; raises to stop. A cache that is half built then continues next
+            time.
 
     Raises:
         DataError: anything wrong with the data or its cache.
     """
     data = config.data
+    skip = data.unreadable == "skip"
     clean = read_clean_list(data.clean_list)
     whole = load_train(data.roots, layout=data.layout, noncam=data.noncam, clean=clean)
     sides = training_sides(data)
@@ -83,11 +104,22 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
     folder = Path(data.cache_dir) if data.cache_dir else default_folder()
     cache, verdict = None, ""
     if data.cache in ("auto", "disk"):
-        cache, verdict = find_cache(whole, side, folder, data.max_pixels)
+        cache, verdict = find_cache(
+            whole, side, folder, data.max_pixels, unreadable=data.unreadable
+        )
+    faults: dict[Pair, str] = {}
     mode, why = "disk", "made by an earlier run"
-    if cache is None:
+    if cache is not None:
+        faults = unreadable_in(cache, whole)
+    else:
         # A cache that fits its files was made from files that could be read.
-        require_readable(whole, max_pixels=data.max_pixels)
+        check_stop()
+        if skip:
+            faults = dict(
+                unreadable_pairs(whole, max_pixels=data.max_pixels, check_stop=check_stop)
+            )
+        else:
+            require_readable(whole, max_pixels=data.max_pixels, check_stop=check_stop)
         forks = choose_start_method(data.start_method)[0] == "fork"
         mode, why = choose_cache(
             "disk" if data.strict_cache else data.cache,
@@ -96,7 +128,9 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
             folder=folder,
             epochs=config.train.epochs,
             forks=forks,
+            processes=processes,
         )
+    check_stop()
     train, validation = split_validation(whole, data.val_fraction, config.train.seed)
     tests = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam, clean=clean)
     say(
@@ -107,8 +141,15 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
         say(f"            {note}")
     sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
     say(f"test sets   {sizes or 'none found'}; they choose nothing and are scored at the end")
-    for line in quick_checks(train, validation, tests, max_pixels=data.max_pixels):
-        say(line)
+    check_bound(train, validation, faults, data.max_unreadable)
+    check_stop()
+    if rank == 0:
+        lines = quick_checks(
+            train, validation, tests, max_pixels=data.max_pixels, unreadable=faults, skip=skip
+        )
+        for line in lines:
+            say(line)
+    check_stop()
     unmatched = unused_rows(clean, [whole, *tests.values()])
     if unmatched:
         say(
@@ -128,9 +169,21 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
             folder=folder,
             max_pixels=data.max_pixels,
             strict=data.strict_cache,
+            unreadable=data.unreadable,
             say=say,
             track=_track,
+            check_stop=check_stop,
         )
+    if cache is not None:
+        # Decoding finds more than headers show.
+        faults = unreadable_in(cache, whole)
+        check_bound(train, validation, faults, data.max_unreadable)
+    if faults:
+        say(
+            f"warning     {len(faults)} of {len(whole)} images cannot be read and are skipped "
+            f"(--unreadable skip): {some(pair.name for pair in faults)}"
+        )
+    check_stop()
     on_device = data.augment_on == "device" or (data.augment_on == "auto" and device == "cuda")
     where = "where the step runs" if on_device else "in the data workers"
     reason = "as asked" if data.augment_on != "auto" else f"the default on {device}"
@@ -139,27 +192,50 @@ def load_data(config: Config, say: Say, *, device: str = "cpu", write: bool = Tr
         words += f"; training sizes {', '.join(map(str, sides))} px, one a batch"
     say(words)
     transform = sample_transform(config)
-    dataset = PairDataset(train, transform, max_pixels=data.max_pixels, cache=cache, raw=on_device)
+    dataset = PairDataset(
+        train,
+        transform,
+        max_pixels=data.max_pixels,
+        cache=cache,
+        raw=on_device,
+        skip=allowed(len(train), data.max_unreadable) if skip else 0,
+    )
     if cache is not None and on_device and data.num_workers is None:
         workers, reason = 0, "batches are read straight from the cache, a thread ahead of the step"
     else:
         seconds = 0.0
         if data.num_workers is None:
             seconds = seconds_per_sample(dataset, data.img_size)
-        workers, reason = choose_num_workers(data.num_workers, seconds=seconds, device=device)
+        workers, reason = choose_num_workers(
+            data.num_workers, seconds=seconds, device=device, processes=processes
+        )
     if workers:
         method, how = choose_start_method(data.start_method)
         reason += f"; started by {method} ({how})"
+    batch = config.train.batch_size or -(-effective_batch(config.train) // world_size)
     prefetch, fewer = choose_prefetch(
         data.prefetch_factor,
         num_workers=workers,
-        batch_bytes=(config.train.batch_size or effective_batch(config.train))
-        * max(sides) ** 2
-        * 4,
+        batch_bytes=batch * max(sides) ** 2 * 4,
         shared=free_shared_memory(),
+        processes=processes,
     )
     say(f"workers     {workers}: {reason}" + (f"; {fewer}" if fewer else ""))
     return Data(train, validation, tests, whole.content_hash(), workers, cache, on_device, prefetch)
+
+
+def unreadable_in(cache: PixelCache, manifest: Manifest) -> dict[Pair, str]:
+    """Return the pairs of a manifest that could not be decoded into a cache, and why."""
+    return {manifest.pairs[i]: why for i, why in cache.unreadable_of(manifest).items()}
+
+
+def check_bound(
+    train: Manifest, validation: Manifest, faults: Mapping[Pair, str], share: float
+) -> None:
+    """Raise DataError where more of a part is unreadable than its share."""
+    for manifest, what in ((train, "training images"), (validation, "validation images")):
+        found = [(pair.name, faults[pair]) for pair in manifest.pairs if pair in faults]
+        require_few(found, len(manifest), share, what=what)
 
 
 def quick_checks(
@@ -168,15 +244,30 @@ def quick_checks(
     tests: Mapping[str, Manifest],
     *,
     max_pixels: int,
+    unreadable: Collection[Pair] = (),
+    skip: bool = False,
 ) -> list[str]:
     """Return what the cheap part of ``doctor`` says: how masks are stored, and identical images
-    between the splits."""
-    looked_at = train.pairs[:: max(1, len(train) // MASKS_LOOKED_AT)][:MASKS_LOOKED_AT]
-    kinds = Counter(read_mask_as(pair.mask, max_pixels=max_pixels)[1] for pair in looked_at)
+    between the splits. Pairs known to be ``unreadable`` are left alone; with ``skip`` so are masks
+    that prove to be."""
+    sound = [pair for pair in train.pairs if pair not in unreadable]
+    looked_at = sound[:: max(1, len(sound) // MASKS_LOOKED_AT)][:MASKS_LOOKED_AT]
+    kinds: Counter[str] = Counter()
+    for pair in looked_at:
+        try:
+            kinds[read_mask_as(pair.mask, max_pixels=max_pixels)[1]] += 1
+        except DataError:
+            if not skip:
+                raise
     words = ", ".join(kind for kind, _ in kinds.most_common())
     lines = [f"masks       stored as {words} ({len(looked_at)} looked at)"]
     parts = {"training": train, "validation": validation, **tests}
-    items = [(pair.image, part) for part, manifest in parts.items() for pair in manifest.pairs]
+    items = [
+        (pair.image, part)
+        for part, manifest in parts.items()
+        for pair in manifest.pairs
+        if pair not in unreadable
+    ]
     groups = [group for group in identical_files(items) if len({items[i][1] for i in group}) > 1]
     if groups:
         a = groups[0][0]
@@ -213,8 +304,25 @@ def sample_transform(config: Config) -> SampleTransform:
     )
 
 
-def training_loader(config: Config, data: Data, batch_size: int, *, device: str) -> Batches:
-    """Build the training loader for one stage's batch size."""
+def training_loader(
+    config: Config,
+    data: Data,
+    batch_size: int,
+    *,
+    device: str,
+    rank: int = 0,
+    world_size: int = 1,
+    report: Report | None = None,
+) -> Batches:
+    """Build the training loader for one stage's batch size.
+
+    Args:
+        config, data: settings, and what ``load_data`` made of them.
+        batch_size: images of a batch of this process.
+        device: type of the device on which the step runs.
+        rank, world_size: this process among those that share an epoch.
+        report: receives a line when data workers died and were started anew.
+    """
     settings = config.data
     return build_loader(
         data.train,
@@ -231,6 +339,12 @@ def training_loader(config: Config, data: Data, batch_size: int, *, device: str)
         on_device=data.on_device,
         targets=training_sides(settings),
         start_method=settings.start_method,
+        rank=rank,
+        world_size=world_size,
+        worker_timeout=settings.worker_timeout,
+        unreadable=settings.unreadable,
+        max_unreadable=settings.max_unreadable,
+        report=report,
     )
 
 

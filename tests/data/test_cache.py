@@ -309,7 +309,7 @@ class TestChoice:
         monkeypatch.setattr(cache_module, "free_disk", lambda folder: disk)
         monkeypatch.setattr(cache_module, "available_memory", lambda: memory)
         manifest = k.pop("manifest")
-        return choose_cache("auto", manifest, 32, folder=Path("x"), epochs=epochs)
+        return choose_cache("auto", manifest, 32, folder=Path("x"), epochs=epochs, **k)
 
     def test_auto(self, data: Path, monkeypatch) -> None:
         manifest = load_train([data])
@@ -326,6 +326,16 @@ class TestChoice:
         one = self.choose(monkeypatch, disk=much, memory=much, epochs=1, manifest=manifest)
         assert one[0] == "none"
         assert choose_cache("ram", manifest, 32, folder=Path("x"), epochs=1)[0] == "ram"
+
+    def test_every_process_would_keep_its_own_copy_in_memory(self, data, monkeypatch) -> None:
+        manifest = load_train([data])
+        needed = cache_module.cache_bytes(manifest, 32)
+        for processes, expected in ((1, "ram"), (2, "ram"), (3, "none")):
+            found, why = self.choose(
+                monkeypatch, disk=None, memory=4 * needed, manifest=manifest, processes=processes
+            )
+            assert found == expected
+            assert processes != 2 or "in each of 2 processes" in why
 
     def test_names_tell_data_and_size(self, data: Path) -> None:
         manifest = load_train([data])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from camoxpert.data.headers import require_readable
 from camoxpert.data.image_io import write_jpeg, write_png
 from camoxpert.data.layouts import class_of
 from camoxpert.data.manifest import (
@@ -20,7 +21,6 @@ from camoxpert.data.manifest import (
     find_test_sets,
     load_eval,
     load_train,
-    require_readable,
     split_validation,
 )
 from camoxpert.errors import ConfigError, DataError

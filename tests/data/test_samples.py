@@ -12,6 +12,8 @@ import torch
 from camoxpert.config import AugmentConfig
 from camoxpert.data.augment import SampleTransform
 from camoxpert.data.batches import normalise
+from camoxpert.data.cache import open_cache
+from camoxpert.data.cache_reader import CacheReader
 from camoxpert.data.loader import build_eval_loader, build_loader, device_batches
 from camoxpert.data.manifest import Manifest, load_train
 from camoxpert.data.sampler import EpochSampler
@@ -138,21 +140,48 @@ def test_a_broken_file_reaches_the_user_as_its_own_error(tmp_path: Path, workers
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_killed_worker_is_explained(toy_data: Path) -> None:
-    import os
-    import signal
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_do_not_fork_give_the_same_batches(tmp_path: Path, method: str) -> None:
+    generate_toy(tmp_path, num_train=8, num_test=0, size=32, seed=0)
+    manifest = load_train([tmp_path])
+    transform = SampleTransform(img_size=32, augment=STRONG, seed=1)
+    options = {"batch_size": 4, "shuffle": True, "seed": 1}
+    expected = digest(build_loader(manifest, transform, num_workers=0, **options), 0)
+    loader = build_loader(manifest, transform, num_workers=1, start_method=method, **options)
+    assert digest(loader, 0) == expected
+    loader.close()
 
-    loader = loader_of(load_train([toy_data]), 1)
-    loader.set_epoch(0)
-    batches = iter(loader)
-    next(batches)
-    os.kill(loader._running[0]._workers[0].pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="--num-workers"):
-        while True:
-            loader.set_epoch(0)
-            for _ in batches:
-                pass
-            batches = iter(loader)
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_ranks_share_an_epoch(toy_data: Path, tmp_path: Path, cached: bool) -> None:
+    manifest = load_train([toy_data])
+    settings = {"mode": "ram", "folder": tmp_path, "max_pixels": 10**6, "say": print}
+    cache = open_cache(manifest, 32, track=lambda items, *_: items, **settings) if cached else None
+    transform = SampleTransform(img_size=32, augment=None, seed=1)
+
+    def names(rank: int, world_size: int) -> list[str]:
+        loader = build_loader(
+            manifest,
+            transform,
+            batch_size=4,
+            num_workers=0,
+            shuffle=True,
+            seed=1,
+            rank=rank,
+            world_size=world_size,
+            cache=cache,
+            on_device=cached,
+        )
+        assert isinstance(loader, CacheReader) == cached
+        loader.set_epoch(2)
+        assert len(list(loader)) == len(loader)
+        return [name for batch in loader for name in batch.names]
+
+    shares = [names(rank, 4) for rank in range(4)]
+    assert {len(share) for share in shares} == {10}
+    whole = names(0, 1)
+    assert [name for place in zip(*shares, strict=True) for name in place] == whole
+    assert sorted(whole) == sorted(pair.name for pair in manifest.pairs)
 
 
 def test_evaluation_batches_keep_the_originals(toy_data: Path) -> None:

@@ -48,25 +48,28 @@ def test_batches_ahead_fit_into_shared_memory() -> None:
     assert choose_prefetch(4, num_workers=0, batch_bytes=10, shared=1) == (4, "")
 
 
-def test_news_of_a_death_while_looking_for_it() -> None:
-    """torch reports a dead worker from a signal handler, in the middle of our own handling."""
-    calls = []
+def test_cores_are_shared_between_training_processes(monkeypatch) -> None:
+    monkeypatch.setattr(workers, "usable_cores", lambda: 16)
+    found, why = choose_num_workers(None, seconds=4e-3, processes=4)
+    assert found == 4 and "4 of 4 cores (the share of each of 4 processes)" in why
+    assert choose_num_workers(None, seconds=4e-3)[0] == 8
+    for processes in (16, 40):
+        found, why = choose_num_workers(None, seconds=4e-3, processes=processes)
+        assert found == 0 and f"of {processes} processes" in why
+    assert choose_num_workers(5, processes=16)[0] == 5, "as asked"
 
-    def interrupted() -> bool:
-        calls.append(1)
-        if len(calls) == 1:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-        return False
 
-    assert workers._despite_watch(interrupted, True) is False and len(calls) == 2
+def test_shared_memory_is_shared_between_training_processes() -> None:
+    options = {"num_workers": 2, "batch_bytes": 10, "shared": 160}
+    assert choose_prefetch(4, **options)[0] == 4
+    assert choose_prefetch(4, processes=2, **options)[0] == 2
 
-    def always() -> bool:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
-    assert workers._despite_watch(always, True) is True
-
-    def other() -> bool:
-        raise RuntimeError("something else")
-
-    with pytest.raises(RuntimeError, match="something else"):
-        workers._despite_watch(other, True)
+def test_too_little_shared_memory_for_a_single_batch_is_a_warning() -> None:
+    """The need, what is free, and the way out."""
+    options = {"num_workers": 2, "batch_bytes": 50_000_000}
+    found, why = choose_prefetch(4, shared=64_000_000, **options)
+    assert found == 1 and why.startswith("warning")
+    assert "100.0 MB" in why and "64.0 MB" in why and "--num-workers 0" in why
+    _, enough = choose_prefetch(4, shared=100_000_000, **options)
+    assert "warning" not in enough, "it fits, barely"

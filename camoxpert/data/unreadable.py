@@ -1,0 +1,111 @@
+"""Samples that cannot be read: an error by default, or skipped within a bound.
+
+Under ``skip`` sample i is replaced by the next readable one, i+1, i+2, ... around the data set,
+changed by the draw of i. That depends on the files alone, so any number of workers, cached or not,
+gives the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from camoxpert.errors import DataError
+
+T = TypeVar("T")
+
+# (name, why it cannot be read).
+Fault = tuple[str, str]
+
+LISTED = 10
+NAMED = 4
+
+
+def allowed(count: int, share: float) -> int:
+    """Return how many of ``count`` images may be unreadable; at least one."""
+    return max(1, int(share * count))
+
+
+def listed(reasons: Sequence[str]) -> str:
+    """List reasons, a line each, up to ten."""
+    more = f"\n... and {len(reasons) - LISTED} more" if len(reasons) > LISTED else ""
+    return "\n".join(f"  {text}" for text in reasons[:LISTED]) + more
+
+
+def some(names: Iterable[str]) -> str:
+    """Name the first few."""
+    known = list(names)
+    return ", ".join(known[:NAMED]) + (", ..." if len(known) > NAMED else "")
+
+
+def require_few(faults: Sequence[Fault], count: int, share: float, *, what: str) -> None:
+    """Raise DataError where more than the allowed share of ``count`` images is unreadable."""
+    if len(faults) > allowed(count, share):
+        raise DataError(
+            f"{len(faults)} of {count} {what} cannot be read, and data.max_unreadable={share:g} "
+            f"allows {allowed(count, share)}:\n{listed([reason for _, reason in faults])}\n"
+            "Repair, replace or remove these files (image and mask), or raise data.max_unreadable."
+        )
+
+
+class Unreadable:
+    """Counts the unreadable images of a run, in the process that trains.
+
+    Args:
+        count: training images.
+        share: data.max_unreadable.
+    """
+
+    def __init__(self, count: int, share: float) -> None:
+        self.count = count
+        self.share = share
+        self.seen: dict[str, str] = {}
+
+    def note(self, replaced: Iterable[Fault]) -> list[str]:
+        """Take a batch's ``replaced``; return a line for every name seen for the first time.
+
+        Raises:
+            DataError: more names than the bound allows; it lists them.
+        """
+        lines = []
+        for name, reason in replaced:
+            if name not in self.seen:
+                self.seen[name] = reason
+                lines.append(f"{name} cannot be read and is replaced: {reason}")
+        require_few(list(self.seen.items()), self.count, self.share, what="training images")
+        return lines
+
+
+def first_readable(
+    index: int, names: Sequence[str], read: Callable[[int], T], *, skip: int
+) -> tuple[int, T, list[Fault]]:
+    """Read sample ``index``, or the next one that can be read.
+
+    Args:
+        index: the sample that is due.
+        names: of all samples.
+        read: reads a sample, or raises DataError.
+        skip: how many unreadable ones in a row are stepped over; 0: none is.
+
+    Returns:
+        The index and what was read there; the faults met on the way.
+
+    Raises:
+        DataError: what ``read`` raised, or the list of all that cannot be read.
+    """
+    faults: list[Fault] = []
+    while True:
+        place = (index + len(faults)) % len(names)
+        try:
+            return place, read(place), faults
+        except DataError as error:
+            if not skip:
+                raise
+            faults.append((names[place], str(error)))
+            # The bound is broken whatever the others are: thousands are not tried.
+            if len(faults) > skip or len(faults) == len(names):
+                reasons = [reason for _, reason in faults]
+                raise DataError(
+                    f"{len(faults)} samples in a row cannot be read, more than are skipped:\n"
+                    f"{listed(reasons)}"
+                ) from None
