@@ -124,10 +124,12 @@ class RunLog:
             yield
         except OSError as error:
             folder = self.path.parent
-            free = f"{disk_usage(folder).free / 1e6:.0f} MB are" if folder.is_dir() else "No folder"
+            state = "The folder is gone"
+            if folder.is_dir():
+                state = f"{disk_usage(folder).free / 1e6:.0f} MB are free there"
             raise CheckpointError(
                 f"The records of the run could not be written to {self.path}: "
-                f"{error.strerror or error}. {free} there. The checkpoints already written are "
+                f"{error.strerror or error}. {state}. The checkpoints already written are "
                 f"intact; free some space or put the folder back, and run the same command again "
                 f"to continue."
             ) from error
