@@ -61,10 +61,12 @@ IMAGES: dict[str, tuple[Callable[[Path], object], np.ndarray, int]] = {
         lambda p: cv2.imwrite(str(p), PHOTO[..., ::-1].astype(np.uint16) * 257), PHOTO, 0),
     "1-bit": (lambda p: Image.fromarray(OBJECT).save(p), grey3(MASK), 0),
     "progressive JPEG named .png": (
-        lambda p: Image.fromarray(PHOTO).save(p, format="JPEG", quality=98, subsampling=0, progressive=True),
+        lambda p: Image.fromarray(PHOTO).save(
+            p, format="JPEG", quality=98, subsampling=0, progressive=True),
         PHOTO, 16),
     "CMYK": (
-        lambda p: Image.fromarray(PHOTO).convert("CMYK").save(p, format="JPEG", quality=98, subsampling=0),
+        lambda p: Image.fromarray(PHOTO).convert("CMYK").save(
+            p, format="JPEG", quality=98, subsampling=0),
         PHOTO, 16),
     "animation": (animation, QUANTISED, 0),
 }  # fmt: skip

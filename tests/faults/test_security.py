@@ -181,8 +181,10 @@ def test_hostile_settings_are_refused(kind: str, tmp_path: Path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAMO_SECRET", SECRET)
     Path("c.yaml").write_text(SETTINGS[kind])
-    assert main(["train", "--config", "c.yaml"]) == 2
-    said = capsys.readouterr().err
+    # Printed and left with code 0, if it were taken.
+    assert main(["train", "--config", "c.yaml", "--print-config"]) == 2
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
     assert "Traceback" not in said and SECRET not in said and len(said) < 2000
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
