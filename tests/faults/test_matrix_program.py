@@ -3,6 +3,7 @@ optional parts that fail, and answers that must not wait for torch."""
 
 from __future__ import annotations
 
+import ast
 import gc
 import os
 import subprocess
@@ -157,9 +158,15 @@ def poisoned(monkeypatch) -> list[int]:
 def test_scores_depend_on_neither_batch_workers_nor_order(
     batch_size: int, workers: int, tiny_run: Path, toy_data: Path, tmp_path: Path
 ) -> None:
-    """To the last bit: scores, per-image rows and the hash of the data."""
+    """To the last bit: scores, per-image rows and the hash of the data.
+
+    How many images a forward pass takes is looked at, too: a convolution of this size rounds the
+    same for any number, a large one does not.
+    """
     predictor = load_predictor(tiny_run)
     manifest = load_eval(toy_data)["toy"]
+    sizes: list[int] = []
+    predictor.model.register_forward_pre_hook(lambda model, words: sizes.append(len(words[0])))
 
     def scored(name: str, size: int, count: int, backwards: bool):
         pairs = manifest.pairs[::-1] if backwards else manifest.pairs
@@ -174,23 +181,28 @@ def test_scores_depend_on_neither_batch_workers_nor_order(
             intervals=False,
         )
         rows = (tmp_path / name / "evaluation" / "toy.csv").read_text().splitlines()
-        return result["scores"], result["data_hash"], sorted(rows)
+        seen = tuple(sizes)
+        sizes.clear()
+        return result["scores"], result["data_hash"], sorted(rows), seen
 
     expected = scored("a", 2, 0, False)
+    assert sum(expected[3]) == len(manifest)
     assert scored("b", batch_size, workers, False) == expected
-    scores, digest, rows = scored("c", batch_size, workers, True)
-    assert (digest, rows) == expected[1:]
+    scores, *others = scored("c", batch_size, workers, True)
+    assert tuple(others) == expected[1:]
     # Sums run in another order: the mean may differ in its last bit, no image's score may.
     assert scores == pytest.approx(expected[0], rel=1e-14)
 
 
 @pytest.mark.parametrize("fill", [0, 255])
-@pytest.mark.parametrize("constant", [0.0, 60.0, -60.0])
+@pytest.mark.parametrize("constant", [0.0, 200.0, -200.0])
 def test_batches_without_object_or_background_have_a_finite_step(
     fill: int, constant: float
 ) -> None:
     torch.manual_seed(0)
-    config = build_config(TINY)
+    # Every loss that there is; at 200 the probabilities are 0 and 1, with nothing between.
+    every = {f"loss.{name}": 1.0 for name in ("structure", "bce", "iou", "dice")}
+    config = build_config({**TINY, **every})
     model = build_model(config.model).train()
     output = model(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
     output = output._replace(logits_B1HW=output.logits_B1HW * (constant == 0) + constant)
@@ -317,6 +329,38 @@ def test_mistakes_and_help_are_answered_without_torch(tmp_path: Path) -> None:
         words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+OPTIONAL = {"matplotlib", "tensorboard", "pynvml", "skimage"}
+
+
+def imported_at_once(source: str) -> set[str]:
+    """Return the packages that a module imports outside of functions."""
+    found = set()
+    waiting = list(ast.parse(source).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            waiting += ast.iter_child_nodes(node)
+    return {"tensorboard" if "tensorboard" in name else name.split(".")[0] for name in found}
+
+
+def test_optional_packages_are_imported_where_they_are_used() -> None:
+    """At the top of a file a missing one would end every command, and no test in a process that
+    has it loaded would notice."""
+    for path in (ROOT / "camoxpert").rglob("*.py"):
+        assert not OPTIONAL & imported_at_once(path.read_text()), path
+    for source in (
+        "import matplotlib.figure",
+        "class A:\n    import pynvml",
+        "try:\n    from torch.utils.tensorboard import SummaryWriter\nfinally:\n    x = 1",
+    ):
+        assert OPTIONAL & imported_at_once(source)
+    assert not OPTIONAL & imported_at_once("def f():\n    import matplotlib")
 
 
 class TestOptionalParts:
