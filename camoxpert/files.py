@@ -41,6 +41,25 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bo
     return path
 
 
+def append_here(path: Path) -> IO[str]:
+    """Open a text file at its end, never through a link: one that lies in its place goes.
+
+    A link somebody left in a folder of results would otherwise lead the lines into another file.
+    """
+    if path.is_symlink():
+        path.unlink()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o644), "a", encoding="utf-8", newline="")
+
+
+def leads_outside(root: Path, path: Path) -> bool:
+    """Whether a file under ``root`` would be written elsewhere, through ``..`` or a linked folder.
+
+    The file itself may be a link: ``write_whole`` replaces it. ``root`` may be a link, too.
+    """
+    return not path.parent.resolve().is_relative_to(root.resolve())
+
+
 def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> Path:
     """Write bytes, whole or not at all; see ``write_whole``."""
     return write_whole(path, lambda file: file.write(data), durable=durable)

@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="look for identical files only, not for copies by content",
     )
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="a CSV may name files outside its own folder, as for train",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
 
 
@@ -76,6 +81,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         seed=options.seed,
         max_pixels=options.max_pixels,
         copies=options.copies,
+        allow_outside=options.allow_outside,
         track=lambda items, total, description: bar(items, description=description, total=total),
     )
     print("\ndata")
@@ -140,8 +146,7 @@ def _write(
     max_pixels: int,
 ) -> Path:
     """Write the page, the findings and a table of all pairs."""
-    import cv2
-
+    from camoxpert.data.image_io import write_jpeg
     from camoxpert.data.inspect import SIZES, small_picture
     from camoxpert.observe.doctor_page import contact_sheet, write_page
     from camoxpert.observe.runlog import write_json
@@ -184,7 +189,7 @@ def _write(
     ]
     folder.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(parts, start=1):
-        cv2.imwrite(str(folder / f"contact_sheet_{number}.jpg"), part["sheet"][..., ::-1])
+        write_jpeg(folder / f"contact_sheet_{number}.jpg", part["sheet"])
     write_json(folder / "findings.json", {"roots": [str(r) for r in roots], "findings": findings})
     write_rows(folder / "pairs.csv", [_row(facts) for facts in found.facts])
     summary = {"roots": roots, "layouts": found.layouts, "findings": findings}

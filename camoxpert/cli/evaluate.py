@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     model.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 [auto]")
+    model.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="a CSV may name files outside its own folder; only for a CSV you trust",
+    )
     maps = parser.add_argument_group("scoring prediction maps")
     maps.add_argument(
         "--predictions", nargs="+", metavar="DIR", help="folders of maps, or of folders of maps"
@@ -146,6 +151,7 @@ OF_CHECKPOINTS = (
     "--layout",
     "--split",
     "--clean-list",
+    "--allow-outside",
     "--batch-size",
     "--device",
     "--precision",
@@ -300,6 +306,7 @@ def _checkpoint(
                 noncam=options.noncam,
                 split=options.split,
                 clean=clean,
+                allow_outside=options.allow_outside,
             )
             for name, manifest in found.items():
                 if name in sets:
@@ -309,7 +316,14 @@ def _checkpoint(
                 sets[name] = manifest
     else:
         data = predictor.config.data
-        sets = find_test_sets(data.roots, layout=data.layout, noncam=data.noncam, clean=clean)
+        # What the run was allowed counts for nothing: a checkpoint may come from anybody.
+        sets = find_test_sets(
+            data.roots,
+            layout=data.layout,
+            noncam=data.noncam,
+            clean=clean,
+            allow_outside=options.allow_outside,
+        )
         if not sets:
             raise DataError("The run's data has no test set beside it. Give one with --data DIR.")
     file = predictor.checkpoint.path

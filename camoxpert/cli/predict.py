@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=0.5, help="probability that counts as object [0.5]"
     )
     parser.add_argument("--overwrite", action="store_true", help="predict again what is there")
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="a CSV may name images outside its own folder; only for a CSV you trust",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 [auto]")
 
@@ -41,7 +46,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     from camoxpert.inference.predictor import load_predictor
     from camoxpert.training.guards import StopFlag, watch
 
-    photos = find_photos(options.inputs)
+    photos = find_photos(options.inputs, allow_outside=options.allow_outside)
     predictor = load_predictor(
         Path(options.checkpoint), device=options.device, precision=options.precision
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,12 @@ from typing import Any, get_args, get_origin
 from camoxpert.config.checks import check_conflicts, nearest
 from camoxpert.config.tree import Config, Leaf, leaves
 from camoxpert.errors import ConfigError
+
+REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
+DEEPEST = 20
+"""Levels of nesting that a settings file may have."""
+LONGEST = 200
+"""Characters of a value that others may refer to."""
 
 
 def load_config(
@@ -82,28 +89,72 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        # Aliases make tiny files expand without bound; resolvers could copy the environment into
-        # saved files.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError(f"{path} uses a YAML alias (*name); write the value out.")
-        loaded = OmegaConf.create(text)
-        for key, value in _walk(OmegaConf.to_container(loaded, resolve=False)):
-            if (
-                isinstance(value, str)
-                and "${" in value
-                and ":" in value.split("${", 1)[1].split("}", 1)[0]
-            ):
-                raise ConfigError(
-                    f"{path}: {key} uses a resolver ({value}); only ${{other.setting}} is allowed."
-                )
-        tree = OmegaConf.to_container(loaded, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        _check_tokens(text, path)
+        # Never resolved by OmegaConf: its resolvers could copy the environment into saved files.
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        # ValueError: text in another encoding, a date that is none, a number of 5000 digits.
         raise ConfigError(
-            f"{path} cannot be read as YAML: {' '.join(str(error).split())}"
+            f"{path} cannot be read as YAML: {' '.join(str(error).split())[:300]}"
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of settings such as 'optim: {{lr: 3e-4}}'.")
-    return typing.cast("dict[str, Any]", tree)
+    plain = {key: value for key, value in _walk(tree) if isinstance(value, (str, int, float))}
+    return typing.cast("dict[str, Any]", _substitute(tree, plain, path))
+
+
+def _check_tokens(text: str, path: Path) -> None:
+    """Refuse what a settings file never needs and a hostile one is made of, before it is built.
+
+    Raises:
+        ConfigError: an alias (tiny files expand without bound), a tag (objects), a resolver (the
+            environment), or brackets nested without end.
+        yaml.YAMLError: not YAML.
+    """
+    import yaml
+
+    starts: tuple[type, ...] = (yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
+    starts += (yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken)
+    ends = (yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken, yaml.BlockEndToken)
+    depth = 0
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):
+            raise ConfigError(f"{path} uses a YAML alias (*name); write the value out.")
+        if isinstance(token, yaml.TagToken):
+            raise ConfigError(f"{path} uses a YAML tag (!{token.value[-1]}); leave it out.")
+        depth += isinstance(token, starts) - isinstance(token, ends)
+        if depth > DEEPEST:
+            raise ConfigError(f"{path} is nested deeper than any settings are.")
+        if isinstance(token, yaml.ScalarToken) and "${" in REFERENCE.sub("", token.value):
+            raise ConfigError(
+                f"{path}: {token.value[:100]!r} uses a resolver; only ${{other.setting}} is "
+                f"allowed."
+            )
+
+
+def _substitute(node: Any, plain: Mapping[str, Any], path: Path) -> Any:
+    """Return a copy with every ${other.setting} replaced by that setting's own value."""
+    if isinstance(node, dict):
+        return {key: _substitute(value, plain, path) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_substitute(value, plain, path) for value in node]
+    if not isinstance(node, str) or "${" not in node:
+        return node
+
+    def value_of(name: str) -> Any:
+        value = plain.get(name)
+        # References to references could double a value a hundred times over.
+        if value is None or len(str(value)) > LONGEST or "${" in str(value):
+            raise ConfigError(
+                f"{path}: ${{{name}}} must name a setting of this file that has a short plain "
+                f"value."
+            )
+        return value
+
+    whole = REFERENCE.fullmatch(node)
+    if whole:
+        return value_of(whole[1])
+    return REFERENCE.sub(lambda match: str(value_of(match[1])), node)
 
 
 def _construct(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
@@ -170,8 +221,10 @@ def parse_text(text: str, leaf: Leaf) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value of {leaf.path} cannot be read: {text!r}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a date that is none, a number of 5000 digits.
+        shown = text if len(text) <= 80 else f"{text[:80]}..."
+        raise ConfigError(f"The value of {leaf.path} cannot be read: {shown!r}.") from error
 
 
 def _parse_override(text: str, table: Mapping[str, Leaf]) -> tuple[str, Any]:

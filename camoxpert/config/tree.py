@@ -80,6 +80,11 @@ class DataConfig:
         "CSV of images to leave out (columns dataset, split, name), as doctor writes it",
         flag="--clean-list",
     )
+    allow_outside: bool = setting(
+        False,
+        "a CSV of pairs may name files outside its own folder; only for a CSV you trust",
+        flag="--allow-outside",
+    )
     val_fraction: float = setting(
         0.1,
         "share of TRAIN set aside to choose the best checkpoint; test sets never choose anything. "

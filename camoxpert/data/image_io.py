@@ -365,7 +365,11 @@ def _decode_jpeg(path: Path, reduction: int) -> np.ndarray | None:
     if data[-2:].tobytes() != b"\xff\xd9":
         return None
     flags = cv2.IMREAD_COLOR_RGB | REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels: np.ndarray | None = cv2.imdecode(data, flags)
+    try:
+        pixels: np.ndarray | None = cv2.imdecode(data, flags)
+    except cv2.error:
+        # More pixels than OPENCV_IO_MAX_IMAGE_PIXELS: Pillow obeys data.max_pixels alone.
+        return None
     return pixels
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
+from camoxpert.data.csv_paths import listed_file
 from camoxpert.data.layouts import (
     CSV_LAYOUT,
     LAYOUTS,
@@ -89,6 +90,7 @@ def load_train(
     layout: str = "auto",
     noncam: str = "exclude",
     clean: CleanList | None = None,
+    allow_outside: bool = False,
 ) -> Manifest:
     """Find the training pairs of one or more data sets.
 
@@ -97,6 +99,7 @@ def load_train(
         layout: name of a known layout, or auto.
         noncam: exclude or include COD10K images without a camouflaged object.
         clean: pairs to leave out, as ``read_clean_list`` gives them.
+        allow_outside: a CSV may name files outside its own folder.
 
     Raises:
         DataError: nothing found, unknown layout, missing masks, doubled names.
@@ -104,7 +107,7 @@ def load_train(
     """
     manifests = []
     for root in roots:
-        splits = _read(Path(root), layout, noncam)
+        splits = _read(Path(root), layout, noncam, allow_outside)
         chosen = [m for m in splits if m.split == "train"] or [
             m for m in splits if m.split == "all"
         ]
@@ -124,11 +127,12 @@ def find_test_sets(
     layout: str = "auto",
     noncam: str = "exclude",
     clean: CleanList | None = None,
+    allow_outside: bool = False,
 ) -> dict[str, Manifest]:
     """Return the test sets that come with training data, by name; {} where there are none."""
     sets: dict[str, Manifest] = {}
     for root in roots:
-        for manifest in _read(Path(root), layout, noncam):
+        for manifest in _read(Path(root), layout, noncam, allow_outside):
             if manifest.split == "test":
                 sets[_free_name(manifest.dataset, sets)] = without(manifest, clean or {})
     return sets
@@ -141,9 +145,10 @@ def load_eval(
     noncam: str = "exclude",
     split: str = "test",
     clean: CleanList | None = None,
+    allow_outside: bool = False,
 ) -> dict[str, Manifest]:
     """Return what to score of a data set: its test sets, or all of it where it has no splits."""
-    splits = _read(Path(path), layout, noncam)
+    splits = _read(Path(path), layout, noncam, allow_outside)
     chosen = [m for m in splits if m.split == split] or [m for m in splits if m.split == "all"]
     if not chosen:
         names = ", ".join(sorted({m.split for m in splits}))
@@ -220,7 +225,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _read(root: Path, layout: str, noncam: str) -> list[Manifest]:
+def _read(root: Path, layout: str, noncam: str, allow_outside: bool) -> list[Manifest]:
     """Return a manifest per split (and per test set) of one root."""
     known = [row.name for row in LAYOUTS] + [CSV_LAYOUT]
     if layout != "auto" and layout not in known:
@@ -230,7 +235,7 @@ def _read(root: Path, layout: str, noncam: str) -> list[Manifest]:
     if root.is_file():
         if root.suffix.lower() != ".csv":
             raise DataError(f"{root} is a file but no CSV. Give a data set folder or a CSV file.")
-        return _read_csv(root)
+        return _read_csv(root, allow_outside)
     recognised = recognise(root, layout)
     if recognised is None:
         entries = ", ".join(sorted(p.name for p in root.iterdir())[:12]) or "nothing"
@@ -388,7 +393,7 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
     if not path.is_file():
         raise DataError(f"--clean-list: there is no file {path}. `camoxpert doctor` writes one.")
     # Written by this program: names that are no UTF-8 come back as they went out.
-    with _text_file(path, errors="surrogateescape") as file:
+    with text_file(path, errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
         if not {"dataset", "split", "name"} <= set(columns):
@@ -399,7 +404,7 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
 
 
 @contextmanager
-def _text_file(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
+def text_file(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
     """Open a CSV; what is no UTF-8 text is the user's mistake, not the program's."""
     with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
         try:
@@ -408,22 +413,23 @@ def _text_file(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
             raise DataError(f"{path} is not a CSV in UTF-8: {error}. Save it as one.") from error
 
 
-def _read_csv(path: Path) -> list[Manifest]:
+def _read_csv(path: Path, allow_outside: bool) -> list[Manifest]:
     """Read columns image, mask and optionally split and class; paths are relative to the file."""
-    with _text_file(path) as file:
+    with text_file(path) as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         if not {"image", "mask"} <= set(columns):
             raise DataError(f"{path} needs the columns image and mask; it has {list(columns)}.")
         rows = list(reader)
-    root = path.parent.resolve()
     splits: dict[str, list[Pair]] = defaultdict(list)
     for number, row in enumerate(rows, start=2):
-        image, mask = (_inside(root, row[key] or "", path, number) for key in ("image", "mask"))
+        (image, name), (mask, _) = (
+            listed_file(path, row[key], number, allow_outside=allow_outside)
+            for key in ("image", "mask")
+        )
         for file_path in (image, mask):
             if not file_path.is_file():
                 raise DataError(f"{path}, line {number}: there is no file {file_path}.")
-        name = image.relative_to(root).with_suffix("").as_posix()
         group = row.get("class") or class_of(image.stem)
         splits[row.get("split") or "all"].append(Pair(name, image, mask, path.stem, group))
     if not rows:
@@ -436,16 +442,6 @@ def _read_csv(path: Path) -> list[Manifest]:
         ordered = tuple(sorted(pairs, key=lambda pair: pair.name))
         manifests.append(concat([Manifest(ordered, path.stem, split, CSV_LAYOUT)]))
     return manifests
-
-
-def _inside(root: Path, text: str, path: Path, number: int) -> Path:
-    candidate = (root / text).resolve()
-    if not text or Path(text).is_absolute() or not candidate.is_relative_to(root):
-        raise DataError(
-            f"{path}, line {number}: {text!r} is not a path inside the CSV's own folder. Paths "
-            f"are relative to it; put the CSV beside the images."
-        )
-    return candidate
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:

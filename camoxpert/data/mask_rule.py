@@ -124,7 +124,11 @@ def _wide_planes(path: Path) -> np.ndarray | None:
     depth, colour_type = (int(value) for value in data[24:26])
     if depth != 16 or colour_type not in (2, 4, 6):
         return None
-    planes = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    try:
+        planes = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        # More pixels than OPENCV_IO_MAX_IMAGE_PIXELS.
+        planes = None
     if planes is None or planes.ndim != 3:
         raise DataError(f"The 16-bit mask {path} cannot be decoded. Save it with 8 bits.")
     order = [2, 1, 0] if planes.shape[2] == 3 else [2, 1, 0, 3]

@@ -62,6 +62,7 @@ def examine_data(
     seed: int = 42,
     max_pixels: int,
     copies: bool = True,
+    allow_outside: bool = False,
     track: Track,
 ) -> Examination:
     """Look at every file of the data sets.
@@ -69,12 +70,13 @@ def examine_data(
     Args:
         roots, layout, noncam, val_fraction, seed, max_pixels: as for training.
         copies: also look for pictures that are there twice.
+        allow_outside: a CSV may name files outside its own folder.
         track: wraps long loops for a progress bar.
     """
     found = Examination()
     pairs: list[tuple[Pair, str]] = []
     for root in roots:
-        pairs += _find_pairs(Path(root), layout, noncam, found)
+        pairs += _find_pairs(Path(root), layout, noncam, allow_outside, found)
     if not pairs:
         found.add("error", "pairs", "No image with a mask was found.")
         return found
@@ -82,12 +84,14 @@ def examine_data(
     _check_files(found)
     _check_masks(found)
     _check_objects(found)
-    validation = _check_training(found, roots, layout, noncam, val_fraction, seed)
+    validation = _check_training(found, roots, layout, noncam, val_fraction, seed, allow_outside)
     _check_copies(found, validation, copies, max_pixels, track)
     return found
 
 
-def _find_pairs(root: Path, layout: str, noncam: str, found: Examination) -> list[tuple[Pair, str]]:
+def _find_pairs(
+    root: Path, layout: str, noncam: str, allow_outside: bool, found: Examination
+) -> list[tuple[Pair, str]]:
     """Match files by name; say what has no partner."""
     if not root.exists():
         found.add("error", "layout", f"There is no file or folder {root}.")
@@ -97,7 +101,7 @@ def _find_pairs(root: Path, layout: str, noncam: str, found: Examination) -> lis
         problem = ""
         for split in ("train", "test"):
             try:
-                manifests += load_eval(root, split=split).values()
+                manifests += load_eval(root, split=split, allow_outside=allow_outside).values()
             except DataError as error:
                 problem = str(error)
         if not manifests:
@@ -323,10 +327,11 @@ def _check_training(
     noncam: str,
     fraction: float,
     seed: int,
+    allow_outside: bool,
 ) -> set[tuple[str, str]]:
     """Load the data as training would; return which images it would set aside for validation."""
     try:
-        whole = load_train(roots, layout=layout, noncam=noncam)
+        whole = load_train(roots, layout=layout, noncam=noncam, allow_outside=allow_outside)
     except DataError as error:
         tests_only = found.facts and all(facts.split == "test" for facts in found.facts)
         if tests_only and not any(finding.check == "pairing" for finding in found.findings):

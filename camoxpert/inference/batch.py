@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from camoxpert.data.csv_paths import listed_file
 from camoxpert.data.image_io import read_image, write_jpeg, write_png
+from camoxpert.data.manifest import text_file
 from camoxpert.errors import DataError
+from camoxpert.files import append_here, leads_outside
 from camoxpert.inference.predictor import Predictor
 from camoxpert.observe.plots import cutout, overlay
 from camoxpert.observe.progress import bar
@@ -41,10 +44,14 @@ class BatchResult:
     failed: list[tuple[Path, str]] = field(default_factory=list)
 
 
-def find_photos(inputs: Sequence[str]) -> list[Photo]:
+def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[Photo]:
     """Expand files, folders (recursive), globs and CSV files (column ``image``) into photos.
 
     Two inputs that would write the same output are an error, not one result lost.
+
+    Args:
+        inputs: as typed.
+        allow_outside: a CSV may name images outside its own folder.
 
     Raises:
         DataError: an input matches nothing, or two share an output name.
@@ -56,7 +63,7 @@ def find_photos(inputs: Sequence[str]) -> list[Photo]:
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
             found = [Photo(p, p.relative_to(path).with_suffix("").as_posix()) for p in files]
         elif path.is_file() and path.suffix.lower() == ".csv":
-            found = _from_csv(path)
+            found = _from_csv(path, allow_outside)
         elif path.is_file():
             found = [Photo(path, path.stem)]
         else:
@@ -88,25 +95,31 @@ def _glob(pattern: str) -> Iterator[Path]:
     return root.glob(str(relative)) if str(relative) != "." else iter(())
 
 
-def _from_csv(path: Path) -> list[Photo]:
-    with path.open(newline="") as file:
+def _from_csv(path: Path, allow_outside: bool) -> list[Photo]:
+    with text_file(path) as file:
         reader = csv.DictReader(file)
         if not reader.fieldnames or "image" not in reader.fieldnames:
             raise DataError(f"{path} has no column 'image' (its columns: {reader.fieldnames}).")
-        root = path.parent.resolve()
-        photos = []
-        for row in reader:
-            image = (root / row["image"]).resolve()
-            if not image.is_relative_to(root):
-                raise DataError(f"{path} points outside its own folder: {row['image']!r}.")
-            photos.append(Photo(image, image.relative_to(root).with_suffix("").as_posix()))
-    return photos
+        return [
+            Photo(*listed_file(path, row["image"], number, allow_outside=allow_outside))
+            for number, row in enumerate(reader, start=2)
+        ]
 
 
 def output_path(output: Path, kind: str, name: str) -> Path:
-    """Return where one output of a photo goes; always inside ``output``."""
+    """Return where one output of a photo goes; always inside ``output``.
+
+    Raises:
+        DataError: the name, or a link that lies in ``output``, leads out of it.
+    """
     suffix = ".jpg" if kind == "overlay" else ".png"
-    return output / FOLDERS[kind] / f"{name}{suffix}"
+    path = output / FOLDERS[kind] / f"{name}{suffix}"
+    if leads_outside(output / FOLDERS[kind], path) or leads_outside(output, path):
+        raise DataError(
+            f"{path} would be written outside of {output}: {path.parent} is a link or leads out. "
+            f"Remove it, or name another folder with -o."
+        )
+    return path
 
 
 def predict_photos(
@@ -140,15 +153,17 @@ def predict_photos(
     todo = []
     for photo in photos:
         paths = [output_path(output, kind, photo.name) for kind in kinds]
-        if not overwrite and all(p.is_file() for p in paths):
+        if not overwrite and all(p.is_file() and not p.is_symlink() for p in paths):
             result.skipped += 1
         else:
             todo.append(photo)
     table = output / "results.csv"
     output.mkdir(parents=True, exist_ok=True)
-    fresh = overwrite or not table.is_file()
+    if overwrite or table.is_symlink():
+        table.unlink(missing_ok=True)
+    fresh = not table.is_file()
     with (
-        table.open("w" if fresh else "a", newline="") as file,
+        append_here(table) as file,
         bar(None, description="predict", total=len(todo)) as progress,
     ):
         writer = csv.writer(file)

@@ -16,6 +16,8 @@ import numpy as np
 from camoxpert.data.image_io import write_jpeg
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.manifest import Manifest
+from camoxpert.errors import DataError
+from camoxpert.files import leads_outside
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.results import safe_name, summarise, write_curves, write_result
 from camoxpert.metrics import RESULT_KEYS, Evaluator
@@ -97,6 +99,13 @@ def evaluate_set(
     Returns:
         The content of the JSON file.
     """
+    for folder in (output / "evaluation", output / "images" / safe_name(name)):
+        # A run folder may come from somebody else.
+        if leads_outside(output, folder / "file"):
+            raise DataError(
+                f"{folder} is a link that leads out of {output}. Remove it, or name another folder "
+                f"with -o."
+            )
     started = time.monotonic()
     evaluator, everything = (Evaluator(protocol=protocol, empty_gt=empty_gt) for _ in range(2))
     pictures = Gallery(gallery)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.files import leads_outside
 
 MARKER = "scores.json"
 """Lists, under "files", what an evaluation wrote; only that may be replaced."""
@@ -103,7 +104,7 @@ class OutputFolder:
                 folder = folder.parent
         for name in self.files():
             place = target / name
-            if place.exists():
+            if place.exists() or leads_outside(target, place):
                 raise OSError(f"{place} is in the way")
             place.parent.mkdir(parents=True, exist_ok=True)
             (self.unfinished / name).rename(place)
@@ -129,9 +130,10 @@ class OutputFolder:
             # A list that was tampered with must not reach outside.
             if not os.path.abspath(target / name).startswith(root + os.sep):
                 raise ConfigError(f"{target / MARKER} names a file outside of it: {name}.")
-        for part in {Path(name).parts[0] for name in names}:
-            if (target / part).is_symlink():
-                raise ConfigError(f"--output {target}: {part} is a link. Name another folder.")
+            if leads_outside(target, target / name):
+                raise ConfigError(
+                    f"--output {target}: {Path(name).parent} is a link. Name another folder."
+                )
         return names
 
 

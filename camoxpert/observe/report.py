@@ -204,8 +204,9 @@ def _experts(records: Sequence[Mapping[str, Any]]) -> str:
     busiest = f" Busiest expert against its fair share: {excess}." if excess else ""
     return (
         f"<section><h2>Experts</h2><p class='soft'>Which experts the images of epoch "
-        f"{last['epoch']} used. Healthy is every expert near its fair share of {1 / count:.0%}, "
-        f"with differences between levels: specialisation, not collapse. Entropy (1 is even): "
+        f"{escape(str(last['epoch']))} used. Healthy is every expert near its fair share of "
+        f"{1 / count:.0%}, with differences between levels: specialisation, not collapse. Entropy "
+        f"(1 is even): "
         f"{entropy}.{busiest}</p>{chart(lambda: plots.plot_routing(last), 'expert usage')}"
         f"{''.join(warnings)}</section>"
     )
@@ -237,7 +238,7 @@ def _events(records: Sequence[Mapping[str, Any]]) -> str:
     if not events:
         return ""
     shown = "".join(
-        f"<li>{'epoch ' + str(r['epoch']) + ': ' if r.get('epoch') else ''}"
+        f"<li>{'epoch ' + escape(str(r['epoch'])) + ': ' if r.get('epoch') else ''}"
         f"{escape(str(r.get('text', '')))}</li>"
         for r in events[:50]
     )

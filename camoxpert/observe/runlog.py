@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,15 +11,17 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
 
-from camoxpert.files import write_bytes
+from camoxpert.errors import CheckpointError
+from camoxpert.files import append_here, write_bytes
 
 PACKAGES = (
     "camoxpert",
@@ -50,13 +53,13 @@ class RunLog:
 
     Args:
         run_dir: an existing folder.
-        tensorboard: also write TensorBoard events; where it is missing, one warning.
+        tensorboard: also write TensorBoard events; where it is missing or fails, one warning.
         resume_step: step a run continues from; TensorBoard hides what it showed beyond it.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, resume_step: int | None = None) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = append_here(self.path)
         self._phases: dict[str, float] = {}
         self._writer: Any = None
         if tensorboard:
@@ -75,20 +78,61 @@ class RunLog:
         return dict(self._phases)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record as a line of JSON; NaN and infinity become null."""
-        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one record as a line of JSON; NaN and infinity become null.
+
+        Raises:
+            CheckpointError: the disk is full, or the run folder is gone.
+        """
+        text = json.dumps(finite(record), allow_nan=False) + "\n"
+        with self._explained():
+            # An open file outlives its folder, and what is written to it is lost.
+            if not self.path.exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            self._file.write(text)
+            self._file.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write TensorBoard scalars."""
-        if self._writer is not None:
-            for tag, value in values.items():
+        with self._optional():
+            for tag, value in values.items() if self._writer is not None else ():
                 self._writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, array_HWC: np.ndarray, step: int) -> None:
         """Write a TensorBoard picture, uint8 RGB (H, W, 3)."""
-        if self._writer is not None:
-            self._writer.add_image(tag, array_HWC, step, dataformats="HWC")
+        with self._optional():
+            if self._writer is not None:
+                self._writer.add_image(tag, array_HWC, step, dataformats="HWC")
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Go on without TensorBoard where it fails, with one warning: the run is worth more."""
+        try:
+            yield
+        except Exception as error:
+            # A full disk, mostly. Not closed: that would try to write what is left.
+            self._writer = None
+            warnings.warn(
+                f"TensorBoard events cannot be written any more ({error}); the run goes on "
+                f"without, and metrics.jsonl has every number.",
+                stacklevel=4,
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the system's refusal to write records into a paragraph."""
+        try:
+            yield
+        except OSError as error:
+            folder = self.path.parent
+            state = "The folder is gone"
+            if folder.is_dir():
+                state = f"{disk_usage(folder).free / 1e6:.0f} MB are free there"
+            raise CheckpointError(
+                f"The records of the run could not be written to {self.path}: "
+                f"{error.strerror or error}. {state}. The checkpoints already written are "
+                f"intact; free some space or put the folder back, and run the same command again "
+                f"to continue."
+            ) from error
 
     def truncate_after(self, step: int, *, epoch_done: bool = True) -> None:
         """Drop records that a run resumed from ``step`` will write again.
@@ -105,13 +149,10 @@ class RunLog:
             if record.get("step", 0) < step
             or (record.get("step", 0) == step and (epoch_done or record.get("kind") == "train"))
         ]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        with self._explained():
+            write_bytes(self.path, lines.encode(), durable=True)
+            self._file = append_here(self.path)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -129,10 +170,13 @@ class RunLog:
         self._phases[name] = self._phases.get(name, 0.0) + seconds
 
     def close(self) -> None:
-        """Flush and close everything."""
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        """Flush and close everything; never raises: it must not hide how a run ended."""
+        with suppress(OSError):
+            # What a full disk refused has been said when it was written.
+            self._file.close()
+        with self._optional():
+            if self._writer is not None:
+                self._writer.close()
 
 
 class SilentLog(RunLog):

@@ -133,7 +133,18 @@ def prepare(
 
     device = choose_device(config.train.device, index=world.local_rank)
     check_architecture(device)
-    data = world.in_turn(lambda: load_data(config, decide, device=device.type, write=write))
+    data = world.in_turn(
+        lambda: load_data(
+            config,
+            decide,
+            device=device.type,
+            write=write,
+            rank=world.rank,
+            world_size=world.size,
+            processes=world.local_size,
+            check_stop=lambda: stop.check(NOTHING_YET),
+        )
+    )
     check_stop()
     precision = choose_precision(config.train, device)
     name = (
@@ -260,10 +271,21 @@ def forward_gmacs(model: CamoXpert, img_size: int) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def training_loader(setup: Setup, batch_size: int) -> Batches:
-    """Build the training loader for one stage's batch size."""
+def training_loader(
+    setup: Setup, batch_size: int, *, report: Callable[[str], None] | None = None
+) -> Batches:
+    """Build the training loader for one stage's batch size: this process's share of every epoch.
+
+    ``report`` receives a line where data workers died and were started anew.
+    """
     return data_setup.training_loader(
-        setup.config, setup.data, batch_size, device=setup.device.type
+        setup.config,
+        setup.data,
+        batch_size,
+        device=setup.device.type,
+        rank=setup.world.rank,
+        world_size=setup.world.size,
+        report=report,
     )
 
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from camoxpert.data.loader import build_eval_loader, device_batches
-from camoxpert.metrics import Evaluator, is_better
+from camoxpert.data.loader import device_batches
+from camoxpert.data.unreadable import Unreadable
+from camoxpert.metrics import is_better
 from camoxpert.observe.gpu import GpuMonitor
-from camoxpert.observe.plots import panel
 from camoxpert.observe.progress import TrainingBar
 from camoxpert.observe.runlog import RunLog
-from camoxpert.training.checkpoint import Checkpoint, CheckpointFolder
+from camoxpert.training.checkpoint import Checkpoint
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.meters import LateReader, RoutingMeter, Speed
 from camoxpert.training.optim import Stage, lr_at, set_lr
 from camoxpert.training.records import Step, active_experts, inspect, note_event, write_routing
-from camoxpert.training.setup import Setup, autocast, training_loader
-from camoxpert.training.snapshot import require_finite, restore, shipped, snapshot, state_bytes
+from camoxpert.training.saver import Saver
+from camoxpert.training.setup import Setup, training_loader
+from camoxpert.training.snapshot import require_finite, restore
 from camoxpert.training.state import TrainState
 from camoxpert.training.step import out_of_memory, peak_memory, train_step, windows
-from camoxpert.training.validation import Item, score
+from camoxpert.training.validation import ValidationStopped, validate
 
 Say = Callable[[str], None]
 
@@ -39,10 +36,6 @@ class Summary:
 
     state: TrainState
     best_scores: dict[str, float] | None
-
-
-class ValidationStopped(Exception):
-    """A process was asked to stop in the middle of a validation."""
 
 
 def train(
@@ -84,9 +77,14 @@ def train(
         log.truncate_after(-1)
     saver = Saver(setup, run_dir, state, meter, log)
     reader = LateReader()
+    unreadable = Unreadable(len(setup.data.train), config.data.max_unreadable)
     best_scores: dict[str, float] | None = None
     loader, loader_stage, warned = None, 0, False
     learning: list[bool] = []
+
+    def report(text: str) -> None:
+        note_event(log, state, text)
+        say(f"warning     {text}")
 
     def stop_code() -> int:
         # Several processes act on what all of them know, in the same step.
@@ -106,7 +104,9 @@ def train(
             if loader is None or loader_stage != stage.number:
                 if loader is not None:
                     loader.close()
-                loader, loader_stage = training_loader(setup, stage.batch_size), stage.number
+                teller = report if world.first else None
+                loader = training_loader(setup, stage.batch_size, report=teller)
+                loader_stage = stage.number
                 if epoch == stage.first_epoch and done == 0:
                     text = f"stage {stage.number}: {freed}"
                     log.write(
@@ -133,6 +133,9 @@ def train(
                     set_lr(setup.optimizer, lr)
                     split = setup.split
                     taken = [batch for batch, _ in window]
+                    for batch in taken:
+                        for line in unreadable.note(batch.replaced):
+                            report(line)
                     wish = stop.code() if world.size > 1 else 0
                     try:
                         values = train_step(setup, taken, meter, stop_code=wish)
@@ -177,6 +180,9 @@ def train(
                 raise stop.stopped(saver.leave())
 
             # --- end of the epoch: routing, validation, checkpoints
+            for seen in world.gather(unreadable.seen):
+                for line in unreadable.note(seen.items()):
+                    report(line)
             meter.merge(world.sum, first=world.first)
             alarm = write_routing(meter, log, state, stage, epoch, config)
             if alarm and not warned:
@@ -190,7 +196,8 @@ def train(
                 require_finite(setup, state)
                 try:
                     with log.phase("validation"):
-                        scores = validate(setup, log, state, stop)
+                        teller = report if world.first else None
+                        scores, left_out = validate(setup, log, state, stop, teller)
                 except torch.OutOfMemoryError as error:
                     raise out_of_memory(setup, stage.batch_size) from error
                 except ValidationStopped:
@@ -215,7 +222,13 @@ def train(
                     "best": better,
                     "weights": weights,
                 }
+                if left_out:
+                    record["unreadable"] = left_out
                 log.write(record)
+                if left_out and state.epoch == config.train.validate_every:
+                    report(
+                        f"{len(left_out)} validation images are left out, for example {left_out[0]}"
+                    )
                 log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
                 say(
                     f"epoch {state.epoch:>3}/{plan.epochs}  S {scores['Smeasure']:.3f}  wF "
@@ -243,80 +256,6 @@ def train(
     return Summary(state, best_scores)
 
 
-class Saver:
-    """Writes the checkpoints of a run: on the first process, with what all of them know.
-
-    A state whose last step was skipped is not written: where a run diverges, the newest checkpoint
-    is of before. Nor are weights that are no longer finite.
-    """
-
-    def __init__(
-        self, setup: Setup, run_dir: Path, state: TrainState, meter: RoutingMeter, log: RunLog
-    ) -> None:
-        self.setup, self.run_dir, self.state, self.meter, self.log = (
-            setup,
-            run_dir,
-            state,
-            meter,
-            log,
-        )
-        self.saved_step = state.step if state.step else None
-        self.started, self.seconds_before = time.monotonic(), state.seconds
-        self.folder: CheckpointFolder | None = None
-        if setup.world.first:
-            self.folder = CheckpointFolder(run_dir / "checkpoints")
-            keep_every = setup.config.run.keep_every
-            others = setup.plan.epochs // keep_every if keep_every else 0
-            self.folder.require_space(state_bytes(setup), others=others)
-
-    def save(self, *, stays: bool = False) -> bool:
-        """Write where the run stands; returns whether it was written."""
-        state = self.state
-        if state.skipped_in_a_row:
-            note_event(
-                self.log, state, f"not saved at step {state.step}: its last step was skipped"
-            )
-            return False
-        require_finite(self.setup, state)
-        state.seconds = self.seconds_before + time.monotonic() - self.started
-        with self.log.phase("checkpoints"):
-            values = snapshot(self.setup, state, self.meter)
-            if self.folder is not None:
-                self.folder.save(values, step=state.step, stays=stays, about=self._about())
-        self.saved_step = state.step
-        return True
-
-    def save_best(self, scores: dict[str, float]) -> None:
-        """Write the evaluated weights."""
-        if self.folder is not None:
-            values = shipped(self.setup, self.state, scores)
-            self.folder.save_best(values, step=self.state.step, about=self._about())
-
-    def leave(self) -> str:
-        """Save if the state is good; returns what to tell the user."""
-        self.save()
-        return self.where()
-
-    def where(self) -> str:
-        """Return where the run can be continued from, in words."""
-        if self.saved_step is None:
-            return f"Nothing was worth saving yet in {self.run_dir}. The same command starts anew."
-        return (
-            f"Saved at step {self.saved_step} of {self.setup.plan.steps} in {self.run_dir}. Run "
-            f"the same command again to continue."
-        )
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "epoch": self.state.epoch,
-            "best": self.state.best,
-            "data_hash": self.setup.data.data_hash,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "processes": self.setup.world.size,
-        }
-
-
 def set_trainable(setup: Setup, stage: Stage, epoch: int) -> str:
     """Freeze or free the backbone for an epoch; returns what learns, in words.
 
@@ -337,61 +276,3 @@ def set_trainable(setup: Setup, stage: Stage, epoch: int) -> str:
     if free == 0:
         return "decoder only, backbone frozen"
     return "everything" if free == len(levels) else f"decoder and {free} backbone levels"
-
-
-def validate(setup: Setup, log: RunLog, state: TrainState, stop: StopFlag) -> dict[str, float]:
-    """Score the evaluated weights on the validation split at original size.
-
-    Every process scores its share of the images; the scores are those of one process, exactly.
-
-    Raises:
-        ValidationStopped: a process was asked to stop; raised on all of them.
-    """
-    data, count, world = setup.config.data, setup.config.run.num_images, setup.world
-    evaluator = Evaluator()
-    whole = setup.data.validation
-    loader = build_eval_loader(
-        replace(whole, pairs=whole.pairs[world.rank :: world.size]),
-        img_size=data.img_size,
-        batch_size=setup.plan.stages[0].batch_size,
-        num_workers=setup.data.num_workers,
-        max_pixels=data.max_pixels,
-        keep_images=count > 0 and setup.config.run.tensorboard and world.first,
-    )
-
-    shown = itertools.count()
-
-    def show(item: Item, prediction: Callable[[], np.ndarray], row: dict[str, Any]) -> None:
-        if item.original is not None and next(shown) < count:
-            picture = panel(item.original, item.mask, prediction() / np.float32(255))
-            log.image(f"validation/{row['name']}", picture, state.step)
-
-    def check_stop() -> None:
-        if stop.code():
-            raise ValidationStopped
-
-    setup.evaluated_model.set_active_experts(setup.config.model.top_k)
-    found: dict[str, Any] | None = None
-    try:
-        score(
-            setup.evaluated_model,
-            loader,
-            device=setup.device,
-            evaluator=evaluator,
-            context=lambda: autocast(setup),
-            seen=show,
-            check_stop=check_stop,
-        )
-        found = evaluator.state_dict()
-    except ValidationStopped:
-        pass
-    parts = world.gather((found, stop.code()))
-    if any(part is None for part, _ in parts):
-        stop.agree({f"stop {code}": 1.0 for _, code in parts})
-        raise ValidationStopped
-    merged = Evaluator()
-    for part, _ in parts:
-        one = Evaluator()
-        one.load_state_dict(part or {})
-        merged.merge(one)
-    return merged.results()

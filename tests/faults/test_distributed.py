@@ -24,7 +24,7 @@ from camoxpert.training.guards import StopFlag
 from camoxpert.training.memory import MicroBatch, keep_effective
 from camoxpert.training.setup import prepare
 from camoxpert.training.state import TrainState
-from camoxpert.training.trainer import validate
+from camoxpert.training.validation import validate
 
 PEER_GONE = 6
 
@@ -120,7 +120,7 @@ class TestSameAsOne:
         newest, _ = CheckpointFolder(tmp_path / "r" / "checkpoints").newest()
         assert newest is not None
         setup.evaluated_model.load_state_dict(newest.evaluated_weights)
-        own = validate(setup, SilentLog(), TrainState(), StopFlag())
+        own, _ = validate(setup, SilentLog(), TrainState(), StopFlag())
         assert json.loads(json.dumps(own)) == logged
 
     def test_one_goes_on_where_two_stopped_and_back(

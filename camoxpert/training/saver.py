@@ -1,0 +1,91 @@
+"""When a run's checkpoints are written, and when they are not."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from camoxpert.observe.runlog import RunLog
+from camoxpert.training.checkpoint import CheckpointFolder
+from camoxpert.training.meters import RoutingMeter
+from camoxpert.training.records import note_event
+from camoxpert.training.setup import Setup
+from camoxpert.training.snapshot import require_finite, shipped, snapshot, state_bytes
+from camoxpert.training.state import TrainState
+
+
+class Saver:
+    """Writes the checkpoints of a run: on the first process, with what all of them know.
+
+    A state whose last step was skipped is not written: where a run diverges, the newest checkpoint
+    is of before. Nor are weights that are no longer finite.
+    """
+
+    def __init__(
+        self, setup: Setup, run_dir: Path, state: TrainState, meter: RoutingMeter, log: RunLog
+    ) -> None:
+        self.setup, self.run_dir, self.state, self.meter, self.log = (
+            setup,
+            run_dir,
+            state,
+            meter,
+            log,
+        )
+        self.saved_step = state.step if state.step else None
+        self.started, self.seconds_before = time.monotonic(), state.seconds
+        self.folder: CheckpointFolder | None = None
+        if setup.world.first:
+            self.folder = CheckpointFolder(run_dir / "checkpoints")
+            keep_every = setup.config.run.keep_every
+            others = setup.plan.epochs // keep_every if keep_every else 0
+            self.folder.require_space(state_bytes(setup), others=others)
+
+    def save(self, *, stays: bool = False) -> bool:
+        """Write where the run stands; returns whether it was written."""
+        state = self.state
+        if state.skipped_in_a_row:
+            note_event(
+                self.log, state, f"not saved at step {state.step}: its last step was skipped"
+            )
+            return False
+        require_finite(self.setup, state)
+        state.seconds = self.seconds_before + time.monotonic() - self.started
+        with self.log.phase("checkpoints"):
+            values = snapshot(self.setup, state, self.meter)
+            if self.folder is not None:
+                self.folder.save(values, step=state.step, stays=stays, about=self._about())
+        self.saved_step = state.step
+        return True
+
+    def save_best(self, scores: dict[str, float]) -> None:
+        """Write the evaluated weights."""
+        if self.folder is not None:
+            values = shipped(self.setup, self.state, scores)
+            self.folder.save_best(values, step=self.state.step, about=self._about())
+
+    def leave(self) -> str:
+        """Save if the state is good; returns what to tell the user."""
+        self.save()
+        return self.where()
+
+    def where(self) -> str:
+        """Return where the run can be continued from, in words."""
+        if self.saved_step is None:
+            return f"Nothing was worth saving yet in {self.run_dir}. The same command starts anew."
+        return (
+            f"Saved at step {self.saved_step} of {self.setup.plan.steps} in {self.run_dir}. Run "
+            f"the same command again to continue."
+        )
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "epoch": self.state.epoch,
+            "best": self.state.best,
+            "data_hash": self.setup.data.data_hash,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "processes": self.setup.world.size,
+        }
