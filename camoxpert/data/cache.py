@@ -322,7 +322,9 @@ def locked(place: Path, say: Say) -> Iterator[None]:
     """Hold a cache's lock; the kernel drops it when the process dies, however it dies."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        file: IO[str] = (place / ".lock").open("w")
+        # A link somebody planted under this name is refused, not followed.
+        handle = os.open(place / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        file: IO[str] = os.fdopen(handle, "w")
     except OSError as error:
         raise DataError(
             f"The cache folder {place} cannot be written: {error}. Give another with --cache-dir, "

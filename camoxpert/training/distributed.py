@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from camoxpert.errors import CamoXpertError, ConfigError, PeerError
 
@@ -182,13 +183,24 @@ def join(device: str, *, timeout: float) -> World:
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    patience = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        found, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+        # torchrun keeps its store when it starts the processes anew: without a name of its own
+        # this life would find the addresses of the last one, and wait for the dead.
+        life = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(life, found),
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+        )
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PeerError(f"The {size} processes could not find each other: {reason}.") from error
-    return World(int(os.environ["RANK"]), size, local, local_size, patient)
+    return World(rank, size, local, local_size, patient)
 
 
 @contextmanager

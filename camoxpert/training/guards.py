@@ -91,7 +91,9 @@ def try_lock(run_dir: Path) -> IO[str] | None:
 
     The kernel drops the lock when the process dies, however it dies.
     """
-    file = (run_dir / ".lock").open("w")
+    # A link somebody planted under this name is refused, not followed.
+    handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    file = os.fdopen(handle, "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

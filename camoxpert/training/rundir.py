@@ -27,6 +27,7 @@ FREE = (
     "data.pin_memory",
     "data.start_method",
     "data.worker_timeout",
+    "data.allow_outside",
     "data.unreadable",
     "data.max_unreadable",
     "data.cache",

@@ -91,6 +91,34 @@ def clock_of_steps() -> None:
     guards.StopFlag.__init__ = lambda flag, hours=None: start(flag, hours, lambda: len(steps))
 
 
+def a_worker_dies() -> None:
+    """Kill a data worker, as the kernel does when memory is short, in the third step."""
+    kill_workers({3})
+
+
+def workers_die_twice() -> None:
+    """Kill a data worker twice in one epoch."""
+    kill_workers({2, 3})
+
+
+def kill_workers(when: set[int]) -> None:
+    """Kill a data worker before each of these steps."""
+    import multiprocessing
+
+    trainer = camoxpert.training.trainer
+    honest = trainer.train_step
+    steps = []
+
+    def killing(*arguments, **options):
+        steps.append(1)
+        if len(steps) in when:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+        return honest(*arguments, **options)
+
+    trainer.train_step = killing
+
+
 def small_disk() -> None:
     """No file may grow beyond 300 KB: less than a checkpoint, more than anything else."""
     import resource

@@ -14,10 +14,11 @@ from PIL import Image
 from camoxpert.cli import main
 from camoxpert.config import AugmentConfig
 from camoxpert.data.augment import SampleTransform
+from camoxpert.data.headers import require_readable
 from camoxpert.data.image_io import TURNS, probe, read_image, read_mask, read_pair
 from camoxpert.data.inspect import inspect_pair
 from camoxpert.data.loader import build_loader
-from camoxpert.data.manifest import Pair, load_train, require_readable
+from camoxpert.data.manifest import Pair, load_train
 from camoxpert.errors import DataError
 
 HEIGHT, WIDTH = 24, 40

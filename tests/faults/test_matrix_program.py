@@ -76,9 +76,9 @@ class TestLeaks:
         seen, count = [], 0
         original = trainer.train_step
 
-        def watched(*words):
+        def watched(*words, **options):
             nonlocal count
-            values = original(*words)
+            values = original(*words, **options)
             count += 1
             if count in steps:
                 seen.append((self.census(), self.resident()))

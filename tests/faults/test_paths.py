@@ -107,7 +107,6 @@ def test_the_doctor_takes_an_allowed_table(place: Path, tmp_path: Path, capsys) 
     assert "outside its own folder" not in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason="load_data does not hand data.allow_outside on yet")
 def test_training_takes_an_allowed_table(train, place: Path) -> None:
     for index in range(4):
         for end in ("jpg", "png"):

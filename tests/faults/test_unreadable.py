@@ -370,3 +370,18 @@ def test_the_flag(train, data: Path, tmp_path: Path, capsys) -> None:
     assert "--unreadable skip" in capsys.readouterr().err
     assert train(*words, "--unreadable", "skip", "--dry-run", data=data) == 0
     assert "1 of 16 images cannot be read and are skipped" in capsys.readouterr().out
+
+
+def test_a_run_tells_what_it_replaced(train, toy_data: Path, tmp_path: Path, capsys) -> None:
+    """One broken picture: an error by default; with skip the run ends, and says it twice."""
+    own = tmp_path / "data"
+    shutil.copytree(toy_data, own)
+    pictures = sorted((own / "TrainDataset" / "Imgs").iterdir())
+    pictures[7].write_bytes(pictures[7].read_bytes()[:300])
+    words = ("--epochs", "1", "--no-test", "--no-report", "--run-name", "x")
+    assert train(*words, data=own, out=tmp_path / "runs") == 3
+    assert pictures[7].name in capsys.readouterr().err
+    assert train(*words, "--unreadable", "skip", data=own, out=tmp_path / "runs") == 0
+    assert "warning" in capsys.readouterr().out
+    text = (tmp_path / "runs" / "x" / "metrics.jsonl").read_text()
+    assert f"{pictures[7].stem} cannot be read" in text or "validation images are left out" in text
