@@ -78,7 +78,8 @@ def test_nothing_runs_code_from_files_and_no_archive_is_extracted(path: Path) ->
         "eval(text)", "exec(text)", "import pickle", "from pickle import loads", "import tarfile",
         "yaml.load(text, Loader=yaml.Loader)", "np.load(p, allow_pickle=True)",
         "subprocess.run(line, shell=True)", "os.system(line)", "from os import system",
-        "archive.extractall(folder)", "archive.extract(name)", "shutil.unpack_archive(p)", "from torch import load",
+        "archive.extractall(folder)", "archive.extract(name)", "shutil.unpack_archive(p)",
+        "from torch import load",
         "AutoModel.from_pretrained(name, trust_remote_code=True)", "subprocess.run(x, **options)",
     ],
 )  # fmt: skip
