@@ -19,6 +19,7 @@ from camoxpert.data.batches import Batch, RawBatch
 from camoxpert.data.loader import Batches, finish
 from camoxpert.observe.profiler import ComponentTimer, Workload, advice, diagnose, text_rows
 from camoxpert.observe.syncs import SyncCounter
+from camoxpert.training import step as training_step
 from camoxpert.training import trainer
 from camoxpert.training.meters import RoutingMeter
 from camoxpert.training.optim import set_lr
@@ -74,7 +75,7 @@ def _measure(
             torch.cuda.synchronize(device)
 
     def step(batch: Batch) -> None:
-        trainer.train_step(setup, [batch.to(device)], meter)
+        training_step.train_step(setup, [batch.to(device)], meter)
 
     def fetch() -> Batch:
         return receive(next(batches))
@@ -101,7 +102,7 @@ def _measure(
             # A raw batch is changed where it arrives.
             with timer.region("augment" if isinstance(batch, RawBatch) else "copy"):
                 arrived = receive(batch)
-            trainer.train_step(setup, [arrived], meter)
+            training_step.train_step(setup, [arrived], meter)
             wait()
         with instrumented(setup, spare):
             started = time.perf_counter()
@@ -202,7 +203,7 @@ def instrumented(setup: Setup, timer: ComponentTimer) -> Iterator[None]:
             if moe.shared is not None:
                 timer.watch(moe.shared, "expert shared")
         parts: list[tuple[Any, str, str]] = [
-            (trainer, "total_loss", "loss"),
+            (training_step, "total_loss", "loss"),
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "clip"),
             (setup.optimizer, "step", "optimizer"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,7 +200,7 @@ def join(device: str, *, timeout: float) -> World:
         )
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_short(error)
         raise PeerError(f"The {size} processes could not find each other: {reason}.") from error
     return World(rank, size, local, local_size, patient)
 
@@ -215,13 +217,19 @@ def named_faults(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.size == 1 or isinstance(error, torch.OutOfMemoryError) or not is_peer_loss(error):
             raise
-        reason = " ".join(str(error).split())[:160]
+        reason = in_short(error)
         raise PeerError(
             f"Process {world.rank} of {world.size} stops: another process of this run ended or "
             f"does not answer ({reason}). Its own message says why. The checkpoints already "
             f"written are intact; the same command continues (torchrun --max-restarts N does so "
             f"by itself)."
         ) from error
+
+
+def in_short(error: BaseException) -> str:
+    """Return torch's words without the places in its own sources, at most 120 characters."""
+    words = re.sub(r"\[/[^]]*\]", "", str(error))
+    return textwrap.shorten(words, 120, placeholder=" ...")
 
 
 def is_peer_loss(error: RuntimeError) -> bool:

@@ -37,11 +37,13 @@ class Saver:
         self.saved_step = state.step if state.step else None
         self.started, self.seconds_before = time.monotonic(), state.seconds
         self.folder: CheckpointFolder | None = None
-        if setup.world.first:
-            self.folder = CheckpointFolder(run_dir / "checkpoints")
-            keep_every = setup.config.run.keep_every
-            others = setup.plan.epochs // keep_every if keep_every else 0
-            self.folder.require_space(state_bytes(setup), others=others)
+        setup.world.from_first(self._open)
+
+    def _open(self) -> None:
+        self.folder = CheckpointFolder(self.run_dir / "checkpoints")
+        keep_every = self.setup.config.run.keep_every
+        others = self.setup.plan.epochs // keep_every if keep_every else 0
+        self.folder.require_space(state_bytes(self.setup), others=others)
 
     def save(self, *, stays: bool = False) -> bool:
         """Write where the run stands; returns whether it was written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -212,19 +213,25 @@ class TestFaults:
         self, data: Path, tmp_path: Path, whole
     ) -> None:
         target = Path(__file__).with_name("torchrun_target.py")
-        done = subprocess.run(
+        started = subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                 *("--nproc-per-node=2", "--max-restarts=2", str(target)),
                 *command(data, tmp_path, batch=2),
             ],
             env=os.environ | {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            start_new_session=True,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "resumed" in done.stdout
+        try:
+            out, errors = started.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+        assert started.returncode == 0, errors[-3000:]
+        assert "resumed" in out
         assert ending(tmp_path / "r") == whole
 
 
