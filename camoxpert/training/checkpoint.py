@@ -86,10 +86,8 @@ class CheckpointFolder:
         more = {**(about or {}), **({"stays": True} if stays else {})}
         path = self._write(f"step_{step:08d}.pt", values, step=step, about=more)
         entries = read_index(self.folder)
-        resumable = sorted(
-            (e for e in entries if e["file"] != BEST and not e.get("stays")),
-            key=lambda e: e["step"],
-        )
+        # In the order of writing: a run that went back to an earlier step goes on from there.
+        resumable = [e for e in entries if e["file"] != BEST and not e.get("stays")]
         old = resumable[: -self.keep]
         self._write_index([e for e in entries if e not in old])
         for entry in old:
@@ -106,20 +104,15 @@ class CheckpointFolder:
         """Return the newest resumable checkpoint that passes verification, and what was wrong with
         newer ones.
 
-        Files of the index come first, newest first; then those that are in the folder alone (the
-        index was lost, or the process died before it was written).
+        Files of the index come first, last written first; then those that are in the folder alone
+        (the index was lost, or the process died before it was written).
 
         Returns (None, []) where there is nothing to continue from.
 
         Raises:
             CheckpointError: there are checkpoints and every one of them is damaged.
         """
-        listed = sorted(
-            (e for e in read_index(self.folder) if e["file"] != BEST),
-            key=lambda e: e["step"],
-            reverse=True,
-        )
-        names = [e["file"] for e in listed]
+        names = [e["file"] for e in reversed(read_index(self.folder)) if e["file"] != BEST]
         alone = sorted((p.name for p in self.folder.glob("step_*.pt")), reverse=True)
         names += [name for name in alone if name not in names]
         problems: list[str] = []

@@ -302,7 +302,11 @@ def agree_on_micro_batch(
         return keep_effective(config.train, continued, world.size)
     own = choose_micro_batch(config, model, device, precision, continued, processes=world.size)
     chosen = min(world.gather(own), key=lambda batch: (batch.size, not batch.checkpointing))
-    return replace(chosen, processes=world.size)
+    if world.size == 1:
+        return chosen
+    chosen = replace(chosen, processes=world.size)
+    shared = f"; {chosen.effective} images per step over {world.size} processes"
+    return replace(chosen, reason=chosen.reason + shared)
 
 
 def choose_micro_batch(

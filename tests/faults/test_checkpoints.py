@@ -76,6 +76,22 @@ class TestFolder:
         assert kept == [f"step_{step:08d}.pt" for step in (2, 3, 4, 5, 6)]
         assert {e["epoch"] for e in read_index(tmp_path)} == {2, 3, 4, 5, 6}
 
+    def test_after_going_back_the_run_goes_on_from_there(self, tmp_path: Path) -> None:
+        """Steps 1 to 3, then again from 1 on: 3 is of a future that was given up."""
+        folder = CheckpointFolder(tmp_path, keep=3)
+        for step in (1, 2, 3):
+            folder.save(values(float(step)), step=step)
+        folder = CheckpointFolder(tmp_path)
+        folder.save(values(20.0), step=2)
+        newest, _ = folder.newest()
+        assert newest is not None and newest.values["model"]["w"][0] == 20
+        assert {e["step"] for e in read_index(tmp_path)} == {2, 3}
+        folder.save(values(30.0), step=3)
+        assert [
+            float(load_checkpoint(tmp_path / e["file"]).values["model"]["w"][0])
+            for e in read_index(tmp_path)
+        ] == [20.0, 30.0]
+
     def test_space_is_asked_for_before_the_first_step(self, tmp_path: Path, monkeypatch) -> None:
         folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
         usage = shutil.disk_usage(tmp_path)
