@@ -96,13 +96,13 @@ def a_worker_dies() -> None:
     kill_workers({3})
 
 
-def workers_die_twice() -> None:
-    """Kill a data worker twice in one epoch."""
-    kill_workers({2, 3})
+def workers_die_again_and_again() -> None:
+    """Kill the data workers before every step but the first."""
+    kill_workers(set(range(2, 1000)))
 
 
 def kill_workers(when: set[int]) -> None:
-    """Kill a data worker before each of these steps."""
+    """Kill the data workers before each of these steps."""
     import multiprocessing
 
     trainer = camoxpert.training.trainer

@@ -21,9 +21,9 @@ def test_twice_in_an_epoch_is_a_fault_and_the_same_command_goes_on(
 ) -> None:
     words = ("--num-workers", "2", "--cache", "none", "data.prefetch_factor=1", "--epochs", "2")
     words = (*words, "--accumulation-steps", "1")
-    killed = command(data, tmp_path / "a", *words)
-    assert runner.run(killed, patches=["workers_die_twice"]) == [3], runner.said()
+    killed = command(data, tmp_path / "a", *words, batch=2)
+    assert runner.run(killed, patches=["workers_die_again_and_again"]) == [3], runner.said()
     assert "--num-workers" in runner.said() and "Traceback" not in runner.said()
     assert runner.run(killed) == [0] and "resumed" in runner.said()
-    assert runner.run(command(data, tmp_path / "b", *words)) == [0]
+    assert runner.run(command(data, tmp_path / "b", *words, batch=2)) == [0]
     assert ending(tmp_path / "a" / "r") == ending(tmp_path / "b" / "r")
