@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camoxpert.config import Config, Leaf, leaves, load_config, parse_text, to_yaml
-from camoxpert.errors import CamoXpertError, ConfigError, DataError, NumericError, Stopped
+from camoxpert.errors import (
+    CamoXpertError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericError,
+    Stopped,
+)
 
 if TYPE_CHECKING:
     from camoxpert.observe.runlog import RunLog
@@ -186,7 +193,8 @@ def train_and_report(
                 *check_batch(opened.resume, setup.micro_batch),
                 *check_data(
                     opened.resume,
-                    setup.data.data_hash,
+                    opened.path,
+                    setup.data,
                     allow_change=config.train.allow_data_change,
                 ),
             ]
@@ -247,24 +255,29 @@ def open_log(
     """Write what is known of a run before it begins, and open its log."""
     from camoxpert.files import write_bytes
     from camoxpert.observe.runlog import RunLog, write_run_json
+    from camoxpert.training.rundir import write_samples
 
-    write_bytes(run_dir / "config.yaml", to_yaml(config).encode())
-    write_run_json(
-        run_dir,
-        argv=["camoxpert", *typed],
-        device=str(setup.device),
-        data_hash=setup.data.data_hash,
-        phases=previous_phases(run_dir),
-        extra={
-            "decisions": setup.decisions,
-            "precision": setup.precision.name,
-            "parameters": setup.parameters,
-            "gmacs": setup.gmacs,
-            "batch": dataclasses.asdict(setup.micro_batch),
-        },
-    )
     step = resume.values["state"]["step"] + 1 if resume else None
-    return RunLog(run_dir, tensorboard=config.run.tensorboard, resume_step=step)
+    try:
+        write_bytes(run_dir / "config.yaml", to_yaml(config).encode())
+        write_samples(run_dir, setup.data)
+        write_run_json(
+            run_dir,
+            argv=["camoxpert", *typed],
+            device=str(setup.device),
+            data_hash=setup.data.data_hash,
+            phases=previous_phases(run_dir),
+            extra={
+                "decisions": setup.decisions,
+                "precision": setup.precision.name,
+                "parameters": setup.parameters,
+                "gmacs": setup.gmacs,
+                "batch": dataclasses.asdict(setup.micro_batch),
+            },
+        )
+        return RunLog(run_dir, tensorboard=config.run.tensorboard, resume_step=step)
+    except OSError as error:
+        raise CheckpointError(f"The run folder {run_dir} cannot be written: {error}.") from error
 
 
 def close_run(run_dir: Path, status: str, log: RunLog, *, report: bool) -> None:

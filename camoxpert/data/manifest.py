@@ -70,17 +70,17 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def files(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return (data set, name) -> bytes of image and mask, -1 for what is missing."""
+        return {(p.dataset, p.name): (_size(p.image), _size(p.mask)) for p in self.pairs}
+
     def content_hash(self) -> str:
         """Return a sha256 over names and file sizes: moving the data keeps it, changing it does
         not."""
         digest = hashlib.sha256()
-        for pair in self.pairs:
-            sizes = (_size(pair.image), _size(pair.mask))
-            digest.update(
-                f"{pair.dataset}/{pair.name}\t{sizes[0]}\t{sizes[1]}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
+        for (dataset, name), sizes in self.files().items():
+            line = f"{dataset}/{name}\t{sizes[0]}\t{sizes[1]}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ the next free name beside it.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from typing import IO, Any
 
 from camoxpert.config import Config, get_setting, leaves
 from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.files import write_rows
 from camoxpert.observe.runlog import create_run_dir
 from camoxpert.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from camoxpert.training.data_setup import Data
 from camoxpert.training.guards import try_lock
 from camoxpert.training.memory import MicroBatch
 
+SAMPLES = "samples.csv"
 # Settings that say how long, how fast or where, not what is trained.
 FREE = (
     "data.num_workers",
@@ -176,21 +180,66 @@ def check_batch(checkpoint: Checkpoint, batch: MicroBatch) -> list[str]:
     return []
 
 
-def check_data(checkpoint: Checkpoint, data_hash: str, *, allow_change: bool = False) -> list[str]:
+def write_samples(run_dir: Path, data: Data) -> None:
+    """Write ``samples.csv``: which images a run trains on, which choose its best checkpoint, and
+    the sizes of their files."""
+    rows = [
+        {
+            "split": split,
+            "dataset": dataset,
+            "name": name,
+            "image_bytes": sizes[0],
+            "mask_bytes": sizes[1],
+        }
+        for split, manifest in (("training", data.train), ("validation", data.validation))
+        for (dataset, name), sizes in manifest.files().items()
+    ]
+    write_rows(run_dir / SAMPLES, rows, ("split", "dataset", "name", "image_bytes", "mask_bytes"))
+
+
+def data_changes(run_dir: Path, data: Data) -> str:
+    """Return how the data differs from what ``write_samples`` noted, in words; "" where nothing was
+    noted."""
+    try:
+        with (run_dir / SAMPLES).open(encoding="utf-8", errors="surrogateescape") as file:
+            before = {
+                (row["dataset"], row["name"]): (int(row["image_bytes"]), int(row["mask_bytes"]))
+                for row in csv.DictReader(file)
+            }
+    except (OSError, ValueError, KeyError):
+        return ""
+    now = data.train.files() | data.validation.files()
+    kinds = {
+        "missing": sorted(before.keys() - now.keys()),
+        "new": sorted(now.keys() - before.keys()),
+        "of another size": sorted(k for k in before.keys() & now.keys() if before[k] != now[k]),
+    }
+    return "; ".join(
+        f"{len(keys)} {kind}: {', '.join(name for _, name in keys[:3])}"
+        + (", ..." if len(keys) > 3 else "")
+        for kind, keys in kinds.items()
+        if keys
+    )
+
+
+def check_data(
+    checkpoint: Checkpoint, run_dir: Path, data: Data, *, allow_change: bool = False
+) -> list[str]:
     """Return what to tell about changed data; where that is allowed, the epoch in progress starts
     anew, because the order of its samples is another one.
 
     Raises:
         CheckpointError: the data changed since the checkpoint was written.
     """
-    if checkpoint.values.get("data_hash") == data_hash:
+    if checkpoint.values.get("data_hash") == data.data_hash:
         return []
+    changes = data_changes(run_dir, data)
     if not allow_change:
         raise CheckpointError(
-            f"The training data changed since {checkpoint.path} was written (another content "
-            f"hash), so the order of samples and the validation split would no longer be the "
-            f"same. Restore the data, go on with --allow-data-change, or start a new run with "
-            f"--resume never."
+            f"The training data changed since {checkpoint.path} was written"
+            f"{f' ({changes})' if changes else ''}: the order of samples and the validation split "
+            f"would no longer be the same. Restore the data, go on with --allow-data-change, or "
+            f"start a new run with --resume never."
         )
     state = checkpoint.values["state"]
     if state["position"]:
@@ -198,7 +247,10 @@ def check_data(checkpoint: Checkpoint, data_hash: str, *, allow_change: bool = F
         for name in ("chosen", "mass"):
             checkpoint.values["routing"][name] = None
         checkpoint.values["routing"]["images"] = 0
-    return [f"changed     the training data; epoch {state['epoch'] + 1} starts anew, as allowed"]
+    return [
+        f"changed     the training data{f' ({changes})' if changes else ''}; epoch "
+        f"{state['epoch'] + 1} starts anew, as allowed"
+    ]
 
 
 def _continue(path: Path, config: Config) -> Opened:

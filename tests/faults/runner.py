@@ -1,11 +1,11 @@
 """Runs the program again and again in forked processes, so that a start costs no new imports.
 
 Reads one JSON request a line: ``arguments`` of the program; ``ranks`` (processes that train
-together, as torchrun would start them); ``signals``, a list of [when, signal, rank or null for all
-of them], when being seconds since the last one or a text that the program prints; ``environment``;
-``patches``, names of functions of this file that change the program before it starts. Answers the
-exit status of every rank, negative for a signal, and the seconds from the last signal (or the first
-rank's end) to the end of the last rank.
+together, as torchrun would start them), ``machines`` (that they seem to run on); ``signals``, a
+list of [when, signal, rank or null for all of them], when being seconds since the last one or a
+text that the program prints; ``environment``; ``patches``, names of functions of this file that
+change the program before it starts. Answers the exit status of every rank, negative for a signal,
+and the seconds from the last signal (or the first rank's end) to the end of the last rank.
 """
 
 from __future__ import annotations
@@ -293,23 +293,24 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def ranks_of(count: int) -> list[dict[str, str]]:
-    """Return what torchrun tells every process it starts."""
+def ranks_of(count: int, machines: int) -> list[dict[str, str]]:
+    """Return what torchrun tells every process it starts, here or on so many machines."""
     if count == 1:
         return [{}]
+    local = count // machines
     shared = {
         "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank % local)} for rank in range(count)]
 
 
 for line in sys.stdin:
     wanted = json.loads(line)
     pids = []
-    for environment in ranks_of(wanted.get("ranks", 1)):
+    for environment in ranks_of(wanted.get("ranks", 1), wanted.get("machines", 1)):
         pid = os.fork()
         if pid == 0:
             child(wanted, environment | wanted.get("environment", {}))

@@ -84,6 +84,14 @@ class TestSameAsOne:
         assert runner.run(short(even, tmp_path, "loss.balance=0.0", batch=8)) == [0]
         assert furthest(weights_of(tmp_path / "r"), weights_of(accumulated / "r")) < 1e-5
 
+    def test_two_machines_with_a_process_each(
+        self, runner: Runner, even: Path, tmp_path: Path, one: Path
+    ) -> None:
+        """Both decode into the same cache at once, and only the first process writes the run."""
+        assert runner.run(short(even, tmp_path), ranks=2, machines=2) == [0, 0], runner.said()
+        assert "processes 2, 1 on this machine" in runner.said()
+        assert furthest(weights_of(one), weights_of(tmp_path / "r")) < 1e-5
+
     def test_the_control_is_another_batch(
         self, runner: Runner, even: Path, tmp_path: Path, one: Path
     ) -> None:
