@@ -119,7 +119,9 @@ class World:
     def close(self) -> None:
         """Leave the group."""
         if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+            # Where a peer is gone this may fail, too: it must not hide how the run ended.
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
 
     def _try(self, call: Callable[[], T]) -> tuple[T | None, CamoXpertError | None]:
         try:
