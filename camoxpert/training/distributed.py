@@ -57,6 +57,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's buffers: batch norm counts on each by itself."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def gather(self, value: T, *, patiently: bool = False) -> list[T]:
         """Return every process's value (plain Python), in the order of their ranks."""
         if self.size == 1:
