@@ -107,7 +107,8 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
             yield epoch, int(index), target
 
     def __len__(self) -> int:
-        return len(self.order(self.epoch)) - self.start
+        # A start after a short last batch lies beyond the end.
+        return max(0, len(self.order(self.epoch)) - self.start)
 
 
 class InOrderSampler(BatchPlaces, Sampler[int]):
@@ -126,4 +127,4 @@ class InOrderSampler(BatchPlaces, Sampler[int]):
         return iter(self.indices())
 
     def __len__(self) -> int:
-        return self.num_samples - self.start
+        return max(0, self.num_samples - self.start)

@@ -59,6 +59,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's buffers: batch norm counts on each by itself."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def gather(self, value: T, *, patiently: bool = False) -> list[T]:
         """Return every process's value (plain Python), in the order of their ranks."""
         if self.size == 1:
@@ -121,7 +127,9 @@ class World:
     def close(self) -> None:
         """Leave the group."""
         if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+            # Where a peer is gone this may fail, too: it must not hide how the run ended.
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
 
     def _try(self, call: Callable[[], T]) -> tuple[T | None, CamoXpertError | None]:
         try:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,14 +90,32 @@ def watch(flag: StopFlag) -> Iterator[StopFlag]:
 def try_lock(run_dir: Path) -> IO[str] | None:
     """Claim a run folder for this process; None where another live process has it.
 
-    The kernel drops the lock when the process dies, however it dies.
+    The kernel drops the lock when the process dies, however it dies. Its data workers let go of it
+    at once: they outlive a killed parent by seconds, and the same command would begin a new run.
     """
     # A link somebody planted under this name is refused, not followed.
     handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     file = os.fdopen(handle, "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         return None
+    except OSError:
+        # A file system without locks: nobody can claim anything there.
+        pass
+    _HELD.add(file)
     return file
+
+
+_HELD: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """Close the locks that a forked process inherited; those of its parent stay."""
+    for file in list(_HELD):
+        file.close()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

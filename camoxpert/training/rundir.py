@@ -107,13 +107,16 @@ def open_run(config: Config) -> Opened:
                 return Opened(folder, None, notes, lock)
             changes = compare(checkpoint.config, config)
             return Opened(folder, checkpoint, notes + problems + changes, lock)
-    try:
-        path = create_run_dir(parent, name)
-    except OSError as error:
-        raise ConfigError(
-            f"--checkpoint-dir: the run folder {parent / name} cannot be created: {error}."
-        ) from error
-    return Opened(path, None, notes, try_lock(path))
+    while True:
+        try:
+            path = create_run_dir(parent, name)
+        except OSError as error:
+            raise ConfigError(
+                f"--checkpoint-dir: the run folder {parent / name} cannot be created: {error}."
+            ) from error
+        if (lock := try_lock(path)) is not None:
+            return Opened(path, None, notes, lock)
+        # The same command, started at the same moment, found the new folder and took it.
 
 
 def stopped_run(config: Config) -> dict[str, Any]:
@@ -257,6 +260,11 @@ def _continue(path: Path, config: Config) -> Opened:
     if not path.exists():
         raise CheckpointError(f"--resume: there is no checkpoint or run folder {path}.")
     folder = path.parent.parent if path.is_file() else path
+    if not (folder / "run.json").is_file():
+        raise CheckpointError(
+            f"--resume: {path} lies in no run folder, and a continued run writes into its own. "
+            f"Give RUN or RUN/checkpoints/step_*.pt."
+        )
     # Before the folder is looked into: a live run's half-written file is not a leftover.
     lock = try_lock(folder)
     if lock is None:

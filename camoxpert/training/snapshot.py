@@ -91,7 +91,13 @@ def restore(setup: Setup, checkpoint: Checkpoint, meter: RoutingMeter) -> TrainS
         )
     try:
         setup.model.load_state_dict(values["model"])
+        # The moments are the checkpoint's; weight decay, betas and scales are those of now, or a
+        # change of them would be told and not made.
+        groups = setup.optimizer.param_groups
+        now = [{k: g[k] for k in ("weight_decay", "betas", "scale")} for g in groups]
         setup.optimizer.load_state_dict(values["optimizer"])
+        for group, settings in zip(setup.optimizer.param_groups, now, strict=True):
+            group.update(settings)
         setup.scaler.load_state_dict(values["scaler"])
         if setup.ema is not None:
             # An average that begins now begins at the weights of now.

@@ -90,8 +90,13 @@ def train(
         # Several processes act on what all of them know, in the same step.
         return stop.code() if world.size == 1 else stop.agreed
 
+    def stopped_early() -> bool:
+        # Between epochs alone: a run that is continued may have stopped so already.
+        patience = config.train.early_stopping
+        return bool(patience) and not state.position and state.stale >= patience
+
     with GpuMonitor(str(device)) as gpu:
-        while state.epoch < plan.epochs:
+        while state.epoch < plan.epochs and not stopped_early():
             # --- one epoch: which parameters learn, in which order the samples come
             epoch, stage = state.epoch, plan.stage_of_epoch(state.epoch)
             freed = set_trainable(setup, stage, epoch)
@@ -243,7 +248,7 @@ def train(
                 saver.save_best({})
             keep_every = config.run.keep_every
             saver.save(stays=bool(keep_every) and state.epoch % keep_every == 0)
-            if config.train.early_stopping and state.stale >= config.train.early_stopping:
+            if stopped_early():
                 since = f"no better {config.train.select} since epoch {state.best_epoch}"
                 text = f"early stopping: {since}"
                 note_event(log, state, text)

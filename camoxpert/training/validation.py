@@ -231,6 +231,8 @@ def validate(
         if stop.code():
             raise ValidationStopped
 
+    # What is saved is the first process's: that is what all of them score.
+    world.share_buffers(setup.evaluated_model)
     setup.evaluated_model.set_active_experts(setup.config.model.top_k)
     found: dict[str, Any] | None = None
     try:

@@ -373,6 +373,18 @@ class TestFirstFormat:
         for part in ("model", "ema", "optimizer", "state", "routing"):
             assert digest_of(again[part]) == digest_of(saved.values[part]), part
 
+    def test_its_moments_are_kept_and_the_settings_of_now_apply(self, tmp_path: Path) -> None:
+        saved = load_checkpoint(GOLDEN / "format_1_step.pt")
+        setup = prepare_golden(saved.config, tmp_path)
+        for group in setup.optimizer.param_groups:
+            group |= {"weight_decay": 0.5, "betas": (0.5, 0.6), "scale": 0.7}
+        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+        restore(setup, saved, meter)
+        for group in setup.optimizer.param_groups:
+            assert (group["weight_decay"], group["betas"], group["scale"]) == (0.5, (0.5, 0.6), 0.7)
+        kept = setup.optimizer.state_dict()["state"]
+        assert digest_of(kept) == digest_of(saved.values["optimizer"]["state"])
+
     @pytest.mark.parametrize("name", ["format_1_step.pt", "format_1.safetensors"])
     def test_its_weights_say_the_same(self, name: str) -> None:
         from camoxpert.models.build import build_model

@@ -49,6 +49,19 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
+def test_batch_norm_is_scored_the_same_after_a_stop(
+    runner: Runner, data: Path, tmp_path: Path
+) -> None:
+    """Each process counts statistics of its own; the checkpoint, and so the score, has one set."""
+    words = ("--backbone", "resnet18", "--img-size", "64", "--epochs", "1", "--stage1-epochs", "0")
+    a, b = (command(data, tmp_path / name, *words) for name in "ab")
+    assert runner.run(a, ranks=2) == [0, 0], runner.said()
+    stop = [["[scoring]", signal.SIGTERM, None]]
+    assert runner.run(b, ranks=2, signals=stop, patches=["slow_validation"]) == [143, 143]
+    assert runner.run(b, ranks=2) == [0, 0], runner.said()
+    assert ending(tmp_path / "a" / "r") == ending(tmp_path / "b" / "r")
+
+
 class TestSameAsOne:
     """What a run learns does not depend on how many processes take its steps."""
 

@@ -51,6 +51,34 @@ def test_a_signal_stops_it_anywhere_and_the_same_command_goes_on(
     assert status == "finished" and not (tmp_path / "r-2").exists()
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_stopped_in_validation_with_batches_changed_where_the_step_runs(
+    runner: Runner, data: Path, tmp_path: Path, workers: str
+) -> None:
+    """The epoch's last batch is short: the saved position lies beyond the last image."""
+    words = ("--cache", "disk", "data.augment_on=device", "--epochs", "2")
+    a, b = (command(data, tmp_path / x, *words, "--num-workers", workers) for x in "ab")
+    assert runner.run(a) == [0], runner.said()
+    stop = [["[scoring]", signal.SIGTERM, None]]
+    assert runner.run(b, signals=stop, patches=["slow_validation"]) == [143]
+    assert runner.run(b) == [0], runner.said()
+    assert ending(tmp_path / "a" / "r") == ending(tmp_path / "b" / "r")
+
+
+def test_a_run_that_stopped_early_is_scored_and_trains_no_more(
+    runner: Runner, data: Path, tmp_path: Path
+) -> None:
+    words = ("train.early_stopping=1", "optim.lr=1e-12", "optim.min_lr=0", "--no-use-ema")
+    words = command(data, tmp_path, *words)
+    words.remove("--no-test")
+    stop = [["early stopping", signal.SIGTERM, None]]
+    assert runner.run(words, signals=stop, patches=["slow_validation"]) == [143], runner.said()
+    before = ending(tmp_path / "r")
+    assert runner.run(words) == [0], runner.said()
+    assert ending(tmp_path / "r") == before
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "finished"
+
+
 def test_a_second_ctrl_c_leaves_at_once(runner: Runner, data: Path, tmp_path: Path) -> None:
     """The first one waits for a step that takes three seconds; the second one does not."""
     twice = [["[step 2]", signal.SIGINT, None], [0.3, signal.SIGINT, None]]

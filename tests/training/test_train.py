@@ -440,6 +440,20 @@ class TestCommand:
         assert [p.name for p in tmp_path.iterdir()] == ["x"]
         assert train(*words, "--resume", str(tmp_path / "nowhere")) == 4
 
+    def test_a_checkpoint_in_no_run_folder_is_refused(
+        self, train, stopped, tmp_path: Path, capsys
+    ) -> None:
+        """The folder two above it is somebody else's: nothing is written there."""
+        words = ("--run-name", "x", "--no-test", "--no-report", "--epochs", "2")
+        assert stopped(*words) == 75
+        (tmp_path / "other" / "deep").mkdir(parents=True)
+        copy = next((tmp_path / "x" / "checkpoints").glob("step_*.pt")).rename(
+            tmp_path / "other" / "deep" / "mine.pt"
+        )
+        assert train(*words, "--resume", str(copy)) == 4
+        assert "lies in no run folder" in " ".join(capsys.readouterr().err.split())
+        assert [p.name for p in (tmp_path / "other").iterdir()] == ["deep"]
+
     def test_dry_run_writes_nothing(self, train, tmp_path: Path, capsys) -> None:
         assert train("--dry-run") == 0
         out = capsys.readouterr().out
