@@ -10,6 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+# Asking for it means setting it, which is only safe before there are threads.
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bool = False) -> Path:
     """Write a file beside its place and move it there: readers see the old one or the new one.
@@ -32,8 +36,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bo
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        # mkstemp makes private files; results are meant to be read by others.
-        temporary.chmod(0o644)
+        # mkstemp makes private files; results are as private as the user's others.
+        temporary.chmod(0o666 & ~UMASK)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -178,19 +178,25 @@ def train_and_report(
     """Open the run folder, train, score the test sets with the best weights, write the report."""
     from camoxpert.observe.runlog import SilentLog
     from camoxpert.training.rundir import check_batch, check_data, open_run
+    from camoxpert.training.snapshot import images_per_step
     from camoxpert.training.trainer import train
 
     world = setup.world
     locks = []
 
     def opening() -> tuple[Path, Checkpoint | None, list[str]]:
-        opened = open_run(config)
+        try:
+            opened = open_run(config)
+        except OSError as error:
+            raise CheckpointError(
+                f"The run folder in {config.run.dir} cannot be used: {error}."
+            ) from error
         locks.append(opened.lock)
         notes = opened.notes
         if opened.resume is not None:
             notes = [
                 *notes,
-                *check_batch(opened.resume, setup.micro_batch),
+                *check_batch(opened.resume, setup.micro_batch, images_per_step(setup)),
                 *check_data(
                     opened.resume,
                     opened.path,

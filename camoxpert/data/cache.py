@@ -16,6 +16,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -185,7 +186,7 @@ def open_cache(
         )
     say(f"            {verdict}; decoding into {place}")
     wanted = description(manifest, side, max_pixels)
-    with locked(place, say):
+    with locked(place, say, check_stop):
         # Another process may have built it while this one waited.
         if judge(place, wanted):
             build(
@@ -318,7 +319,7 @@ def build(
 
 
 @contextmanager
-def locked(place: Path, say: Say) -> Iterator[None]:
+def locked(place: Path, say: Say, check_stop: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a cache's lock; the kernel drops it when the process dies, however it dies."""
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -331,11 +332,21 @@ def locked(place: Path, say: Say) -> Iterator[None]:
             f"or use --cache none."
         ) from error
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say("            another process is building this cache; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    say("            another process is building this cache; waiting for it")
+                waiting = True
+            except OSError:
+                # A file system without locks: nobody can claim anything there.
+                break
+            # Not in one long call: Ctrl-C and the deadline are looked at here, too.
+            check_stop()
+            time.sleep(0.1)
         yield
     finally:
         file.close()

@@ -92,7 +92,19 @@ class CheckpointFolder:
         self._write_index([e for e in entries if e not in old])
         for entry in old:
             (self.folder / entry["file"]).unlink(missing_ok=True)
+        self._forget_strays()
         return path
+
+    def _forget_strays(self) -> None:
+        """Remove what a process left that died between writing the index and removing a file.
+
+        Not while the index is new: where it was lost, those files are what is left.
+        """
+        listed = {e["file"] for e in read_index(self.folder)}
+        if len(listed - {BEST}) >= self.keep:
+            for path in self.folder.glob("step_*.pt"):
+                if path.name not in listed:
+                    path.unlink(missing_ok=True)
 
     def save_best(
         self, values: Mapping[str, Any], *, step: int, about: Mapping[str, Any] | None = None
@@ -168,6 +180,12 @@ class CheckpointFolder:
                 file.flush()
                 os.fsync(file.fileno())
             digest, size = file_digest(temporary), temporary.stat().st_size
+            entries = read_index(self.folder)
+            before = next((e for e in entries if e["file"] == name), None)
+            if before is not None:
+                # Killed between the two renames, the new content is as good as the old one.
+                before["pending"] = digest
+                self._write_index(entries)
             temporary.replace(path)
             entry = {"file": name, "step": step, "bytes": size, "sha256": digest, **about}
             self._write_index([e for e in read_index(self.folder) if e["file"] != name] + [entry])
@@ -255,7 +273,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
         return read_shared(path)
     known = next((e for e in read_index(path.parent) if e["file"] == path.name), None)
-    if known is not None and file_digest(path) != known["sha256"]:
+    if known is not None and file_digest(path) not in (known["sha256"], known.get("pending")):
         raise CheckpointError(f"{path} is damaged: it differs from what was written (sha256).")
     try:
         if known is None:

@@ -11,6 +11,8 @@ import gc
 import os
 import re
 import textwrap
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -196,9 +198,7 @@ def join(device: str, *, timeout: float) -> World:
     patience = timedelta(seconds=timeout)
     try:
         found, rank, size = next(iter(rendezvous("env://", timeout=patience)))
-        # torchrun keeps its store when it starts the processes anew: without a name of its own
-        # this life would find the addresses of the last one, and wait for the dead.
-        life = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
+        life = begin_life(found, rank, size, timeout=timeout)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore(life, found),
@@ -211,6 +211,37 @@ def join(device: str, *, timeout: float) -> World:
         reason = in_short(error)
         raise PeerError(f"The {size} processes could not find each other: {reason}.") from error
     return World(rank, size, local, local_size, patient)
+
+
+def begin_life(store: dist.Store, rank: int, size: int, *, timeout: float) -> str:
+    """Return a name that these processes share with each other and with no earlier ones.
+
+    torchrun keeps its store when it starts processes anew. Without a name of their own they find
+    the addresses of the last ones there, and wait for the dead; and its count of restarts may
+    differ between machines. So the first process names the life, the others answer with a token,
+    and it is agreed on once the first process has seen all of them.
+
+    Raises:
+        RuntimeError: not all of them came in time.
+    """
+    ends = time.monotonic() + timeout
+    token = uuid.uuid4().hex
+    if rank == 0:
+        store.set("life", token)
+        answers = [f"{token}/{other}" for other in range(1, size)]
+        store.wait(answers, timedelta(seconds=timeout))
+        store.set(f"{token}/go", " ".join(store.get(key).decode() for key in answers))
+        return token
+    seen = ""
+    while time.monotonic() < ends:
+        life = store.get("life").decode()
+        if life != seen:
+            seen = life
+            store.set(f"{life}/{rank}", token)
+        if store.check([f"{life}/go"]) and token in store.get(f"{life}/go").decode():
+            return life
+        time.sleep(0.02)
+    raise RuntimeError("the first process did not answer in time")
 
 
 @contextmanager
@@ -242,9 +273,9 @@ def in_short(error: BaseException) -> str:
 
 def is_peer_loss(error: RuntimeError) -> bool:
     """Whether an exception is the way of gloo or NCCL to say that a peer is gone or stuck."""
+    # Their errors name their own sources: a kernel that timed out, say, is something else.
     words = str(error).lower()
-    signs = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "nccl")
-    return isinstance(error, dist.DistError) or any(sign in words for sign in signs)
+    return isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words
 
 
 def restarts_left() -> bool:

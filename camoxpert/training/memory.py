@@ -55,7 +55,8 @@ class MicroBatch:
         reason: one sentence for the user.
         predicted, measured: peak bytes of a step; None where unknown.
         processes: that take such steps together.
-        stage2_size: ``size`` of stage 2; None: the same.
+        stage2_size: ``size`` of stage 2; None: as the settings say.
+        asked: the settings it was chosen from (see ``asked_for``).
     """
 
     size: int
@@ -66,6 +67,7 @@ class MicroBatch:
     measured: int | None = None
     processes: int = 1
     stage2_size: int | None = None
+    asked: tuple[int | None, ...] = ()
 
     @property
     def effective(self) -> int:
@@ -124,6 +126,16 @@ def micro_batch_sizes(train: TrainConfig, processes: int = 1) -> list[int]:
     return [size]
 
 
+def asked_for(train: TrainConfig) -> tuple[int | None, ...]:
+    """Return the settings that decide how many images a step takes."""
+    return (
+        train.batch_size,
+        train.accumulation_steps,
+        train.effective_batch_size,
+        train.stage2_batch_size,
+    )
+
+
 def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: int) -> MicroBatch:
     """Return the micro-batch with which another number of processes takes the steps of a stopped
     run.
@@ -152,7 +164,8 @@ def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: 
         f"{size // parts} images x {slots // shared} per step on each of {processes} processes: "
         f"the {size * slots} of the run being continued, which had {before}"
     )
-    recompute = bool(continued["checkpointing"])
+    setting = train.gradient_checkpointing
+    recompute = bool(continued["checkpointing"]) if setting == "auto" else setting == "on"
     return MicroBatch(
         size // parts,
         slots // shared,
@@ -160,6 +173,7 @@ def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: 
         reason,
         processes=processes,
         stage2_size=second // parts,
+        asked=asked_for(train),
     )
 
 

@@ -125,9 +125,18 @@ def about_images(window: list[Batch]) -> list[dict[str, Any]]:
     ]
 
 
-def note_event(log: RunLog, state: TrainState, text: str) -> None:
-    """Log something worth a line in the report."""
-    log.write({"kind": "event", "step": state.step, "epoch": state.epoch, "text": text})
+def note_event(log: RunLog, state: TrainState, text: str, *, coming: bool = False) -> None:
+    """Log something worth a line in the report.
+
+    Args:
+        log, state: of the run.
+        text: one sentence.
+        coming: it belongs to the step that comes next, and is told again by a run that resumes
+            before it.
+    """
+    # From 1: the epoch in progress, or between epochs the one that is done.
+    epoch = state.epoch + bool(state.position or coming)
+    log.write({"kind": "event", "step": state.step + coming, "epoch": epoch, "text": text})
 
 
 def write_routing(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -87,7 +88,7 @@ def open_run(config: Config) -> Opened:
     """
     wanted = config.train.resume_from or config.train.resume
     if wanted not in ("auto", "never"):
-        return _continue(Path(wanted), config)
+        return _tidied(_continue(Path(wanted), config))
     parent, name = Path(config.run.dir), run_name(config)
     notes = []
     if wanted == "auto":
@@ -104,9 +105,9 @@ def open_run(config: Config) -> Opened:
             checkpoint, problems = CheckpointFolder(folder / "checkpoints").newest()
             if checkpoint is None:
                 notes.append(f"run         {folder} had saved nothing yet and starts anew")
-                return Opened(folder, None, notes, lock)
+                return _tidied(Opened(folder, None, notes, lock))
             changes = compare(checkpoint.config, config)
-            return Opened(folder, checkpoint, notes + problems + changes, lock)
+            return _tidied(Opened(folder, checkpoint, notes + problems + changes, lock))
     while True:
         try:
             path = create_run_dir(parent, name)
@@ -159,8 +160,15 @@ def compare(old: Config, new: Config) -> list[str]:
     return [f"changed     {line}" for line in lines]
 
 
-def check_batch(checkpoint: Checkpoint, batch: MicroBatch) -> list[str]:
+def check_batch(
+    checkpoint: Checkpoint, batch: MicroBatch, effective: Mapping[str, int]
+) -> list[str]:
     """Return what changed about how steps are taken.
+
+    Args:
+        checkpoint: of the run.
+        batch: as chosen now.
+        effective: images per step now, by stage.
 
     Raises:
         CheckpointError: a step would take another number of images, and the run another number of
@@ -169,12 +177,14 @@ def check_batch(checkpoint: Checkpoint, batch: MicroBatch) -> list[str]:
     before = checkpoint.values.get("batch")
     if before is None:
         return []
-    if before["effective"] != batch.effective:
-        raise CheckpointError(
-            f"The stopped run took {before['effective']} images per optimizer step and this one "
-            f"would take {batch.effective}. Keep the product of --batch-size, "
-            f"--accumulation-steps and processes, or start a new run with --resume never."
-        )
+    for stage, images in before["effective"].items():
+        if effective.get(stage, images) != images:
+            raise CheckpointError(
+                f"The stopped run took {images} images per optimizer step and this one would take "
+                f"{effective[stage]} ({stage}). Keep the product of --batch-size (or "
+                f"--stage2-batch-size), --accumulation-steps and processes, or start a new run "
+                f"with --resume never."
+            )
     if before["processes"] != batch.processes:
         return [
             f"changed     processes: {before['processes']} -> {batch.processes}; {batch.size} "
@@ -278,6 +288,13 @@ def _continue(path: Path, config: Config) -> Opened:
             raise CheckpointError(f"--resume: {path} holds no checkpoint to continue from.")
         checkpoint = newest
     return Opened(folder, checkpoint, problems + compare(checkpoint.config, config), lock)
+
+
+def _tidied(opened: Opened) -> Opened:
+    """Remove what writes that were killed left in a run's folder."""
+    for leftover in opened.path.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return opened
 
 
 def _candidates(parent: Path, name: str) -> list[Path]:

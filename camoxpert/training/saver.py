@@ -21,8 +21,14 @@ class Saver:
     """Writes the checkpoints of a run: on the first process, with what all of them know.
 
     A state whose last step was skipped is not written: where a run diverges, the newest checkpoint
-    is of before. Nor are weights that are no longer finite.
+    is of before. It is owed until the next step that works. At the end of an epoch one or two
+    overflows of fp16 are no such sign. Weights that are no longer finite are never written.
+
+    Attributes:
+        owed: a save is due as soon as a step works.
     """
+
+    ROUTINE_OVERFLOWS = 2
 
     def __init__(
         self, setup: Setup, run_dir: Path, state: TrainState, meter: RoutingMeter, log: RunLog
@@ -35,6 +41,7 @@ class Saver:
             log,
         )
         self.saved_step = state.step if state.step else None
+        self.owed = self._owed_stays = False
         self.started, self.seconds_before = time.monotonic(), state.seconds
         self.folder: CheckpointFolder | None = None
         setup.world.from_first(self._open)
@@ -45,14 +52,18 @@ class Saver:
         others = self.setup.plan.epochs // keep_every if keep_every else 0
         self.folder.require_space(state_bytes(self.setup), others=others)
 
-    def save(self, *, stays: bool = False) -> bool:
+    def save(self, *, stays: bool = False, epoch_done: bool = False) -> bool:
         """Write where the run stands; returns whether it was written."""
         state = self.state
-        if state.skipped_in_a_row:
-            note_event(
-                self.log, state, f"not saved at step {state.step}: its last step was skipped"
-            )
+        routine = epoch_done and self.setup.scaler.is_enabled()
+        if state.skipped_in_a_row > (self.ROUTINE_OVERFLOWS if routine else 0):
+            if not self.owed:
+                text = f"not saved at step {state.step}: its last step was skipped"
+                note_event(self.log, state, text)
+            self.owed, self._owed_stays = True, self._owed_stays or stays
             return False
+        stays = stays or self._owed_stays
+        self.owed = self._owed_stays = False
         require_finite(self.setup, state)
         state.seconds = self.seconds_before + time.monotonic() - self.started
         with self.log.phase("checkpoints"):

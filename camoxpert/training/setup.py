@@ -29,6 +29,7 @@ from camoxpert.training.memory import (
     COMFORTABLE,
     COMFORTABLE_HOST,
     MicroBatch,
+    asked_for,
     effective_batch,
     keep_effective,
     measured_bytes,
@@ -297,14 +298,21 @@ def agree_on_micro_batch(
     continued: Mapping[str, Any] | None,
     world: World,
 ) -> MicroBatch:
-    """Choose as ``choose_micro_batch`` does, for all processes: what fits the fullest device."""
-    if continued and int(continued.get("processes", 1)) != world.size:
-        return keep_effective(config.train, continued, world.size)
+    """Choose as ``choose_micro_batch`` does, for all processes: what fits the fullest device.
+
+    The steps of a stopped run stay what they were while nobody asks for others, whatever the number
+    of processes.
+    """
+    asked = asked_for(config.train)
+    if continued and tuple(continued.get("asked") or ()) == asked:
+        before = int(continued["size"]) * int(continued["steps"]) * int(continued["processes"])
+        if before != world.size * effective_batch(config.train, world.size):
+            return keep_effective(config.train, continued, world.size)
     own = choose_micro_batch(config, model, device, precision, continued, processes=world.size)
     chosen = min(world.gather(own), key=lambda batch: (batch.size, not batch.checkpointing))
+    chosen = replace(chosen, processes=world.size, asked=asked)
     if world.size == 1:
         return chosen
-    chosen = replace(chosen, processes=world.size)
     shared = f"; {chosen.effective} images per step over {world.size} processes"
     return replace(chosen, reason=chosen.reason + shared)
 

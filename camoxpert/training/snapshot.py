@@ -41,8 +41,17 @@ def snapshot(setup: Setup, state: TrainState, meter: RoutingMeter) -> dict[str, 
             "size": batch.size,
             "steps": batch.steps,
             "processes": batch.processes,
-            "effective": batch.effective,
+            "effective": images_per_step(setup),
         },
+    }
+
+
+def images_per_step(setup: Setup) -> dict[str, int]:
+    """Return the images of an optimizer step over all processes, by the name of the stage."""
+    batch = setup.micro_batch
+    return {
+        f"stage {stage.number}": stage.batch_size * batch.steps * batch.processes
+        for stage in setup.plan.stages
     }
 
 

@@ -47,6 +47,10 @@ def train_step(
     for routing in records:
         meter.update(routing)
     values = shared(setup.world, values, stop_code)
+    if scaler.is_enabled():
+        # The scaler looks at gradients alone, and those of an infinite loss may be finite.
+        grad = next(p.grad for p in model.parameters() if p.grad is not None)
+        grad.add_(torch.where(torch.isfinite(values["loss"]), 0.0, float("inf")))
     scaler.unscale_(optimizer)
     limit = config.optim.clip_grad_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)

@@ -83,7 +83,7 @@ def train(
     learning: list[bool] = []
 
     def report(text: str) -> None:
-        note_event(log, state, text)
+        note_event(log, state, text, coming=True)
         say(f"warning     {text}")
 
     def stop_code() -> int:
@@ -114,9 +114,7 @@ def train(
                 loader_stage = stage.number
                 if epoch == stage.first_epoch and done == 0:
                     text = f"stage {stage.number}: {freed}"
-                    log.write(
-                        {"kind": "event", "step": state.step, "epoch": epoch + 1, "text": text}
-                    )
+                    note_event(log, state, text, coming=True)
             setup.model.set_active_experts(active_experts(config, epoch))
             loader.set_epoch(epoch, start_batch=done)
             if done == 0:
@@ -152,7 +150,7 @@ def train(
                             f"{setup.split} parts from step {state.step + 1} on; the effective "
                             f"batch stays the same"
                         )
-                        note_event(log, state, text)
+                        note_event(log, state, text, coming=True)
                         say(f"memory      {text}")
                     state.step += 1
                     done += len(window)
@@ -177,7 +175,8 @@ def train(
                     if stop_code():
                         inspect(reader.flush(), setup, state, log, gpu, speed, stop)
                         raise stop.stopped(saver.leave())
-                    if config.run.save_every and state.step % config.run.save_every == 0:
+                    every = config.run.save_every
+                    if saver.owed or (every and state.step % every == 0):
                         inspect(reader.flush(), setup, state, log, gpu, speed, stop)
                         saver.save()
             inspect(reader.flush(), setup, state, log, gpu, speed, stop)
@@ -231,9 +230,11 @@ def train(
                     record["unreadable"] = left_out
                 log.write(record)
                 if left_out and state.epoch == config.train.validate_every:
-                    report(
+                    text = (
                         f"{len(left_out)} validation images are left out, for example {left_out[0]}"
                     )
+                    note_event(log, state, text)
+                    say(f"warning     {text}")
                 log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
                 say(
                     f"epoch {state.epoch:>3}/{plan.epochs}  S {scores['Smeasure']:.3f}  wF "
@@ -247,7 +248,7 @@ def train(
                 state.best_epoch = state.epoch
                 saver.save_best({})
             keep_every = config.run.keep_every
-            saver.save(stays=bool(keep_every) and state.epoch % keep_every == 0)
+            saver.save(stays=bool(keep_every) and state.epoch % keep_every == 0, epoch_done=True)
             if stopped_early():
                 since = f"no better {config.train.select} since epoch {state.best_epoch}"
                 text = f"early stopping: {since}"

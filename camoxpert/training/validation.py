@@ -248,7 +248,8 @@ def validate(
         found = evaluator.state_dict()
     except ValidationStopped:
         pass
-    parts = world.gather((found, stop.code(), left_out))
+    # Shares may take longer than a step: a process that is slow is not lost.
+    parts = world.gather((found, stop.code(), left_out), patiently=True)
     if any(part is None for part, _, _ in parts):
         stop.agree({f"stop {code}": 1.0 for _, code, _ in parts})
         raise ValidationStopped

@@ -76,6 +76,36 @@ class TestFolder:
         assert kept == [f"step_{step:08d}.pt" for step in (2, 3, 4, 5, 6)]
         assert {e["epoch"] for e in read_index(tmp_path)} == {2, 3, 4, 5, 6}
 
+    def test_killed_between_a_file_and_its_index_the_file_counts(self, tmp_path: Path) -> None:
+        """The same step is saved twice where an epoch ends on a step that was due anyway."""
+        folder = CheckpointFolder(tmp_path)
+        folder.save(values(1.0), step=1)
+        honest, renamed = Path.replace, []
+
+        def killed(path: Path, target: Any) -> Path:
+            if renamed:
+                raise KeyboardInterrupt
+            if str(target).endswith(".pt"):
+                renamed.append(target)
+            return honest(path, target)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "replace", killed)
+            folder.save(values(2.0), step=1)
+        newest, problems = CheckpointFolder(tmp_path).newest()
+        assert newest is not None and newest.values["model"]["w"][0] == 2 and not problems
+
+    def test_strays_go_and_the_last_ones_of_a_lost_index_stay(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path)
+        for step in (1, 2):
+            folder.save(values(), step=step)
+        (tmp_path / "index.json").unlink()
+        folder.save(values(), step=3)
+        assert len(list(tmp_path.glob("step_*.pt"))) == 3
+        folder.save(values(), step=4)
+        kept = sorted(p.name for p in tmp_path.glob("step_*.pt"))
+        assert kept == ["step_00000003.pt", "step_00000004.pt"]
+
     def test_after_going_back_the_run_goes_on_from_there(self, tmp_path: Path) -> None:
         """Steps 1 to 3, then again from 1 on: 3 is of a future that was given up."""
         folder = CheckpointFolder(tmp_path, keep=3)

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from camoxpert.errors import ConfigError
 from camoxpert.observe.runlog import SilentLog, read_jsonl
 from camoxpert.training import distributed
 from camoxpert.training.checkpoint import CheckpointFolder, load_checkpoint
-from camoxpert.training.distributed import join
+from camoxpert.training.distributed import begin_life, is_peer_loss, join
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.memory import MicroBatch, keep_effective
 from camoxpert.training.setup import prepare
@@ -158,6 +160,28 @@ class TestSameAsOne:
         assert "the 8 of the run being continued, which had 2" in runner.said()
         assert furthest(weights_of(one), weights_of(tmp_path / "r")) < 1e-5
 
+    def test_a_run_that_changed_hands_twice(
+        self, runner: Runner, even: Path, tmp_path: Path, one: Path
+    ) -> None:
+        """One process, two, and two again after another stop: always the same images per step."""
+        words = short(even, tmp_path, "--stage2-batch-size", "8", batch=8)
+        for ranks, step in ((1, "[step 2]"), (2, "[step 1]")):
+            soon = [[step, signal.SIGTERM, None]]
+            codes = runner.run(words, ranks=ranks, signals=soon, patches=["slow_steps"])
+            assert codes == [143] * ranks, runner.said()
+        assert runner.run(words, ranks=2) == [0, 0], runner.said()
+        assert furthest(weights_of(one), weights_of(tmp_path / "r")) < 1e-5
+        assert load_config(file=tmp_path / "r" / "config.yaml").train.batch_size == 8
+
+    def test_another_batch_of_stage_2_is_refused(self, runner, even: Path, tmp_path) -> None:
+        words = short(even, tmp_path, "--stage2-batch-size", "4")
+        soon = [["[step 2]", signal.SIGTERM, None]]
+        assert runner.run(words, signals=soon, patches=["slow_steps"]) == [143]
+        assert runner.run([*words, "--stage2-batch-size", "6"]) == [4], runner.said()
+        assert "took 4 images per optimizer step and this one would take 6 (stage 2)" in (
+            runner.said()
+        )
+
     def test_another_effective_batch_is_refused(
         self, runner: Runner, even: Path, tmp_path: Path
     ) -> None:
@@ -276,6 +300,43 @@ def test_half_of_torchruns_settings(monkeypatch) -> None:
     os.environ["MASTER_PORT"] = "1"
     with pytest.raises(ConfigError, match="under torchrun every process takes a device of its own"):
         join("cuda:1", timeout=1)
+
+
+def test_every_life_has_a_name_of_its_own() -> None:
+    """What an earlier life left in the store is neither believed nor waited for."""
+    store = torch.distributed.HashStore()
+    store.set("life", "old")
+    store.set("old/go", "tokens of the dead")
+    names: dict[int, str] = {}
+
+    def come(rank: int) -> None:
+        names[rank] = begin_life(store, rank, 3, timeout=20)
+
+    # The others come first, find the old life, and must not take it for theirs.
+    late = [threading.Thread(target=come, args=(rank,)) for rank in (1, 2)]
+    for thread in late:
+        thread.start()
+    time.sleep(0.2)
+    assert not names
+    come(0)
+    for thread in late:
+        thread.join(20)
+    assert len(set(names.values())) == 1 and len(names) == 3 and names[0] != "old"
+    with pytest.raises(RuntimeError, match="did not answer"):
+        begin_life(store, 1, 3, timeout=0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("[/w/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer", True),
+        ("NCCL communicator was aborted on rank 1", True),
+        ("CUDA error: the launch timed out and was terminated", False),
+        ("DataLoader timed out after 5 seconds", False),
+    ],
+)
+def test_a_lost_peer_and_other_faults(words: str, lost: bool) -> None:
+    assert is_peer_loss(RuntimeError(words)) is lost
 
 
 def test_after_the_deadline_torchrun_has_nothing_to_restart(monkeypatch) -> None:

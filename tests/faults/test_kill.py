@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import KILLED, Runner, command, ending
+from helpers.runs import KILLED, Runner, command, ending, events
 
 from camoxpert.training.checkpoint import CheckpointFolder
 
@@ -47,6 +47,7 @@ def test_twenty_kills_change_nothing(runner: Runner, data: Path, tmp_path: Path,
     kills = disturbed(runner, command(data, tmp_path), 20, 0.45 * seconds)
     assert kills == 20, "the run was over too soon to be killed often"
     assert ending(tmp_path / "r") == expected
+    assert len(set(events(tmp_path / "r"))) == len(events(tmp_path / "r")), "nothing is told twice"
 
 
 def test_kills_while_a_checkpoint_is_written(runner, data, tmp_path: Path, undisturbed) -> None:

@@ -79,9 +79,27 @@ def test_a_skipped_step_names_its_images_and_what_they_are_like(
     for image in event["images"]:
         assert image["name"] in event["text"] or event["text"].endswith("...")
         assert 0 < image["mean"] < 255 and 0 < image["object"] < 1
-    # Nothing was written between the skipped step and the next good one.
     texts = [r.get("text", "") for r in records]
-    assert "not saved at step 3: its last step was skipped" in texts
+    assert texts.count("not saved at step 3: its last step was skipped") == 1
+
+
+def test_a_save_that_was_owed_follows_the_next_good_step(
+    toy_data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Steps 2 to 4 are skipped, 2 was to be saved: 5 is."""
+    values = {**SETTINGS, "data.roots": [str(toy_data)], "run.save_every": 2, "train.epochs": 1}
+    setup = prepare(build_config(values), lambda text: None)
+    break_steps(monkeypatch, lambda number: number in (2, 3, 4), float("nan"))
+    saved = []
+    honest = CheckpointFolder.save
+
+    def save(folder: CheckpointFolder, *args: Any, **options: Any) -> Path:
+        saved.append(options["step"])
+        return honest(folder, *args, **options)
+
+    monkeypatch.setattr(CheckpointFolder, "save", save)
+    go(setup, tmp_path / "run")
+    assert saved == [5, 5]  # as owed, and at the end of the epoch
 
 
 class TestHalfPrecision:
@@ -120,6 +138,36 @@ class TestHalfPrecision:
         assert moved, "the control: later steps do move the weights"
         records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
         assert [r["scale"] for r in records if "scale" in r] == [32768.0, 16384.0, 8192.0]
+
+    def test_an_infinite_loss_with_finite_gradients(self, setup: Setup, monkeypatch) -> None:
+        """The scaler looks at gradients alone; weights and their average must not part."""
+        from camoxpert.training.meters import RoutingMeter
+        from camoxpert.training.setup import training_loader
+
+        self.scaled(setup, 1024.0)
+        honest = step.total_loss
+
+        def infinite(*args: Any, **options: Any):
+            loss, parts = honest(*args, **options)
+            return loss + float("inf"), parts
+
+        monkeypatch.setattr(step, "total_loss", infinite)
+        before = copy.deepcopy(setup.model.state_dict())
+        loader = training_loader(setup, 8)
+        loader.set_epoch(0)
+        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+        values = step.train_step(setup, [next(iter(loader))], meter)
+        assert float(values["skipped"]) == 1 and setup.scaler.get_scale() == 512
+        for name, weight in setup.model.state_dict().items():
+            assert torch.equal(weight, before[name]), name
+
+    def test_an_epoch_that_ends_on_an_overflow_is_kept(
+        self, setup: Setup, tmp_path: Path, monkeypatch
+    ) -> None:
+        break_steps(monkeypatch, lambda number: number in (5, 10), float("inf"))
+        go(self.scaled(setup, 65536.0), tmp_path / "run")
+        newest, _ = CheckpointFolder(tmp_path / "run" / "checkpoints").newest()
+        assert newest is not None and newest.values["state"]["epoch"] == 2
 
     def test_gradients_that_no_scale_saves(self, setup: Setup, tmp_path: Path, monkeypatch) -> None:
         break_steps(monkeypatch, lambda number: True, float("inf"))
