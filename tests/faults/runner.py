@@ -6,6 +6,8 @@ list of [when, signal, rank or null for all of them], when being seconds since t
 text that the program prints; ``environment``; ``patches``, names of functions of this file that
 change the program before it starts. Answers the exit status of every rank, negative for a signal,
 and the seconds from the last signal (or the first rank's end) to the end of the last rank.
+
+What a run would import on its way (torch._dynamo alone takes over a second) is imported here.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo
+import torch.utils.flop_counter
 
 import camoxpert.data.augment
 import camoxpert.training.trainer
@@ -105,6 +109,9 @@ def kill_workers(when: set[int]) -> None:
     """Kill the data workers before each of these steps."""
     import multiprocessing
 
+    from camoxpert.data import supervise
+
+    supervise.POLL_SECONDS = 1.0
     trainer = camoxpert.training.trainer
     honest = trainer.train_step
     steps = []

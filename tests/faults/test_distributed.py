@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,7 +223,7 @@ class TestFaults:
 
     def test_a_rank_that_hangs_is_not_waited_for_for_ever(self, runner, data, tmp_path) -> None:
         words = command(data, tmp_path, "train.process_timeout=3", batch=2)
-        kill = [[12, signal.SIGKILL, 1]]
+        kill = [[8, signal.SIGKILL, 1]]
         codes = runner.run(words, ranks=2, patches=["rank_1_hangs"], signals=kill)
         assert codes == [PEER_GONE, KILLED], runner.said()
         assert runner.seconds < 1, "the first rank had left before the other one was killed"
@@ -278,6 +279,36 @@ class TestFaults:
         assert started.returncode == 0, errors[-3000:]
         assert "resumed" in out
         assert ending(tmp_path / "r") == whole
+
+
+def test_gradients_are_shared_once_per_step(toy_data: Path, monkeypatch) -> None:
+    """Of three micro-batches only the last one's backward pass talks to the others."""
+    from camoxpert.config import build_config
+    from camoxpert.training import step
+    from camoxpert.training.setup import training_loader
+
+    settings = {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
+    settings |= {"model.num_experts": 3, "data.img_size": 32, "data.num_workers": 0}
+    settings |= {"train.batch_size": 4, "data.roots": [str(toy_data)]}
+    setup = prepare(build_config(settings), lambda text: None)
+    shared: list[bool] = []
+    honest = step.total_loss
+
+    def watched(*args: Any, **options: Any):
+        shared.append(setup.forward.require_backward_grad_sync)
+        return honest(*args, **options)
+
+    monkeypatch.setattr(step, "total_loss", watched)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        setup.forward = torch.nn.parallel.DistributedDataParallel(setup.model)
+        loader = training_loader(setup, 4)
+        loader.set_epoch(0)
+        step.accumulate(setup, [batch for _, batch in zip(range(3), loader, strict=False)])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert shared == [False, False, True]
 
 
 def test_a_world_without_torchrun_is_one_process(monkeypatch) -> None:

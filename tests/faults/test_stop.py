@@ -45,6 +45,10 @@ def test_a_signal_stops_it_anywhere_and_the_same_command_goes_on(
     assert runner.seconds < 5
     why = {143: "Stopped (SIGTERM)", 130: "Stopped (Ctrl-C)"}[code]
     assert runner.said().count(why) == 1 and "Traceback" not in runner.said()
+    if patch == "slow_validation":
+        assert runner.said().count("[scoring]") < 3, "not even the three images were waited for"
+    if patch in ("slow_start", "slow_decoding"):
+        assert "Nothing was trained yet" in runner.said() and not (tmp_path / "r").exists()
     assert runner.run(words) == [0], runner.said()
     assert ending(tmp_path / "r") == undisturbed
     status = json.loads((tmp_path / "r" / "run.json").read_text())["status"]
@@ -123,7 +127,8 @@ def test_evaluation_stops_and_goes_on(runner: Runner, data: Path, tmp_path: Path
     words = ["evaluate", str(tmp_path / "r"), "--data", str(data), "-o", str(tmp_path / "scores")]
     stop = [["[scoring]", signal.SIGTERM, None]]
     assert runner.run(words, signals=stop, patches=["slow_validation"]) == [143], runner.said()
-    assert runner.seconds < 3 and "Stopped (SIGTERM)" in runner.said()
+    assert "Stopped (SIGTERM)" in runner.said()
+    assert runner.said().count("[scoring]") < 2, "the second of two images was not waited for"
     assert runner.run(words) == [0], runner.said()
 
 
