@@ -199,10 +199,8 @@ def any_dead(running: Sequence[Any]) -> bool:
 def end_workers(running: list[Any]) -> None:
     """Ask the worker processes of running iterators to end; make those that do not."""
     workers = _workers(running)
-    for iterator in running:
-        shutdown = getattr(iterator, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
+    whole = all(worker.is_alive() for worker in workers)
+    _ask_to_end(list(running), seconds=10.0 if whole else 1.0)
     for worker in workers:
         if worker.is_alive():
             # SIGTERM is ignored (see start_worker), and the interpreter's exit would wait for ever.
@@ -210,18 +208,34 @@ def end_workers(running: list[Any]) -> None:
     running.clear()
 
 
-def kill_workers(running: list[Any], *, seconds: float = 10.0) -> None:
-    """End worker processes of which one died or hangs, and wait no longer than that.
-
-    A worker that is killed may hold a lock that torch's tidying up asks for. So a thread asks, and
-    is left behind where it gets no answer.
-    """
+def kill_workers(running: list[Any]) -> None:
+    """End worker processes of which one died or hangs, at once."""
     for worker in _workers(running):
         worker.kill()
-    tidying = threading.Thread(target=end_workers, args=(list(running),), daemon=True)
-    tidying.start()
-    tidying.join(seconds)
+    _ask_to_end(list(running), seconds=1.0)
     running.clear()
+
+
+def _ask_to_end(iterators: list[Any], *, seconds: float) -> None:
+    """Let torch tidy up, and wait no longer than that.
+
+    A worker that was killed may hold a lock that torch's tidying up asks for, and keeps it for
+    ever. So a thread asks, and is left behind where it gets no answer.
+    """
+
+    def ask() -> None:
+        for iterator in iterators:
+            shutdown = getattr(iterator, "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    try:
+        asking.start()
+    except RuntimeError:
+        # The interpreter is ending and starts no threads; its processes are killed next.
+        return
+    asking.join(seconds)
 
 
 def _workers(running: Sequence[Any]) -> list[Any]:

@@ -121,6 +121,20 @@ class TestDeath:
         assert "shared memory" in str(caught.value) and "waited for" in str(caught.value)
         assert not loader._running, "nobody is left behind"
 
+    def test_a_lock_that_the_dead_hold_is_not_waited_for(self, loader_of) -> None:
+        """Killed while it looks whether to end, a worker keeps the lock of that question."""
+        loader = loader_of(2)
+        loader.set_epoch(0)
+        batches = iter(loader)
+        next(batches)
+        (iterator,) = loader._running
+        workers = list(iterator._workers)
+        iterator._workers_done_event._cond.acquire()
+        kill(loader)
+        batches.close()
+        assert not loader._running
+        assert not any(worker.join(5) or worker.is_alive() for worker in workers)
+
     def test_kept_workers_that_die_between_epochs(self, loader_of) -> None:
         told: list[str] = []
         loader = loader_of(2, report=told.append)
