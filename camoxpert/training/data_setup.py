@@ -98,13 +98,13 @@ def load_data(
     data = config.data
     skip = data.unreadable == "skip"
     clean = read_clean_list(data.clean_list)
-    whole = load_train(
-        data.roots,
-        layout=data.layout,
-        noncam=data.noncam,
-        clean=clean,
-        allow_outside=data.allow_outside,
-    )
+    found_by: dict[str, Any] = {
+        "layout": data.layout,
+        "noncam": data.noncam,
+        "clean": clean,
+        "allow_outside": data.allow_outside,
+    }
+    whole = load_train(data.roots, **found_by)
     sides = training_sides(data)
     side = source_side(data)
     folder = Path(data.cache_dir) if data.cache_dir else default_folder()
@@ -138,13 +138,7 @@ def load_data(
         )
     check_stop()
     train, validation = split_validation(whole, data.val_fraction, config.train.seed)
-    tests = find_test_sets(
-        data.roots,
-        layout=data.layout,
-        noncam=data.noncam,
-        clean=clean,
-        allow_outside=data.allow_outside,
-    )
+    tests = find_test_sets(data.roots, **found_by)
     say(
         f"data        {len(train)} training and {len(validation)} validation images "
         f"({whole.layout}), validation carved from TRAIN"

@@ -13,12 +13,14 @@ What a run would import on its way (torch._dynamo alone takes over a second) is 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,53 +47,48 @@ def slow_saves() -> None:
     checkpoint.os.fsync = slow
 
 
-def slow_steps() -> None:
-    """Make steps take long enough to be interrupted, and tell of them."""
+def before_steps(call: Callable[[int], object]) -> None:
+    """Call with the number of every optimizer step, from 1, before it is taken."""
     trainer = camoxpert.training.trainer
     honest = trainer.train_step
-    steps = []
+    numbers = itertools.count(1)
 
-    def slow(*arguments, **options):
-        steps.append(1)
-        print(f"[step {len(steps)}]", flush=True)
-        time.sleep(0.05)
+    def step(*arguments, **options):
+        call(next(numbers))
         return honest(*arguments, **options)
 
-    trainer.train_step = slow
+    trainer.train_step = step
+
+
+def slow_steps() -> None:
+    """Make steps take long enough to be interrupted, and tell of them."""
+
+    def wait_a_little(number: int) -> None:
+        print(f"[step {number}]", flush=True)
+        time.sleep(0.05)
+
+    before_steps(wait_a_little)
 
 
 def three_seconds_a_step() -> None:
     """Make steps take long enough to be interrupted twice."""
-    trainer = camoxpert.training.trainer
-    honest = trainer.train_step
-    steps = []
 
-    def slow(*arguments, **options):
-        steps.append(1)
-        print(f"[step {len(steps)}]", flush=True)
-        if len(steps) > 1:
-            ends = time.monotonic() + 3
-            while time.monotonic() < ends:
-                time.sleep(0.1)
-        return honest(*arguments, **options)
+    def wait_long(number: int) -> None:
+        print(f"[step {number}]", flush=True)
+        ends = time.monotonic() + 3 * (number > 1)
+        while time.monotonic() < ends:
+            time.sleep(0.1)
 
-    trainer.train_step = slow
+    before_steps(wait_long)
 
 
 def clock_of_steps() -> None:
     """Give the deadline a clock that ticks once a step."""
     from camoxpert.training import guards
 
-    trainer = camoxpert.training.trainer
-    honest = trainer.train_step
-    steps = []
-
-    def counted(*arguments, **options):
-        steps.append(1)
-        return honest(*arguments, **options)
-
+    steps: list[int] = []
+    before_steps(steps.append)
     start = guards.StopFlag.__init__
-    trainer.train_step = counted
     guards.StopFlag.__init__ = lambda flag, hours=None: start(flag, hours, lambda: len(steps))
 
 
@@ -112,18 +109,13 @@ def kill_workers(when: set[int]) -> None:
     from camoxpert.data import supervise
 
     supervise.POLL_SECONDS = 1.0
-    trainer = camoxpert.training.trainer
-    honest = trainer.train_step
-    steps = []
 
-    def killing(*arguments, **options):
-        steps.append(1)
-        if len(steps) in when:
+    def kill(number: int) -> None:
+        if number in when:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
-        return honest(*arguments, **options)
 
-    trainer.train_step = killing
+    before_steps(kill)
 
 
 def small_disk() -> None:
@@ -137,24 +129,16 @@ def folder_vanishes() -> None:
     """Let somebody delete the run's folder in the middle of the run."""
     import shutil
 
-    folder = Path(sys.argv[0])
     trainer = camoxpert.training.trainer
     honest = trainer.train
-    step = trainer.train_step
-    steps = []
+    folders: list[Path] = []
 
     def train(setup, run_dir, *arguments, **options):
-        nonlocal folder
-        folder = run_dir
+        folders.append(run_dir)
         return honest(setup, run_dir, *arguments, **options)
 
-    def vanishing(*arguments, **options):
-        steps.append(1)
-        if len(steps) == 4:
-            shutil.rmtree(folder)
-        return step(*arguments, **options)
-
-    trainer.train, trainer.train_step = train, vanishing
+    trainer.train = train
+    before_steps(lambda number: shutil.rmtree(folders[0]) if number == 4 else None)
 
 
 def folder_becomes_read_only() -> None:
@@ -171,32 +155,22 @@ def folder_becomes_read_only() -> None:
 
 def rank_1_fails() -> None:
     """Let rank 1 meet a fault of its own in its third step."""
-    trainer = camoxpert.training.trainer
-    honest = trainer.train_step
-    steps = []
 
-    def failing(*arguments, **options):
-        steps.append(1)
-        if os.environ.get("RANK") == "1" and len(steps) == 3:
+    def fail(number: int) -> None:
+        if os.environ.get("RANK") == "1" and number == 3:
             raise RuntimeError("a fault of rank 1 alone")
-        return honest(*arguments, **options)
 
-    trainer.train_step = failing
+    before_steps(fail)
 
 
 def rank_1_hangs() -> None:
     """Let rank 1 stop answering in its third step."""
-    trainer = camoxpert.training.trainer
-    honest = trainer.train_step
-    steps = []
 
-    def hanging(*arguments, **options):
-        steps.append(1)
-        if os.environ.get("RANK") == "1" and len(steps) == 3:
+    def hang(number: int) -> None:
+        if os.environ.get("RANK") == "1" and number == 3:
             time.sleep(60)
-        return honest(*arguments, **options)
 
-    trainer.train_step = hanging
+    before_steps(hang)
 
 
 def rank_1_sees_nan() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.runs import TINY_SETTINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,13 +41,7 @@ from camoxpert.training.setup import compile_model, prepare, training_loader
 
 ROOT = Path(__file__).parents[2]
 TINY = {
-    "model.backbone": "tiny_test",
-    "model.pretrained": False,
-    "model.width": 16,
-    "model.detail_width": 8,
-    "model.num_experts": 3,
-    "data.img_size": 32,
-    "data.num_workers": 0,
+    **TINY_SETTINGS,
     "train.batch_size": 2,
     "optim.lr": 1e-3,
 }

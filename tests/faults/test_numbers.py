@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import weights_of
+from helpers.runs import TINY_SETTINGS, weights_of
 
 from camoxpert.config import build_config
 from camoxpert.errors import ConfigError, NumericError
@@ -22,13 +22,7 @@ from camoxpert.training.setup import Setup, prepare
 from camoxpert.training.trainer import train as run_training
 
 SETTINGS = {
-    "model.backbone": "tiny_test",
-    "model.pretrained": False,
-    "model.width": 16,
-    "model.detail_width": 8,
-    "model.num_experts": 3,
-    "data.img_size": 32,
-    "data.num_workers": 0,
+    **TINY_SETTINGS,
     "data.cache": "ram",
     "train.batch_size": 8,
     "train.epochs": 2,

@@ -13,10 +13,20 @@ from typing import Any
 
 import torch
 
+from camoxpert.observe.runlog import read_jsonl
 from camoxpert.training.checkpoint import CheckpointFolder
 
 RUNNER = Path(__file__).parents[1] / "faults" / "runner.py"
 KILLED = -signal.SIGKILL
+TINY_SETTINGS = {
+    "model.backbone": "tiny_test",
+    "model.pretrained": False,
+    "model.width": 16,
+    "model.detail_width": 8,
+    "model.num_experts": 3,
+    "data.img_size": 32,
+    "data.num_workers": 0,
+}
 # What a clock says, not what was learned.
 CLOCKS = ("images_per_second", "data_wait", "gpu", "memory", "time", "seconds")
 
@@ -107,6 +117,9 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 def events(run: Path) -> list[str]:
     """Return the texts of a run's events."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [record["text"] for record in records if record["kind"] == "event"]
+    return [record["text"] for record in records(run, "event")]
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return a run's records of one kind."""
+    return [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == kind]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import TINY_SETTINGS, records
 
-from camoxpert.config import build_config, load_config
+from camoxpert.config import build_config
 from camoxpert.data.toy import generate_toy
 from camoxpert.errors import ConfigError, NumericError
-from camoxpert.observe.runlog import RunLog, read_jsonl
+from camoxpert.observe.runlog import RunLog
 from camoxpert.training import step, trainer
 from camoxpert.training.checkpoint import load_checkpoint
 from camoxpert.training.guards import StopFlag
@@ -22,13 +22,7 @@ from camoxpert.training.step import train_step, windows
 from camoxpert.training.trainer import set_trainable, train
 
 BASE = {
-    "model.backbone": "tiny_test",
-    "model.pretrained": False,
-    "model.width": 16,
-    "model.detail_width": 8,
-    "model.num_experts": 3,
-    "data.img_size": 32,
-    "data.num_workers": 0,
+    **TINY_SETTINGS,
     "train.batch_size": 8,
     "train.epochs": 2,
     "optim.lr": 3e-3,
@@ -54,10 +48,6 @@ def run(setup: Setup, folder: Path, *, stop: StopFlag | None = None, resume=None
 
 def meter_of(setup: Setup) -> RoutingMeter:
     return RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    return [r for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == kind]
 
 
 def batches_of(setup: Setup) -> list:
@@ -383,106 +373,6 @@ def test_without_a_validation_split_the_last_weights_are_shipped(
     assert_same(dict(best.values["model"]), dict(setup.evaluated_model.state_dict()))
 
 
-class TestCommand:
-    """`camoxpert train` from start to report."""
-
-    def test_a_run_folder_holds_what_the_readme_says(self, tiny_run: Path) -> None:
-        for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html"):
-            assert (tiny_run / name).stat().st_size > 0
-        info = json.loads((tiny_run / "run.json").read_text())
-        assert info["status"] == "finished"
-        assert {"training", "validation", "testing", "start"} <= info["phases"].keys()
-        assert info["argv"][:2] == ["camoxpert", "train"]
-        kinds = [r["kind"] for r in read_jsonl(tiny_run / "metrics.jsonl")]
-        assert {"train", "validation", "routing", "event"} <= set(kinds)
-        result = json.loads((tiny_run / "evaluation" / "toy.json").read_text())
-        assert result["num_images"] == 8
-        assert load_config(file=tiny_run / "config.yaml").train.epochs == 2
-        stages = [r["text"] for r in records(tiny_run, "event") if "stage" in r["text"]]
-        assert stages == ["stage 1: decoder only, backbone frozen", "stage 2: everything"]
-
-    def test_the_same_command_again_makes_a_second_run(self, train, tmp_path: Path) -> None:
-        words = ("--epochs", "1", "--no-test", "--no-report")
-        assert train(*words) == 0
-        first = next(tmp_path.iterdir())
-        before = (first / "checkpoints" / "best.pt").read_bytes()
-        assert train(*words) == 0
-        assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, f"{first.name}-2"]
-        assert (first / "checkpoints" / "best.pt").read_bytes() == before
-
-    def test_the_deadline_saves_and_the_same_command_goes_on(
-        self, train, stopped, tmp_path: Path
-    ) -> None:
-        words = ("--epochs", "3", "--no-test", "--no-report")
-        assert stopped(*words) == 75
-        folder = next(tmp_path.iterdir())
-        assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
-        assert train(*words) == 0
-        assert list(tmp_path.iterdir()) == [folder]
-        assert json.loads((folder / "run.json").read_text())["status"] == "finished"
-
-    def test_a_stopped_run_is_not_continued_with_another_model(
-        self, train, stopped, tmp_path: Path, capsys
-    ) -> None:
-        words = ("--run-name", "x", "--epochs", "2", "--no-test", "--no-report")
-        assert stopped(*words) == 75
-        assert train(*words, "--num-experts", "4") == 4
-        message = " ".join(capsys.readouterr().err.split())
-        assert "model.num_experts: 3 -> 4" in message
-        assert train(*words, "--num-experts", "4", "--resume", "never") == 0
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x-2"]
-
-    def test_resume_from_a_folder(self, train, stopped, tmp_path: Path, capsys) -> None:
-        words = ("--run-name", "x", "--no-test", "--no-report", "--epochs", "2")
-        assert stopped(*words) == 75
-        assert train(*words, "--resume-from", str(tmp_path / "x")) == 0
-        assert "resumed" in capsys.readouterr().out
-        assert [p.name for p in tmp_path.iterdir()] == ["x"]
-        assert train(*words, "--resume", str(tmp_path / "nowhere")) == 4
-
-    def test_a_checkpoint_in_no_run_folder_is_refused(
-        self, train, stopped, tmp_path: Path, capsys
-    ) -> None:
-        """The folder two above it is somebody else's: nothing is written there."""
-        words = ("--run-name", "x", "--no-test", "--no-report", "--epochs", "2")
-        assert stopped(*words) == 75
-        (tmp_path / "other" / "deep").mkdir(parents=True)
-        copy = next((tmp_path / "x" / "checkpoints").glob("step_*.pt")).rename(
-            tmp_path / "other" / "deep" / "mine.pt"
-        )
-        assert train(*words, "--resume", str(copy)) == 4
-        assert "lies in no run folder" in " ".join(capsys.readouterr().err.split())
-        assert [p.name for p in (tmp_path / "other").iterdir()] == ["deep"]
-
-    def test_dry_run_writes_nothing(self, train, tmp_path: Path, capsys) -> None:
-        assert train("--dry-run") == 0
-        out = capsys.readouterr().out
-        assert not list(tmp_path.iterdir())
-        assert "precision   fp32" in out and "one step" in out
-
-    def test_decisions_are_said_with_their_reason(self, train, capsys) -> None:
-        train("--dry-run")
-        out = capsys.readouterr().out
-        for word in ("data ", "test sets", "workers", "device", "precision", "model", "plan"):
-            assert word in out
-
-    def test_an_unknown_backbone_is_a_config_error(self, train, capsys) -> None:
-        assert train("--backbone", "edgenext_bass") == 2
-        assert "Did you mean edgenext_base" in " ".join(capsys.readouterr().err.split())
-
-    def test_router_warmup_sends_every_image_through_all_experts(
-        self, train, tmp_path: Path
-    ) -> None:
-        words = ("--run-name", "warm", "--epochs", "2", "--top-k", "1", "--no-test", "--no-report")
-        assert train(*words, "--router-warmup", "1") == 0
-        lines = (tmp_path / "warm" / "metrics.jsonl").read_text().splitlines()
-        routing = [r for r in map(json.loads, lines) if r["kind"] == "routing"]
-        for level in routing[0]["levels"].values():
-            assert level["usage"] == pytest.approx([1 / 3] * 3, abs=1e-6)
-        later = [level["usage"] for level in routing[1]["levels"].values()]
-        assert any(max(usage) > 0.34 for usage in later)  # the control: routed again
-
-
 def test_active_experts_are_bounded(toy_data: Path) -> None:
     model = setup_of(toy_data).model
     model.set_active_experts(3)
@@ -490,24 +380,3 @@ def test_active_experts_are_bounded(toy_data: Path) -> None:
     assert all(record.experts_BK.shape == (2, 3) for record in model(images).routing)
     with pytest.raises(ValueError, match="4 of 3 experts"):
         model.set_active_experts(4)
-
-
-def test_a_run_that_died_before_its_first_checkpoint_starts_anew_in_its_folder(
-    train, tmp_path: Path, capsys
-) -> None:
-    words = ["--run-name", "r", "--epochs", "1", "--no-test", "--no-report"]
-    (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "run.json").write_text('{"status": "running"}')
-    (tmp_path / "r" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "epoch": 1}\n')
-    assert train(*words) == 0
-    assert "had saved nothing yet and starts anew" in capsys.readouterr().out
-    steps = [record["step"] for record in records(tmp_path / "r", "train")]
-    assert steps == sorted(set(steps)) and not (tmp_path / "r-2").exists()
-
-
-def test_a_folder_of_somebody_else_is_left_alone(train, tmp_path: Path) -> None:
-    (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "thesis.txt").write_text("mine")
-    assert train("--run-name", "r", "--epochs", "1", "--no-test", "--no-report") == 0
-    assert [p.name for p in (tmp_path / "r").iterdir()] == ["thesis.txt"]
-    assert (tmp_path / "r-2" / "run.json").is_file()
