@@ -44,11 +44,15 @@ class PeerError(CamoXpertError):
     exit_code = 6
 
 
-class Stopped(CamoXpertError):
-    """The run was asked to stop and saved its state; the same command continues it.
+class Stopped(BaseException):
+    """The command was asked to stop and left its work in order; the same command continues it.
 
-    ``exit_code`` is 75 (deadline), 130 (Ctrl-C) or 143 (SIGTERM), set on the instance by whoever
-    raises it.
+    Not an ``Exception``, like KeyboardInterrupt: a signal can raise it anywhere, and code that
+    turns every failure of a file into its own error must not swallow it.
+
+    ``exit_code`` is 75 (deadline), 130 (Ctrl-C) or 143 (SIGTERM), set on the instance.
     """
 
     exit_code = 75
+    # Set where another process of the same run already says it.
+    quiet = False

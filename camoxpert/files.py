@@ -1,14 +1,22 @@
-"""Files that are written whole or not at all, by every part of the program."""
+"""Files: atomic writes, locks, JSON and symlink checks, for every part of the program."""
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
+import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from camoxpert import stop
 
 # Asking for it means setting it, which is only safe before there are threads.
 UMASK = os.umask(0o022)
@@ -86,3 +94,104 @@ def write_rows(
     writer.writerows(rows)
     # File names may hold bytes that are no UTF-8: they go out as they came in.
     return write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> Path:
+    """Write JSON, whole or not at all; NaN and infinity become null."""
+    text = json.dumps(finite(value), indent=1, allow_nan=False)
+    return write_bytes(path, text.encode(), durable=durable)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} where it is missing, damaged or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read records; a torn line (the process died while writing it) ends the file."""
+    records: list[dict[str, Any]] = []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def finite(value: Any) -> Any:
+    """Return a copy that JSON can hold: NaN and infinity become None, numpy scalars Python's."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if hasattr(value, "item") and callable(value.item) and getattr(value, "ndim", None) == 0:
+        return finite(value.item())
+    return value
+
+
+_held_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """Lock a file for this process; return the handle that holds the lock, None if another has it.
+
+    The kernel drops the lock when the process dies, however it dies. Forked children let go of it
+    at once: data workers outlive a killed parent by seconds. (``filelock`` keeps its handle open in
+    them, so the same command would find its own dead run locked.) On a file system without locks
+    nobody can claim anything, and everybody gets a handle.
+
+    Raises:
+        OSError: the file cannot be created, or is a symlink somebody planted.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    file = os.fdopen(handle, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass
+    _held_locks.add(file)
+    return file
+
+
+@contextmanager
+def lock(path: Path, *, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold the lock of a file for the block, waiting for it in steps that a signal can end.
+
+    Args:
+        path: the lock file; see ``try_lock``.
+        waiting: called once if another process has the lock.
+
+    Raises:
+        OSError: as ``try_lock``.
+    """
+    held = try_lock(path)
+    if held is None:
+        waiting()
+    while held is None:
+        stop.check()
+        time.sleep(0.1)
+        held = try_lock(path)
+    try:
+        yield
+    finally:
+        held.close()
+
+
+def _release_inherited_locks() -> None:
+    for file in list(_held_locks):
+        file.close()
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_release_inherited_locks)

@@ -35,7 +35,7 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty training and eight test pairs of easy generated camouflage, 48 px."""
-    from camoxpert.data.toy import generate_toy
+    from camoxpert.synthesis.toy import generate_toy
 
     root = tmp_path_factory.mktemp("toy")
     generate_toy(root, num_train=40, num_test=8, size=48, difficulty=0.1, seed=0)

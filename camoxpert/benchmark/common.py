@@ -11,8 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from camoxpert.data.resources import usable_cores
-from camoxpert.observe.runlog import git_commit, versions
+from camoxpert.runs.log import git_commit, versions
+from camoxpert.runtime.host import usable_cores
 
 
 def interleaved(

@@ -23,15 +23,15 @@ from torch.utils.data import DataLoader, Dataset
 from camoxpert.benchmark.common import heading, interleaved, milliseconds, paired_ratio
 from camoxpert.benchmark.moe import device_name
 from camoxpert.config import AugmentConfig
-from camoxpert.data.augment import SampleTransform, resize_pair, square_pair
-from camoxpert.data.cache import open_cache
-from camoxpert.data.cache_table import PixelCache
-from camoxpert.data.image_io import probe, read_image, read_mask, read_pair
+from camoxpert.console import bar
+from camoxpert.data.cache.build import open_cache
+from camoxpert.data.cache.table import PixelCache
+from camoxpert.data.files.image_io import probe, read_image, read_mask, read_pair
+from camoxpert.data.files.manifest import Manifest, load_train
 from camoxpert.data.loader import Batches, build_loader, finish
-from camoxpert.data.manifest import Manifest, load_train
-from camoxpert.data.toy import toy_pair
+from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
 from camoxpert.data.workers import start_worker
-from camoxpert.observe.progress import bar
+from camoxpert.synthesis.toy import toy_pair
 
 # Times that an epoch of the loaders goes through the files: a short one would time its start.
 REPEATS = 3

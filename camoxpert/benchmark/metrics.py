@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 
 from camoxpert.benchmark.common import heading, interleaved, milliseconds, paired_ratio
-from camoxpert.data.image_io import write_png
+from camoxpert.data.files.image_io import write_png
 from camoxpert.errors import ConfigError
-from camoxpert.inference.maps import MapJob, MapTask
-from camoxpert.inference.score_maps import MapOptions, score_task
+from camoxpert.evaluation.maps.find import MapJob, MapTask
+from camoxpert.evaluation.maps.score import MapOptions, score_task
 from camoxpert.metrics import FAST_KEYS, RESULT_KEYS
 from camoxpert.metrics.histogram import joint_histogram
 from camoxpert.metrics.inputs import checked_mask, checked_prediction

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from camoxpert.benchmark.common import heading, interleaved, milliseconds, paired_ratio
 from camoxpert.models.moe import DISPATCH, MoE
-from camoxpert.observe.syncs import SyncCounter
+from camoxpert.profile.syncs import SyncCounter
 
 SIZES = ((16, 22), (64, 11), (64, 22))
 """(images, side of the square map in pixels)."""

@@ -16,7 +16,7 @@ from camoxpert.config import Config
 from camoxpert.losses import total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.camoxpert import CamoXpert
-from camoxpert.observe.syncs import SyncCounter
+from camoxpert.profile.syncs import SyncCounter
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.optim import build_optimizer
 

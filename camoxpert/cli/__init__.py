@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from camoxpert.errors import CamoXpertError, ConfigError
+from camoxpert.errors import CamoXpertError, ConfigError, Stopped
 
 # Command -> what it does. The module camoxpert.cli.<command> has add_arguments() and run().
 COMMANDS = {
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return run_command(typed)
-    except CamoXpertError as error:
+    except (CamoXpertError, Stopped) as error:
         if debug:
             raise
         prefix = "" if error.exit_code in (75, 130, 143) else "error: "

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     measure = {"metrics": _metrics, "moe": _moe, "train": _train, "data": _data}[options.kind]
     result = measure(options)
     if options.output:
-        from camoxpert.observe.runlog import write_json
+        from camoxpert.runs.log import write_json
 
         write_json(Path(options.output), result)
         print(f"figures: {options.output}")
@@ -116,7 +116,7 @@ def _metrics(options: argparse.Namespace) -> dict[str, Any]:
 
 def _moe(options: argparse.Namespace) -> dict[str, Any]:
     from camoxpert.benchmark import moe
-    from camoxpert.training.precision import choose_device
+    from camoxpert.runtime.device import choose_device
 
     if not 1 <= options.top_k <= options.num_experts:
         raise ConfigError("--top-k must be between 1 and --num-experts.")
@@ -148,7 +148,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 def _step_of(options: argparse.Namespace) -> tuple[Config, torch.device, torch.dtype | None]:
     """Return settings, device and number format of the step that is measured."""
     from camoxpert.config import TrainConfig, load_config
-    from camoxpert.training.precision import choose_device, choose_precision
+    from camoxpert.runtime.device import choose_device, choose_precision
 
     config = load_config(
         overrides=[

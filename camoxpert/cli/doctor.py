@@ -11,8 +11,8 @@ from camoxpert.errors import CamoXpertError, ConfigError, DataError
 from camoxpert.files import write_rows
 
 if TYPE_CHECKING:
-    from camoxpert.data.inspect import PairFacts
     from camoxpert.doctor import Examination, Finding
+    from camoxpert.doctor.inspect import PairFacts
 
 COPIES_SHOWN = 24
 FILES_PRINTED = 3
@@ -59,8 +59,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     if not 0 <= options.val_fraction <= 0.5:
         raise ConfigError("--val-fraction must be between 0 and 0.5.")
+    from camoxpert.console import bar
     from camoxpert.doctor import check_environment, examine_data, write_clean_list
-    from camoxpert.observe.progress import bar
 
     roots = [*options.data, *options.dataset_path]
     print("environment")
@@ -108,8 +108,8 @@ def _dry_step(device: str) -> Finding:
     from camoxpert.config import load_config
     from camoxpert.doctor import Finding
     from camoxpert.models.build import build_model
-    from camoxpert.training.precision import check_architecture, choose_device, choose_precision
-    from camoxpert.training.setup import trial_step
+    from camoxpert.runtime.device import check_architecture, choose_device, choose_precision
+    from camoxpert.training.prepare import trial_step
 
     config = load_config(
         flags={"model.backbone": "tiny_test", "model.pretrained": False, "data.img_size": 64}
@@ -146,10 +146,10 @@ def _write(
     max_pixels: int,
 ) -> Path:
     """Write the page, the findings and a table of all pairs."""
-    from camoxpert.data.image_io import write_jpeg
-    from camoxpert.data.inspect import SIZES, small_picture
-    from camoxpert.observe.doctor_page import contact_sheet, write_page
-    from camoxpert.observe.runlog import write_json
+    from camoxpert.data.files.image_io import write_jpeg
+    from camoxpert.doctor.inspect import SIZES, small_picture
+    from camoxpert.pages.doctor import contact_sheet, write_page
+    from camoxpert.runs.log import write_json
 
     findings = [
         {"level": f.level, "check": f.check, "text": f.text, "files": list(f.files)}

@@ -124,7 +124,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Evaluate, write and print."""
     no_overrides(rest)
     _check(options, typed)
-    from camoxpert.observe.ledger import append_rows, check_ledger, ledger_row
+    from camoxpert.evaluation.ledger import append_rows, check_ledger, ledger_row
     from camoxpert.training.guards import StopFlag, watch
 
     if options.ledger:
@@ -202,11 +202,11 @@ def _maps(
     options: argparse.Namespace, typed: Sequence[str], check_stop: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], Path]:
     """Score prediction maps. Nothing in here imports torch."""
-    from camoxpert.inference.evaluate_maps import evaluate_maps
-    from camoxpert.inference.map_list import read_list
-    from camoxpert.inference.maps import find_maps, find_masks, pair_maps
-    from camoxpert.inference.output import OutputFolder
-    from camoxpert.inference.score_maps import MapOptions, choose_map_workers
+    from camoxpert.evaluation.maps.evaluate import evaluate_maps
+    from camoxpert.evaluation.maps.find import find_maps, find_masks, pair_maps
+    from camoxpert.evaluation.maps.list import read_list
+    from camoxpert.evaluation.maps.score import MapOptions, choose_map_workers
+    from camoxpert.evaluation.output import OutputFolder
 
     keys = _measures(options.measures or ["default"])
     allowed = {"allow_missing": options.allow_missing, "allow_extra": options.allow_extra}
@@ -281,15 +281,15 @@ def _checkpoint(
     options: argparse.Namespace, typed: Sequence[str], check_stop: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], Path]:
     """Score a checkpoint on data sets."""
-    from camoxpert.data.manifest import (
+    from camoxpert.data.files.manifest import (
         Manifest,
         find_test_sets,
         load_eval,
         read_clean_list,
     )
-    from camoxpert.inference.evaluate import evaluate_set
+    from camoxpert.evaluation.model import evaluate_set
+    from camoxpert.evaluation.results import write_tables
     from camoxpert.inference.predictor import load_predictor
-    from camoxpert.inference.results import write_tables
     from camoxpert.metrics import RESULT_KEYS
 
     predictor = load_predictor(
@@ -354,7 +354,7 @@ def _checkpoint(
 
 
 def _print(results: Sequence[dict[str, Any]], form: str) -> None:
-    from camoxpert.observe import tables
+    from camoxpert.pages import tables
 
     keys = tuple(results[0]["scores"])
     if form == "json":

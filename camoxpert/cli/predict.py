@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     if options.batch_size < 1 or not 0 <= options.threshold <= 1:
         raise ConfigError("--batch-size must be at least 1 and --threshold between 0 and 1.")
-    from camoxpert.inference.batch import find_photos, predict_photos
+    from camoxpert.inference.photos import find_photos, predict_photos
     from camoxpert.inference.predictor import load_predictor
     from camoxpert.training.guards import StopFlag, watch
 

@@ -28,9 +28,9 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--steps must be at least 1.")
     check_output("--trace", options.trace)
     check_output("--output", options.output)
-    from camoxpert.benchmark import profile
-    from camoxpert.observe.runlog import write_json
-    from camoxpert.training.setup import prepare
+    from camoxpert.profile import run as profile
+    from camoxpert.runs.log import write_json
+    from camoxpert.training.prepare import prepare
 
     setup = prepare(config, print)
     result = profile.run(

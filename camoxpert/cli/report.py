@@ -34,15 +34,15 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise CheckpointError(
             f"{path} is neither a run folder (it holds no config.yaml) nor a ledger file."
         )
-    from camoxpert.observe.report import write_report
+    from camoxpert.pages.report import write_report
 
     print(write_report(path))
     return 0
 
 
 def _ledger(path: Path, options: argparse.Namespace) -> int:
-    from camoxpert.observe import tables
-    from camoxpert.observe.ledger import comparable, read_ledger
+    from camoxpert.evaluation.ledger import comparable, read_ledger
+    from camoxpert.pages import tables
 
     rows = [
         row

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise DataError(
             f"{output} exists and is not empty; nothing is overwritten. Name a new folder."
         )
-    from camoxpert.data.toy import generate_toy
+    from camoxpert.synthesis.toy import generate_toy
 
     generate_toy(
         output,

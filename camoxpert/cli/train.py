@@ -25,11 +25,11 @@ from camoxpert.errors import (
 )
 
 if TYPE_CHECKING:
-    from camoxpert.observe.runlog import RunLog
-    from camoxpert.training.checkpoint import Checkpoint
-    from camoxpert.training.distributed import World
+    from camoxpert.runs.checkpoint import Checkpoint
+    from camoxpert.runs.log import RunLog
+    from camoxpert.runtime.processes import World
     from camoxpert.training.guards import StopFlag
-    from camoxpert.training.setup import Setup
+    from camoxpert.training.prepare import Setup
 
 Say = Callable[[str], None]
 
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         # Every process of torchrun finds the same: one on each machine says it.
         error.quiet = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
-    from camoxpert.training.distributed import join, named_faults, restarts_left
+    from camoxpert.runtime.processes import join, named_faults, restarts_left
     from camoxpert.training.guards import StopFlag, watch
 
     stop = StopFlag(config.train.max_hours)
@@ -152,8 +152,8 @@ def prepare_and_train(
     config: Config, dry_run: bool, typed: list[str], world: World, stop: StopFlag, started: float
 ) -> int:
     """Decide and build everything, then train; returns the exit code."""
-    from camoxpert.training.rundir import stopped_run
-    from camoxpert.training.setup import prepare, trial_step
+    from camoxpert.training.prepare import prepare, trial_step
+    from camoxpert.training.resume import stopped_run
 
     say = print if world.first else _silent
     setup = prepare(
@@ -176,8 +176,8 @@ def train_and_report(
     setup: Setup, config: Config, typed: list[str], stop: StopFlag, say: Say, started: float
 ) -> int:
     """Open the run folder, train, score the test sets with the best weights, write the report."""
-    from camoxpert.observe.runlog import SilentLog
-    from camoxpert.training.rundir import check_batch, check_data, open_run
+    from camoxpert.runs.log import SilentLog
+    from camoxpert.training.resume import check_batch, check_data, open_run
     from camoxpert.training.snapshot import images_per_step
     from camoxpert.training.trainer import train
 
@@ -260,8 +260,8 @@ def open_log(
 ) -> RunLog:
     """Write what is known of a run before it begins, and open its log."""
     from camoxpert.files import write_bytes
-    from camoxpert.observe.runlog import RunLog, write_run_json
-    from camoxpert.training.rundir import write_samples
+    from camoxpert.runs.log import RunLog, write_run_json
+    from camoxpert.training.resume import write_samples
 
     step = resume.values["state"]["step"] + 1 if resume else None
     try:
@@ -288,7 +288,7 @@ def open_log(
 
 def close_run(run_dir: Path, status: str, log: RunLog, *, report: bool) -> None:
     """Write how a run ended; where even that cannot be written, the fault that ended it counts."""
-    from camoxpert.observe.runlog import update_run_json
+    from camoxpert.runs.log import update_run_json
 
     try:
         phases = merged(previous_phases(run_dir), log.phases)
@@ -308,8 +308,8 @@ def write_event(log: RunLog, text: str) -> None:
 
 def share_weights(run_dir: Path) -> None:
     """Write the best weights as safetensors with their settings, to be given to others."""
-    from camoxpert.training.checkpoint import load_checkpoint
-    from camoxpert.training.share import write_shared
+    from camoxpert.runs.checkpoint import load_checkpoint
+    from camoxpert.runs.share import write_shared
 
     best = run_dir / "checkpoints" / "best.pt"
     if best.is_file():
@@ -322,9 +322,9 @@ def _silent(text: str) -> None:
 
 def score_tests(setup: Any, run_dir: Path, config: Config, stop: Any) -> None:
     """Score every test set found beside the training data and print the table."""
-    from camoxpert.inference.evaluate import evaluate_set, score_table
+    from camoxpert.evaluation.model import evaluate_set, score_table
     from camoxpert.inference.predictor import Predictor
-    from camoxpert.training.checkpoint import load_checkpoint
+    from camoxpert.runs.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(run_dir / "checkpoints" / "best.pt")
     predictor = Predictor(checkpoint, device=setup.device, precision=setup.precision)
@@ -369,7 +369,7 @@ def merged(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 
 def write_report_if_possible(run_dir: Path) -> None:
     """Write the report; a fault in it must not hide how training ended."""
-    from camoxpert.observe.report import write_report
+    from camoxpert.pages.report import write_report
 
     try:
         write_report(run_dir)

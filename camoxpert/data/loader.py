@@ -16,14 +16,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from camoxpert.data.augment import SampleTransform
-from camoxpert.data.batches import Batch, EvalBatch, RawBatch, collate, collate_eval, collate_raw
-from camoxpert.data.cache_reader import CacheReader
-from camoxpert.data.cache_table import PixelCache
-from camoxpert.data.datasets import EvalDataset, PairDataset
-from camoxpert.data.image_io import MAX_PIXELS
-from camoxpert.data.manifest import Manifest
-from camoxpert.data.sampler import EpochSampler, InOrderSampler
+from camoxpert.data.cache.reader import CacheReader
+from camoxpert.data.cache.table import PixelCache
+from camoxpert.data.files.image_io import MAX_PIXELS
+from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.samples.batches import (
+    Batch,
+    EvalBatch,
+    RawBatch,
+    collate,
+    collate_eval,
+    collate_raw,
+)
+from camoxpert.data.samples.datasets import EvalDataset, PairDataset
+from camoxpert.data.samples.sampler import EpochSampler, InOrderSampler
 from camoxpert.data.supervise import Report, Supervised, end_workers
 from camoxpert.data.unreadable import allowed
 from camoxpert.data.workers import loader_options

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from camoxpert.data.sampler import BatchPlaces
+from camoxpert.data.samples.sampler import BatchPlaces
 from camoxpert.data.unreadable import some
 from camoxpert.errors import DataError
 

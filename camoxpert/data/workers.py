@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from camoxpert.data.resources import usable_cores
 from camoxpert.data.supervise import POLL_SECONDS
 from camoxpert.data.supervise import is_worker_death as is_worker_death
 from camoxpert.data.supervise import worker_death as worker_death
+from camoxpert.runtime.host import usable_cores
 
 MAX_WORKERS = 8
 # Images per second that keep a device busy with a small backbone; what a CPU trains is a tenth.

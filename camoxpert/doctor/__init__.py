@@ -5,7 +5,7 @@ Every check adds findings: errors keep training from starting, warnings deserve 
 what was seen.
 """
 
-from camoxpert.doctor.data import Examination, examine_data, write_clean_list
+from camoxpert.doctor.dataset import Examination, examine_data, write_clean_list
 from camoxpert.doctor.environment import check_environment
 from camoxpert.doctor.finding import Finding
 

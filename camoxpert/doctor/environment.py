@@ -9,9 +9,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from camoxpert.data.cache import default_folder
-from camoxpert.data.resources import available_memory, free_shared_memory, usable_cores
+from camoxpert.data.cache.build import default_folder
 from camoxpert.doctor.finding import Finding
+from camoxpert.runtime.host import available_memory, free_shared_memory, usable_cores
 
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "opencv-python-headless", "numpy")
 # A worker hands over batches through shared memory; containers often give 64 MB.

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from camoxpert.config import TrainConfig
 from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.inference.score import probability_maps
 from camoxpert.models.build import build_model
-from camoxpert.training.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
-from camoxpert.training.precision import (
+from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
+from camoxpert.runtime.device import (
     Precision,
     check_architecture,
     choose_device,
     choose_precision,
 )
-from camoxpert.training.validation import probability_maps
 
 
 class Predictor:

@@ -17,7 +17,7 @@ from camoxpert.errors import ConfigError
 from camoxpert.models.experts import EXPERTS, expert_kinds
 from camoxpert.models.layers import LayerNorm2d
 from camoxpert.models.router import Router, Routing
-from camoxpert.models.uniform import UniformExperts
+from camoxpert.models.stacked import UniformExperts
 
 Experts = nn.ModuleList | UniformExperts
 Counts = Sequence[int] | None

@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from camoxpert.config import Config, DataConfig
-from camoxpert.data.augment import SampleTransform
-from camoxpert.data.cache import (
+from camoxpert.console import bar
+from camoxpert.data.cache.build import (
     choose_cache,
     default_folder,
     find_cache,
     open_cache,
 )
-from camoxpert.data.cache_table import PixelCache
-from camoxpert.data.datasets import PairDataset
-from camoxpert.data.headers import require_readable, unreadable_pairs
-from camoxpert.data.image_io import read_mask_as
-from camoxpert.data.inspect import identical_files
-from camoxpert.data.loader import Batches, build_loader, seconds_per_sample
-from camoxpert.data.manifest import (
+from camoxpert.data.cache.table import PixelCache
+from camoxpert.data.files.headers import require_readable, unreadable_pairs
+from camoxpert.data.files.image_io import read_mask_as
+from camoxpert.data.files.manifest import (
     Manifest,
     Pair,
     find_test_sets,
@@ -32,13 +29,16 @@ from camoxpert.data.manifest import (
     split_validation,
     unused_rows,
 )
-from camoxpert.data.resources import free_shared_memory
+from camoxpert.data.loader import Batches, build_loader, seconds_per_sample
+from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.samples.datasets import PairDataset
 from camoxpert.data.supervise import Report
 from camoxpert.data.unreadable import allowed, require_few, some
 from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
+from camoxpert.doctor.inspect import identical_files
 from camoxpert.errors import DataError
-from camoxpert.observe.progress import bar
-from camoxpert.training.memory import effective_batch
+from camoxpert.runtime.host import free_shared_memory
+from camoxpert.training.batching import effective_batch
 
 Say = Callable[[str], None]
 MASKS_LOOKED_AT = 16

@@ -8,9 +8,9 @@ import torch
 
 from camoxpert.config import to_dict
 from camoxpert.errors import CheckpointError, NumericError
-from camoxpert.training.checkpoint import FORMAT, Checkpoint
+from camoxpert.runs.checkpoint import FORMAT, Checkpoint
 from camoxpert.training.meters import RoutingMeter
-from camoxpert.training.setup import Setup
+from camoxpert.training.prepare import Setup
 from camoxpert.training.state import TrainState
 
 

@@ -7,14 +7,14 @@ from contextlib import nullcontext
 
 import torch
 
-from camoxpert.data.batches import Batch
+from camoxpert.data.samples.batches import Batch
 from camoxpert.errors import ConfigError
 from camoxpert.losses import total_loss
 from camoxpert.models.router import Routing
-from camoxpert.training.distributed import World, no_sync
+from camoxpert.runtime.processes import World, no_sync
 from camoxpert.training.guards import STOP_CODES
 from camoxpert.training.meters import RoutingMeter
-from camoxpert.training.setup import Setup, autocast, mask_target
+from camoxpert.training.prepare import Setup, autocast, mask_target
 
 
 def train_step(

@@ -8,23 +8,23 @@ from pathlib import Path
 
 import torch
 
+from camoxpert.console import TrainingBar
 from camoxpert.data.loader import device_batches
 from camoxpert.data.unreadable import Unreadable
 from camoxpert.metrics import is_better
-from camoxpert.observe.gpu import GpuMonitor
-from camoxpert.observe.progress import TrainingBar
-from camoxpert.observe.runlog import RunLog
-from camoxpert.training.checkpoint import Checkpoint
+from camoxpert.runs.checkpoint import Checkpoint
+from camoxpert.runs.log import RunLog
+from camoxpert.runtime.gpu import GpuMonitor
+from camoxpert.training.checkpoints import Saver
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.meters import LateReader, RoutingMeter, Speed
 from camoxpert.training.optim import Stage, lr_at, set_lr
-from camoxpert.training.records import Step, active_experts, inspect, note_event, write_routing
-from camoxpert.training.saver import Saver
-from camoxpert.training.setup import Setup, training_loader
+from camoxpert.training.prepare import Setup, training_loader
 from camoxpert.training.snapshot import require_finite, restore
 from camoxpert.training.state import TrainState
 from camoxpert.training.step import out_of_memory, peak_memory, train_step, windows
-from camoxpert.training.validation import ValidationStopped, validate
+from camoxpert.training.steplog import Step, active_experts, inspect, note_event, write_routing
+from camoxpert.training.validate import ValidationStopped, validate
 
 Say = Callable[[str], None]
 
@@ -126,7 +126,6 @@ def train(
                 epochs=plan.epochs,
                 stage=f"stage {stage.number}" if len(plan.stages) > 1 else "",
                 initial=done,
-                silent=not world.first,
             )
             with bar, log.phase("training"):
                 batches = device_batches(loader, device)

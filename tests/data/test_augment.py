@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from camoxpert.config import AugmentConfig
-from camoxpert.data.augment import Operators, SampleTransform, resize_pair, square_pair
-from camoxpert.data.device_augment import apply_draws, gaussian_noise, turn_hue, warp
-from camoxpert.data.draw import GREY, Draw, draw, linear_colour
-from camoxpert.data.toy import toy_pair
+from camoxpert.data.samples.augment import Operators, SampleTransform, resize_pair, square_pair
+from camoxpert.data.samples.augment_device import apply_draws, gaussian_noise, turn_hue, warp
+from camoxpert.data.samples.draw import GREY, Draw, draw, linear_colour
+from camoxpert.synthesis.toy import toy_pair
 
 STILL = AugmentConfig(
     hflip=0, rotate=0, scale=0, translate=0, brightness=0, contrast=0, saturation=0, hue=0, blur=0,
@@ -190,7 +190,7 @@ class TestDeviceBackEnd:
         assert abs(float(torch.corrcoef(within)[0, 1])) < 0.02
 
     def test_no_host_sync(self) -> None:
-        from camoxpert.observe.syncs import SyncCounter
+        from camoxpert.profile.syncs import SyncCounter
 
         pixels = torch.from_numpy(pixels_of(4))
         strong = dataclasses.replace(WILD, blur=1.0, noise=1.0)

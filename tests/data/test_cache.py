@@ -18,22 +18,22 @@ import pytest
 import torch
 
 from camoxpert.config import AugmentConfig
-from camoxpert.data import cache as cache_module
-from camoxpert.data.augment import SampleTransform, square_pair
-from camoxpert.data.cache import (
+from camoxpert.data.cache.build import build as cache_module
+from camoxpert.data.cache.build import (
     cache_name,
     choose_cache,
     default_folder,
     find_cache,
     open_cache,
 )
-from camoxpert.data.cache_table import PixelCache
-from camoxpert.data.image_io import read_pair
+from camoxpert.data.cache.table import PixelCache
+from camoxpert.data.files.image_io import read_pair
+from camoxpert.data.files.manifest import load_train
 from camoxpert.data.loader import CacheReader, build_loader, device_batches
-from camoxpert.data.manifest import load_train
-from camoxpert.data.sampler import EpochSampler
-from camoxpert.data.toy import generate_toy
+from camoxpert.data.samples.augment import SampleTransform, square_pair
+from camoxpert.data.samples.sampler import EpochSampler
 from camoxpert.errors import DataError
+from camoxpert.synthesis.toy import generate_toy
 
 STRONG = AugmentConfig(vflip=0.5, rotate=60, blur=0.3, noise=0.3)
 
@@ -196,8 +196,8 @@ class TestBuilding:
             f"""
             import os, signal
             from pathlib import Path
-            from camoxpert.data.cache import open_cache
-            from camoxpert.data.manifest import load_train
+            from camoxpert.data.cache.build import open_cache
+            from camoxpert.data.files.manifest import load_train
 
             def track(items, total, description):
                 for done, item in enumerate(items):
@@ -239,8 +239,8 @@ class TestBuilding:
             f"""
             import time
             from pathlib import Path
-            from camoxpert.data.cache import open_cache
-            from camoxpert.data.manifest import load_train
+            from camoxpert.data.cache.build import open_cache
+            from camoxpert.data.files.manifest import load_train
 
             def track(items, total, description):
                 for item in items:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from camoxpert.data.image_io import (
+from camoxpert.data.files.image_io import (
     probe,
     read_image,
     read_mask,

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from camoxpert.data.headers import require_readable
-from camoxpert.data.image_io import write_jpeg, write_png
-from camoxpert.data.layouts import class_of
-from camoxpert.data.manifest import (
+from camoxpert.data.files.headers import require_readable
+from camoxpert.data.files.image_io import write_jpeg, write_png
+from camoxpert.data.files.layouts import class_of
+from camoxpert.data.files.manifest import (
     Manifest,
     Pair,
     concat,

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from camoxpert.config import AugmentConfig
-from camoxpert.data.augment import SampleTransform
-from camoxpert.data.inspect import inspect_pair
+from camoxpert.data.files.manifest import load_train
 from camoxpert.data.loader import build_loader
-from camoxpert.data.manifest import load_train
-from camoxpert.data.toy import generate_toy
+from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.doctor.inspect import inspect_pair
 from camoxpert.errors import DataError
+from camoxpert.synthesis.toy import generate_toy
 
 SIZE = 48
 TRUTH = np.zeros((SIZE, SIZE), np.uint8)

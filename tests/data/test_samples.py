@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from camoxpert.config import AugmentConfig
-from camoxpert.data.augment import SampleTransform
-from camoxpert.data.batches import normalise
-from camoxpert.data.cache import open_cache
-from camoxpert.data.cache_reader import CacheReader
+from camoxpert.data.cache.build import open_cache
+from camoxpert.data.cache.reader import CacheReader
+from camoxpert.data.files.manifest import Manifest, load_train
 from camoxpert.data.loader import build_eval_loader, build_loader, device_batches
-from camoxpert.data.manifest import Manifest, load_train
-from camoxpert.data.sampler import EpochSampler
-from camoxpert.data.toy import TEXTURES, generate_toy, toy_pair
+from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.samples.batches import normalise
+from camoxpert.data.samples.sampler import EpochSampler
 from camoxpert.errors import DataError
+from camoxpert.synthesis.toy import TEXTURES, generate_toy, toy_pair
 
 STRONG = AugmentConfig(vflip=0.5, rotate=60, blur=0.3, noise=0.3)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import Runner
 
-from camoxpert.data.toy import generate_toy
+from camoxpert.synthesis.toy import generate_toy
 
 
 @pytest.fixture(scope="session")

@@ -27,13 +27,13 @@ import torch
 import torch._dynamo
 import torch.utils.flop_counter
 
-import camoxpert.data.augment
+import camoxpert.data.samples.augment
 import camoxpert.training.trainer
 from camoxpert.cli import main
-from camoxpert.training import checkpoint
+from camoxpert.runs import checkpoint
 
 torch.set_num_threads(1)
-camoxpert.data.augment.Operators()
+camoxpert.data.samples.augment.Operators()
 
 
 def slow_saves() -> None:
@@ -192,7 +192,7 @@ def rank_1_sees_nan() -> None:
 
 def slow_validation() -> None:
     """Make scoring an image take long enough to be interrupted."""
-    from camoxpert.training import validation
+    from camoxpert.inference import score as validation
 
     honest = validation.probability_maps
 
@@ -206,7 +206,7 @@ def slow_validation() -> None:
 
 def slow_start() -> None:
     """Make building the model take long enough to be interrupted."""
-    from camoxpert.training import setup
+    from camoxpert.training import prepare as setup
 
     honest = setup.build_model
 
@@ -219,7 +219,7 @@ def slow_start() -> None:
 
 def slow_decoding() -> None:
     """Make building a cache take long enough to be interrupted."""
-    from camoxpert.data import cache
+    from camoxpert.data.cache.build import build as cache
 
     honest = cache.read_pair
 

@@ -15,9 +15,8 @@ from helpers.runs import Runner, command, digest_of, ending
 from camoxpert.cli import main
 from camoxpert.config import Config, load_config, to_dict
 from camoxpert.errors import CheckpointError, NumericError
-from camoxpert.observe.runlog import RunLog, read_jsonl
-from camoxpert.training import checkpoint as checkpoints
-from camoxpert.training.checkpoint import (
+from camoxpert.runs import checkpoint as checkpoints
+from camoxpert.runs.checkpoint import (
     BEST,
     FORMAT,
     CheckpointFolder,
@@ -25,10 +24,11 @@ from camoxpert.training.checkpoint import (
     read_index,
     resolve_checkpoint,
 )
+from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runs.share import write_shared
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.meters import RoutingMeter
-from camoxpert.training.setup import prepare
-from camoxpert.training.share import write_shared
+from camoxpert.training.prepare import prepare
 from camoxpert.training.snapshot import restore, snapshot
 from camoxpert.training.trainer import train as run_training
 
@@ -433,7 +433,7 @@ def prepare_golden(config: Config, folder: Path):
     """Build what the golden checkpoint was made with, on generated data of its own."""
     import dataclasses
 
-    from camoxpert.data.toy import generate_toy
+    from camoxpert.synthesis.toy import generate_toy
 
     generate_toy(folder / "data", num_train=8, num_test=0, size=32, difficulty=0.1, seed=0)
     own = dataclasses.replace(

@@ -16,12 +16,12 @@ import torch.utils.data._utils.signal_handling as torch_watch
 
 from camoxpert.config import AugmentConfig
 from camoxpert.data import supervise, workers
-from camoxpert.data.augment import Operators, SampleTransform
-from camoxpert.data.datasets import EvalDataset, PairDataset
+from camoxpert.data.files.manifest import Manifest, load_train
 from camoxpert.data.loader import Loader, build_eval_loader, build_loader
-from camoxpert.data.manifest import Manifest, load_train
-from camoxpert.data.toy import generate_toy
+from camoxpert.data.samples.augment import Operators, SampleTransform
+from camoxpert.data.samples.datasets import EvalDataset, PairDataset
 from camoxpert.errors import DataError
+from camoxpert.synthesis.toy import generate_toy
 
 STRONG = AugmentConfig(vflip=0.5, rotate=60, blur=0.3, noise=0.3)
 

@@ -18,17 +18,17 @@ import torch
 from helpers.runs import KILLED, Runner, command, ending, events, weights_of
 
 from camoxpert.config import load_config
-from camoxpert.data.toy import generate_toy
 from camoxpert.errors import ConfigError
-from camoxpert.observe.runlog import SilentLog, read_jsonl
-from camoxpert.training import distributed
-from camoxpert.training.checkpoint import CheckpointFolder, load_checkpoint
-from camoxpert.training.distributed import begin_life, is_peer_loss, join
+from camoxpert.runs.checkpoint import CheckpointFolder, load_checkpoint
+from camoxpert.runs.log import SilentLog, read_jsonl
+from camoxpert.runtime import processes as distributed
+from camoxpert.runtime.processes import begin_life, is_peer_loss, join
+from camoxpert.synthesis.toy import generate_toy
+from camoxpert.training.batching import MicroBatch, keep_effective
 from camoxpert.training.guards import StopFlag
-from camoxpert.training.memory import MicroBatch, keep_effective
-from camoxpert.training.setup import prepare
+from camoxpert.training.prepare import prepare
 from camoxpert.training.state import TrainState
-from camoxpert.training.validation import validate
+from camoxpert.training.validate import validate
 
 PEER_GONE = 6
 
@@ -285,7 +285,7 @@ def test_gradients_are_shared_once_per_step(toy_data: Path, monkeypatch) -> None
     """Of three micro-batches only the last one's backward pass talks to the others."""
     from camoxpert.config import build_config
     from camoxpert.training import step
-    from camoxpert.training.setup import training_loader
+    from camoxpert.training.prepare import training_loader
 
     settings = {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
     settings |= {"model.num_experts": 3, "data.img_size": 32, "data.num_workers": 0}

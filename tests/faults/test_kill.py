@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.runs import KILLED, Runner, command, ending, events
 
-from camoxpert.training.checkpoint import CheckpointFolder
+from camoxpert.runs.checkpoint import CheckpointFolder
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from PIL import Image
 
 from camoxpert.cli import main
 from camoxpert.config import AugmentConfig
-from camoxpert.data.augment import SampleTransform
-from camoxpert.data.headers import require_readable
-from camoxpert.data.image_io import TURNS, probe, read_image, read_mask, read_pair
-from camoxpert.data.inspect import inspect_pair
+from camoxpert.data.files.headers import require_readable
+from camoxpert.data.files.image_io import TURNS, probe, read_image, read_mask, read_pair
+from camoxpert.data.files.manifest import Pair, load_train
 from camoxpert.data.loader import build_loader
-from camoxpert.data.manifest import Pair, load_train
+from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.doctor.inspect import inspect_pair
 from camoxpert.errors import DataError
 
 HEIGHT, WIDTH = 24, 40

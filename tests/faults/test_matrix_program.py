@@ -21,23 +21,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from camoxpert.config import build_config
+from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import device_batches
-from camoxpert.data.manifest import load_eval
-from camoxpert.data.toy import generate_toy
 from camoxpert.errors import CheckpointError
-from camoxpert.inference.evaluate import evaluate_set
+from camoxpert.evaluation.model import evaluate_set
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.losses import total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.moe import DISPATCH, MoE
 from camoxpert.models.router import choose
-from camoxpert.observe import gpu, runlog
-from camoxpert.observe.gpu import GpuMonitor
-from camoxpert.observe.runlog import RunLog, read_jsonl
+from camoxpert.runs import log as runlog
+from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runtime import gpu
+from camoxpert.runtime.gpu import GpuMonitor
+from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training import trainer
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.meters import LateReader, RoutingMeter
-from camoxpert.training.setup import compile_model, prepare, training_loader
+from camoxpert.training.prepare import compile_model, prepare, training_loader
 
 ROOT = Path(__file__).parents[2]
 TINY = {

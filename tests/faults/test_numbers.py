@@ -14,11 +14,11 @@ from helpers.runs import TINY_SETTINGS, weights_of
 
 from camoxpert.config import build_config
 from camoxpert.errors import ConfigError, NumericError
-from camoxpert.observe.runlog import RunLog, read_jsonl
+from camoxpert.runs.checkpoint import CheckpointFolder
+from camoxpert.runs.log import RunLog, read_jsonl
 from camoxpert.training import step, trainer
-from camoxpert.training.checkpoint import CheckpointFolder
 from camoxpert.training.guards import StopFlag
-from camoxpert.training.setup import Setup, prepare
+from camoxpert.training.prepare import Setup, prepare
 from camoxpert.training.trainer import train as run_training
 
 SETTINGS = {
@@ -136,7 +136,7 @@ class TestHalfPrecision:
     def test_an_infinite_loss_with_finite_gradients(self, setup: Setup, monkeypatch) -> None:
         """The scaler looks at gradients alone; weights and their average must not part."""
         from camoxpert.training.meters import RoutingMeter
-        from camoxpert.training.setup import training_loader
+        from camoxpert.training.prepare import training_loader
 
         self.scaled(setup, 1024.0)
         honest = step.total_loss
@@ -210,7 +210,7 @@ class TestOutOfMemory:
         assert "Out of memory on cpu: 8 images of 32 px" in capsys.readouterr().err
 
     def test_in_the_validation(self, setup: Setup, tmp_path: Path, monkeypatch) -> None:
-        from camoxpert.training import validation
+        from camoxpert.inference import score as validation
 
         def full(*args: Any, **options: Any) -> None:
             raise torch.OutOfMemoryError("injected")
@@ -226,7 +226,7 @@ class TestOutOfMemory:
         import weakref
 
         from camoxpert.training.meters import RoutingMeter
-        from camoxpert.training.setup import training_loader
+        from camoxpert.training.prepare import training_loader
 
         kept: list[weakref.ref[torch.Tensor]] = []
         alive: list[bool] = []

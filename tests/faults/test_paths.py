@@ -20,9 +20,9 @@ from camoxpert.cli import main
 from camoxpert.config import Config, to_dict
 from camoxpert.errors import DataError
 from camoxpert.files import append_here, leads_outside
-from camoxpert.inference.batch import KINDS, find_photos, output_path
-from camoxpert.observe.runlog import RunLog, read_jsonl
-from camoxpert.training.checkpoint import FORMAT, CheckpointFolder
+from camoxpert.inference.photos import KINDS, find_photos, output_path
+from camoxpert.runs.checkpoint import FORMAT, CheckpointFolder
+from camoxpert.runs.log import RunLog, read_jsonl
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = ("../secret/{}", "{absolute}", "link.{end}", "folder/{}", "in/../../secret/{}")
@@ -267,7 +267,7 @@ def test_pages_show_hostile_file_names_as_text(tmp_path: Path, monkeypatch) -> N
 CHILD = """
 import os, resource, sys, zlib, struct
 from pathlib import Path
-from camoxpert.data import image_io
+from camoxpert.data.files import image_io
 from camoxpert.errors import DataError
 import cv2, numpy as np
 

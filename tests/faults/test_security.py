@@ -17,7 +17,7 @@ from helpers.pages import active_parts
 from camoxpert.cli import main
 from camoxpert.config import Config, load_config, to_dict
 from camoxpert.errors import ConfigError
-from camoxpert.training.checkpoint import FORMAT
+from camoxpert.runs.checkpoint import FORMAT
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2-is-the-token"
@@ -223,8 +223,8 @@ def test_a_run_saves_no_secret_and_its_page_runs_nothing(
 
 
 def test_a_foreign_runs_records_cannot_write_its_page(tmp_path: Path) -> None:
-    from camoxpert.observe.report import write_report
-    from camoxpert.observe.runlog import RunLog, write_json
+    from camoxpert.pages.report import write_report
+    from camoxpert.runs.log import RunLog, write_json
 
     bad = "<script>alert(1)</script>"
     log = RunLog(tmp_path, tensorboard=False)

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from camoxpert.config import AugmentConfig, build_config
-from camoxpert.data.augment import SampleTransform
-from camoxpert.data.cache import find_cache, open_cache
-from camoxpert.data.cache_reader import CacheReader
-from camoxpert.data.headers import unreadable_pairs
+from camoxpert.data.cache.build import find_cache, open_cache
+from camoxpert.data.cache.reader import CacheReader
+from camoxpert.data.files.headers import unreadable_pairs
+from camoxpert.data.files.manifest import Manifest, Pair, load_train
 from camoxpert.data.loader import build_eval_loader, build_loader, finish
-from camoxpert.data.manifest import Manifest, Pair, load_train
-from camoxpert.data.toy import generate_toy
+from camoxpert.data.samples.augment import SampleTransform
 from camoxpert.data.unreadable import Unreadable, allowed
 from camoxpert.errors import DataError
+from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training.data_setup import load_data, training_loader
 
 STRONG = AugmentConfig(vflip=0.5, rotate=60)
@@ -335,7 +335,7 @@ class TestStopping:
         return check_stop
 
     def test_a_build_that_is_stopped_continues(self, data, tmp_path, monkeypatch) -> None:
-        from camoxpert.data import cache as cache_module
+        from camoxpert.data.cache.build import build as cache_module
 
         monkeypatch.setattr(cache_module, "usable_cores", lambda: 1)
         config = settings(data, tmp_path, cache="disk")
@@ -350,7 +350,7 @@ class TestStopping:
         assert any("8 of 16 pairs are there already" in line for line in seen)
 
     def test_the_check_of_headers_can_be_stopped(self, data, monkeypatch) -> None:
-        from camoxpert.data import headers
+        from camoxpert.data.files import headers
 
         monkeypatch.setattr(headers, "CHECKED_AT_ONCE", 4)
         probed = []

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from camoxpert.config import build_config
-from camoxpert.data.toy import generate_toy
 from camoxpert.models.build import build_model
-from camoxpert.training.checkpoint import FORMAT, Checkpoint, CheckpointFolder
+from camoxpert.runs.checkpoint import FORMAT, Checkpoint, CheckpointFolder
+from camoxpert.runs.share import write_shared
+from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training.meters import RoutingMeter
-from camoxpert.training.setup import prepare, training_loader
-from camoxpert.training.share import write_shared
+from camoxpert.training.prepare import prepare, training_loader
 from camoxpert.training.snapshot import snapshot
 from camoxpert.training.state import TrainState
 from camoxpert.training.step import train_step

@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from camoxpert.config import AugmentConfig, build_config
-from camoxpert.data.augment import SampleTransform
-from camoxpert.data.cache import open_cache
-from camoxpert.data.device_augment import apply_draws
-from camoxpert.data.draw import draw
+from camoxpert.data.cache.build import open_cache
+from camoxpert.data.files.manifest import load_train
 from camoxpert.data.loader import build_loader, device_batches
-from camoxpert.data.manifest import load_train
-from camoxpert.data.toy import generate_toy
+from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.samples.augment_device import apply_draws
+from camoxpert.data.samples.draw import draw
 from camoxpert.losses import total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.moe import DISPATCH, MoE
+from camoxpert.runtime.device import Precision
+from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.optim import build_optimizer, set_lr
-from camoxpert.training.precision import Precision
-from camoxpert.training.setup import choose_micro_batch
+from camoxpert.training.prepare import choose_micro_batch
 
 pytestmark = [
     pytest.mark.gpu,

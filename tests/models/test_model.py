@@ -191,7 +191,7 @@ class TestWeights:
 )
 def test_what_compiles_as_one_graph(settings, whole, monkeypatch) -> None:
     """Captured without a break, and with the keys and values of the plain model."""
-    from camoxpert.training.setup import compile_model
+    from camoxpert.training.prepare import compile_model
 
     compiled = []
     original = torch.nn.Module.compile
@@ -217,7 +217,7 @@ def test_what_compiles_as_one_graph(settings, whole, monkeypatch) -> None:
 
 
 def test_several_training_sizes_compile_once_each(monkeypatch) -> None:
-    from camoxpert.training.setup import compile_model
+    from camoxpert.training.prepare import compile_model
 
     original = torch.nn.Module.compile
     graphs = []

@@ -8,8 +8,8 @@ from camoxpert.errors import ConfigError
 from camoxpert.models.build import build_model
 from camoxpert.models.moe import DISPATCH, MoE, choose_dispatch, read_counts
 from camoxpert.models.router import Router, choose
-from camoxpert.models.uniform import FIELDS, UniformExperts
-from camoxpert.observe.syncs import SyncCounter
+from camoxpert.models.stacked import FIELDS, UniformExperts
+from camoxpert.profile.syncs import SyncCounter
 
 BACK_ENDS = {"specialist": ("loop", "sorted", "dense"), "uniform": tuple(DISPATCH)}
 

@@ -8,7 +8,7 @@ import torch
 
 from camoxpert.config import Config, to_dict
 from camoxpert.errors import CheckpointError
-from camoxpert.training.checkpoint import (
+from camoxpert.runs.checkpoint import (
     BEST,
     FORMAT,
     CheckpointFolder,

@@ -9,10 +9,10 @@ from torch import nn
 from camoxpert.config import TrainConfig
 from camoxpert.errors import ConfigError
 from camoxpert.models.router import choose
+from camoxpert.runtime.device import choose_device, choose_precision
 from camoxpert.training.ema import ModelEma, warmed_decay
 from camoxpert.training.guards import StopFlag, try_lock, watch
 from camoxpert.training.meters import LateReader, RoutingMeter
-from camoxpert.training.precision import choose_device, choose_precision
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ class TestPrecision:
         assert asked["emulation"] is False
 
     def test_old_gpu_without_kernels_is_refused(self, monkeypatch) -> None:
-        from camoxpert.training.precision import check_architecture
+        from camoxpert.runtime.device import check_architecture
 
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "P100")
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "compute_90"])

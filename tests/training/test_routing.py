@@ -10,14 +10,14 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from camoxpert.config import build_config
-from camoxpert.data.batches import Batch
+from camoxpert.data.samples.batches import Batch
 from camoxpert.losses import balance_loss, expert_counts, total_loss
 from camoxpert.models.build import build_model
 from camoxpert.models.router import Routing, choose
-from camoxpert.observe.syncs import SyncCounter
-from camoxpert.training.distributed import World
+from camoxpert.profile.syncs import SyncCounter
+from camoxpert.runtime.processes import World
 from camoxpert.training.meters import RoutingMeter, StepCounts, collapse_alarm
-from camoxpert.training.setup import Setup, prepare
+from camoxpert.training.prepare import Setup, prepare
 from camoxpert.training.step import train_step
 
 SETTINGS = {
@@ -224,7 +224,7 @@ def test_the_alarm_names_the_level_the_expert_and_what_helps() -> None:
 
 def test_the_alarm_reaches_the_log_and_the_console(toy_data: Path, tmp_path: Path, capsys) -> None:
     from camoxpert.cli import main
-    from camoxpert.observe.runlog import read_jsonl
+    from camoxpert.runs.log import read_jsonl
     from camoxpert.training import meters
 
     words = [

@@ -10,14 +10,14 @@ import torch
 from helpers.runs import TINY_SETTINGS, records
 
 from camoxpert.config import build_config
-from camoxpert.data.toy import generate_toy
 from camoxpert.errors import ConfigError, NumericError
-from camoxpert.observe.runlog import RunLog
+from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.runs.log import RunLog
+from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training import step, trainer
-from camoxpert.training.checkpoint import load_checkpoint
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.meters import RoutingMeter
-from camoxpert.training.setup import Setup, prepare, training_loader
+from camoxpert.training.prepare import Setup, prepare, training_loader
 from camoxpert.training.step import train_step, windows
 from camoxpert.training.trainer import set_trainable, train
 
@@ -298,7 +298,7 @@ class StopAt(StopFlag):
 def test_stop_and_resume_is_bitwise_the_same(toy_data: Path, tmp_path: Path, workers: int) -> None:
     """Stopped in the middle of an epoch and continued: weights, EMA, optimizer and log agree."""
     from camoxpert.errors import Stopped
-    from camoxpert.training.checkpoint import CheckpointFolder
+    from camoxpert.runs.checkpoint import CheckpointFolder
 
     settings = {
         "data__num_workers": workers,

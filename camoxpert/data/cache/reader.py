@@ -1,0 +1,135 @@
+"""Batches straight from the cache, without a worker process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from camoxpert.data.cache.table import PixelCache
+from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.samples.batches import RawBatch
+from camoxpert.data.samples.sampler import EpochSampler
+from camoxpert.data.unreadable import Fault, first_readable
+from camoxpert.errors import DataError
+
+
+class CacheReader:
+    """Batches straight from the cache's memory map: a thread reads ahead, no process is needed.
+
+    A batch is one gather of rows; handing it between processes would cost more than making it.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        cache: PixelCache,
+        sampler: EpochSampler,
+        transform: SampleTransform,
+        *,
+        ahead: int = 2,
+        pin_memory: bool = False,
+        skip: int = 0,
+    ) -> None:
+        self.transform = transform
+        self._names = [pair.name for pair in manifest.pairs]
+        self._cache = cache
+        self._rows = cache.of(manifest)
+        self._bad = cache.unreadable_of(manifest)
+        self._skip = skip
+        self._sampler = sampler
+        self._ahead = ahead
+        self._pin = pin_memory
+        self._free: list[np.ndarray] = []
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch to iterate next, from its ``start_batch``-th batch on."""
+        self._sampler.epoch = epoch
+        self._sampler.start = start_batch * self._sampler.batch_size
+
+    def close(self) -> None:
+        """Nothing to end: the thread ends with its iteration."""
+
+    def __len__(self) -> int:
+        return -(-len(self._sampler) // self._sampler.batch_size)
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        keys = list(self._sampler)
+        size = self._sampler.batch_size
+        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+        ready: queue.Queue[RawBatch | BaseException] = queue.Queue(maxsize=self._ahead)
+        stopped = threading.Event()
+
+        def put(item: RawBatch | BaseException) -> None:
+            while not stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def read() -> None:
+            for batch in batches:
+                if stopped.is_set():
+                    return
+                try:
+                    put(self.read(batch))
+                except BaseException as error:
+                    put(error)
+                    return
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        try:
+            for _ in batches:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _buffer(self, count: int) -> Tensor:
+        """Return memory for a batch: what earlier batches used, once nothing refers to it any more.
+
+        The kernel would otherwise clear megabytes of fresh pages for every batch, which takes
+        longer than filling them. Page-locked memory is kept by torch itself.
+        """
+        side = self._cache.pixels.shape[1]
+        if self._pin:
+            return torch.empty((count, side, side, 4), dtype=torch.uint8, pin_memory=True)
+        size = self._sampler.batch_size
+        whole = self._free.pop() if self._free else np.empty((size, side, side, 4), np.uint8)
+        lent = whole[:count]
+        # torch holds this very array as long as any tensor looks into it.
+        weakref.finalize(lent, self._free.append, whole).atexit = False
+        return torch.from_numpy(lent)
+
+    def read(self, keys: Sequence[tuple[int, int, int]]) -> RawBatch:
+        """Gather the rows of one batch of (epoch, index, target)."""
+        epochs, indices, targets = zip(*keys, strict=True)
+        replaced: list[Fault] = []
+        places = list(indices)
+        if self._bad:
+            for position, index in enumerate(indices):
+                places[position], _, faults = first_readable(
+                    index, self._names, self._require, skip=self._skip
+                )
+                replaced += faults
+        rows = self._rows[places]
+        pixels = self._buffer(len(rows))
+        np.take(self._cache.pixels, rows, axis=0, out=pixels.numpy(), mode="clip")
+        sizes = [(int(height), int(width)) for height, width in self._cache.sizes[rows]]
+        names = [self._names[place] for place in places]
+        return RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced)
+
+    def _require(self, place: int) -> None:
+        """Raise DataError for a row that could not be decoded."""
+        if place in self._bad:
+            raise DataError(self._bad[place])

@@ -1,0 +1,210 @@
+"""What a disk cache consists of, and whether one can be trusted.
+
+``pixels.u8`` is one array of uint8 (N, S, S, 4), RGB and mask; ``sizes.npy`` holds the original
+sizes; ``table.json`` says from which files, with which settings and by which code the rows were
+made, the checksum of each, and which files could not be decoded under ``--unreadable skip`` (their
+rows are empty, their height is 0). A cache is used only if all of that fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL
+
+from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.unreadable import listed
+from camoxpert.errors import DataError
+from camoxpert.runtime.host import usable_cores
+
+# Raise it when decoding or resizing changes: older caches are then stale.
+FORMAT = 2
+CHANNELS = 4
+# Rows whose checksums every start looks at, spread evenly; all of them in smaller sets.
+VERIFIED_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class PixelCache:
+    """Decoded pairs of one data set.
+
+    Attributes:
+        pixels: uint8 (N, S, S, 4), RGB and mask (0 or 255).
+        sizes: original (height, width) of each, (N, 2).
+        rows: row of each (data set, name).
+        path: file of the pixels; None where they live in memory alone.
+        digest: of the table beside it.
+        unreadable: why the files of a (data set, name) could not be decoded; its row is empty.
+    """
+
+    pixels: np.ndarray
+    sizes: np.ndarray
+    rows: dict[tuple[str, str], int]
+    path: Path | None = None
+    digest: str = ""
+    unreadable: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the file's name, not its gigabytes: a spawned worker maps it again."""
+        if self.path is None:
+            values = (np.asarray(self.pixels), self.sizes, self.rows)
+            return PixelCache, (*values, None, "", self.unreadable)
+        return _reopened, (self.path.parent, self.digest)
+
+    def of(self, manifest: Manifest) -> np.ndarray:
+        """Return the rows of a manifest's pairs, in its order."""
+        return np.array([self.rows[pair.dataset, pair.name] for pair in manifest.pairs], np.int64)
+
+    def unreadable_of(self, manifest: Manifest) -> dict[int, str]:
+        """Return which of a manifest's pairs could not be decoded, by position, and why."""
+        if not self.unreadable:
+            return {}
+        keys = ((pair.dataset, pair.name) for pair in manifest.pairs)
+        return {i: self.unreadable[key] for i, key in enumerate(keys) if key in self.unreadable}
+
+    def require_sound(self, manifest: Manifest) -> None:
+        """Raise DataError that lists the pairs of a manifest that could not be decoded."""
+        bad = list(self.unreadable_of(manifest).values())
+        if bad:
+            raise DataError(
+                f"{len(bad)} files could not be decoded when the cache was made with "
+                f"--unreadable skip:\n{listed(bad)}\nRepair, replace or remove them, or use "
+                f"--unreadable skip again."
+            )
+
+
+def description(manifest: Manifest, side: int, max_pixels: int) -> dict[str, Any]:
+    """Return everything the pixels of a cache depend on."""
+    files = {}
+    for pair in manifest.pairs:
+        files[f"{pair.dataset}/{pair.name}"] = [
+            str(pair.image.resolve()),
+            str(pair.mask.resolve()),
+            *_state(pair.image),
+            *_state(pair.mask),
+        ]
+    versions = {"opencv": cv2.__version__, "pillow": PIL.__version__}
+    return {
+        "format": FORMAT,
+        "side": side,
+        "max_pixels": max_pixels,
+        "versions": versions,
+        "files": files,
+    }
+
+
+def judge(place: Path, wanted: dict[str, Any]) -> str:
+    """Say why the cache in ``place`` cannot be used (miss, stale or corrupt); "" where it can."""
+    try:
+        found = json.loads((place / "table.json").read_text())
+    except FileNotFoundError:
+        if (place / "building.json").exists():
+            return "miss: an earlier build did not finish; it continues"
+        return "miss: nothing was built for this data and size yet"
+    except (OSError, ValueError) as error:
+        return f"corrupt: its table cannot be read ({error})"
+    if not isinstance(found, dict) or "checksums" not in found:
+        return "corrupt: its table is incomplete"
+    stale = difference(found, wanted)
+    if stale:
+        return f"stale: {stale}"
+    return damage(place, found)
+
+
+def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Say what a table's description has other than the one wanted; "" where nothing."""
+    names = {
+        "format": "made by another version of this program",
+        "side": "another image size",
+        "max_pixels": "another data.max_pixels",
+        "versions": "other versions of the decoders",
+    }
+    for key, words in names.items():
+        if found.get(key) != wanted[key]:
+            return f"{words} ({found.get(key)}, now {wanted[key]})"
+    old, new = found.get("files", {}), wanted["files"]
+    changed = [name for name in new if name in old and old[name] != new[name]]
+    added = [name for name in new if name not in old]
+    if not changed and not added:
+        # Pairs that the cache holds besides (a clean list leaves them out) do no harm.
+        return ""
+    parts = []
+    gone = [name for name in old if name not in new]
+    for words, some in (("changed", changed), ("new", added), ("gone", gone)):
+        if some:
+            parts.append(f"{len(some)} {words} ({some[0]}{', ...' if len(some) > 1 else ''})")
+    return "files " + ", ".join(parts)
+
+
+def damage(place: Path, table: dict[str, Any]) -> str:
+    """Say how the pixels differ from their checksums; "" where they do not."""
+    checksums, side = table["checksums"], table["side"]
+    row = side * side * CHANNELS
+    path = place / "pixels.u8"
+    try:
+        size = path.stat().st_size
+        sizes = np.load(place / "sizes.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        return f"corrupt: {error}"
+    if size != row * len(checksums) or sizes.shape != (len(checksums), 2):
+        return f"corrupt: it holds {size} bytes instead of {row * len(checksums)}"
+    if not checksums:
+        return ""
+    pixels = np.memmap(path, np.uint8, "r", shape=(len(checksums), row))
+    count = min(len(checksums), VERIFIED_ROWS)
+    looked_at = np.linspace(0, len(checksums) - 1, count).astype(int)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        sums = pool.map(lambda index: checksum(pixels[index]), looked_at)
+        for index, found in zip(looked_at, sums, strict=True):
+            if found != checksums[index]:
+                return f"corrupt: row {index} does not match its checksum"
+    return ""
+
+
+def checksum(row: np.ndarray) -> int:
+    """Return the CRC-32 of a row's bytes."""
+    return zlib.crc32(np.ascontiguousarray(row).data)
+
+
+def map_cache(place: Path, digest: str = "") -> PixelCache:
+    """Map a cache that was judged sound; with ``digest`` only if it is still that very one."""
+    data = (place / "table.json").read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if digest and digest != found:
+        raise DataError(f"The cache in {place} was replaced by another run while this one used it.")
+    table = json.loads(data)
+    names = list(table["files"])
+    shape = (len(names), table["side"], table["side"], CHANNELS)
+    pixels: np.ndarray = np.zeros(shape, np.uint8)
+    if names:
+        pixels = np.memmap(place / "pixels.u8", np.uint8, "r", shape=shape)
+    sizes = np.load(place / "sizes.npy", allow_pickle=False)
+    rows = {_pair_key(name): row for row, name in enumerate(names)}
+    unreadable = {_pair_key(name): why for name, why in table.get("unreadable", {}).items()}
+    return PixelCache(pixels, sizes, rows, place / "pixels.u8", found, unreadable)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return a file's size and time; a missing one is a state, too."""
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _reopened(place: Path, digest: str) -> PixelCache:
+    return map_cache(place, digest)
+
+
+def _pair_key(name: str) -> tuple[str, str]:
+    dataset, _, stem = name.partition("/")
+    return dataset, stem

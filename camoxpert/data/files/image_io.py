@@ -1,0 +1,411 @@
+"""Reading and writing images and masks: strict, bounded, and under one orientation policy.
+
+A file is checked from its header before anything is decoded; a damaged file is an error that names
+it, never a grey block or an all-zero mask.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from camoxpert.data.files.masks import binary_mask, encoding_of, mask_levels
+from camoxpert.errors import DataError
+from camoxpert.files import write_bytes
+
+MAX_PIXELS = 50_000_000
+# Our own limit is checked from the header; Pillow's warning would only repeat it.
+Image.MAX_IMAGE_PIXELS = None
+ORIENTATION_TAG = 0x0112
+PNG_SIGNATURE_BYTES = 8
+# OpenCV's names for "in colour at 1/n" include BGR; these do not.
+REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+# EXIF orientation -> how to turn the stored pixels upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says about itself before it is decoded.
+
+    Attributes:
+        width, height: stored size in pixels, before any EXIF rotation (TIFF: after it).
+        format: JPEG, PNG ... by content, not by file name.
+        mode: Pillow's colour mode.
+        orientation: EXIF orientation, 1 (upright) to 8.
+    """
+
+    width: int
+    height: int
+    format: str
+    mode: str
+    orientation: int
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """(height, width) after the EXIF rotation."""
+        turned = self.orientation >= 5
+        return (self.width, self.height) if turned else (self.height, self.width)
+
+
+def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Read a file's header.
+
+    Raises:
+        DataError: missing, empty, not an image, or larger than ``max_pixels``.
+    """
+    with _open(Path(path), max_pixels) as image:
+        return _header(image, Path(path))
+
+
+def read_image(
+    path: str | Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    apply_orientation: bool = True,
+    at_least: int | None = None,
+    strict: bool = False,
+) -> np.ndarray:
+    """Decode an image to RGB.
+
+    Grey, palette, CMYK, 16-bit and transparent images are converted; transparency is dropped, not
+    blended. A truncated file is an error.
+
+    Args:
+        path: the file; its format is found by content.
+        max_pixels: larger images are refused from their header.
+        apply_orientation: turn the image upright by its EXIF tag.
+        at_least: the caller will shrink the image to this side: a JPEG may be decoded to a half, a
+            quarter or an eighth of its size, as long as no side gets shorter than that. The decoder
+            averages, as shrinking would.
+        strict: let the decoder that checks most decode, though it is slower.
+
+    Returns:
+        uint8 (H, W, 3); smaller by a power of two where ``at_least`` allows it.
+
+    Raises:
+        DataError: unreadable, damaged or too large.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        orientation = _header(image, path).orientation if apply_orientation else 1
+        quick = image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1
+        if quick and not strict:
+            pixels = _decode_jpeg(path, _reduction(min(image.size), at_least))
+            if pixels is not None:
+                return pixels
+        return _as_rgb(_upright(_load(image, path), orientation))
+
+
+def read_mask(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = True
+) -> np.ndarray:
+    """Decode a binary mask, whatever it is stored as.
+
+    Understood: 0 and any other level (0/1, 0/255, 16-bit, 1-bit), palettes, masks in the alpha
+    channel only, and masks blurred by JPEG or antialiasing (most pixels near the two ends, cut
+    above 128). ``mask_rule`` holds the rules.
+
+    Returns:
+        uint8 (H, W), 0 and 255.
+
+    Raises:
+        DataError: unreadable, or not a mask (a grey photograph, say).
+    """
+    return _read_mask(Path(path), max_pixels, apply_orientation)[0]
+
+
+def read_mask_as(
+    path: str | Path, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = True
+) -> tuple[np.ndarray, str]:
+    """Decode a binary mask as ``read_mask`` does, and name how the file stores it."""
+    mask, loaded = _read_mask(Path(path), max_pixels, apply_orientation)
+    return mask, encoding_of(loaded, Path(path))
+
+
+def _read_mask(
+    path: Path, max_pixels: int, apply_orientation: bool
+) -> tuple[np.ndarray, Image.Image]:
+    with _open(path, max_pixels) as image:
+        orientation = _header(image, path).orientation if apply_orientation else 1
+        loaded = _load(image, path)
+        mask = binary_mask(loaded, path)
+        return np.ascontiguousarray(_upright(Image.fromarray(mask), orientation)), loaded
+
+
+def read_levels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode a mask's levels as they are stored, for callers who judge them; never turned by EXIF.
+
+    Returns:
+        (H, W) bool or any number type, the channel that holds the mask.
+
+    Raises:
+        DataError: unreadable or larger than ``max_pixels``.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        return mask_levels(_load(image, path), path)
+
+
+def read_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode a prediction map: grey levels, however the file stores them; never turned by EXIF.
+
+    Understood: 8-bit grey, 1-bit, grey palettes, colour with three equal channels, and 16-bit grey
+    (cut to its upper 8 bits). An opaque alpha channel is ignored.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        DataError: unreadable, larger than ``max_pixels``, in colour or transparent.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        picture = _load(image, path)
+        if picture.mode in ("L", "1"):
+            return np.asarray(picture.convert("L"))
+        if picture.mode.startswith("I"):
+            values = np.asarray(picture)
+            if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+                raise DataError(f"The map {path} holds values outside of 16 bits.")
+            if 0 < values.max(initial=0) <= 255:
+                raise DataError(
+                    f"The map {path} has 16 bits a pixel but no value above 255: its scale is "
+                    "unclear. Save it with 8 bits."
+                )
+            return (values >> 8).astype(np.uint8)
+        if picture.mode.startswith("F"):
+            raise DataError(f"The map {path} is in floating point. Save it as 8-bit grey.")
+        planes = np.asarray(picture.convert("RGBA"))
+    if (planes[..., 3] != 255).any():
+        raise DataError(
+            f"The map {path} has transparent pixels: is it a cut-out? Save the map as 8-bit grey."
+        )
+    if (planes[..., :1] != planes[..., 1:3]).any():
+        raise DataError(
+            f"The map {path} is in colour: is it a photograph or an overlay? Save the map as 8-bit "
+            "grey."
+        )
+    return np.ascontiguousarray(planes[..., 0])
+
+
+def read_pair(
+    image_path: str | Path,
+    mask_path: str | Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    at_least: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image and its mask so that their pixels correspond.
+
+    EXIF turns both. Cameras tag images, drawing tools rarely tag masks: where the turned shapes
+    differ and the stored ones agree, the mask was drawn on the stored pixels and neither is turned.
+
+    Returns:
+        image uint8 (H, W, 3), mask uint8 (H, W) with 0 and 255; with ``at_least`` the image may be
+        smaller than its mask by a power of two (see ``read_image``).
+
+    Raises:
+        DataError: unreadable, or of different sizes.
+    """
+    heads = [probe(path, max_pixels=max_pixels) for path in (image_path, mask_path)]
+    turn = pair_orientation(*heads, image_path=Path(image_path), mask_path=Path(mask_path))
+    return (
+        read_image(image_path, max_pixels=max_pixels, apply_orientation=turn, at_least=at_least),
+        read_mask(mask_path, max_pixels=max_pixels, apply_orientation=turn),
+    )
+
+
+def pair_orientation(
+    image: ImageHeader, mask: ImageHeader, *, image_path: Path, mask_path: Path
+) -> bool:
+    """Whether to apply EXIF to a pair; raises DataError where no reading makes the sizes agree."""
+    if image.upright == mask.upright:
+        return True
+    if (image.height, image.width) == (mask.height, mask.width):
+        return False
+    raise DataError(
+        f"{image_path} is {image.width}x{image.height} pixels but its mask {mask_path} is "
+        f"{mask.width}x{mask.height}. A mask must have the size of its image."
+    )
+
+
+def write_png(path: str | Path, array: np.ndarray) -> None:
+    """Write uint8 grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4) as PNG, whole or not at all."""
+    _write(Path(path), array, ".png", [cv2.IMWRITE_PNG_COMPRESSION, 3])
+
+
+def write_jpeg(path: str | Path, array: np.ndarray, *, quality: int = 92) -> None:
+    """Write uint8 grey (H, W) or RGB (H, W, 3) as JPEG, whole or not at all."""
+    _write(Path(path), array, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, quality])
+
+
+def _open(path: Path, max_pixels: int) -> Image.Image:
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes). Copy or download it again.")
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+        kind = "a web page" if start.startswith((b"<!doctype", b"<html")) else "not an image"
+        raise DataError(f"{path} is {kind}, whatever its name says. Download it again.") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    if image.width * image.height > max_pixels:
+        size = f"{image.width}x{image.height}"
+        image.close()
+        raise DataError(
+            f"{path} claims {size} pixels, more than the limit of {max_pixels} (data.max_pixels). "
+            "It was not decoded."
+        )
+    return image
+
+
+def _header(image: Image.Image, path: Path) -> ImageHeader:
+    """Describe an opened image; call it before the pixels are loaded."""
+    try:
+        # Pillow's PNG reader would decode the whole picture here, in search of a late EXIF block.
+        exif = Image.Image.getexif(image)
+        if image.format == "PNG" and not exif:
+            exif = _png_exif(path)
+        orientation = int(exif.get(ORIENTATION_TAG, 1))
+    except (OSError, ValueError, TypeError, SyntaxError, struct.error):
+        # A broken EXIF block is no reason to refuse sound pixels.
+        orientation = 1
+    # Pillow turns TIFFs itself and reports the turned size.
+    if image.format == "TIFF" or not 1 <= orientation <= 8:
+        orientation = 1
+    return ImageHeader(image.width, image.height, image.format or "", image.mode, orientation)
+
+
+def _png_exif(path: Path) -> Image.Exif:
+    """Walk a PNG's chunks, decoding none, to its EXIF block, which may stand after the pixels."""
+    exif = Image.Exif()
+    with path.open("rb") as file:
+        file.seek(PNG_SIGNATURE_BYTES)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                exif.load(b"Exif\x00\x00" + file.read(length))
+                break
+            checksum_bytes = 4
+            file.seek(length + checksum_bytes, os.SEEK_CUR)
+    return exif
+
+
+def _load(image: Image.Image, path: Path) -> Image.Image:
+    try:
+        if image.format == "PNG":
+            _require_png_checksums(path)
+        image.load()
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise DataError(f"{path} is damaged or cut short: {error}. Copy it again.") from error
+    return image
+
+
+def _require_png_checksums(path: Path) -> None:
+    """Raise ValueError where the pixels of a PNG do not match their checksums.
+
+    Pillow skips those: a third of all wrong bytes in a small mask would go unnoticed.
+    """
+    data = memoryview(path.read_bytes())
+    place = PNG_SIGNATURE_BYTES
+    while place + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 8 + length
+        # Blocks in small letters are notes beside the picture; what is cut short Pillow sees.
+        if kind[:1].isupper() and end + 4 <= len(data):
+            (expected,) = struct.unpack_from(">I", data, end)
+            if zlib.crc32(data[place + 4 : end]) != expected:
+                raise ValueError(f"the checksum of its block {kind.decode('latin-1')} is wrong")
+        place = end + 4
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(TURNS[orientation])
+
+
+def _reduction(shorter: int, at_least: int | None) -> int:
+    """Return 1, 2, 4 or 8: how much smaller a JPEG may be decoded."""
+    if at_least is None:
+        return 1
+    return max(n for n in (1, 2, 4, 8) if n == 1 or shorter // n >= at_least)
+
+
+def _decode_jpeg(path: Path, reduction: int) -> np.ndarray | None:
+    """Decode with OpenCV, twice as fast as Pillow; None where the file's end is not a JPEG's end.
+
+    OpenCV fills what a cut-off file lacks with grey and says nothing, so the end marker is looked
+    for. Some writers append bytes after it: then Pillow, which checks, decides.
+    """
+    data = np.fromfile(path, np.uint8)
+    if data[-2:].tobytes() != b"\xff\xd9":
+        return None
+    flags = cv2.IMREAD_COLOR_RGB | REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels: np.ndarray | None = cv2.imdecode(data, flags)
+    except cv2.error:
+        # More pixels than OPENCV_IO_MAX_IMAGE_PIXELS: Pillow obeys data.max_pixels alone.
+        return None
+    return pixels
+
+
+def _as_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float64)
+        highest = values.max(initial=0)
+        # Floating-point pictures run from 0 to 1, unless they hold more.
+        top = 65535.0 if highest > 255 else 1.0 if image.mode == "F" and highest <= 1 else 255.0
+        grey = (np.clip(values / top, 0, 1) * 255).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+
+
+def _write(path: Path, array: np.ndarray, suffix: str, options: list[int]) -> None:
+    if array.ndim == 3:
+        code = cv2.COLOR_RGB2BGR if array.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
+        array = cv2.cvtColor(array, code)
+    done, data = cv2.imencode(suffix, np.ascontiguousarray(array), options)
+    if not done:
+        raise DataError(f"{path} could not be encoded.")
+    try:
+        write_bytes(path, data.tobytes())
+    except OSError as error:
+        raise DataError(f"{path} could not be written: {error}.") from error
+
+
+def require_whole(path: Path, header: ImageHeader) -> None:
+    """Raise DataError for a cut-off file; reads its last bytes, decodes only in doubt."""
+    ends = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+    end = ends.get(header.format)
+    if end is None:
+        return
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        if end in file.read():
+            return
+    with _open(path, header.width * header.height) as image:
+        _load(image, path)

@@ -1,0 +1,456 @@
+"""Which image belongs to which mask: pairing, splits and a content hash. Nothing is dropped
+silently."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from camoxpert.data.files.csv_paths import listed_file
+from camoxpert.data.files.layouts import (
+    CSV_LAYOUT,
+    LAYOUTS,
+    Found,
+    class_of,
+    image_files,
+    is_noncam,
+    recognise,
+)
+from camoxpert.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask.
+
+    Attributes:
+        name: stem of the image, unique in its data set.
+        image, mask: files.
+        dataset: name of the data set.
+        group: class the name carries, or "".
+    """
+
+    name: str
+    image: Path
+    mask: Path
+    dataset: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The pairs of one split.
+
+    Attributes:
+        pairs: ordered by data set and name.
+        dataset: name, joined with + for several.
+        split: train, test, all or validation.
+        layout: names of the layouts recognised.
+        excluded: images left out on purpose (``notes`` says why).
+        notes: sentences for the user.
+        cleaned: rows of a clean list that applied.
+    """
+
+    pairs: tuple[Pair, ...]
+    dataset: str
+    split: str
+    layout: str
+    excluded: int = 0
+    notes: tuple[str, ...] = ()
+    cleaned: tuple[tuple[str, str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def files(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return (data set, name) -> bytes of image and mask, -1 for what is missing."""
+        return {(p.dataset, p.name): (_size(p.image), _size(p.mask)) for p in self.pairs}
+
+    def content_hash(self) -> str:
+        """Return a sha256 over names and file sizes: moving the data keeps it, changing it does
+        not."""
+        digest = hashlib.sha256()
+        for (dataset, name), sizes in self.files().items():
+            line = f"{dataset}/{name}\t{sizes[0]}\t{sizes[1]}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def load_train(
+    roots: Sequence[str | Path],
+    *,
+    layout: str = "auto",
+    noncam: str = "exclude",
+    clean: CleanList | None = None,
+    allow_outside: bool = False,
+) -> Manifest:
+    """Find the training pairs of one or more data sets.
+
+    Args:
+        roots: folders or CSV files.
+        layout: name of a known layout, or auto.
+        noncam: exclude or include COD10K images without a camouflaged object.
+        clean: pairs to leave out, as ``read_clean_list`` gives them.
+        allow_outside: a CSV may name files outside its own folder.
+
+    Raises:
+        DataError: nothing found, unknown layout, missing masks, doubled names.
+        ConfigError: no such layout name.
+    """
+    manifests = []
+    for root in roots:
+        splits = _read(Path(root), layout, noncam, allow_outside)
+        chosen = [m for m in splits if m.split == "train"] or [
+            m for m in splits if m.split == "all"
+        ]
+        if not chosen:
+            names = ", ".join(sorted({m.split for m in splits}))
+            raise DataError(f"{root} has no training split (found: {names}).")
+        manifests += [without(m, clean or {}) for m in chosen]
+    whole = concat(manifests)
+    if not whole.pairs:
+        raise DataError("The clean list leaves no training images.")
+    return whole
+
+
+def find_test_sets(
+    roots: Sequence[str | Path],
+    *,
+    layout: str = "auto",
+    noncam: str = "exclude",
+    clean: CleanList | None = None,
+    allow_outside: bool = False,
+) -> dict[str, Manifest]:
+    """Return the test sets that come with training data, by name; {} where there are none."""
+    sets: dict[str, Manifest] = {}
+    for root in roots:
+        for manifest in _read(Path(root), layout, noncam, allow_outside):
+            if manifest.split == "test":
+                sets[_free_name(manifest.dataset, sets)] = without(manifest, clean or {})
+    return sets
+
+
+def load_eval(
+    path: str | Path,
+    *,
+    layout: str = "auto",
+    noncam: str = "exclude",
+    split: str = "test",
+    clean: CleanList | None = None,
+    allow_outside: bool = False,
+) -> dict[str, Manifest]:
+    """Return what to score of a data set: its test sets, or all of it where it has no splits."""
+    splits = _read(Path(path), layout, noncam, allow_outside)
+    chosen = [m for m in splits if m.split == split] or [m for m in splits if m.split == "all"]
+    if not chosen:
+        names = ", ".join(sorted({m.split for m in splits}))
+        raise DataError(f"{path} has no {split} split (found: {names}). --split chooses another.")
+    sets: dict[str, Manifest] = {}
+    for manifest in chosen:
+        sets[_free_name(manifest.dataset, sets)] = without(manifest, clean or {})
+    return sets
+
+
+def concat(manifests: Sequence[Manifest]) -> Manifest:
+    """Join manifests of one split; pairs keep the name of their data set."""
+    pairs = tuple(pair for manifest in manifests for pair in manifest.pairs)
+    doubled = [k for k, n in Counter((p.dataset, p.name) for p in pairs).items() if n > 1]
+    if doubled:
+        raise DataError(
+            f"{len(doubled)} samples are in more than one of the given folders, for example "
+            f"{'/'.join(doubled[0])}. Is a folder given twice?"
+        )
+    return Manifest(
+        pairs,
+        "+".join(dict.fromkeys(m.dataset for m in manifests)),
+        manifests[0].split,
+        ", ".join(dict.fromkeys(m.layout for m in manifests)),
+        sum(m.excluded for m in manifests),
+        tuple(note for m in manifests for note in m.notes),
+        tuple(row for m in manifests for row in m.cleaned),
+    )
+
+
+def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
+    """Set part of TRAIN aside for validation.
+
+    Each class gives its share (largest remainders first). Who is chosen depends on the seed and the
+    names alone, not on the order of files on disk.
+
+    Returns:
+        (train, validation); validation is empty for fraction 0 and has at least one pair otherwise.
+    """
+    total = len(manifest)
+    wanted = min(max(1, round(fraction * total)), total - 1) if fraction > 0 and total > 1 else 0
+
+    def rank(pair: Pair) -> str:
+        return hashlib.sha256(
+            f"{seed}/{pair.dataset}/{pair.name}".encode(errors="surrogateescape")
+        ).hexdigest()
+
+    groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)
+    for pair in manifest.pairs:
+        groups[pair.dataset, pair.group].append(pair)
+    shares = {key: wanted * len(pairs) / total for key, pairs in groups.items()} if total else {}
+    counts = {key: math.floor(share) for key, share in shares.items()}
+    by_remainder = sorted(
+        shares, key=lambda key: (counts[key] - shares[key], rank(groups[key][0]), key)
+    )
+    for key in by_remainder[: wanted - sum(counts.values())]:
+        counts[key] += 1
+    chosen = {
+        pair for key, pairs in groups.items() for pair in sorted(pairs, key=rank)[: counts[key]]
+    }
+    train = tuple(pair for pair in manifest.pairs if pair not in chosen)
+    validation = tuple(pair for pair in manifest.pairs if pair in chosen)
+    return (
+        replace(manifest, pairs=train),
+        replace(manifest, pairs=validation, split="validation", excluded=0, notes=()),
+    )
+
+
+def _size(path: Path) -> int:
+    """Return a file's size, -1 where it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _read(root: Path, layout: str, noncam: str, allow_outside: bool) -> list[Manifest]:
+    """Return a manifest per split (and per test set) of one root."""
+    known = [row.name for row in LAYOUTS] + [CSV_LAYOUT]
+    if layout != "auto" and layout not in known:
+        raise ConfigError(f"--layout {layout}: known layouts are auto, {', '.join(known)}.")
+    if not root.exists():
+        raise DataError(f"There is no file or folder {root}.")
+    if root.is_file():
+        if root.suffix.lower() != ".csv":
+            raise DataError(f"{root} is a file but no CSV. Give a data set folder or a CSV file.")
+        return _read_csv(root, allow_outside)
+    recognised = recognise(root, layout)
+    if recognised is None:
+        entries = ", ".join(sorted(p.name for p in root.iterdir())[:12]) or "nothing"
+        raise DataError(
+            f"No known data set layout in {root} (it holds: {entries}). Known: "
+            f"{', '.join(known)}; the simplest is a folder with Imgs/ and GT/, one mask per image "
+            f"with the same name."
+        )
+    row, _, found = recognised
+    return [_manifest_of(pair_files(source, row.name, noncam)) for source in found]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What two folders hold, matched by name; nothing is judged yet.
+
+    Attributes:
+        found: the folders.
+        layout: name of the layout.
+        pairs: images with a mask, by name.
+        missing: stems of images without a mask.
+        unused: stems of masks without an image.
+        doubled: files of one folder that share a stem.
+        left_out: images without a camouflaged object, excluded on purpose.
+    """
+
+    found: Found
+    layout: str
+    pairs: tuple[Pair, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    doubled: tuple[tuple[Path, Path], ...]
+    left_out: int
+
+
+def pair_files(found: Found, layout: str, noncam: str = "exclude") -> Pairing:
+    """Match the images and masks of two folders by name."""
+    images, doubled = _by_stem(found.images)
+    masks, doubled_masks = _by_stem(found.masks)
+    kept = {s: p for s, p in images.items() if noncam == "include" or not is_noncam(s)}
+    of_image = {stem: found.source.mask_stem(stem) for stem in kept}
+    unused = sorted(set(masks) - {found.source.mask_stem(stem) for stem in images})
+    pairs = tuple(
+        Pair(stem, path, masks[of_image[stem]], found.dataset, class_of(stem))
+        for stem, path in sorted(kept.items())
+        if of_image[stem] in masks
+    )
+    return Pairing(
+        found,
+        layout,
+        pairs,
+        tuple(stem for stem, mask in of_image.items() if mask not in masks),
+        () if found.source.shared_masks else tuple(unused),
+        (*doubled, *doubled_masks),
+        len(images) - len(kept),
+    )
+
+
+def _manifest_of(pairing: Pairing) -> Manifest:
+    """Judge a pairing: what is missing or doubled is an error, what is unused a note."""
+    found = pairing.found
+    if pairing.doubled:
+        first, second = pairing.doubled[0]
+        raise DataError(
+            f"{first} and {second} have the same name; which one is meant? Remove one of them."
+        )
+    missing, unused = pairing.missing, pairing.unused
+    total = len(pairing.pairs) + len(missing)
+    if not total and pairing.left_out:
+        raise DataError(
+            f"{found.images}: all {pairing.left_out} images are NonCAM; see --noncam include."
+        )
+    if not total:
+        raise DataError(f"{found.images} holds no images.")
+    notes = []
+    if pairing.left_out:
+        notes.append(
+            f"{found.dataset} {found.source.split}: {pairing.left_out} images without a "
+            f"camouflaged object are left out (--noncam include keeps them)"
+        )
+    if missing:
+        hint = f" {len(unused)} masks have no image, for example {unused[0]}." if unused else ""
+        raise DataError(
+            f"{len(missing)} of {total} images have no mask ({found.images} and {found.masks}): "
+            f"{_some(missing)}.{hint} A mask has its image's name; add the masks or take the "
+            f"images out."
+        )
+    if unused:
+        notes.append(
+            f"{found.dataset}: {len(unused)} masks have no image ({_some(unused)}); unused"
+        )
+    return Manifest(
+        pairing.pairs,
+        found.dataset,
+        found.source.split,
+        pairing.layout,
+        pairing.left_out,
+        tuple(notes),
+    )
+
+
+def _by_stem(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
+    files: dict[str, Path] = {}
+    doubled = []
+    for path in image_files(folder):
+        # macOS writes decomposed accents: the same name must compare equal.
+        stem = unicodedata.normalize("NFC", path.stem)
+        if stem in files:
+            doubled.append((files[stem], path))
+        files.setdefault(stem, path)
+    return files, doubled
+
+
+CleanList = Mapping[tuple[str, str, str], str]
+
+
+def without(manifest: Manifest, unwanted: CleanList) -> Manifest:
+    """Leave out the pairs (data set, split, name) of a clean list, and say how many."""
+    kept = tuple(
+        pair for pair in manifest.pairs if (pair.dataset, manifest.split, pair.name) not in unwanted
+    )
+    left = set(kept)
+    cleaned = tuple(
+        (pair.dataset, manifest.split, pair.name) for pair in manifest.pairs if pair not in left
+    )
+    gone = len(cleaned)
+    if not gone:
+        return manifest
+    note = f"{manifest.dataset} {manifest.split}: {gone} images left out by the clean list"
+    return replace(
+        manifest,
+        pairs=kept,
+        excluded=manifest.excluded + gone,
+        notes=(*manifest.notes, note),
+        cleaned=cleaned,
+    )
+
+
+def unused_rows(clean: CleanList, manifests: Sequence[Manifest]) -> list[tuple[str, str, str]]:
+    """Return the rows of a clean list that left no image out of these manifests."""
+    used = {row for manifest in manifests for row in manifest.cleaned}
+    return [row for row in clean if row not in used]
+
+
+def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
+    """Read a clean list (columns dataset, split, name and, optional, reason): what to leave out,
+    and why. An empty path is an empty list.
+
+    Raises:
+        DataError: no such file, or other columns.
+    """
+    if not str(path):
+        return {}
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"--clean-list: there is no file {path}. `camoxpert doctor` writes one.")
+    # Written by this program: names that are no UTF-8 come back as they went out.
+    with text_file(path, errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        if not {"dataset", "split", "name"} <= set(columns):
+            raise DataError(f"{path} needs the columns dataset, split and name; it has {columns}.")
+        return {
+            (row["dataset"], row["split"], row["name"]): row.get("reason") or "" for row in reader
+        }
+
+
+@contextmanager
+def text_file(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
+    """Open a CSV; what is no UTF-8 text is the user's mistake, not the program's."""
+    with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
+        try:
+            yield file
+        except (UnicodeError, csv.Error) as error:
+            raise DataError(f"{path} is not a CSV in UTF-8: {error}. Save it as one.") from error
+
+
+def _read_csv(path: Path, allow_outside: bool) -> list[Manifest]:
+    """Read columns image, mask and optionally split and class; paths are relative to the file."""
+    with text_file(path) as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        if not {"image", "mask"} <= set(columns):
+            raise DataError(f"{path} needs the columns image and mask; it has {list(columns)}.")
+        rows = list(reader)
+    splits: dict[str, list[Pair]] = defaultdict(list)
+    for number, row in enumerate(rows, start=2):
+        (image, name), (mask, _) = (
+            listed_file(path, row[key], number, allow_outside=allow_outside)
+            for key in ("image", "mask")
+        )
+        for file_path in (image, mask):
+            if not file_path.is_file():
+                raise DataError(f"{path}, line {number}: there is no file {file_path}.")
+        group = row.get("class") or class_of(image.stem)
+        splits[row.get("split") or "all"].append(Pair(name, image, mask, path.stem, group))
+    if not rows:
+        raise DataError(f"{path} has no rows.")
+    unknown = set(splits) - {"train", "test", "all"}
+    if unknown:
+        raise DataError(f"{path}: split must be train or test, not {_some(sorted(unknown))}.")
+    manifests = []
+    for split, pairs in splits.items():
+        ordered = tuple(sorted(pairs, key=lambda pair: pair.name))
+        manifests.append(concat([Manifest(ordered, path.stem, split, CSV_LAYOUT)]))
+    return manifests
+
+
+def _free_name(name: str, taken: Iterable[str]) -> str:
+    used = set(taken)
+    candidate, number = name, 2
+    while candidate in used:
+        candidate, number = f"{name}-{number}", number + 1
+    return candidate
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -1,0 +1,150 @@
+"""The CPU back end of augmentation: albumentations' operators with our own draws.
+
+albumentations stays behind this module: 2.0.8 is its last MIT release. Its own sampling, which
+gives every data worker the same stream, is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cached_property
+from typing import Any
+
+import cv2
+import numpy as np
+
+from camoxpert.config import AugmentConfig
+from camoxpert.data.samples.draw import Draw, draw
+
+BLUR_RADIUS = 3
+
+
+class SampleTransform:
+    """Turns a pair into a training sample, a pure function of (seed, epoch, index).
+
+    Args:
+        img_size: side of the square result, in pixels.
+        augment: strengths, or None for evaluation (resize only).
+        seed: seed of the run.
+        source: side to which pairs are decoded before they are changed; unset: ``img_size``.
+    """
+
+    def __init__(
+        self, *, img_size: int, augment: AugmentConfig | None, seed: int, source: int | None = None
+    ) -> None:
+        self.img_size = img_size
+        self.augment = augment
+        self.seed = seed
+        self.source = source or img_size
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, *, epoch: int, index: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Transform uint8 (H, W, 3) and (H, W) to uint8 (T, T, 3) and (T, T) with 0 and 255.
+
+        Equal (seed, epoch, index) give equal results, in whatever process and order.
+        """
+        return self.change(square_pair(image, mask, self.source), epoch=epoch, index=index)
+
+    def change(
+        self, pixels: np.ndarray, *, epoch: int, index: int, target: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Change a pair that was decoded to uint8 (S, S, 4); ``target`` overrides ``img_size``."""
+        side = target or self.img_size
+        sample = self.draw(epoch=epoch, index=index, target=side)
+        return self._operators.apply(pixels, sample, side)
+
+    def draw(self, *, epoch: int, index: int, target: int | None = None) -> Draw:
+        """Return what happens to a sample."""
+        return draw(
+            self.augment,
+            seed=self.seed,
+            epoch=epoch,
+            index=index,
+            source=self.source,
+            target=target or self.img_size,
+        )
+
+    @cached_property
+    def _operators(self) -> Operators:
+        # Made by whoever uses it first, a data worker often: importing albumentations takes
+        # seconds.
+        return Operators()
+
+
+def square_pair(image: np.ndarray, mask: np.ndarray, side: int) -> np.ndarray:
+    """Resize a pair to one uint8 array (S, S, 4), RGB and mask."""
+    small, binary = resize_pair(image, mask, side)
+    return np.dstack([small, binary])
+
+
+def resize_pair(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Resize a pair to a square; the mask is averaged, then cut at one half."""
+    # Judged apart: the decoder may have shrunk the image already.
+    small = cv2.resize(mask, (size, size), interpolation=_filter(mask, size))
+    binary = np.where(small > 127, np.uint8(255), np.uint8(0))
+    return cv2.resize(image, (size, size), interpolation=_filter(image, size)), binary
+
+
+def _filter(picture: np.ndarray, size: int) -> int:
+    return cv2.INTER_AREA if min(picture.shape[:2]) > size else cv2.INTER_LINEAR
+
+
+class Operators:
+    """albumentations' operators, called with the numbers of a draw."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import albumentations as A
+
+            # The same border for both: a mirrored object must be labelled as one.
+            self._affine: Any = A.Affine(
+                interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101
+            )
+            self._colour: Any = A.ColorJitter()
+            self._blur: Any = A.GaussianBlur()
+            self._noise: Any = A.GaussNoise()
+
+    def apply(self, pixels: np.ndarray, sample: Draw, target: int) -> tuple[np.ndarray, np.ndarray]:
+        """Change uint8 (S, S, 4) to an image (T, T, 3) and a mask (T, T) of 0 and 255."""
+        if sample.flips is not None:
+            # Flips alone move whole pixels: nothing is resampled.
+            axes = [axis for axis, flip in zip((1, 0), sample.flips, strict=True) if flip]
+            warped = np.ascontiguousarray(np.flip(pixels, axes) if axes else pixels)
+        else:
+            shape = (target, target)
+            matrix = np.vstack([sample.matrix, [0, 0, 1]])
+            warped = self._affine.apply(
+                np.ascontiguousarray(pixels), matrix=matrix, output_shape=shape
+            )
+        # OpenCV splits channels several times faster than strided indexing does.
+        image: np.ndarray = cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
+        mask: np.ndarray = cv2.threshold(
+            cv2.extractChannel(warped, 3), 127, 255, cv2.THRESH_BINARY
+        )[1]
+        if sample.colour:
+            image = self._colour.apply(
+                image,
+                brightness=sample.brightness,
+                contrast=sample.contrast,
+                saturation=sample.saturation,
+                hue=sample.hue,
+                order=[0, 1, 2, 3],
+            )
+        if sample.blur:
+            image = self._blur.apply(image, kernel=gaussian_kernel(sample.blur))
+        if sample.noise:
+            generator = np.random.default_rng(sample.noise_seed)
+            noise = generator.standard_normal(image.shape, np.float32) * (255 * sample.noise)
+            image = self._noise.apply(image, noise_map=noise)
+        return image, mask
+
+
+def gaussian_kernel(sigma: float) -> np.ndarray:
+    """Return the weights of a Gaussian over ``2 * BLUR_RADIUS + 1`` pixels, summing to 1."""
+    offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    return kernel / kernel.sum()

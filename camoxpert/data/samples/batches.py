@@ -1,0 +1,190 @@
+"""What a step receives: batches of training samples, and of pairs to be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.samples.augment_device import apply_draws
+from camoxpert.data.unreadable import Fault
+from camoxpert.errors import DataError
+
+
+@dataclass
+class Batch:
+    """A training batch.
+
+    Attributes:
+        images: uint8 (B, 3, S, S), RGB.
+        masks: uint8 (B, 1, S, S), 0 or 255.
+        names: names of the pairs.
+        sizes: original (height, width) of each.
+        indices: positions in the manifest of the samples that were due; their draws are used.
+        replaced: (name, reason) of every unreadable pair for which another one stands in.
+    """
+
+    images: Tensor
+    masks: Tensor
+    names: list[str]
+    sizes: list[tuple[int, int]]
+    indices: list[int]
+    replaced: list[Fault] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which copies to the GPU run beside the
+        host."""
+        return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return the batch in up to so many parts of nearly equal size, in order, without copies;
+        the first part keeps ``replaced``."""
+        size = -(-len(self.names) // parts)
+        if size >= len(self.names):
+            return [self]
+        return [
+            Batch(
+                self.images[start : start + size],
+                self.masks[start : start + size],
+                self.names[start : start + size],
+                self.sizes[start : start + size],
+                self.indices[start : start + size],
+                [] if start else self.replaced,
+            )
+            for start in range(0, len(self.names), size)
+        ]
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
+        """Return the batch with its tensors on ``device``."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            masks=self.masks.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass
+class EvalBatch:
+    """An evaluation batch: resized images and everything at its original size.
+
+    Attributes:
+        images: uint8 (B, 3, S, S), RGB.
+        names, sizes: as in Batch.
+        full_masks: uint8 (H, W) arrays, 0 or 255.
+        originals: uint8 (H, W, 3) RGB arrays, or empty.
+        unreadable: (name, reason) of pairs that were left out; the batch may be empty.
+    """
+
+    images: Tensor
+    names: list[str]
+    sizes: list[tuple[int, int]]
+    full_masks: list[np.ndarray]
+    originals: list[np.ndarray] = field(default_factory=list)
+    unreadable: list[Fault] = field(default_factory=list)
+
+
+@dataclass
+class RawBatch:
+    """Pairs as they were decoded; their draws are applied where the step runs.
+
+    Attributes:
+        pixels: uint8 (B, S, S, 4), RGB and mask.
+        names, sizes, indices, replaced: as in Batch.
+        epoch: epoch of the draws.
+        target: side of the training images, in pixels.
+    """
+
+    pixels: Tensor
+    names: list[str]
+    sizes: list[tuple[int, int]]
+    indices: list[int]
+    epoch: int
+    target: int
+    replaced: list[Fault] = field(default_factory=list)
+
+    def pin_memory(self) -> RawBatch:
+        """Return the batch in page-locked memory."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+    def finish(self, transform: SampleTransform, device: torch.device) -> Batch:
+        """Copy the pixels to ``device`` and change them there by the samples' draws."""
+        draws = [
+            transform.draw(epoch=self.epoch, index=index, target=self.target)
+            for index in self.indices
+        ]
+        pixels = self.pixels.to(device, non_blocking=True)
+        images, masks = apply_draws(pixels, draws, self.target)
+        return Batch(images, masks, self.names, self.sizes, self.indices, self.replaced)
+
+
+def collate(samples: list[Any]) -> Batch | DataError:
+    """Stack (image, mask, name, size, index, faults) samples; the first fault wins."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    images, masks, names, sizes, indices, faults = zip(*samples, strict=True)
+    return Batch(
+        _planes(images),
+        torch.from_numpy(np.stack(masks))[:, None],
+        list(names),
+        list(sizes),
+        list(indices),
+        list(chain(*faults)),
+    )
+
+
+def collate_raw(samples: list[Any]) -> RawBatch | DataError:
+    """Stack (pixels, name, size, index, epoch, target, faults) samples; the first fault wins."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    pixels, names, sizes, indices, epochs, targets, faults = zip(*samples, strict=True)
+    return RawBatch(
+        torch.from_numpy(np.stack(pixels)),
+        list(names),
+        list(sizes),
+        list(indices),
+        epochs[0],
+        targets[0],
+        list(chain(*faults)),
+    )
+
+
+def collate_eval(samples: Sequence[Any], *, img_size: int) -> EvalBatch | DataError:
+    """Stack the images and list the rest; the first fault wins, (name, reason) pairs of skipped
+    ones are set aside."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    skipped = [sample for sample in samples if len(sample) == 2]
+    read = [sample for sample in samples if len(sample) != 2]
+    if not read:
+        empty = torch.empty((0, 3, img_size, img_size), dtype=torch.uint8)
+        return EvalBatch(empty, [], [], [], unreadable=skipped)
+    images, names, masks, originals = zip(*read, strict=True)
+    sizes = [(int(mask.shape[0]), int(mask.shape[1])) for mask in masks]
+    kept = [image for image in originals if image is not None]
+    return EvalBatch(_planes(images), list(names), sizes, list(masks), kept, skipped)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn uint8 images into normalised float32 on their device; mean and std for 0..1 images."""
+    return (images.float() / 255 - mean) / std
+
+
+def _planes(images: Sequence[np.ndarray]) -> Tensor:
+    """Stack uint8 (H, W, 3) images to (B, 3, H, W); OpenCV takes channels apart several times
+    faster than a transposing copy."""
+    height, width = images[0].shape[:2]
+    stacked = np.empty((len(images), 3, height, width), np.uint8)
+    for planes, image in zip(stacked, images, strict=True):
+        for plane, channel in zip(planes, cv2.split(image), strict=True):
+            plane[:] = channel
+    return torch.from_numpy(stacked)

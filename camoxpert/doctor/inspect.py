@@ -1,0 +1,186 @@
+"""One pair looked at closely: is it sound, what does its mask say, what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from camoxpert.data.files.image_io import (
+    MAX_PIXELS,
+    pair_orientation,
+    probe,
+    read_image,
+    read_mask_as,
+)
+from camoxpert.data.files.manifest import Pair
+from camoxpert.errors import DataError
+from camoxpert.runtime.host import usable_cores
+
+THUMB = 160
+# Shares of the image; the usual classes of object size in the field.
+SIZES = ((0.02, "under 2 %"), (0.1, "2 to 10 %"), (0.25, "10 to 25 %"), (2.0, "over 25 %"))
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+
+@dataclass
+class PairFacts:
+    """What was found out about a pair.
+
+    Attributes:
+        pair: its files.
+        split: train, test or all.
+        faults: sentences; a pair with one cannot be used.
+        image_format: format and mode of the image file.
+        encoding: how the mask is stored.
+        oddities: what is unusual but read correctly.
+        size: (height, width), upright.
+        share: share of the pixels that are object, 0..1.
+        border: share of the pixels at the edge of the image that are object.
+        objects: connected parts, specks left out.
+        thumb, thumb_mask: small copies for pictures.
+    """
+
+    pair: Pair
+    split: str
+    faults: list[str] = field(default_factory=list)
+    image_format: str = ""
+    encoding: str = ""
+    oddities: list[str] = field(default_factory=list)
+    size: tuple[int, int] = (0, 0)
+    share: float = 0.0
+    border: float = 0.0
+    objects: int = 0
+    thumb: np.ndarray | None = None
+    thumb_mask: np.ndarray | None = None
+
+    @property
+    def size_class(self) -> str:
+        """Name the object's size."""
+        return next(name for limit, name in SIZES if self.share < limit)
+
+
+def inspect_pair(
+    pair: Pair, split: str, *, max_pixels: int = MAX_PIXELS, picture: bool = True
+) -> PairFacts:
+    """Decode a pair strictly and describe it; never raises for what is wrong with the files.
+
+    ``picture`` keeps small copies of image and mask.
+    """
+    facts = PairFacts(pair, split)
+    image = mask = None
+    turn = True
+    heads = []
+    for path in (pair.image, pair.mask):
+        try:
+            heads.append(probe(path, max_pixels=max_pixels))
+        except DataError as error:
+            facts.faults.append(str(error))
+    if len(heads) == 2:
+        try:
+            turn = pair_orientation(*heads, image_path=pair.image, mask_path=pair.mask)
+        except DataError as error:
+            facts.faults.append(str(error))
+        head, mask_head = heads
+        facts.image_format = f"{head.format} {head.mode}"
+        if head.format != EXPECTED.get(pair.image.suffix.lower(), head.format):
+            facts.oddities.append(f"{head.format} named {pair.image.suffix}")
+        if head.orientation != 1:
+            words = "both turned by EXIF" if turn else "EXIF ignored, the mask was drawn unturned"
+            facts.oddities.append(words)
+        if mask_head.orientation != 1:
+            facts.oddities.append("the mask has an EXIF orientation")
+    if not facts.faults:
+        try:
+            image = read_image(
+                pair.image, max_pixels=max_pixels, apply_orientation=turn, strict=True
+            )
+        except DataError as error:
+            facts.faults.append(str(error))
+        try:
+            mask, facts.encoding = read_mask_as(
+                pair.mask, max_pixels=max_pixels, apply_orientation=turn
+            )
+        except DataError as error:
+            facts.faults.append(str(error))
+    if mask is not None:
+        facts.size = (mask.shape[0], mask.shape[1])
+        facts.share = float((mask > 0).mean())
+        edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+        facts.border = float((edge > 0).mean())
+        facts.objects = count_objects(mask)
+    if picture and image is not None and mask is not None:
+        side = max(image.shape[:2])
+        size = tuple(max(1, round(n * THUMB / side)) for n in image.shape[1::-1])
+        facts.thumb = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        facts.thumb_mask = cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
+    return facts
+
+
+EXPECTED = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+
+
+def small_picture(path: Path, *, max_pixels: int) -> np.ndarray:
+    """Decode an image small, for a page."""
+    image = read_image(path, max_pixels=max_pixels, at_least=THUMB)
+    scale = THUMB / max(image.shape[:2])
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+    small: np.ndarray = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return small
+
+
+def inspect_pairs(
+    pairs: Sequence[tuple[Pair, str]], *, max_pixels: int, pictures: int, track: Track
+) -> list[PairFacts]:
+    """Inspect (pair, split) items in threads; the results keep their order.
+
+    ``pictures`` of every data set and split, spread evenly, keep small copies for contact sheets.
+    """
+    parts: dict[tuple[str, str], list[int]] = {}
+    for index, (pair, split) in enumerate(pairs):
+        parts.setdefault((pair.dataset, split), []).append(index)
+    shown = {
+        i for part in parts.values() for i in part[:: max(1, len(part) // pictures)][:pictures]
+    }
+
+    def one(index: int) -> PairFacts:
+        return inspect_pair(*pairs[index], max_pixels=max_pixels, picture=index in shown)
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return list(track(pool.map(one, range(len(pairs))), len(pairs), "decoding pairs"))
+
+
+def count_objects(mask: np.ndarray, *, smallest: float = 1e-4) -> int:
+    """Count the connected parts of a mask that cover at least ``smallest`` of the image."""
+    _, _, stats, _ = cv2.connectedComponentsWithStats((mask > 0).astype(np.uint8), connectivity=8)
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    return int((areas >= max(1, smallest * mask.size)).sum())
+
+
+def identical_files(items: Sequence[tuple[Path, str]]) -> list[list[int]]:
+    """Return groups of positions of files with the same bytes; only files of equal size are
+    read."""
+    by_size: dict[int, list[int]] = {}
+    for index, (path, _) in enumerate(items):
+        by_size.setdefault(path.stat().st_size, []).append(index)
+    groups: dict[bytes, list[int]] = {}
+    for same in by_size.values():
+        for index in same if len(same) > 1 else ():
+            digest = hashlib.sha256(items[index][0].read_bytes()).digest()
+            groups.setdefault(digest, []).append(index)
+    return [group for group in groups.values() if len(group) > 1]

@@ -1,0 +1,158 @@
+"""The ledger: one line of JSON per evaluation, appended, never rewritten.
+
+It outlives run folders: which method scored what, on exactly which images and masks, under which
+protocol, with which release.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from camoxpert.errors import DataError
+from camoxpert.runs.log import finite, git_commit, versions
+
+TEXTS = ("method", "dataset", "data_hash", "protocol", "empty_gt")
+START = '{"time"'
+"""How a row begins; a shorter line is what a killed writer left."""
+
+
+def ledger_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the ledger keeps of an evaluation's result."""
+    software = versions()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "method": result["method"],
+        "dataset": result["dataset"],
+        "num_images": result["num_images"],
+        "data_hash": result["data_hash"],
+        "protocol": result["protocol"],
+        "empty_gt": result["empty_gt"],
+        "resize": result.get("resize", "model"),
+        "gt_threshold": result.get("gt_threshold"),
+        "version": software["camoxpert"],
+        "commit": git_commit(Path(__file__).parents[2]),
+        "scores": dict(result["scores"]),
+    }
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows in one write, under a lock: parallel evaluations never tear each other's lines.
+
+    Raises:
+        DataError: the file cannot be written, or is no ledger.
+    """
+    check_ledger(path)
+    text = "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # A writer that was killed may have left half a line: it must not swallow this one.
+            if file.seek(0, os.SEEK_END) and not _ends_line(file):
+                text = "\n" + text
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"The ledger {path} could not be written: {error}.") from error
+
+
+def check_ledger(path: Path) -> None:
+    """Raise DataError if rows could not be appended: no ledger, or not writable."""
+    if path.exists():
+        read_ledger(path)
+        if not os.access(path, os.W_OK):
+            raise DataError(f"The ledger {path} may not be written.")
+        return
+    folder = Path(os.path.abspath(path)).parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"The ledger {path} cannot be written: {folder} is no writable folder.")
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Read all rows; half a line, left by a writer that was killed, is passed over.
+
+    Raises:
+        DataError: no such file, or its rows are not a ledger's.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The ledger {path} cannot be read: {error}.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if not line.strip() or line.startswith(START) or START.startswith(line):
+                continue
+            raise DataError(f"{path}, line {number}: not a ledger (JSON lines).") from None
+        if not _is_row(row):
+            raise DataError(
+                f"{path}, line {number}: not a ledger row; it needs {', '.join(TEXTS)}, num_images "
+                "and scores."
+            )
+        rows.append(row)
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("num_images"), int):
+        return False
+    scores = row.get("scores")
+    return (
+        all(isinstance(row.get(key), str) for key in TEXTS)
+        and isinstance(scores, dict)
+        and all(value is None or isinstance(value, (int, float)) for value in scores.values())
+    )
+
+
+def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the newest row of each method and data set, ready for a table.
+
+    Raises:
+        DataError: a data set's rows were scored on different images or masks, or in different
+            ways: their numbers do not belong in one column.
+    """
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        entry = dict(row)
+        if row.get("resize") == "bilinear":
+            # Its maps were made for another size: the third decimal is not only the method's.
+            entry["method"] = f"{row['method']} (resized)"
+        newest[row["dataset"], entry["method"]] = entry
+    problems = []
+    for dataset in dict.fromkeys(row["dataset"] for row in newest.values()):
+        group = [row for (own, _), row in newest.items() if own == dataset]
+        for field, meaning in (
+            ("data_hash", "other images or masks (data hash)"),
+            ("protocol", "another --protocol"),
+            ("empty_gt", "another --empty-gt"),
+        ):
+            kinds: dict[str, list[str]] = {}
+            for row in group:
+                kinds.setdefault(str(row[field]), []).append(row["method"])
+            if len(kinds) > 1:
+                shown = "; ".join(f"{k[:12]}: {', '.join(v[:5])}" for k, v in kinds.items())
+                problems.append(f"{dataset}: {meaning}: {shown}")
+    if problems:
+        raise DataError(
+            "These rows of the ledger cannot stand in one column:\n  "
+            + "\n  ".join(problems)
+            + "\nScore them again on the same data, or choose rows with --dataset and --method."
+        )
+    order = {name: i for i, name in enumerate(dict.fromkeys(row["dataset"] for row in rows))}
+    return sorted(newest.values(), key=lambda row: order[row["dataset"]])

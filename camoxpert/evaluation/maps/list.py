@@ -1,0 +1,94 @@
+"""A YAML list that names methods and data sets, for maps that lie in no common tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from camoxpert.config import read_yaml
+from camoxpert.data.files.layouts import image_files
+from camoxpert.errors import ConfigError, DataError
+from camoxpert.evaluation.maps.find import MaskSet, dataset_folders, plain_set
+
+
+def read_list(
+    path: Path, *, noncam: str = "exclude"
+) -> tuple[dict[str, MaskSet], dict[str, dict[str, Path]]]:
+    """Read a YAML list of data sets and methods; paths are relative to the file.
+
+    ::
+
+        datasets:
+          CAMO: {gt: CAMO/GT, images: CAMO/Imgs}    # or just the folder of masks
+        methods:
+          ours: maps/ours                           # with one folder per data set
+          SINet: {CAMO: maps/sinet_camo}            # or a folder for each
+
+    Args:
+        path: the file.
+        noncam: exclude or include COD10K images without a camouflaged object.
+
+    Raises:
+        ConfigError: not such a file.
+        DataError: a folder does not exist or holds no masks.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--list: there is no file {path}.")
+    content = read_yaml(path)
+    unknown = set(content) - {"datasets", "methods"}
+    if unknown or not all(
+        isinstance(content.get(key), dict) and content[key] for key in ("datasets", "methods")
+    ):
+        raise ConfigError(
+            f"{path} must have the two tables `datasets` (name: folder of masks) and `methods` "
+            f"(name: folder of "
+            f"maps){'; it has ' + ', '.join(map(str, content)) if unknown else ''}."
+        )
+    root = path.parent
+    sets = {}
+    for name, entry in content["datasets"].items():
+        table = {"gt": entry} if isinstance(entry, str) else entry
+        if not isinstance(table, dict) or set(table) - {"gt", "images"} or "gt" not in table:
+            raise ConfigError(
+                f"{path}: data set {name}: give a folder, or {{gt: ..., images: ...}}."
+            )
+        folder = root / str(table["gt"])
+        if not folder.is_dir() or not image_files(folder):
+            raise DataError(f"{path}: data set {name}: {folder} holds no masks.")
+        images = root / str(table["images"]) if "images" in table else None
+        if images is not None and not images.is_dir():
+            raise DataError(f"{path}: data set {name}: there is no folder {images}.")
+        plain = plain_set(folder, images, noncam)
+        sets[str(name)] = MaskSet(str(name), plain.masks, plain.images, plain.notes)
+    methods = {
+        str(name): _listed_folders(path, root, str(name), entry, sets)
+        for name, entry in content["methods"].items()
+    }
+    return sets, methods
+
+
+def _listed_folders(
+    path: Path, root: Path, method: str, entry: Any, sets: Mapping[str, MaskSet]
+) -> dict[str, Path]:
+    if isinstance(entry, str):
+        if not (root / entry).is_dir():
+            raise DataError(f"{path}: method {method}: there is no folder {root / entry}.")
+        folders = dataset_folders(root / entry, sets)
+        if not folders and len(sets) == 1:
+            folders = {next(iter(sets)): root / entry}
+        if not folders:
+            raise DataError(
+                f"{path}: method {method}: {root / entry} has no folder for {', '.join(sets)}."
+            )
+    elif isinstance(entry, dict):
+        folders = {str(dataset): root / str(folder) for dataset, folder in entry.items()}
+    else:
+        raise ConfigError(f"{path}: method {method}: give a folder, or one for each data set.")
+    unknown = sorted(set(folders) - set(sets))
+    if unknown:
+        raise ConfigError(f"{path}: method {method} names the unknown data set {unknown[0]}.")
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise DataError(f"{path}: method {method}: there is no folder {folder}.")
+    return folders

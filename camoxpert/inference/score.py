@@ -1,0 +1,171 @@
+"""Scoring a model on a set of images at their original size, through the metric engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camoxpert.metrics import Evaluator
+from camoxpert.metrics.device import DeviceScorer
+from camoxpert.models.router import Routing
+
+FORWARD_BATCH = {"cpu": 1}
+"""Images per forward pass by kind of device: as fast as any other on a CPU."""
+FORWARD_BATCH_ELSEWHERE = 16
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to score.
+
+    Attributes:
+        name: unique in its data set.
+        image: uint8 (3, S, S), resized.
+        size: (height, width) of the original.
+        mask: uint8 (H, W), 0 or 255.
+        original: uint8 RGB (H, W, 3), or None where the loader keeps none.
+    """
+
+    name: str
+    image: Tensor
+    size: tuple[int, int]
+    mask: np.ndarray
+    original: np.ndarray | None
+
+
+Seen = Callable[[Item, Callable[[], np.ndarray], dict[str, Any]], None]
+"""Called with an image, a function that returns its uint8 map, and its score row."""
+
+
+@torch.inference_mode()
+def probability_maps(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    context: AbstractContextManager[Any] | None = None,
+) -> tuple[list[Tensor], tuple[Routing, ...]]:
+    """Return one probability map per image at its own size, and the routing.
+
+    The logits are resized (bilinear, align_corners=False), then the sigmoid is taken.
+
+    Args:
+        model: returns a ModelOutput; its mode is left alone.
+        images_BCHW: uint8 images on the model's device.
+        sizes: (height, width) of every original image.
+        context: autocast, or None.
+
+    Returns:
+        float32 tensors (H, W) in 0..1 on the device; routing records.
+    """
+    with context or nullcontext():
+        output = model(images_BCHW)
+    logits = output.logits_B1HW.float()
+    maps = [
+        F.interpolate(logits[i : i + 1], size=size, mode="bilinear", align_corners=False).sigmoid()[
+            0, 0
+        ]
+        for i, size in enumerate(sizes)
+    ]
+    return maps, output.routing
+
+
+def to_uint8(probability_HW: np.ndarray) -> np.ndarray:
+    """Turn probabilities into the 0..255 map that is saved and scored (truncated, as the field
+    does)."""
+    return (probability_HW * 255).astype(np.uint8)
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    device: torch.device,
+    evaluator: Evaluator,
+    groups: Mapping[str, str] | None = None,
+    context: Callable[[], AbstractContextManager[Any]] | None = None,
+    seen: Seen | None = None,
+    check_stop: Callable[[], None] | None = None,
+    on_device: bool | None = None,
+) -> None:
+    """Score a model on evaluation batches into ``evaluator``.
+
+    The forward pass always takes the same number of images, whatever the loader's batch size: how a
+    convolution rounds depends on it, and a score must not.
+
+    On a CUDA device the maps are scored where they are, and the host waits once per batch, while
+    the next one is being computed.
+
+    Args:
+        model: put into evaluation mode for the time of the call.
+        batches: evaluation batches with images, original-size masks, names and sizes.
+        device: the model's device.
+        evaluator: receives one map per image.
+        groups: image name -> label of its row.
+        context: makes an autocast context.
+        seen: called for every image, in order.
+        check_stop: called between batches; raises to stop.
+        on_device: score the maps by the torch path; None does on CUDA devices.
+    """
+    training = model.training
+    model.eval()
+    use_torch = device.type == "cuda" if on_device is None else on_device
+    scorer = DeviceScorer(evaluator) if use_torch else None
+    waiting: list[tuple[Item, Tensor]] = []
+    size = FORWARD_BATCH.get(device.type, FORWARD_BATCH_ELSEWHERE)
+
+    labels = groups or {}
+
+    def finish(done: list[tuple[Item, Tensor]]) -> None:
+        if scorer is not None:
+            rows = scorer.flush()
+        else:
+            rows = [
+                evaluator.add(i.name, m.numpy(), i.mask, group=labels.get(i.name, ""))
+                for i, m in done
+            ]
+        if seen is not None:
+            for (item, map_HW), row in zip(done, rows, strict=True):
+                seen(item, lambda shown=map_HW: shown.cpu().numpy(), row)  # type: ignore[misc]
+
+    try:
+        for items in chunks(batches, size):
+            if check_stop is not None:
+                check_stop()
+            images = torch.stack([item.image for item in items]).to(device)
+            maps, _ = probability_maps(
+                model,
+                images,
+                [item.size for item in items],
+                context=context() if context is not None else None,
+            )
+            finish(waiting)
+            waiting = [(i, (m * 255).to(torch.uint8)) for i, m in zip(items, maps, strict=True)]
+            if scorer is not None:
+                for item, map_HW in waiting:
+                    scorer.add(item.name, map_HW, item.mask, group=labels.get(item.name, ""))
+        finish(waiting)
+    finally:
+        model.train(training)
+
+
+def chunks(batches: Iterable[Any], size: int) -> Iterator[list[Item]]:
+    """Regroup the images of evaluation batches into lists of ``size``; the last may be shorter."""
+    ready: list[Item] = []
+    for batch in batches:
+        for index, name in enumerate(batch.names):
+            original = batch.originals[index] if batch.originals else None
+            mask = batch.full_masks[index]
+            ready.append(Item(name, batch.images[index], batch.sizes[index], mask, original))
+            if len(ready) == size:
+                yield ready
+                ready = []
+    if ready:
+        yield ready

@@ -1,0 +1,295 @@
+"""Several processes that train one model (torchrun): who is who, and how they agree.
+
+Every process sees its own share of each batch; gradients, counts and decisions are shared, so that
+all of them hold the same weights and take the same turns. Process 0 alone writes and speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import textwrap
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from camoxpert import console
+from camoxpert.errors import CamoXpertError, ConfigError, PeerError, Stopped
+
+T = TypeVar("T")
+
+# How long processes wait where one of them does work for all: decoding a data set, say.
+PATIENCE = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: processes in all.
+        local_rank, local_size: the same among those of this machine.
+        patient: a group without the usual time limit, or None.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    patient: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes, on the tensor's own device, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's buffers: batch norm counts on each by itself."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def gather(self, value: T, *, patiently: bool = False) -> list[T]:
+        """Return every process's value (plain Python), in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.patient if patiently else None)
+        return values
+
+    def from_first(self, call: Callable[[], T]) -> T:
+        """Return to all what process 0 computes; its fault becomes everybody's.
+
+        Args:
+            call: run on process 0 alone; returns what can be pickled.
+
+        Raises:
+            CamoXpertError: what ``call`` raised, on every process.
+        """
+        if self.size == 1:
+            return call()
+        value, fault = (self._try(call)) if self.first else (None, None)
+        self._raise_together(fault)
+        sent = [value]
+        dist.broadcast_object_list(sent, src=0)
+        return sent[0]  # type: ignore[return-value]
+
+    def in_turn(self, call: Callable[[], T]) -> T:
+        """Run ``call`` everywhere, on the first process of each machine before the others: what it
+        leaves on the disk, they find.
+
+        Raises:
+            CamoXpertError: what any of them raised, on every process.
+        """
+        if self.size == 1:
+            return call()
+        value: T | None = None
+        for turn in (True, False):
+            fault = None
+            if (self.local_rank == 0) == turn:
+                value, fault = self._try(call)
+            self._raise_together(fault)
+        return value  # type: ignore[return-value]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the module whose backward pass averages gradients over the processes.
+
+        Only parameters that learn now take part: wrap anew when others do.
+        """
+        if self.size == 1:
+            return model
+        device = next(model.parameters()).device
+        gc.collect()  # The hooks of an earlier wrapper go with it.
+        # Depthwise convolutions give such gradients; a copy of a few kilobytes.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+
+    def close(self) -> None:
+        """Leave the group."""
+        console.set_silent(False)
+        if self.size > 1 and dist.is_initialized():
+            # Where a peer is gone this may fail, too: it must not hide how the run ended.
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+    def _try(self, call: Callable[[], T]) -> tuple[T | None, CamoXpertError | Stopped | None]:
+        try:
+            return call(), None
+        except (CamoXpertError, Stopped) as error:
+            return None, error
+
+    def _raise_together(self, fault: CamoXpertError | Stopped | None) -> None:
+        """Raise on all processes where any has a fault; who has none of its own stays quiet."""
+        told = None if fault is None else (type(fault), str(fault), fault.exit_code)
+        faults = [f for f in self.gather(told, patiently=True) if f is not None]
+        if fault is not None:
+            # Several with the same fault: one tells.
+            fault.quiet = faults[0] == told and not self.first and self.local_rank > 0
+            raise fault
+        if faults:
+            kind, text, code = faults[0]
+            error = kind(text)
+            error.exit_code = code
+            error.quiet = True
+            raise error
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine, as torchrun says; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join(device: str, *, timeout: float) -> World:
+    """Join the processes that torchrun started; a world of one without torchrun.
+
+    Args:
+        device: the setting: auto, cpu or cuda.
+        timeout: seconds that processes wait for each other before they give up.
+
+    Raises:
+        ConfigError: a device that processes cannot share.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start several processes "
+            f"with torchrun: torchrun --standalone --nproc-per-node {size} train_ultimate.py ..."
+        )
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if ":" in device:
+        raise ConfigError(
+            f"--device {device}: under torchrun every process takes a device of its own. Use "
+            f"--device cuda and choose among them with CUDA_VISIBLE_DEVICES."
+        )
+    local, local_size = local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if on_cuda:
+        if local_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"torchrun started {local_size} processes here and there are "
+                f"{torch.cuda.device_count()} CUDA devices. Use --nproc-per-node "
+                f"{max(1, torch.cuda.device_count())}, or --device cpu."
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    patience = timedelta(seconds=timeout)
+    try:
+        found, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+        life = begin_life(found, rank, size, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(life, found),
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+        )
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = in_short(error)
+        raise PeerError(f"The {size} processes could not find each other: {reason}.") from error
+    # The one place where ranks above 0 fall silent.
+    console.set_silent(rank > 0)
+    return World(rank, size, local, local_size, patient)
+
+
+def begin_life(store: dist.Store, rank: int, size: int, *, timeout: float) -> str:
+    """Return a name that these processes share with each other and with no earlier ones.
+
+    torchrun keeps its store when it starts processes anew. Without a name of their own they find
+    the addresses of the last ones there, and wait for the dead; and its count of restarts may
+    differ between machines. So the first process names the life, the others answer with a token,
+    and it is agreed on once the first process has seen all of them.
+
+    Raises:
+        RuntimeError: not all of them came in time.
+    """
+    ends = time.monotonic() + timeout
+    token = uuid.uuid4().hex
+    if rank == 0:
+        store.set("life", token)
+        answers = [f"{token}/{other}" for other in range(1, size)]
+        store.wait(answers, timedelta(seconds=timeout))
+        store.set(f"{token}/go", " ".join(store.get(key).decode() for key in answers))
+        return token
+    seen = ""
+    while time.monotonic() < ends:
+        life = store.get("life").decode()
+        if life != seen:
+            seen = life
+            store.set(f"{life}/{rank}", token)
+        if store.check([f"{life}/go"]) and token in store.get(f"{life}/go").decode():
+            return life
+        time.sleep(0.02)
+    raise RuntimeError("the first process did not answer in time")
+
+
+@contextmanager
+def named_faults(world: World) -> Iterator[None]:
+    """Turn torch's news of a lost connection into a sentence.
+
+    Raises:
+        PeerError: another process ended or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or isinstance(error, torch.OutOfMemoryError) or not is_peer_loss(error):
+            raise
+        reason = in_short(error)
+        raise PeerError(
+            f"Process {world.rank} of {world.size} stops: another process of this run ended or "
+            f"does not answer ({reason}). Its own message says why. The checkpoints already "
+            f"written are intact; the same command continues (torchrun --max-restarts N does so "
+            f"by itself)."
+        ) from error
+
+
+def in_short(error: BaseException) -> str:
+    """Return torch's words without the places in its own sources, at most 120 characters."""
+    words = re.sub(r"\[/[^]]*\]", "", str(error))
+    return textwrap.shorten(words, 120, placeholder=" ...")
+
+
+def is_peer_loss(error: RuntimeError) -> bool:
+    """Whether an exception is the way of gloo or NCCL to say that a peer is gone or stuck."""
+    # Their errors name their own sources: a kernel that timed out, say, is something else.
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words
+
+
+def restarts_left() -> bool:
+    """Whether torchrun would start the processes anew if they ended with a fault."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return count < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def no_sync(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a wrapped module adds up gradients without sharing them."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,263 @@
+"""Scores and pictures of a trained checkpoint, through the command line and below it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from camoxpert.cli import main
+from camoxpert.data.files.manifest import load_eval
+from camoxpert.data.loader import build_eval_loader
+from camoxpert.errors import DataError
+from camoxpert.evaluation.model import Gallery, score_table
+from camoxpert.evaluation.results import safe_name
+from camoxpert.inference.photos import find_photos
+from camoxpert.inference.predictor import load_predictor
+from camoxpert.inference.score import score
+from camoxpert.metrics import RESULT_KEYS, Evaluator
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three photos of unlike sizes in a tree."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in (("a.jpg", (40, 60)), ("b.png", (33, 20)), ("sub/a.jpg", (64, 64))):
+        cv2.imwrite(str(folder / name), rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    return folder
+
+
+def read(path: Path) -> np.ndarray:
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    assert image is not None
+    return image
+
+
+class TestEvaluate:
+    def test_table_json_and_per_image_rows_agree(
+        self, tiny_run: Path, toy_data: Path, tmp_path: Path, capsys
+    ) -> None:
+        words = ["evaluate", str(tiny_run), "--data", str(toy_data), "-o", str(tmp_path)]
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        result = json.loads((tmp_path / "evaluation" / "toy.json").read_text())
+        with (tmp_path / "evaluation" / "toy.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert set(RESULT_KEYS) == set(result["scores"])
+        assert len(rows) == result["num_images"] == 8
+        for key in ("MAE", "Smeasure", "wFmeasure", "IoU"):
+            mean = float(np.mean([float(row[key]) for row in rows]))
+            assert mean == pytest.approx(result["scores"][key], abs=1e-9)
+            assert f"{result['scores'][key]:.3f}" in out
+        for entry in result["gallery"]["best"] + result["gallery"]["worst"]:
+            assert (tmp_path / entry["panel"]).is_file()
+        best = [entry["wFmeasure"] for entry in result["gallery"]["best"]]
+        assert best == sorted(best, reverse=True)
+
+    def test_it_is_what_the_run_reported(
+        self, tiny_run: Path, toy_data: Path, tmp_path: Path
+    ) -> None:
+        words = ["evaluate", str(tiny_run), "--data", str(toy_data), "-o", str(tmp_path)]
+        assert main([*words, "--batch-size", "8"]) == 0
+        own = json.loads((tiny_run / "evaluation" / "toy.json").read_text())["scores"]
+        again = json.loads((tmp_path / "evaluation" / "toy.json").read_text())["scores"]
+        assert again == own
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_batch_size_does_not_matter(
+        self, tiny_run: Path, toy_data: Path, tmp_path: Path, batch_size: int
+    ) -> None:
+        words = ["evaluate", str(tiny_run), "--data", str(toy_data), "-o", str(tmp_path)]
+        assert main([*words, "--batch-size", str(batch_size)]) == 0
+        own = json.loads((tiny_run / "evaluation" / "toy.json").read_text())["scores"]
+        again = json.loads((tmp_path / "evaluation" / "toy.json").read_text())["scores"]
+        assert again == own  # to the last bit
+        mine, theirs = (folder / "evaluation" / "toy.csv" for folder in (tmp_path, tiny_run))
+        assert mine.read_text() == theirs.read_text()
+
+    def test_the_torch_path_gives_the_same_scores(self, tiny_run: Path, toy_data: Path) -> None:
+        """What a GPU run goes through, here on the CPU: late reading, one batch behind."""
+        predictor = load_predictor(tiny_run, device="cpu")
+        (manifest,) = load_eval(toy_data).values()
+        both = []
+        for on_device in (False, True):
+            evaluator, seen = Evaluator(), []
+            loader = build_eval_loader(
+                manifest, img_size=predictor.img_size, batch_size=3, keep_images=True
+            )
+            score(
+                predictor.model,
+                loader,
+                device=predictor.device,
+                evaluator=evaluator,
+                groups={pair.name: "toy" for pair in manifest.pairs},
+                seen=lambda item, map_HW, row, seen=seen: seen.append((item.name, map_HW(), row)),
+                on_device=on_device,
+            )
+            both.append((evaluator, seen))
+        (host, host_seen), (device, device_seen) = both
+        assert host.results() == pytest.approx(device.results(), abs=1e-12)
+        assert host.data_hash() == device.data_hash()
+        assert [name for name, _, _ in device_seen] == [pair.name for pair in manifest.pairs]
+        for (name, a, row), (other, b, _) in zip(host_seen, device_seen, strict=True):
+            assert name == other == row["name"] and row["group"] == "toy"
+            assert np.array_equal(a, b)
+
+    def test_scores_equal_pysodmetrics_on_the_saved_maps(
+        self, tiny_run: Path, toy_data: Path, tmp_path: Path
+    ) -> None:
+        oracle = pytest.importorskip("py_sod_metrics")
+        test = toy_data / "TestDataset" / "toy"
+        assert (
+            main(
+                ["predict", str(tiny_run), str(test / "Imgs"), "-o", str(tmp_path), "--save", "map"]
+            )
+            == 0
+        )
+        measures = {
+            "Smeasure": oracle.Smeasure(),
+            "wFmeasure": oracle.WeightedFmeasure(),
+            "MAE": oracle.MAE(),
+        }
+        for mask in sorted((test / "GT").iterdir()):
+            prediction = read(tmp_path / "maps" / f"{mask.stem}.png")
+            for measure in measures.values():
+                measure.step(pred=prediction, gt=read(mask))
+        keys = {"Smeasure": "sm", "wFmeasure": "wfm", "MAE": "mae"}
+        own = json.loads((tiny_run / "evaluation" / "toy.json").read_text())["scores"]
+        for name, measure in measures.items():
+            assert own[name] == pytest.approx(float(measure.get_results()[keys[name]]), abs=2e-3)
+
+    def test_json_on_stdout(self, tiny_run: Path, toy_data: Path, tmp_path: Path, capsys) -> None:
+        words = ["evaluate", str(tiny_run), "--data", str(toy_data), "-o", str(tmp_path), "--json"]
+        assert main(words) == 0
+        assert set(json.loads(capsys.readouterr().out)["toy"]) == set(RESULT_KEYS)
+
+    def test_faults_have_their_codes(self, tiny_run: Path, toy_data: Path, tmp_path: Path) -> None:
+        assert main(["evaluate", str(tiny_run), "--data", str(tmp_path / "none")]) == 3
+        broken = tmp_path / "data"
+        shutil.copytree(toy_data, broken)
+        next((broken / "TestDataset" / "toy" / "GT").iterdir()).unlink()
+        assert main(["evaluate", str(tiny_run), "--data", str(broken), "-o", str(tmp_path)]) == 3
+        assert not (tmp_path / "evaluation").exists()
+
+
+class TestPredict:
+    def test_outputs_have_the_original_size(
+        self, tiny_run: Path, photos: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        assert (
+            main(["predict", str(tiny_run), str(photos), "-o", str(out), "--batch-size", "2"]) == 0
+        )
+        for name, (height, width) in {"a": (40, 60), "b": (33, 20), "sub/a": (64, 64)}.items():
+            probability = read(out / "maps" / f"{name}.png")
+            mask = read(out / "masks" / f"{name}.png")
+            cutout = read(out / "cutouts" / f"{name}.png")
+            assert probability.shape == mask.shape == (height, width)
+            assert set(np.unique(mask)) <= {0, 255}
+            # Truncation: 0.5 < p maps to 127 or more.
+            assert np.array_equal(mask > 0, probability > 127) or (probability == 127).any()
+            assert cutout.shape == (height, width, 4)
+            assert read(out / "overlays" / f"{name}.jpg").shape == (height, width, 3)
+        with (out / "results.csv").open() as file:
+            rows = {row["image"]: row for row in csv.DictReader(file)}
+        assert set(rows) == {"a", "b", "sub/a"}
+        assert rows["a"]["height"] == "40"
+
+    def test_it_is_the_model_on_the_resized_image(
+        self, tiny_run: Path, photos: Path, tmp_path: Path
+    ) -> None:
+        import torch
+
+        predictor = load_predictor(tiny_run)
+        image = cv2.cvtColor(read(photos / "b.png"), cv2.COLOR_BGR2RGB)
+        by_hand = predictor.model(predictor.prepare(image)[None]).logits_B1HW
+        by_hand = torch.nn.functional.interpolate(by_hand, size=(33, 20), mode="bilinear").sigmoid()
+        out = tmp_path / "out"
+        main(["predict", str(tiny_run), str(photos / "b.png"), "-o", str(out), "--save", "map"])
+        wanted = (by_hand[0, 0].detach().numpy() * 255).astype(int)
+        assert np.abs(read(out / "maps" / "b.png").astype(int) - wanted).max() <= 1
+
+    def test_a_second_call_does_only_what_is_missing(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, capsys
+    ) -> None:
+        out = tmp_path / "out"
+        words = ["predict", str(tiny_run), str(photos), "-o", str(out)]
+        assert main(words) == 0
+        (out / "masks" / "a.png").unlink()
+        capsys.readouterr()
+        assert main(words) == 0
+        assert "1 images predicted, 2 were there already" in capsys.readouterr().out
+        assert (out / "masks" / "a.png").is_file()
+        assert main([*words, "--overwrite"]) == 0
+        assert "3 images predicted;" in capsys.readouterr().out
+
+    def test_an_unreadable_image_is_named_and_the_others_go_on(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, capsys
+    ) -> None:
+        data = (photos / "a.jpg").read_bytes()
+        (photos / "broken.jpg").write_bytes(data[: len(data) // 2])
+        assert main(["predict", str(tiny_run), str(photos), "-o", str(tmp_path / "out")]) == 3
+        captured = capsys.readouterr()
+        assert "broken.jpg" in captured.err and "3 images predicted" in captured.out
+        assert not (tmp_path / "out" / "masks" / "broken.png").exists()
+
+    def test_inputs(self, photos: Path) -> None:
+        assert [p.name for p in find_photos([str(photos)])] == ["a", "b", "sub/a"]
+        assert [p.name for p in find_photos([str(photos / "*.jpg")])] == ["a"]
+        table = photos / "list.csv"
+        table.write_text("image\nsub/a.jpg\nb.png\n")
+        assert [p.name for p in find_photos([str(table)])] == ["sub/a", "b"]
+        table.write_text("image\n../../etc/passwd\n")
+        with pytest.raises(DataError, match="outside its own folder"):
+            find_photos([str(table)])
+        with pytest.raises(DataError, match="No image found"):
+            find_photos([str(photos / "nothing*")])
+        with pytest.raises(DataError, match="both be written"):
+            find_photos([str(photos / "a.jpg"), str(photos / "sub" / "a.jpg")])
+
+
+def test_gallery_keeps_the_extremes_only() -> None:
+    gallery = Gallery(2)
+    made = []
+    for value in (0.5, 0.1, 0.9, 0.3, 0.7):
+
+        def picture(value: float = value) -> np.ndarray:
+            made.append(value)
+            return np.zeros((2, 2, 3), np.uint8)
+
+        gallery.offer({"name": str(value), "wFmeasure": value, "Smeasure": 0, "MAE": 0}, picture)
+    assert sorted(row["name"] for _, _, row, _ in gallery._best) == ["0.7", "0.9"]
+    assert sorted(row["name"] for _, _, row, _ in gallery._worst) == ["0.1", "0.3"]
+
+
+def test_table_is_aligned() -> None:
+    results = [
+        {"dataset": "CAMO", "num_images": 250, "scores": {"MAE": 0.05}},
+        {"dataset": "a long name", "num_images": 7, "scores": {"MAE": 0.5}},
+    ]
+    lines = score_table(results, ("MAE",)).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].endswith("0.050")
+
+
+@pytest.mark.parametrize("name", ["../../x", "a b/c", "", ".."])
+def test_names_stay_in_their_folder(name: str) -> None:
+    safe = safe_name(name)
+    assert safe and "/" not in safe and not safe.startswith(".")
+
+
+def test_a_checkpoint_brings_its_own_settings(tiny_run: Path, toy_data: Path) -> None:
+    predictor = load_predictor(tiny_run)
+    assert predictor.img_size == 32
+    assert predictor.config.model.num_experts == 3
+    assert not predictor.model.training
+    assert list(load_eval(toy_data)) == ["toy"]
