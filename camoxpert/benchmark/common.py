@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from camoxpert.runs.log import git_commit, versions
+from camoxpert.runs.info import git_commit, versions
 from camoxpert.runtime.host import usable_cores
 
 

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     measure = {"metrics": _metrics, "moe": _moe, "train": _train, "data": _data}[options.kind]
     result = measure(options)
     if options.output:
-        from camoxpert.runs.log import write_json
+        from camoxpert.files import write_json
 
         write_json(Path(options.output), result)
         print(f"figures: {options.output}")

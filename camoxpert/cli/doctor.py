@@ -148,8 +148,8 @@ def _write(
     """Write the page, the findings and a table of all pairs."""
     from camoxpert.data.files.image_io import write_jpeg
     from camoxpert.doctor.inspect import SIZES, small_picture
+    from camoxpert.files import write_json
     from camoxpert.pages.doctor import contact_sheet, write_page
-    from camoxpert.runs.log import write_json
 
     findings = [
         {"level": f.level, "check": f.check, "text": f.text, "files": list(f.files)}

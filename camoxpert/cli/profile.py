@@ -28,8 +28,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--steps must be at least 1.")
     check_output("--trace", options.trace)
     check_output("--output", options.output)
+    from camoxpert.files import write_json
     from camoxpert.profile import run as profile
-    from camoxpert.runs.log import write_json
     from camoxpert.training.prepare import prepare
 
     setup = prepare(config, print)

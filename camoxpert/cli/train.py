@@ -176,7 +176,7 @@ def train_and_report(
     setup: Setup, config: Config, typed: list[str], stop: StopFlag, say: Say, started: float
 ) -> int:
     """Open the run folder, train, score the test sets with the best weights, write the report."""
-    from camoxpert.runs.log import SilentLog
+    from camoxpert.runs.log import RunLog
     from camoxpert.training.resume import check_batch, check_data, open_run
     from camoxpert.training.snapshot import images_per_step
     from camoxpert.training.trainer import train
@@ -210,7 +210,7 @@ def train_and_report(
         return opened.path, opened.resume, [n for n in notes if n.startswith("changed")]
 
     run_dir, resume, changes = world.from_first(opening)
-    log: RunLog = SilentLog()
+    log = RunLog(None)
     if world.first:
         log = open_log(setup, run_dir, config, typed, resume)
         for change in changes:
@@ -260,7 +260,8 @@ def open_log(
 ) -> RunLog:
     """Write what is known of a run before it begins, and open its log."""
     from camoxpert.files import write_bytes
-    from camoxpert.runs.log import RunLog, write_run_json
+    from camoxpert.runs.info import write_run_json
+    from camoxpert.runs.log import RunLog
     from camoxpert.training.resume import write_samples
 
     step = resume.values["state"]["step"] + 1 if resume else None
@@ -288,7 +289,7 @@ def open_log(
 
 def close_run(run_dir: Path, status: str, log: RunLog, *, report: bool) -> None:
     """Write how a run ended; where even that cannot be written, the fault that ended it counts."""
-    from camoxpert.runs.log import update_run_json
+    from camoxpert.runs.info import update_run_json
 
     try:
         phases = merged(previous_phases(run_dir), log.phases)

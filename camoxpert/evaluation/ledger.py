@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from camoxpert.errors import DataError
-from camoxpert.runs.log import finite, git_commit, versions
+from camoxpert.files import finite
+from camoxpert.runs.info import git_commit, versions
 
 TEXTS = ("method", "dataset", "data_hash", "protocol", "empty_gt")
 START = '{"time"'

@@ -23,7 +23,7 @@ from camoxpert.files import leads_outside
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import RESULT_KEYS, Evaluator
-from camoxpert.pages.plots import panel
+from camoxpert.pages.pictures import panel
 from camoxpert.pages.tables import aligned, format_value
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from camoxpert.console import bar
-from camoxpert.files import write_bytes, write_rows
+from camoxpert.files import write_bytes, write_json, write_rows
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.statistics import (
     Scores,
@@ -25,8 +25,7 @@ from camoxpert.metrics.statistics import (
     count_label,
     size_label,
 )
-from camoxpert.pages import plots, tables
-from camoxpert.runs.log import write_json
+from camoxpert.pages import charts, tables
 
 DECIDING = ("wFmeasure", "Smeasure", "IoU", "MAE")
 """The first of these that was computed ranks images and methods."""
@@ -151,7 +150,7 @@ def write_curves(
     for dataset in dict.fromkeys(result["dataset"] for result in results):
         curves = {r["method"]: r["curves"] for r in results if r["dataset"] == dataset}
         try:
-            picture = plots.plot_curves(curves)
+            picture = charts.plot_curves(curves)
         except Exception as error:
             # Matplotlib missing, or a name it cannot draw: no reason to lose the scores.
             print(f"warning: no curves are drawn: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from camoxpert.errors import DataError
 from camoxpert.files import append_here, leads_outside
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import to_uint8
-from camoxpert.pages.plots import cutout, overlay
+from camoxpert.pages.pictures import cutout, overlay
 
 KINDS = ("map", "mask", "cutout", "overlay")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}

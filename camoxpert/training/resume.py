@@ -18,7 +18,7 @@ from camoxpert.config import Config, get_setting, leaves
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import write_rows
 from camoxpert.runs.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
-from camoxpert.runs.log import create_run_dir
+from camoxpert.runs.info import create_run_dir
 from camoxpert.training.batching import MicroBatch
 from camoxpert.training.data_setup import Data
 from camoxpert.training.guards import try_lock

@@ -13,7 +13,7 @@ from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
-from camoxpert.pages.plots import panel
+from camoxpert.pages.pictures import panel
 from camoxpert.runs.log import RunLog
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.prepare import Setup, autocast

@@ -15,6 +15,7 @@ from helpers.runs import Runner, command, digest_of, ending
 from camoxpert.cli import main
 from camoxpert.config import Config, load_config, to_dict
 from camoxpert.errors import CheckpointError, NumericError
+from camoxpert.files import read_jsonl
 from camoxpert.runs import checkpoint as checkpoints
 from camoxpert.runs.checkpoint import (
     BEST,
@@ -24,7 +25,7 @@ from camoxpert.runs.checkpoint import (
     read_index,
     resolve_checkpoint,
 )
-from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runs.log import RunLog
 from camoxpert.runs.share import write_shared
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.meters import RoutingMeter

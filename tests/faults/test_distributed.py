@@ -19,8 +19,9 @@ from helpers.runs import KILLED, Runner, command, ending, events, weights_of
 
 from camoxpert.config import load_config
 from camoxpert.errors import ConfigError
+from camoxpert.files import read_jsonl
 from camoxpert.runs.checkpoint import CheckpointFolder, load_checkpoint
-from camoxpert.runs.log import SilentLog, read_jsonl
+from camoxpert.runs.log import RunLog
 from camoxpert.runtime import processes as distributed
 from camoxpert.runtime.processes import begin_life, is_peer_loss, join
 from camoxpert.synthesis.toy import generate_toy
@@ -145,7 +146,7 @@ class TestSameAsOne:
         newest, _ = CheckpointFolder(tmp_path / "r" / "checkpoints").newest()
         assert newest is not None
         setup.evaluated_model.load_state_dict(newest.evaluated_weights)
-        own, _ = validate(setup, SilentLog(), TrainState(), StopFlag())
+        own, _ = validate(setup, RunLog(None), TrainState(), StopFlag())
         assert json.loads(json.dumps(own)) == logged
 
     def test_one_goes_on_where_two_stopped_and_back(

@@ -14,8 +14,9 @@ from helpers.runs import TINY_SETTINGS, weights_of
 
 from camoxpert.config import build_config
 from camoxpert.errors import ConfigError, NumericError
+from camoxpert.files import read_jsonl
 from camoxpert.runs.checkpoint import CheckpointFolder
-from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runs.log import RunLog
 from camoxpert.training import step, trainer
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.prepare import Setup, prepare

@@ -223,8 +223,9 @@ def test_a_run_saves_no_secret_and_its_page_runs_nothing(
 
 
 def test_a_foreign_runs_records_cannot_write_its_page(tmp_path: Path) -> None:
+    from camoxpert.files import write_json
     from camoxpert.pages.report import write_report
-    from camoxpert.runs.log import RunLog, write_json
+    from camoxpert.runs.log import RunLog
 
     bad = "<script>alert(1)</script>"
     log = RunLog(tmp_path, tensorboard=False)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from camoxpert.files import read_jsonl
 from camoxpert.runs.checkpoint import CheckpointFolder
-from camoxpert.runs.log import read_jsonl
 
 RUNNER = Path(__file__).parents[1] / "faults" / "runner.py"
 KILLED = -signal.SIGKILL

@@ -13,15 +13,10 @@ import numpy as np
 import pytest
 
 from camoxpert.console import TrainingBar
-from camoxpert.pages import plots
-from camoxpert.runs.log import (
-    RunLog,
-    create_run_dir,
-    read_jsonl,
-    update_run_json,
-    write_json,
-    write_run_json,
-)
+from camoxpert.files import read_jsonl, write_json
+from camoxpert.pages import pictures
+from camoxpert.runs.info import create_run_dir, update_run_json, write_run_json
+from camoxpert.runs.log import RunLog
 from camoxpert.runtime import gpu
 from camoxpert.runtime.gpu import GpuMonitor, visible_handle
 
@@ -82,14 +77,27 @@ class TestRunLog:
         log.close()
         assert list(tmp_path.glob("events*"))
 
-    def test_without_tensorboard_one_warning(self, tmp_path: Path, monkeypatch) -> None:
+    def test_without_tensorboard_one_warning(self, tmp_path: Path, monkeypatch, capsys) -> None:
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-        with pytest.warns(UserWarning, match="TensorBoard is not available") as seen:
-            log = RunLog(tmp_path, tensorboard=True)
+        log = RunLog(tmp_path, tensorboard=True)
         log.scalars(1, {"a": 1.0})
         log.image("b", np.zeros((4, 4, 3), np.uint8), 1)
         log.close()
-        assert len(seen) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("warning     TensorBoard is not available") and said.count("\n") == 1
+
+    def test_the_log_of_other_ranks_counts_phases_and_writes_nothing(
+        self, tmp_path: Path, monkeypatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        log = RunLog(None, tensorboard=True)
+        log.write({"step": 1})
+        log.scalars(1, {"a": 1.0})
+        log.image("b", np.zeros((4, 4, 3), np.uint8), 1)
+        log.truncate_after(0)
+        log.add_phase("training", 2.0)
+        log.close()
+        assert log.phases == {"training": 2.0} and not list(tmp_path.iterdir())
 
     def test_run_json_says_what_ran_and_no_name_of_host_or_user(self, tmp_path: Path) -> None:
         import getpass
@@ -200,7 +208,7 @@ class TestPictures:
         image = np.full((20, 20, 3), 100, np.uint8)
         mask = np.zeros((20, 20), np.uint8)
         mask[5:15, 5:15] = 255
-        drawn = plots.overlay(image, mask, colour=(200, 0, 0), alpha=0.5)
+        drawn = pictures.overlay(image, mask, colour=(200, 0, 0), alpha=0.5)
         assert drawn[10, 10].tolist() == [150, 50, 50]
         assert (drawn[:4] == 100).all() and drawn[5, 10].tolist() == [200, 0, 0]
         assert (image == 100).all()
@@ -210,20 +218,20 @@ class TestPictures:
         truth, predicted = np.zeros((30, 30), bool), np.zeros((30, 30), bool)
         truth[5:25, 2:18] = True
         predicted[5:25, 12:28] = True
-        picture = plots.compare(image, predicted, truth)
+        picture = pictures.compare(image, predicted, truth)
         assert picture[15, 15].argmax() == 1  # both: green
         assert picture[15, 24].argmax() == 0  # invented: red
         assert picture[15, 6].argmax() == 2  # missed: blue
 
     def test_cutout_carries_the_probability(self) -> None:
-        cut = plots.cutout(np.zeros((2, 2, 3), np.uint8), np.array([[0, 0.5], [1, 0.25]]))
+        cut = pictures.cutout(np.zeros((2, 2, 3), np.uint8), np.array([[0, 0.5], [1, 0.25]]))
         assert cut[..., 3].tolist() == [[0, 128], [255, 64]]
 
     @pytest.mark.parametrize("size", [(40, 60), (300, 20), (10, 400)])
     def test_panel_has_four_pictures_of_one_height(self, size: tuple[int, int]) -> None:
         mask = np.zeros(size, np.uint8)
         mask[: size[0] // 2] = 255
-        picture = plots.panel(np.zeros((*size, 3), np.uint8), mask, mask / 255.0, height=100)
+        picture = pictures.panel(np.zeros((*size, 3), np.uint8), mask, mask / 255.0, height=100)
         assert picture.shape[0] == 120 and (picture.shape[1] + 2) % 4 == 0
 
 

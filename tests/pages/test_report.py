@@ -12,8 +12,10 @@ import numpy as np
 
 from camoxpert.config import load_config, to_yaml
 from camoxpert.data.files.image_io import write_jpeg
+from camoxpert.files import write_json
 from camoxpert.pages.report import MEASURES, write_report
-from camoxpert.runs.log import RunLog, write_json, write_run_json
+from camoxpert.runs.info import write_run_json
+from camoxpert.runs.log import RunLog
 
 EVIL = "<script>alert(1)</script>"
 

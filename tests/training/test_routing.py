@@ -224,7 +224,7 @@ def test_the_alarm_names_the_level_the_expert_and_what_helps() -> None:
 
 def test_the_alarm_reaches_the_log_and_the_console(toy_data: Path, tmp_path: Path, capsys) -> None:
     from camoxpert.cli import main
-    from camoxpert.runs.log import read_jsonl
+    from camoxpert.files import read_jsonl
     from camoxpert.training import meters
 
     words = [

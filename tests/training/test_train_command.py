@@ -9,7 +9,7 @@ import pytest
 from helpers.runs import records
 
 from camoxpert.config import load_config
-from camoxpert.runs.log import read_jsonl
+from camoxpert.files import read_jsonl
 
 
 class TestCommand:

@@ -16,10 +16,11 @@ from camoxpert.evaluation import results as reporting
 from camoxpert.evaluation.maps.find import MapTask
 from camoxpert.evaluation.maps.score import MapOptions, read_prediction, read_truth, score_task
 from camoxpert.evaluation.output import MARKER, OutputFolder
+from camoxpert.files import write_json
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.pages.evaluation import write_page
-from camoxpert.pages.plots import comparison_panel
-from camoxpert.runs.log import versions, write_json
+from camoxpert.pages.pictures import comparison_panel
+from camoxpert.runs.info import versions
 
 METHODS_SHOWN = 5
 

@@ -1,0 +1,136 @@
+"""What a run records about itself, typed: the lines of ``metrics.jsonl`` and ``run.json``.
+
+A number that was NaN or infinite is null in the files. A file may also come from somebody else, so
+readers must expect missing keys and values of another type.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict, cast
+
+from camoxpert.files import read_json, read_jsonl
+
+
+class _AtStep(TypedDict):
+    step: int  # optimizer steps done
+    epoch: int  # from 1
+    stage: int  # 1 or 2
+
+
+class TrainRecord(_AtStep):
+    """A logged optimizer step."""
+
+    kind: Literal["train"]
+    loss: float
+    terms: dict[str, float]
+    lr: float
+    grad_norm: float
+    images_per_second: float | None
+    data_wait: float | None  # share of the time, 0..1
+    gpu: float | None  # utilisation in percent
+    memory: int | None  # bytes in use on the device
+
+
+class _Validation(_AtStep):
+    kind: Literal["validation"]
+    scores: dict[str, float]
+    best: bool
+    weights: Literal["ema", "model"]
+
+
+class ValidationRecord(_Validation, total=False):
+    """The scores of an epoch."""
+
+    unreadable: list[str]
+
+
+class LevelRouting(TypedDict):
+    """How one level of the model used its experts; lists are in the experts' order."""
+
+    usage: list[float]  # share of choices
+    gate: list[float]  # share of probability
+    entropy: float  # of the usage: 1 is uniform, 0 a single expert
+    max_violation: float  # excess of the busiest expert over its fair share, as a multiple of it
+
+
+class RoutingRecord(_AtStep):
+    """Which experts the images of an epoch used, by level."""
+
+    kind: Literal["routing"]
+    experts: list[str]
+    levels: dict[str, LevelRouting]
+
+
+class ImageFacts(TypedDict):
+    """An image of a skipped step: name, mean grey value (0..255), share of object pixels."""
+
+    name: str
+    mean: float
+    object: float
+
+
+class _Event(TypedDict):
+    kind: Literal["event"]
+    text: str
+
+
+class EventRecord(_Event, total=False):
+    """Something worth a line in the report; the last five keys belong to a skipped step."""
+
+    step: int
+    epoch: int
+    loss: float
+    grad_norm: float
+    lr: float
+    scale: float | None
+    images: list[ImageFacts]
+
+
+Record = TrainRecord | ValidationRecord | RoutingRecord | EventRecord
+
+
+class RunInfo(TypedDict, total=False):
+    """The content of ``run.json``."""
+
+    argv: list[str]
+    status: str  # running, finished, stopped or failed
+    started: str  # ISO time, UTC
+    device: str
+    platform: str
+    cores: int | None
+    versions: dict[str, str]
+    git_commit: str | None
+    data_hash: str
+    phases: dict[str, float]  # wall seconds
+    decisions: list[str]
+    precision: str
+    parameters: int
+    gmacs: float
+    batch: dict[str, Any]  # the batching that was chosen, read back when the run continues
+
+
+class Records(NamedTuple):
+    """The records of a run by kind, in their order."""
+
+    train: list[TrainRecord]
+    validation: list[ValidationRecord]
+    routing: list[RoutingRecord]
+    events: list[EventRecord]
+
+    @property
+    def best(self) -> ValidationRecord | None:
+        """The validation that chose the weights, or None."""
+        return next((record for record in reversed(self.validation) if record.get("best")), None)
+
+
+def read_records(path: Path) -> Records:
+    """Read ``metrics.jsonl``; a missing file has no records."""
+    lines = [line for line in read_jsonl(path) if isinstance(line, dict)]
+    kinds = ("train", "validation", "routing", "event")
+    return Records(*(cast(Any, [r for r in lines if r.get("kind") == kind]) for kind in kinds))
+
+
+def read_info(run_dir: Path) -> RunInfo:
+    """Read ``run.json``; empty where it is missing or damaged."""
+    return cast(RunInfo, read_json(run_dir / "run.json"))
