@@ -17,7 +17,7 @@ from camoxpert.losses import (
     structure_loss,
     total_loss,
 )
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 
 
 def square_mask(size: int = 64) -> torch.Tensor:

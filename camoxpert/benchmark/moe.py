@@ -120,10 +120,10 @@ def _step(moe: MoE, x: torch.Tensor, name: str, device: torch.device) -> Callabl
 def _count(moe: MoE, x: torch.Tensor, name: str) -> dict[str, int]:
     """Count operators and host syncs of the dispatch alone, forward and backward."""
     routing = moe.router(x)
-    gates = routing.gates_BK.detach().requires_grad_()
+    routing = routing._replace(gates_BK=routing.gates_BK.detach().requires_grad_())
     leaf = x.detach().clone().requires_grad_()
     with SyncCounter() as counter:
-        DISPATCH[name](moe.experts, leaf, gates, routing.experts_BK, None).sum().backward()
+        DISPATCH[name](moe.experts, leaf, routing, None).sum().backward()
     moe.zero_grad(set_to_none=True)
     return {"operators": counter.operators, "syncs": counter.syncs}
 

@@ -14,8 +14,7 @@ from camoxpert.benchmark.common import heading, interleaved, milliseconds, paire
 from camoxpert.benchmark.moe import device_name
 from camoxpert.config import Config
 from camoxpert.losses import total_loss
-from camoxpert.models.build import build_model
-from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.optim import build_optimizer

@@ -107,7 +107,7 @@ def _dry_step(device: str) -> Finding:
 
     from camoxpert.config import load_config
     from camoxpert.doctor import Finding
-    from camoxpert.models.build import build_model
+    from camoxpert.models.camoxpert import build_model
     from camoxpert.runtime.device import check_architecture, choose_device, choose_precision
     from camoxpert.training.prepare import trial_step
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from camoxpert.config import TrainConfig
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.inference.score import probability_maps
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.runtime.device import (
     Precision,

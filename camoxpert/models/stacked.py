@@ -43,7 +43,7 @@ class UniformExperts(nn.Module):
     """E experts in stacked weights.
 
     Behaves like a list of experts (``len``, index, iteration) for the back ends that call them one
-    by one, and offers ``gathered`` for the one that does not.
+    by one; ``forward`` serves the one that does not.
 
     Args:
         count: experts E.
@@ -95,7 +95,7 @@ class UniformExperts(nn.Module):
         h = F.conv2d(h, kernel, self.filter_bias_ED[index], padding=KERNEL // 2, groups=hidden)
         return F.conv2d(F.gelu(h), leave, self.leave_bias_EC[index])
 
-    def gathered(self, x_BCHW: Tensor, gates_BK: Tensor, experts_BK: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, gates_BK: Tensor, experts_BK: Tensor) -> Tensor:
         """Return the gated sum of every image's own experts, (B, C, H, W).
 
         The weights of the chosen experts are gathered per image; both pointwise layers become one

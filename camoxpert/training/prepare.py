@@ -17,8 +17,7 @@ from camoxpert.config import Config
 from camoxpert.data.loader import Batches
 from camoxpert.data.samples.batches import Batch
 from camoxpert.losses import total_loss
-from camoxpert.models.build import build_model
-from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.runtime.device import (
     Precision,
     check_architecture,

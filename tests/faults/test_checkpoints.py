@@ -417,7 +417,7 @@ class TestFirstFormat:
 
     @pytest.mark.parametrize("name", ["format_1_step.pt", "format_1.safetensors"])
     def test_its_weights_say_the_same(self, name: str) -> None:
-        from camoxpert.models.build import build_model
+        from camoxpert.models.camoxpert import build_model
 
         saved = load_checkpoint(GOLDEN / name)
         expected = json.loads((GOLDEN / "format_1.json").read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from camoxpert.config import build_config
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import FORMAT, Checkpoint, CheckpointFolder
 from camoxpert.runs.share import write_shared
 from camoxpert.synthesis.toy import generate_toy

@@ -15,7 +15,7 @@ from camoxpert.data.samples.augment import SampleTransform
 from camoxpert.data.samples.augment_device import apply_draws
 from camoxpert.data.samples.draw import draw
 from camoxpert.losses import total_loss
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE
 from camoxpert.runtime.device import Precision
 from camoxpert.synthesis.toy import generate_toy

@@ -9,8 +9,10 @@ import torch
 from camoxpert.config import build_config
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.losses import total_loss
-from camoxpert.models.build import BACKBONES, build_model
-from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.models.backbone import BACKBONES
+from camoxpert.models.camoxpert import CamoXpert, build_model
+
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def small(**settings: object) -> CamoXpert:
@@ -249,10 +251,10 @@ def test_without_a_connection_weights_are_refused_at_once(monkeypatch, tmp_path:
     import timm
     from huggingface_hub import constants
 
-    from camoxpert.models import backbone
-
     seen = []
-    monkeypatch.setattr(backbone, "hub_reachable", lambda: False)
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # refuses connections
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     original = timm.create_model
 
@@ -270,9 +272,9 @@ def test_without_a_connection_weights_are_refused_at_once(monkeypatch, tmp_path:
 def test_whether_the_hub_answers(monkeypatch) -> None:
     import socket
 
-    from camoxpert.models.backbone import hub_reachable
+    from camoxpert.models.weights import hub_reachable
 
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")

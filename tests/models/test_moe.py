@@ -5,7 +5,7 @@ import torch
 
 from camoxpert.config import build_config, load_config
 from camoxpert.errors import ConfigError
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE, choose_dispatch, read_counts
 from camoxpert.models.router import Router, choose
 from camoxpert.models.stacked import FIELDS, UniformExperts
@@ -79,9 +79,10 @@ def test_a_wrong_gate_is_noticed(family) -> None:
     moe = MoE(16, num_experts=4, top_k=2, family=family)
     x = torch.randn(4, 16, 4, 4)
     routing = moe.router(x)
-    right = DISPATCH["loop"](moe.experts, x, routing.gates_BK, routing.experts_BK)
+    right = DISPATCH["loop"](moe.experts, x, routing, None)
+    swapped = routing._replace(gates_BK=routing.gates_BK.flip(1))
     for name in BACK_ENDS[family][1:]:
-        wrong = DISPATCH[name](moe.experts, x, routing.gates_BK.flip(1), routing.experts_BK)
+        wrong = DISPATCH[name](moe.experts, x, swapped, None)
         assert not torch.allclose(right, wrong, atol=1e-4)
 
 
@@ -103,10 +104,10 @@ def test_all_images_to_one_expert_leaves_zero_not_missing_gradients(family) -> N
 def counted(moe: MoE, x: torch.Tensor, dispatch: str) -> SyncCounter:
     """Forward and backward of the dispatch alone: the router and the norm are the same for all."""
     routing = moe.router(x)
-    gates = routing.gates_BK.detach().requires_grad_()
+    routing = routing._replace(gates_BK=routing.gates_BK.detach().requires_grad_())
     leaf = x.clone().requires_grad_()
     with SyncCounter() as counter:
-        DISPATCH[dispatch](moe.experts, leaf, gates, routing.experts_BK).sum().backward()
+        DISPATCH[dispatch](moe.experts, leaf, routing, None).sum().backward()
     return counter
 
 
@@ -276,7 +277,7 @@ def test_a_shared_expert_serves_every_image_beside_the_chosen_ones() -> None:
     x = torch.randn(4, 16, 5, 5)
     y, routing = moe(x)
     h = moe.norm(x)
-    routed = DISPATCH["loop"](moe.experts, h, routing.gates_BK, routing.experts_BK)
+    routed = DISPATCH["loop"](moe.experts, h, routing, None)
     torch.testing.assert_close(y, x + routed + moe.shared(h))
     assert MoE(16, num_experts=3, top_k=1).shared is None
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from camoxpert.config import build_config, load_config
 from camoxpert.errors import ConfigError
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.runtime.device import Precision
 from camoxpert.training import batching as memory
 from camoxpert.training import prepare as setup

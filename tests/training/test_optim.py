@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from camoxpert.config import SCHEDULERS, build_config
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.training.optim import (
     backbone_scale,
     build_optimizer,

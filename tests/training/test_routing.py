@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from camoxpert.config import build_config
 from camoxpert.data.samples.batches import Batch
 from camoxpert.losses import balance_loss, expert_counts, total_loss
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.router import Routing, choose
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.processes import World
