@@ -2,9 +2,9 @@
 gradient.
 
 All back ends have one signature, ``Dispatch``: the experts, the features x_BCHW, the routing
-decision, and the number of images of every expert where the caller has read them already. They
-return ``sum_k gates_BK[:, k] * expert[experts_BK[:, k]](x)`` for every image. Shape letters: B
-batch, C width, H height, W width in pixels, E experts, K experts per image.
+decision, and the number of images of every expert if the caller has read it already. They return
+``sum_k gates_BK[:, k] * expert[experts_BK[:, k]](x)`` for every image. Shape letters: B batch, C
+width, H height, W width in pixels, E experts, K experts per image.
 """
 
 from collections.abc import Callable, Sequence
@@ -124,7 +124,7 @@ DISPATCH: dict[str, Dispatch] = {
 def choose_dispatch(
     name: str, *, family: str = "specialist", num_experts: int = 2, top_k: int = 1
 ) -> tuple[str, str]:
-    """Resolve ``auto``; return the back end's name and one sentence that says why."""
+    """Resolve ``auto``; return the back end's name and the reason."""
     if name != "auto":
         return name, "as asked"
     if num_experts == top_k:
@@ -146,9 +146,8 @@ class MoE(nn.Module):
         kinds: specialist kinds in order, repeated up to E; empty means all seven.
         expansion: hidden width of an expert over C.
         dispatch: name of the back end, or "auto".
-        shared: kind of an expert that every image uses beside the chosen ones, or "". What all
-            images need is then learned from all of them (Dai et al., DeepSeekMoE, ACL 2024,
-            section 3.2).
+        shared: kind of an expert that every image uses beside the chosen ones, or "". It learns
+            what all images need from all of them (Dai et al., DeepSeekMoE, ACL 2024, section 3.2).
     """
 
     def __init__(
@@ -199,8 +198,8 @@ class MoE(nn.Module):
 
         Args:
             x_BCHW: features (B, C, H, W).
-            routing: decided already; None routes on ``x_BCHW``.
-            counts: images per expert, where the caller has read them.
+            routing: the decision if it was made before; None routes on ``x_BCHW``.
+            counts: images per expert, if the caller has read them.
 
         Returns:
             x + mixture, (B, C, H, W); the routing.
