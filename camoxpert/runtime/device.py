@@ -61,6 +61,19 @@ def choose_device(name: str, *, index: int = 0) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the number of threads on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def check_architecture(device: torch.device) -> None:
     """Raise ConfigError where this build of PyTorch has no kernels for the GPU (a P100, say)."""
     if device.type != "cuda":

@@ -12,6 +12,7 @@ from camoxpert.errors import ConfigError
 from camoxpert.losses import total_loss
 from camoxpert.models.router import Routing
 from camoxpert.runtime.processes import World, no_sync
+from camoxpert.runtime.regions import region
 from camoxpert.training.guards import STOP_CODES
 from camoxpert.training.meters import RoutingMeter
 from camoxpert.training.prepare import Setup, autocast, mask_target
@@ -53,23 +54,26 @@ def train_step(
         grad.add_(torch.where(torch.isfinite(values["loss"]), 0.0, float("inf")))
     scaler.unscale_(optimizer)
     limit = config.optim.clip_grad_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    with region("clip"):
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     finite = (torch.isfinite(norm) & torch.isfinite(values["loss"])).float()
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        # The fused kernels skip the update where this is 1, the way loss scaling makes them.
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with region("optimizer"):
+        if scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            # The fused kernels skip the update where this is 1, the way loss scaling makes them.
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     counts_LE = setup.step_counts.counts_LE
     if config.optim.router_bias_rate and counts_LE is not None:
         for level, counts_E in zip(reversed(model.moe_levels), counts_LE, strict=True):
             level.router.move_bias(counts_E, config.optim.router_bias_rate * finite)
     if setup.ema is not None:
-        setup.ema.update(model, finite)
+        with region("EMA"):
+            setup.ema.update(model, finite)
     return {**values, "grad_norm": norm, "skipped": 1 - finite}
 
 
@@ -116,8 +120,10 @@ def accumulate(
                 output = setup.forward(batch.images)
             counts_LE = counts.add(output.routing)
             target = mask_target(batch)
-            loss, terms = total_loss(output, target, setup.config.loss, counts_LE=counts_LE)
-            setup.scaler.scale(loss * share).backward()
+            with region("loss"):
+                loss, terms = total_loss(output, target, setup.config.loss, counts_LE=counts_LE)
+            with region("backward"):
+                setup.scaler.scale(loss * share).backward()
         records.append(tuple(Routing(*(part.detach() for part in r)) for r in output.routing))
         for name, value in {"loss": loss.detach(), **terms}.items():
             values[name] = values.get(name, 0) + value * share
