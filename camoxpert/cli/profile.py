@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from camoxpert import console
 from camoxpert.cli.benchmark import check_output, write_figures
 from camoxpert.cli.train import add_setting_flags, check_data_given, read_config
 from camoxpert.errors import ConfigError
@@ -33,6 +32,6 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     from camoxpert.training.prepare import prepare
 
     trace = Path(options.trace) if options.trace else None
-    report = profile.run(prepare(config, console.say), steps=options.steps, trace=trace)
+    report = profile.run(prepare(config), steps=options.steps, trace=trace)
     write_figures(options.output, report)
     return 0

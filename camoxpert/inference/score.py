@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from camoxpert import stop
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
 from camoxpert.models.router import Routing
@@ -92,7 +93,6 @@ def score(
     groups: Mapping[str, str] | None = None,
     context: Callable[[], AbstractContextManager[Any]] | None = None,
     seen: Seen | None = None,
-    check_stop: Callable[[], None] | None = None,
     on_device: bool | None = None,
 ) -> None:
     """Score a model on evaluation batches into ``evaluator``.
@@ -111,7 +111,6 @@ def score(
         groups: image name -> label of its row.
         context: makes an autocast context.
         seen: called for every image, in order.
-        check_stop: called between batches; raises to stop.
         on_device: score the maps by the torch path; None does on CUDA devices.
     """
     training = model.training
@@ -137,8 +136,7 @@ def score(
 
     try:
         for items in chunks(batches, size):
-            if check_stop is not None:
-                check_stop()
+            stop.check()
             images = torch.stack([item.image for item in items]).to(device)
             maps, _ = probability_maps(
                 model,

@@ -19,10 +19,9 @@ from camoxpert.profile.regions import ComponentTimer, watched
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.device import device_name, wait_for
 from camoxpert.runtime.regions import listening
-from camoxpert.training import trainer
-from camoxpert.training.meters import RoutingMeter
 from camoxpert.training.optim import set_lr
-from camoxpert.training.prepare import Setup, training_loader
+from camoxpert.training.run import Run
+from camoxpert.training.stages import set_trainable, training_loader
 from camoxpert.training.step import train_step
 
 FIRST = ("data wait", "copy", "augment", "backbone", "router")
@@ -36,9 +35,9 @@ class TrainingStep:
     Everything that the profile uses of the training is in here.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Run) -> None:
         stage = setup.plan.stages[-1]
-        trainer.set_trainable(setup, stage, stage.first_epoch + stage.epochs - 1)
+        set_trainable(setup, stage, stage.first_epoch + stage.epochs - 1)
         setup.model.set_active_experts(setup.config.model.top_k)
         set_lr(setup.optimizer, 1e-6)
         self.setup = setup
@@ -46,11 +45,10 @@ class TrainingStep:
         self.images = stage.batch_size
         self.loader = training_loader(setup, stage.batch_size)
         self.batches = _full_batches(self.loader)
-        self.meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
 
     def take(self, batch: Batch) -> None:
         """Take one optimizer step."""
-        train_step(self.setup, [batch.to(self.device)], self.meter)
+        train_step(self.setup, [batch.to(self.device)])
 
     def receive(self, batch: Batch | RawBatch) -> Batch:
         """Return the batch on the device, changed there if it is raw."""
@@ -118,7 +116,7 @@ class Profile:
     timer_cost: float
 
 
-def run(setup: Setup, *, steps: int = 10, trace: Path | None = None) -> Report:
+def run(setup: Run, *, steps: int = 10, trace: Path | None = None) -> Report:
     """Profile, print, and return the content of the JSON file; the weights change.
 
     Args:
@@ -146,7 +144,7 @@ def run(setup: Setup, *, steps: int = 10, trace: Path | None = None) -> Report:
         "backbone": setup.config.model.backbone,
         "img_size": setup.config.data.img_size,
         "batch_size": step.images,
-        "num_workers": setup.data.num_workers,
+        "num_workers": setup.data.loading.num_workers,
         "precision": setup.precision.name,
         "steps": steps,
         "device": device_name(setup.device),
@@ -217,7 +215,7 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
             diagnosis,
             times.components,
             batch_size=step.images,
-            num_workers=setup.data.num_workers,
+            num_workers=setup.data.loading.num_workers,
             accelerator=step.device.type == "cuda",
         ),
         timer_cost=times.cost,

@@ -29,6 +29,10 @@ class Precision:
         """fp32, bf16 or fp16."""
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the autocast context of this format; without a dtype it changes nothing."""
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
 
 def choose_device(name: str, *, index: int = 0) -> torch.device:
     """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import TINY_SETTINGS
+from helpers.runs import TINY_SETTINGS, train_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,20 +25,21 @@ from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import device_batches
 from camoxpert.errors import CheckpointError
 from camoxpert.evaluation.model import evaluate_set
+from camoxpert.files import read_jsonl
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE
 from camoxpert.models.router import choose
 from camoxpert.runs import log as runlog
-from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runs.log import RunLog
 from camoxpert.runtime import gpu
 from camoxpert.runtime.gpu import GpuMonitor
 from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training import trainer
-from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import LateReader, RoutingMeter
-from camoxpert.training.prepare import compile_model, prepare, training_loader
+from camoxpert.training.prepare import compile_model, prepare
+from camoxpert.training.stages import training_loader
+from camoxpert.training.steplog import LateReader
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -50,7 +51,7 @@ TINY = {
 
 def tiny(data: Path, **values: object):
     named = {key.replace("__", "."): value for key, value in values.items()}
-    return prepare(build_config({**TINY, "data.roots": [str(data)], **named}), lambda text: None)
+    return prepare(build_config({**TINY, "data.roots": [str(data)], **named}))
 
 
 class TestLeaks:
@@ -81,10 +82,7 @@ class TestLeaks:
             return values
 
         monkeypatch.setattr(trainer, "train_step", watched)
-        folder.mkdir()
-        log = RunLog(folder, tensorboard=True)
-        trainer.train(setup, folder, log, stop=StopFlag(), say=lambda text: None)
-        log.close()
+        train_in(setup, folder, tensorboard=True)
         return seen
 
     @pytest.fixture
@@ -229,11 +227,10 @@ def test_the_uniform_family_compiles_once_and_learns_the_same(toy_data: Path, mo
         )
         if compiled:
             compile_model(setup.model)
-        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
         loader = training_loader(setup, 6)
         loader.set_epoch(0)
         batches = device_batches(loader, setup.device)
-        losses.append([float(trainer.train_step(setup, [b], meter)["loss"]) for b, _ in batches])
+        losses.append([float(trainer.train_step(setup, [b])["loss"]) for b, _ in batches])
         loader.close()
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

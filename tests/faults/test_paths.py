@@ -21,8 +21,9 @@ from camoxpert.config import Config, to_dict
 from camoxpert.errors import DataError
 from camoxpert.files import append_here, leads_outside
 from camoxpert.inference.photos import KINDS, find_photos, output_path
-from camoxpert.runs.checkpoint import FORMAT, CheckpointFolder
+from camoxpert.runs.checkpoint import FORMAT
 from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runs.store import CheckpointFolder
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = ("../secret/{}", "{absolute}", "link.{end}", "folder/{}", "in/../../secret/{}")

@@ -61,6 +61,10 @@ class Batch:
             for start in range(0, len(self.names), size)
         ]
 
+    def target(self) -> Tensor:
+        """Return the masks as 0/1 float targets (B, 1, H, W)."""
+        return (self.masks > 127).float()
+
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """Return the batch with its tensors on ``device``."""
         return replace(
