@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from camoxpert.benchmark.common import heading, interleaved, milliseconds, paired_ratio
 from camoxpert.benchmark.moe import device_name
-from camoxpert.config import AugmentConfig
+from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.console import bar
 from camoxpert.data.cache.build import open_cache
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.image_io import probe, read_image, read_mask, read_pair
 from camoxpert.data.files.manifest import Manifest, load_train
-from camoxpert.data.loader import Batches, build_loader, finish
+from camoxpert.data.loader import Batches, LoaderPlan, build_loader, finish
 from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
-from camoxpert.data.workers import start_worker
+from camoxpert.data.supervise import start_worker
 from camoxpert.synthesis.toy import toy_pair
 
 # Times that an epoch of the loaders goes through the files: a short one would time its start.
@@ -77,15 +77,8 @@ def run(
         root = Path(folder)
         write_images(root / "data", images, height, width)
         manifest = load_train([root / "data"])
-        cache = open_cache(
-            manifest,
-            img_size,
-            mode="disk",
-            folder=root / "cache",
-            max_pixels=10**9,
-            say=lambda line: None,
-            track=lambda items, total, description: items,
-        )
+        data = DataConfig(img_size=img_size, augment=AUGMENT, cache_dir=str(root / "cache"))
+        cache = open_cache(manifest, data, mode="disk")
         stages = measure_stages(manifest, cache, img_size, batch_size, device, rounds)
         result["milliseconds_per_image"] = stages
         say(
@@ -118,20 +111,16 @@ def measure_loaders(
 ) -> dict[str, Any]:
     """Time whole epochs of every loader in turns."""
     manifest = replace(manifest, pairs=manifest.pairs * REPEATS)
-    transform = SampleTransform(img_size=img_size, augment=AUGMENT, seed=0)
+    data = DataConfig(img_size=img_size, augment=AUGMENT)
     workers = max(1, num_workers)
 
     def ours(cache: PixelCache | None, workers: int, *, on_device: bool = False) -> Batches:
         return build_loader(
             manifest,
-            transform,
+            data,
+            LoaderPlan(workers, 2, cache, on_device, pin_memory=device.type == "cuda"),
             batch_size=batch_size,
-            num_workers=workers,
-            shuffle=True,
             seed=0,
-            cache=cache,
-            on_device=on_device,
-            pin_memory=device.type == "cuda",
         )
 
     def epoch(loader: Batches, *, finished: bool) -> Callable[[], None]:
@@ -207,13 +196,10 @@ def measure_stages(
     compose = plain_pipeline()
     loader = build_loader(
         manifest,
-        transform,
+        DataConfig(img_size=img_size, augment=AUGMENT),
+        LoaderPlan(cache=cache, on_device=True),
         batch_size=len(pairs),
-        num_workers=0,
-        shuffle=True,
         seed=0,
-        cache=cache,
-        on_device=True,
     )
     keys = [(0, index, img_size) for index in range(len(pairs))]
     raw = loader.read(keys)  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from camoxpert.config import DataConfig
 from camoxpert.console import bar
 from camoxpert.data.files.image_io import write_jpeg
 from camoxpert.data.files.manifest import Manifest
@@ -111,10 +112,9 @@ def evaluate_set(
     pictures = Gallery(gallery)
     loader = build_eval_loader(
         manifest,
-        img_size=predictor.img_size,
+        DataConfig(img_size=predictor.img_size, max_pixels=predictor.config.data.max_pixels),
         batch_size=batch_size,
         num_workers=num_workers,
-        max_pixels=predictor.config.data.max_pixels,
         keep_images=gallery > 0,
     )
 

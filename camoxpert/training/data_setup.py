@@ -4,40 +4,34 @@ workers."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from camoxpert.config import Config, DataConfig
-from camoxpert.console import bar
-from camoxpert.data.cache.build import (
-    choose_cache,
-    default_folder,
-    find_cache,
-    open_cache,
-)
+from camoxpert.config import Config
+from camoxpert.data.cache.build import find_cache, open_cache
+from camoxpert.data.cache.choice import cache_place, choose_cache
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.headers import require_readable, unreadable_pairs
 from camoxpert.data.files.image_io import read_mask_as
 from camoxpert.data.files.manifest import (
     Manifest,
-    Pair,
+    Search,
     find_test_sets,
     load_train,
     read_clean_list,
     split_validation,
     unused_rows,
 )
-from camoxpert.data.loader import Batches, build_loader, seconds_per_sample
-from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.files.pairing import Pair
+from camoxpert.data.loader import Batches, LoaderPlan, build_loader, seconds_per_sample
+from camoxpert.data.samples.augment import sample_transform, training_sides
 from camoxpert.data.samples.datasets import PairDataset
-from camoxpert.data.supervise import Report
-from camoxpert.data.unreadable import allowed, require_few, some
+from camoxpert.data.unreadable import require_few
 from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
 from camoxpert.doctor.inspect import identical_files
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import free_shared_memory
+from camoxpert.text import shorten
 from camoxpert.training.batching import effective_batch
 
 Say = Callable[[str], None]
@@ -98,21 +92,12 @@ def load_data(
     data = config.data
     skip = data.unreadable == "skip"
     clean = read_clean_list(data.clean_list)
-    found_by: dict[str, Any] = {
-        "layout": data.layout,
-        "noncam": data.noncam,
-        "clean": clean,
-        "allow_outside": data.allow_outside,
-    }
-    whole = load_train(data.roots, **found_by)
+    search = Search(data.layout, data.noncam, clean, data.allow_outside)
+    whole = load_train(data.roots, search)
     sides = training_sides(data)
-    side = source_side(data)
-    folder = Path(data.cache_dir) if data.cache_dir else default_folder()
     cache, verdict = None, ""
     if data.cache in ("auto", "disk"):
-        cache, verdict = find_cache(
-            whole, side, folder, data.max_pixels, unreadable=data.unreadable
-        )
+        cache, verdict = find_cache(whole, data)
     faults: dict[Pair, str] = {}
     mode, why = "disk", "made by an earlier run"
     if cache is not None:
@@ -121,24 +106,16 @@ def load_data(
         # A cache that fits its files was made from files that could be read.
         check_stop()
         if skip:
-            faults = dict(
-                unreadable_pairs(whole, max_pixels=data.max_pixels, check_stop=check_stop)
-            )
+            faults = dict(unreadable_pairs(whole, max_pixels=data.max_pixels))
         else:
-            require_readable(whole, max_pixels=data.max_pixels, check_stop=check_stop)
+            require_readable(whole, max_pixels=data.max_pixels)
         forks = choose_start_method(data.start_method)[0] == "fork"
         mode, why = choose_cache(
-            "disk" if data.strict_cache else data.cache,
-            whole,
-            side,
-            folder=folder,
-            epochs=config.train.epochs,
-            forks=forks,
-            processes=processes,
+            whole, data, epochs=config.train.epochs, forks=forks, processes=processes
         )
     check_stop()
     train, validation = split_validation(whole, data.val_fraction, config.train.seed)
-    tests = find_test_sets(data.roots, **found_by)
+    tests = find_test_sets(data.roots, search)
     say(
         f"data        {len(train)} training and {len(validation)} validation images "
         f"({whole.layout}), validation carved from TRAIN"
@@ -164,22 +141,11 @@ def load_data(
         )
     say(f"cache       {mode}: {why}")
     if cache is not None:
-        say(f"            hit: {cache.path.parent if cache.path else folder}")
+        say(f"            hit: {cache_place(whole, data)}")
     elif mode != "none" and not write and not data.strict_cache:
         say(f"            {verdict or 'in memory'}; training would decode into it first")
     elif mode != "none":
-        cache = open_cache(
-            whole,
-            side,
-            mode=mode,
-            folder=folder,
-            max_pixels=data.max_pixels,
-            strict=data.strict_cache,
-            unreadable=data.unreadable,
-            say=say,
-            track=_track,
-            check_stop=check_stop,
-        )
+        cache = open_cache(whole, data, mode=mode)
     if cache is not None:
         # Decoding finds more than headers show.
         faults = unreadable_in(cache, whole)
@@ -187,7 +153,7 @@ def load_data(
     if faults:
         say(
             f"warning     {len(faults)} of {len(whole)} images cannot be read and are skipped "
-            f"(--unreadable skip): {some(pair.name for pair in faults)}"
+            f"(--unreadable skip): {shorten(pair.name for pair in faults)}"
         )
     check_stop()
     on_device = data.augment_on == "device" or (data.augment_on == "auto" and device == "cuda")
@@ -197,15 +163,8 @@ def load_data(
     if len(sides) > 1:
         words += f"; training sizes {', '.join(map(str, sides))} px, one a batch"
     say(words)
-    transform = sample_transform(config)
-    dataset = PairDataset(
-        train,
-        transform,
-        max_pixels=data.max_pixels,
-        cache=cache,
-        raw=on_device,
-        skip=allowed(len(train), data.max_unreadable) if skip else 0,
-    )
+    transform = sample_transform(data, config.train.seed)
+    dataset = PairDataset(train, data, transform, cache=cache, raw=on_device)
     if cache is not None and on_device and data.num_workers is None:
         workers, reason = 0, "batches are read straight from the cache, a thread ahead of the step"
     else:
@@ -274,7 +233,8 @@ def quick_checks(
         for pair in manifest.pairs
         if pair not in unreadable
     ]
-    groups = [group for group in identical_files(items) if len({items[i][1] for i in group}) > 1]
+    same = identical_files([path for path, _ in items])
+    groups = [group for group in same if len({items[i][1] for i in group}) > 1]
     if groups:
         a = groups[0][0]
         b = next(i for i in groups[0] if items[i][1] != items[a][1])
@@ -286,30 +246,6 @@ def quick_checks(
     return lines
 
 
-def training_sides(data: DataConfig) -> tuple[int, ...]:
-    """Return the sides of the training images, in pixels, multiples of 32, ascending."""
-    if not data.multi_scale:
-        return (data.img_size,)
-    sides = {max(32, round(data.img_size * factor / 32) * 32) for factor in data.multi_scale}
-    return tuple(sorted(sides))
-
-
-def source_side(data: DataConfig) -> int:
-    """Return the side to which pairs are decoded before they are changed."""
-    return data.source_size or max(training_sides(data))
-
-
-def sample_transform(config: Config) -> SampleTransform:
-    """Return how pairs become training samples."""
-    data = config.data
-    return SampleTransform(
-        img_size=data.img_size,
-        augment=data.augment,
-        seed=config.train.seed,
-        source=source_side(data),
-    )
-
-
 def training_loader(
     config: Config,
     data: Data,
@@ -318,7 +254,6 @@ def training_loader(
     device: str,
     rank: int = 0,
     world_size: int = 1,
-    report: Report | None = None,
 ) -> Batches:
     """Build the training loader for one stage's batch size.
 
@@ -327,33 +262,20 @@ def training_loader(
         batch_size: images of a batch of this process.
         device: type of the device on which the step runs.
         rank, world_size: this process among those that share an epoch.
-        report: receives a line when data workers died and were started anew.
     """
-    settings = config.data
-    return build_loader(
-        data.train,
-        sample_transform(config),
-        batch_size=batch_size,
+    plan = LoaderPlan(
         num_workers=data.num_workers,
-        shuffle=True,
-        seed=config.train.seed,
-        persistent_workers=settings.persistent_workers,
-        prefetch_factor=data.prefetch,
-        pin_memory=settings.pin_memory and device == "cuda",
-        max_pixels=settings.max_pixels,
+        prefetch=data.prefetch,
         cache=data.cache,
         on_device=data.on_device,
-        targets=training_sides(settings),
-        start_method=settings.start_method,
+        pin_memory=config.data.pin_memory and device == "cuda",
+    )
+    return build_loader(
+        data.train,
+        config.data,
+        plan,
+        batch_size=batch_size,
+        seed=config.train.seed,
         rank=rank,
         world_size=world_size,
-        worker_timeout=settings.worker_timeout,
-        unreadable=settings.unreadable,
-        max_unreadable=settings.max_unreadable,
-        report=report,
     )
-
-
-def _track(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
-    tracked: Iterable[Any] = bar(items, description=description, total=total)
-    return tracked

@@ -15,6 +15,7 @@ from torch import nn
 
 from camoxpert.config import Config
 from camoxpert.data.loader import Batches
+from camoxpert.data.samples.augment import training_sides
 from camoxpert.data.samples.batches import Batch
 from camoxpert.losses import total_loss
 from camoxpert.models.build import build_model
@@ -42,7 +43,7 @@ from camoxpert.training.batching import (
     plan_micro_batch,
     predicted_bytes,
 )
-from camoxpert.training.data_setup import Data, load_data, training_sides
+from camoxpert.training.data_setup import Data, load_data
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.guards import StopFlag
 from camoxpert.training.meters import StepCounts
@@ -286,7 +287,6 @@ def training_loader(
         device=setup.device.type,
         rank=setup.world.rank,
         world_size=setup.world.size,
-        report=report,
     )
 
 

@@ -44,15 +44,10 @@ def validate(
     whole = setup.data.validation
     loader = build_eval_loader(
         replace(whole, pairs=whole.pairs[world.rank :: world.size]),
-        img_size=data.img_size,
+        data,
         batch_size=setup.plan.stages[0].batch_size,
         num_workers=setup.data.num_workers,
-        max_pixels=data.max_pixels,
         keep_images=count > 0 and setup.config.run.tensorboard and world.first,
-        start_method=data.start_method,
-        worker_timeout=data.worker_timeout,
-        unreadable=data.unreadable,
-        report=report,
     )
     left_out: list[str] = []
 
