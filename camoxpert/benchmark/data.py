@@ -32,15 +32,15 @@ from camoxpert.benchmark.common import (
     quartiles,
     show_table,
 )
-from camoxpert.config import AugmentConfig
+from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.cache.build import open_cache
 from camoxpert.data.cache.reader import CacheReader
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.image_io import probe, read_image, read_mask, read_pair
 from camoxpert.data.files.manifest import Manifest, load_train
-from camoxpert.data.loader import Batches, build_loader, finish
+from camoxpert.data.loader import Batches, LoaderPlan, build_loader, finish
 from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
-from camoxpert.data.workers import start_worker
+from camoxpert.data.supervise import start_worker
 from camoxpert.runtime.device import device_name, wait_for
 from camoxpert.synthesis.toy import toy_pair
 
@@ -94,14 +94,10 @@ class Source:
         """Return our loader."""
         return build_loader(
             self.manifest,
-            self.transform,
+            DataConfig(img_size=self.sizes.img_size, augment=AUGMENT),
+            LoaderPlan(workers, 2, cache, on_device, pin_memory=self.device.type == "cuda"),
             batch_size=self.sizes.batch_size,
-            num_workers=workers,
-            shuffle=True,
             seed=0,
-            cache=cache,
-            on_device=on_device,
-            pin_memory=self.device.type == "cuda",
         )
 
     def plain_loader(self, decoder: str, workers: int) -> DataLoader[Any]:
@@ -140,15 +136,8 @@ def run(sizes: Sizes, *, device: torch.device, needed: float | None = None) -> R
         root = Path(folder)
         write_images(root / "data", sizes.images, sizes.height, sizes.width)
         manifest = load_train([root / "data"])
-        cache = open_cache(
-            manifest,
-            sizes.img_size,
-            mode="disk",
-            folder=root / "cache",
-            max_pixels=10**9,
-            say=lambda line: None,
-            track=lambda items, total, description: items,
-        )
+        data = DataConfig(img_size=sizes.img_size, cache_dir=str(root / "cache"))
+        cache = open_cache(manifest, data, mode="disk")
         source = Source(manifest, cache, sizes, device)
         stages = measure_stages(source)
         console.say(

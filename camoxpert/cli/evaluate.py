@@ -283,6 +283,7 @@ def _checkpoint(
     """Score a checkpoint on data sets."""
     from camoxpert.data.files.manifest import (
         Manifest,
+        Search,
         find_test_sets,
         load_eval,
         read_clean_list,
@@ -302,11 +303,8 @@ def _checkpoint(
         for path in options.data:
             found = load_eval(
                 path,
-                layout=options.layout,
-                noncam=options.noncam,
+                Search(options.layout, options.noncam, clean, options.allow_outside),
                 split=options.split,
-                clean=clean,
-                allow_outside=options.allow_outside,
             )
             for name, manifest in found.items():
                 if name in sets:
@@ -318,11 +316,7 @@ def _checkpoint(
         data = predictor.config.data
         # What the run was allowed counts for nothing: a checkpoint may come from anybody.
         sets = find_test_sets(
-            data.roots,
-            layout=data.layout,
-            noncam=data.noncam,
-            clean=clean,
-            allow_outside=options.allow_outside,
+            data.roots, Search(data.layout, data.noncam, clean, options.allow_outside)
         )
         if not sets:
             raise DataError("The run's data has no test set beside it. Give one with --data DIR.")

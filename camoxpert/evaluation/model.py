@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from camoxpert.config import DataConfig
 from camoxpert.console import bar
 from camoxpert.data.files.image_io import write_jpeg
 from camoxpert.data.files.manifest import Manifest
@@ -75,7 +76,6 @@ def evaluate_set(
     intervals: bool = True,
     checkpoint_name: str = "best",
     method: str = "",
-    check_stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Score one data set; write ``evaluation/<name>.json``, ``.csv``, ``.png`` (curves) and the
     gallery under ``output``.
@@ -94,7 +94,6 @@ def evaluate_set(
         intervals: also bootstrap confidence intervals.
         checkpoint_name: goes into the result.
         method: name in tables and in the ledger; by default the output folder's.
-        check_stop: called between batches; raises to stop.
 
     Returns:
         The content of the JSON file.
@@ -111,10 +110,9 @@ def evaluate_set(
     pictures = Gallery(gallery)
     loader = build_eval_loader(
         manifest,
-        img_size=predictor.img_size,
+        DataConfig(img_size=predictor.img_size, max_pixels=predictor.config.data.max_pixels),
         batch_size=batch_size,
         num_workers=num_workers,
-        max_pixels=predictor.config.data.max_pixels,
         keep_images=gallery > 0,
     )
 
@@ -141,7 +139,6 @@ def evaluate_set(
         groups={pair.name: pair.group for pair in manifest.pairs},
         context=predictor.context,
         seen=seen,
-        check_stop=check_stop,
     )
     result = summarise(
         evaluator, method=method or output.resolve().name, dataset=name, intervals=intervals

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from camoxpert.console import bar
-from camoxpert.data.files.csv_paths import listed_file
+from camoxpert.data.files.csv_paths import listed_file, text_file
 from camoxpert.data.files.image_io import read_image, write_jpeg, write_png
-from camoxpert.data.files.manifest import text_file
 from camoxpert.errors import DataError
 from camoxpert.files import append_here, leads_outside
 from camoxpert.inference.predictor import Predictor

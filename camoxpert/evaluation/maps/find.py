@@ -22,7 +22,7 @@ from camoxpert.data.files.layouts import (
     is_noncam,
     recognise,
 )
-from camoxpert.data.files.manifest import load_eval
+from camoxpert.data.files.manifest import Search, load_eval
 from camoxpert.errors import ConfigError, DataError
 
 SHOWN = 10
@@ -127,7 +127,7 @@ def _mask_sets(path: Path, images: Path | None, noncam: str) -> list[MaskSet]:
                 {pair.name: pair.image for pair in manifest.pairs},
                 manifest.notes,
             )
-            for name, manifest in load_eval(path, noncam=noncam).items()
+            for name, manifest in load_eval(path, Search(noncam=noncam)).items()
         ]
     folders = {sub: _mask_folder(sub) for sub in _subfolders(path)}
     bare = [sub.name for sub, masks in folders.items() if masks is None]
