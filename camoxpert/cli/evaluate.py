@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from camoxpert import stop
 from camoxpert.cli import no_overrides
 from camoxpert.errors import ConfigError, DataError
 
@@ -125,19 +126,12 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     _check(options, typed)
     from camoxpert.evaluation.ledger import append_rows, check_ledger, ledger_row
-    from camoxpert.training.guards import StopFlag, watch
 
     if options.ledger:
         check_ledger(Path(options.ledger))  # not after an hour of scoring
-    stop = StopFlag()
-
-    def check_stop() -> None:
-        if stop.code():
-            raise stop.stopped("Nothing of the data set in progress was written.")
-
-    with watch(stop):
-        of_maps = bool(options.predictions or options.list)
-        results, output = (_maps if of_maps else _checkpoint)(options, typed, check_stop)
+    of_maps = bool(options.predictions or options.list)
+    with stop.watch(), stop.outcome("Nothing of the data set in progress was written."):
+        results, output = (_maps if of_maps else _checkpoint)(options, typed, stop.check)
     _print(results, options.format)
     if options.format == "text":
         print(f"per image, curves and pictures: {output}")
@@ -339,7 +333,6 @@ def _checkpoint(
             intervals=not options.no_intervals,
             checkpoint_name=file.stem,
             method=method,
-            check_stop=check_stop,
         )
         for name, manifest in sets.items()
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from camoxpert import stop
 from camoxpert.cli import no_overrides, print_paragraph
 from camoxpert.errors import ConfigError
 
@@ -44,19 +45,15 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--batch-size must be at least 1 and --threshold between 0 and 1.")
     from camoxpert.inference.photos import find_photos, predict_photos
     from camoxpert.inference.predictor import load_predictor
-    from camoxpert.training.guards import StopFlag, watch
 
     photos = find_photos(options.inputs, allow_outside=options.allow_outside)
     predictor = load_predictor(
         Path(options.checkpoint), device=options.device, precision=options.precision
     )
-    stop = StopFlag()
-
-    def check_stop() -> None:
-        if stop.code():
-            raise stop.stopped("What is done is written; run the same command again for the rest.")
-
-    with watch(stop):
+    with (
+        stop.watch(),
+        stop.outcome("What is done is written; run the same command again for the rest."),
+    ):
         result = predict_photos(
             predictor,
             photos,
@@ -65,7 +62,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             batch_size=options.batch_size,
             threshold=options.threshold,
             overwrite=options.overwrite,
-            check_stop=check_stop,
+            check_stop=stop.check,
         )
     there = f", {result.skipped} were there already" if result.skipped else ""
     print(f"{result.done} images predicted{there}; results in {options.output}")

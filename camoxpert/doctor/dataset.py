@@ -173,7 +173,8 @@ def _check_masks(found: Examination) -> None:
                 level,
                 "masks",
                 f"{dataset} {split}: empty masks: {len(empty)}. Training and scoring "
-                f"treat images without an object differently; leave them out unless they are intended.",
+                f"treat images without an object differently; leave them out unless they are "
+                f"intended.",
                 [facts.pair.mask for facts in empty],
             )
         if full:
