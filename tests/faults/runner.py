@@ -215,7 +215,7 @@ def slow_start() -> None:
 
 def slow_decoding() -> None:
     """Make building a cache take long enough to be interrupted."""
-    from camoxpert.data.cache.build import build as cache
+    from camoxpert.data.cache import build as cache
 
     honest = cache.read_pair
 

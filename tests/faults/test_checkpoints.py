@@ -332,7 +332,7 @@ class TestChanges:
         said = " ".join(capsys.readouterr().err.split())
         assert f"(1 missing: {picture.stem})" in said and "--allow-data-change" in said
         assert train(*self.WORDS, "--allow-data-change", data=own, out=out) == 0
-        assert "epoch 1 starts anew, as allowed" in capsys.readouterr().out
+        assert "epoch 1 restarts, as allowed" in capsys.readouterr().out
 
 
 class TestShared:

@@ -25,7 +25,7 @@ from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime import processes as distributed
 from camoxpert.runtime.processes import begin_life, is_peer_loss, join
 from camoxpert.synthesis.toy import generate_toy
-from camoxpert.training.batching import MicroBatch, keep_effective
+from camoxpert.training.batching import Batching, keep_effective
 from camoxpert.training.prepare import prepare
 from camoxpert.training.validate import validate
 
@@ -400,4 +400,4 @@ def test_the_images_of_a_step_are_shared_anew(size, steps, before, processes, ex
     assert made.effective == size * steps * before
     with pytest.raises(ConfigError, match="cannot share them equally"):
         keep_effective(TrainConfig(), was | {"size": 7}, 16)
-    assert MicroBatch(4, 2, False, "", processes=3).effective == 24
+    assert Batching(4, 2, False, "", processes=3).effective == 24
