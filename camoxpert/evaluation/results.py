@@ -101,7 +101,8 @@ class EvaluationResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores.json``: all values, those of the source among them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, **asdict(values.pop("source"))}
+        source = asdict(values.pop("source"))
+        return {**values, **source}
 
 
 @dataclass(frozen=True)
