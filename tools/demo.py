@@ -58,7 +58,7 @@ def demo(output: Path) -> int:
         "--overwrite",
     )
 
-    result = json.loads((run / "evaluation" / "toy.json").read_text())
+    (result,) = json.loads((run / "evaluation" / "scores.json").read_text())["results"]
     score, floor = result["scores"]["wFmeasure"], result["baseline"]["all_foreground"]["wFmeasure"]
     print(
         f"\nweighted F {score:.3f} on {result['num_images']} test images; marking everything "

@@ -22,6 +22,7 @@ import torch
 from camoxpert.benchmark import data, moe, train
 from camoxpert.cli import main
 from camoxpert.config import build_config
+from camoxpert.pages.scored import run_results
 
 
 def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"],
         "images_per_second": statistics.median(r["images_per_second"] for r in steps),
         "data_wait": statistics.median(r["data_wait"] for r in steps),
-        "scores": json.loads((run / "evaluation" / "toy.json").read_text())["scores"],
+        "scores": run_results(run)[0]["scores"],
         "profile": json.loads(figures.read_text()),
         "memory": json.loads((run / "run.json").read_text())["batch"],
     }

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from camoxpert.metrics import RESULT_KEYS
+from camoxpert.pages.scored import run_results
 
 HEAD = """# Results
 
@@ -31,10 +32,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "name": folder.name,
         "info": json.loads((folder / "run.json").read_text()),
         "config": yaml.safe_load((folder / "config.yaml").read_text()),
-        "tests": {
-            path.stem: json.loads(path.read_text())
-            for path in sorted((folder / "evaluation").glob("*.json"))
-        },
+        "tests": {result["dataset"]: result for result in run_results(folder)},
     }
 
 

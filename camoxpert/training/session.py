@@ -213,8 +213,10 @@ def train_and_score(run: Run) -> dict[str, dict[str, float]]:
 
 def share_and_score(run: Run) -> dict[str, dict[str, float]]:
     """Write the best weights for sharing, score them on every test set, and print the table."""
-    from camoxpert.evaluation.model import evaluate_set, score_table
+    from camoxpert.evaluation.model import evaluate_run
+    from camoxpert.evaluation.options import ScoringOptions
     from camoxpert.inference.predictor import Predictor
+    from camoxpert.pages.tables import text_table
 
     best = run.folder / "checkpoints" / "best.pt"
     outcome = f"Training is done and saved in {run.path}; the same command scores it."
@@ -225,20 +227,15 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
             return {}
         predictor = Predictor(load_checkpoint(best), device=run.device, precision=run.precision)
         with run.log.phase("testing"):
-            results = [
-                evaluate_set(
-                    predictor,
-                    name,
-                    manifest,
-                    output=run.folder,
-                    batch_size=run.plan.stages[-1].batch_size,
-                    num_workers=0,
-                    gallery=run.config.run.num_images,
-                )
-                for name, manifest in run.data.tests.items()
-            ]
-    console.say(score_table(results))
-    return {result["dataset"]: result["scores"] for result in results}
+            results = evaluate_run(
+                predictor,
+                run.data.tests,
+                ScoringOptions(gallery=run.config.run.num_images),
+                batch_size=run.plan.stages[-1].batch_size,
+            )
+    rows = [result.to_dict() for result in results]
+    console.say(text_table(rows, tuple(results[0].scores)))
+    return {result.dataset: result.scores for result in results}
 
 
 def close_run(run: Run, status: str) -> None:

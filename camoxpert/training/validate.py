@@ -111,7 +111,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
                 read(),
                 device=run.device,
                 evaluator=evaluator,
-                context=lambda: run.precision.autocast(run.device),
+                precision=run.precision,
                 seen=show,
             )
             found = evaluator.state_dict()

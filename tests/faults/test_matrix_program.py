@@ -24,7 +24,9 @@ from camoxpert.config import build_config
 from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import device_batches
 from camoxpert.errors import CheckpointError
-from camoxpert.evaluation.model import evaluate_set
+from camoxpert.evaluation.model import evaluate_model
+from camoxpert.evaluation.options import ScoringOptions
+from camoxpert.evaluation.output import OutputFolder
 from camoxpert.files import read_jsonl
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.losses import total_loss
@@ -164,20 +166,21 @@ def test_scores_depend_on_neither_batch_workers_nor_order(
 
     def scored(name: str, size: int, count: int, backwards: bool):
         pairs = manifest.pairs[::-1] if backwards else manifest.pairs
-        result = evaluate_set(
-            predictor,
-            "toy",
-            replace(manifest, pairs=pairs),
-            output=tmp_path / name,
-            batch_size=size,
-            num_workers=count,
-            gallery=0,
-            intervals=False,
-        )
-        rows = (tmp_path / name / "evaluation" / "toy.csv").read_text().splitlines()
+        options = ScoringOptions(gallery=0, intervals=False)
+        with OutputFolder(tmp_path / name) as folder:
+            (result,) = evaluate_model(
+                predictor,
+                {"toy": replace(manifest, pairs=pairs)},
+                options,
+                batch_size=size,
+                num_workers=count,
+                output=folder,
+            )
+            folder.finish()
+        rows = (tmp_path / name / "per_image" / "tiny" / "toy.csv").read_text().splitlines()
         seen = tuple(sizes)
         sizes.clear()
-        return result["scores"], result["data_hash"], sorted(rows), seen
+        return result.scores, result.data_hash, sorted(rows), seen
 
     expected = scored("a", 2, 0, False)
     assert sum(expected[3]) == len(manifest)
@@ -367,7 +370,7 @@ class TestOptionalParts:
         said = [str(w.message) for w in seen if "TensorBoard" in str(w.message)]
         assert len(said) == 1 and "not available" in said[0]
         assert "No chart of training loss" in (tmp_path / "r" / "report.html").read_text()
-        assert (tmp_path / "r" / "evaluation" / "toy.json").is_file()
+        assert (tmp_path / "r" / "evaluation" / "scores.json").is_file()
         assert not list((tmp_path / "r").glob("events*"))
 
     def test_a_disk_that_fills_up_under_tensorboard(self, tmp_path: Path) -> None:

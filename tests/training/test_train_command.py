@@ -24,7 +24,7 @@ class TestCommand:
         assert info["argv"][:2] == ["camoxpert", "train"]
         kinds = [r["kind"] for r in read_jsonl(tiny_run / "metrics.jsonl")]
         assert {"train", "validation", "routing", "event"} <= set(kinds)
-        result = json.loads((tiny_run / "evaluation" / "toy.json").read_text())
+        result = json.loads((tiny_run / "evaluation" / "scores.json").read_text())["results"][0]
         assert result["num_images"] == 8
         assert load_config(file=tiny_run / "config.yaml").train.epochs == 2
         stages = [r["text"] for r in records(tiny_run, "event") if "stage" in r["text"]]

@@ -115,6 +115,11 @@ def read_image(
         return _as_rgb(_upright(_load(image, path), orientation))
 
 
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """Return the pixels of a Pillow image upright, uint8 RGB (H, W, 3), as ``read_image`` does."""
+    return _as_rgb(_upright(image, int(image.getexif().get(ORIENTATION_TAG, 1))))
+
+
 def read_mask(
     path: str | Path, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = True
 ) -> np.ndarray:
