@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from camoxpert import console
+from camoxpert import console, text
 from camoxpert.benchmark.common import (
     Ratio,
     Report,
@@ -177,7 +177,7 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
     show_table([[name, f"{value:.2f} ms"] for name, value in times.items()])
     for name, ratio in ratios.items():
         console.say(f"  {name}: {quartiles(ratio)}")
-    console.say(f"  {rate:.1f} images/s, {counter.syncs} host syncs in a step")
+    console.say(f"  {rate:.1f} images/s, {text.count(counter.syncs, 'host sync')} in a step")
     report |= {
         "syncs_per_step": counter.syncs,
         "milliseconds": times,

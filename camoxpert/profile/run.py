@@ -234,7 +234,8 @@ def show(profile: Profile, step: TrainingStep) -> None:
         f"{profile.images_per_second:.1f} images/s; {profile.model_flops_utilisation:.1%} of the "
         f"{profile.peak_tflops:.2f} TFLOP/s that a matrix product reaches here"
     )
-    console.say(f"{profile.host_syncs} host syncs and {profile.operators} operators in a step")
+    syncs = text.count(profile.host_syncs, "host sync")
+    console.say(f"{syncs} and {profile.operators} operators in a step")
     console.say(f"{profile.verdict}-bound: {profile.evidence}")
     for found in profile.advice:
         console.say(f"  up to {found['gain']:.2f} times as fast: {found['text']}")
