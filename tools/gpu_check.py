@@ -22,7 +22,7 @@ from camoxpert.benchmark import data, moe, train
 from camoxpert.cli import main
 from camoxpert.config import build_config
 from camoxpert.runs.log import git_commit
-from camoxpert.runtime.device import device_name
+from camoxpert.runtime.device import Precision, device_name
 
 
 def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
     if not smoke:
         settings |= {"model.backbone": "edgenext_base", "data.img_size": 352}
     config = build_config(settings)
+    precision = Precision(torch.bfloat16, False, "bf16")
     rounds = 2 if smoke else 15
     maps = ((2, 4),) if smoke else moe.SIZES
     result: dict[str, Any] = {
@@ -86,7 +87,7 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         "tests_exit_code": tests_exit_code,
         "moe": moe.run(device=device, sizes=maps, rounds=rounds),
         "step": train.run(
-            train.Subject(config, device, torch.bfloat16, batch_size=2 if smoke else 32),
+            train.Subject(config, device, precision, batch_size=2 if smoke else 32),
             rounds=rounds,
         ),
     }
