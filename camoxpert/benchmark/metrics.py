@@ -27,7 +27,7 @@ from camoxpert.benchmark.common import (
 from camoxpert.data.files.image_io import write_png
 from camoxpert.errors import ConfigError
 from camoxpert.evaluation.maps.find import MapJob, MapTask
-from camoxpert.evaluation.maps.score import MapOptions, score_task
+from camoxpert.evaluation.maps.score import MapOptions, score_chunks
 from camoxpert.metrics import FAST_KEYS, RESULT_KEYS
 from camoxpert.metrics.histogram import joint_histogram
 from camoxpert.metrics.inputs import checked_mask, checked_prediction
@@ -230,12 +230,9 @@ def _workers(files: int, height: int, width: int, rounds: int) -> Workers:
         def rate(workers: int) -> float:
             times: list[float] = []
             counts: list[int] = []
-
-            def done(count: int) -> None:
+            for scores in score_chunks(task, MapOptions(keys=RESULT_KEYS), workers):
                 times.append(time.perf_counter())
-                counts.append(count)
-
-            score_task(task, MapOptions(keys=RESULT_KEYS), num_workers=workers, done=done)
+                counts.append(len(scores))
             # By then both processes have returned results.
             skip = 2
             return sum(counts[skip:]) / (times[-1] - times[skip - 1])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from camoxpert import console
+from camoxpert import console, text
 from camoxpert.benchmark.common import (
     Ratio,
     Report,
@@ -24,7 +24,7 @@ from camoxpert.config import Config, ModelConfig
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.profile.syncs import SyncCounter
-from camoxpert.runtime.device import device_name, wait_for
+from camoxpert.runtime.device import Precision, device_name, wait_for
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.optim import build_optimizer
 
@@ -39,13 +39,13 @@ class Subject:
     Attributes:
         config: model and image size.
         device: where.
-        dtype: of the forward pass; None is float32.
+        precision: of the forward pass.
         batch_size: images per step.
     """
 
     config: Config
     device: torch.device
-    dtype: torch.dtype | None
+    precision: Precision
     batch_size: int
 
     def with_model(self, model: ModelConfig) -> Step:
@@ -63,7 +63,7 @@ class Step:
     def __init__(self, subject: Subject) -> None:
         torch.manual_seed(0)
         config, device, batch_size = subject.config, subject.device, subject.batch_size
-        self.config, self.device, self.dtype = config, device, subject.dtype
+        self.config, self.device, self.precision = config, device, subject.precision
         self.model: CamoXpert = build_model(config.model).to(device).train()
         self.optimizer = build_optimizer(self.model, config.optim)
         self.ema = ModelEma(self.model, 0.999)
@@ -73,13 +73,9 @@ class Step:
         )
         self.masks = (torch.rand(batch_size, 1, size, size, device=device) > 0.7).float()
 
-    def autocast(self) -> torch.autocast:
-        """Return the autocast context of the benchmark's precision."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-
     def full(self) -> None:
         """Take one whole training step."""
-        with self.autocast():
+        with self.precision.autocast(self.device):
             output = self.model(self.images)
         loss, _ = total_loss(output, self.masks, self.config.loss)
         loss.backward()
@@ -89,7 +85,7 @@ class Step:
     def backbone(self) -> None:
         """Take the step of the backbone alone, with a trivial loss and without EMA."""
         images = self.images.float() / 255
-        with self.autocast():
+        with self.precision.autocast(self.device):
             maps = self.model.backbone(images)
         torch.stack([m.float().mean() for m in maps]).sum().backward()
         self._finish(self.model.backbone)
@@ -97,11 +93,11 @@ class Step:
     def decoder(self) -> Callable[[], None]:
         """Return the decoder's forward and backward pass on fixed features."""
         images = self.images.float() / 255
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.precision.autocast(self.device):
             features = [m.detach() for m in self.model.backbone(images)]
 
         def step() -> None:
-            with self.autocast():
+            with self.precision.autocast(self.device):
                 logits, sides, _ = self.model.decoder(images, features)
             total = logits.float().square().mean()
             (total + sum(side.float().square().mean() for side in sides)).backward()
@@ -126,7 +122,7 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
         with_loop: also time the per-image loop, which takes long on a GPU.
     """
     config, model, batch_size = subject.config, subject.config.model, subject.batch_size
-    precision = str(subject.dtype or torch.float32).removeprefix("torch.")
+    precision = str(subject.precision.dtype or torch.float32).removeprefix("torch.")
     report = heading(
         "train",
         {
@@ -177,7 +173,7 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
     show_table([[name, f"{value:.2f} ms"] for name, value in times.items()])
     for name, ratio in ratios.items():
         console.say(f"  {name}: {quartiles(ratio)}")
-    console.say(f"  {rate:.1f} images/s, {counter.syncs} host syncs in a step")
+    console.say(f"  {rate:.1f} images/s, {text.count(counter.syncs, 'host sync')} in a step")
     report |= {
         "syncs_per_step": counter.syncs,
         "milliseconds": times,

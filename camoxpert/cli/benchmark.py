@@ -175,4 +175,4 @@ def _subject(options: argparse.Namespace) -> Subject:
         raise ConfigError(f"--precision {options.precision}: use auto, fp32, bf16 or fp16.")
     device = choose_device(options.device)
     precision = choose_precision(TrainConfig(precision=options.precision), device)
-    return Subject(config, device, precision.dtype, options.batch_size)
+    return Subject(config, device, precision, options.batch_size)

@@ -151,6 +151,11 @@ class ComponentTimer:
 def watched(model: CamoXpert, timer: ComponentTimer) -> Iterator[None]:
     """Charge the forward pass of every part of the model to its component inside the block."""
     timer.watch(model.backbone, "backbone")
+    if model.decoder.checkpointing:
+        # timm recomputes the backbone block by block.
+        for part in model.backbone.modules():
+            for block in part if isinstance(part, nn.Sequential) else ():
+                timer.watch(block, "backbone")
     timer.watch(model.decoder, "decoder")
     for level in model.decoder.levels:
         assert isinstance(level, Level)

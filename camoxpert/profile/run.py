@@ -35,20 +35,20 @@ class TrainingStep:
     Everything that the profile uses of the training is in here.
     """
 
-    def __init__(self, setup: Run) -> None:
-        stage = setup.plan.stages[-1]
-        set_trainable(setup, stage, stage.first_epoch + stage.epochs - 1)
-        setup.model.set_active_experts(setup.config.model.top_k)
-        set_lr(setup.optimizer, 1e-6)
-        self.setup = setup
-        self.device = setup.device
+    def __init__(self, run: Run) -> None:
+        stage = run.plan.stages[-1]
+        set_trainable(run, stage, stage.first_epoch + stage.epochs - 1)
+        run.model.set_active_experts(run.config.model.top_k)
+        set_lr(run.optimizer, 1e-6)
+        self.run = run
+        self.device = run.device
         self.images = stage.batch_size
-        self.loader = training_loader(setup, stage.batch_size)
+        self.loader = training_loader(run, stage.batch_size)
         self.batches = _full_batches(self.loader)
 
     def take(self, batch: Batch) -> None:
         """Take one optimizer step."""
-        train_step(self.setup, [batch.to(self.device)])
+        train_step(self.run, [batch.to(self.device)])
 
     def receive(self, batch: Batch | RawBatch) -> Batch:
         """Return the batch on the device, changed there if it is raw."""
@@ -116,15 +116,15 @@ class Profile:
     timer_cost: float
 
 
-def run(setup: Run, *, steps: int = 10, trace: Path | None = None) -> Report:
+def run(prepared: Run, *, steps: int = 10, trace: Path | None = None) -> Report:
     """Profile, print, and return the content of the JSON file; the weights change.
 
     Args:
-        setup: as for training.
+        prepared: a run that was prepared as for training.
         steps: timed steps.
         trace: also write a trace of three steps for chrome://tracing or Perfetto.
     """
-    step = TrainingStep(setup)
+    step = TrainingStep(prepared)
     try:
         for _ in range(3):
             step.take(step.fetch())
@@ -136,18 +136,18 @@ def run(setup: Run, *, steps: int = 10, trace: Path | None = None) -> Report:
         profile = judge(step, times, counter, rounds=max(3, steps // 2))
         show(profile, step)
         if trace is not None:
-            write_trace(trace, setup.device, lambda: step.take(kept))
+            write_trace(trace, prepared.device, lambda: step.take(kept))
             console.say(f"trace of three steps: {trace} (chrome://tracing, ui.perfetto.dev)")
     finally:
         step.close()
     settings = {
-        "backbone": setup.config.model.backbone,
-        "img_size": setup.config.data.img_size,
+        "backbone": prepared.config.model.backbone,
+        "img_size": prepared.config.data.img_size,
         "batch_size": step.images,
-        "num_workers": setup.data.loading.num_workers,
-        "precision": setup.precision.name,
+        "num_workers": prepared.data.loading.num_workers,
+        "precision": prepared.precision.name,
         "steps": steps,
-        "device": device_name(setup.device),
+        "device": device_name(prepared.device),
     }
     return heading("profile", settings) | asdict(profile)
 
@@ -157,7 +157,7 @@ def measure(step: TrainingStep, kept: Batch, steps: int) -> Times:
     timer, spare = ComponentTimer(step.device), ComponentTimer(step.device)
     plain: list[float] = []
     timed: list[float] = []
-    model = step.setup.model
+    model = step.run.model
     for _ in range(steps):
         # With and without the timer in turns: its own cost is part of the result.
         started = time.perf_counter()
@@ -188,9 +188,9 @@ def measure(step: TrainingStep, kept: Batch, steps: int) -> Times:
 
 def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int) -> Profile:
     """Diagnose the step and put all figures together."""
-    setup = step.setup
-    peak = arithmetic_peak(step.device, setup.precision.dtype)
-    use = 3 * 2e9 * setup.gmacs * step.images / times.plain / peak
+    run = step.run
+    peak = arithmetic_peak(step.device, run.precision.dtype)
+    use = 3 * 2e9 * run.gmacs * step.images / times.plain / peak
     workload = Workload(step.fetch, step.take, _doubled, step.wait)
     diagnosis = diagnose(workload, rounds=rounds, syncs=counter.syncs, utilisation=use)
     return Profile(
@@ -198,8 +198,8 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
         step_milliseconds=1e3 * sum(times.components.values()),
         host_milliseconds=1e3 * times.host,
         images_per_second=step.images / diagnosis.seconds,
-        parameters=setup.parameters,
-        gmacs=setup.gmacs,
+        parameters=run.parameters,
+        gmacs=run.gmacs,
         peak_tflops=peak / 1e12,
         model_flops_utilisation=use,
         host_syncs=counter.syncs,
@@ -215,7 +215,7 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
             diagnosis,
             times.components,
             batch_size=step.images,
-            num_workers=setup.data.loading.num_workers,
+            num_workers=run.data.loading.num_workers,
             accelerator=step.device.type == "cuda",
         ),
         timer_cost=times.cost,
@@ -224,7 +224,7 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
 
 def show(profile: Profile, step: TrainingStep) -> None:
     """Print a profile."""
-    size = step.setup.config.data.img_size
+    size = step.run.config.data.img_size
     console.say(f"one training step, {text.count(step.images, 'image')} of {size} px:")
     total = profile.step_milliseconds
     rows = [[n, f"{ms:.2f} ms", f"{ms / total:.1%}"] for n, ms in profile.milliseconds.items()]
@@ -234,7 +234,8 @@ def show(profile: Profile, step: TrainingStep) -> None:
         f"{profile.images_per_second:.1f} images/s; {profile.model_flops_utilisation:.1%} of the "
         f"{profile.peak_tflops:.2f} TFLOP/s that a matrix product reaches here"
     )
-    console.say(f"{profile.host_syncs} host syncs and {profile.operators} operators in a step")
+    syncs = text.count(profile.host_syncs, "host sync")
+    console.say(f"{syncs} and {profile.operators} operators in a step")
     console.say(f"{profile.verdict}-bound: {profile.evidence}")
     for found in profile.advice:
         console.say(f"  up to {found['gain']:.2f} times as fast: {found['text']}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,20 +31,22 @@ WAITING = (
 READERS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 
 
-class SyncCounter(TorchDispatchMode):
-    """Counts operators and host syncs in its block; ``places`` maps each sync's source line to a
-    count.
+class SyncCounter:
+    """Counts operators and host syncs in its block, and where the syncs come from.
 
     Counts what would wait on a CUDA device, on any device: reading a value (``item``, ``tolist``,
     ``bool``), copying to the host, and operators whose result's size depends on values.
+
+    Attributes:
+        operators: number of operators.
+        places: source line -> number of its syncs.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.operators = 0
         self.places: Counter[str] = Counter()
         self.reading = False
-        self._readers = _Readers(self)
+        self._modes = ExitStack()
 
     @property
     def syncs(self) -> int:
@@ -51,47 +54,55 @@ class SyncCounter(TorchDispatchMode):
         return sum(self.places.values())
 
     def __enter__(self) -> SyncCounter:
-        super().__enter__()
-        self._readers.__enter__()
+        # torch does not annotate the constructor of its dispatch modes.
+        operators = _Operators()  # type: ignore[no-untyped-call]
+        readers = _Readers()
+        operators.counter = readers.counter = self
+        self._modes.enter_context(operators)
+        self._modes.enter_context(readers)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._readers.__exit__(*error)
-        super().__exit__(*error)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Count one operator."""
-        self.operators += 1
-        name = str(func).removeprefix("aten.")
-        if not self.reading and (
-            any(name == waiting or name.startswith(f"{waiting}.") for waiting in WAITING)
-            or _to_host(func, args, kwargs or {})
-            or _selects_by_mask(name, args)
-        ):
-            self.note()
-        return func(*args, **(kwargs or {}))
+    def __exit__(self, *error: object) -> None:
+        self._modes.close()
 
     def note(self) -> None:
         """Count one sync, at the innermost line outside of torch."""
         for frame in reversed(traceback.extract_stack(limit=40)):
-            if "/torch/" not in frame.filename and not frame.filename.endswith("syncs.py"):
+            if "/torch/" not in frame.filename and frame.filename != __file__:
                 self.places[f"{frame.filename}:{frame.lineno} {frame.line}"] += 1
                 return
         self.places["torch"] += 1
 
 
+class _Operators(TorchDispatchMode):
+    """Counts every operator, and those that wait as a sync."""
+
+    counter: SyncCounter
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count one operator."""
+        self.counter.operators += 1
+        name = str(func).removeprefix("aten.")
+        if not self.counter.reading and (
+            any(name == waiting or name.startswith(f"{waiting}.") for waiting in WAITING)
+            or _to_host(func, args, kwargs or {})
+            or _selects_by_mask(name, args)
+        ):
+            self.counter.note()
+        return func(*args, **(kwargs or {}))
+
+
 class _Readers(TorchFunctionMode):
     """Counts the methods that read a whole tensor as one sync each."""
 
-    def __init__(self, counter: SyncCounter) -> None:
-        super().__init__()
-        self.counter = counter
+    counter: SyncCounter
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        """Call a function of torch; count it if it reads a whole tensor."""
         if func not in READERS:
             return func(*args, **(kwargs or {}))
         self.counter.note()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from camoxpert.config import Config
-from camoxpert.losses import expert_counts
+from camoxpert.models.balance import expert_counts
 from camoxpert.models.router import Routing
 
 

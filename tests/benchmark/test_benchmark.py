@@ -1,4 +1,4 @@
-"""The benchmark command: its figures hang together. No speed is asserted here."""
+"""The benchmark command: its figures are consistent. No speed is asserted here."""
 
 import json
 import sys
@@ -22,13 +22,13 @@ def test_variants_take_turns() -> None:
 
 
 def test_the_ratio_is_taken_round_by_round() -> None:
-    # The machine slows down threefold half way: the ratio does not notice.
+    # The machine becomes three times slower half way; the ratio stays the same.
     ratio = paired_ratio([2, 2, 6, 6], [1, 1, 3, 3])
     assert ratio == {"ratio": 2, "low": 2, "high": 2}
     assert paired_ratio([3], [2])["ratio"] == 1.5
 
 
-def test_generated_pairs_look_like_a_models() -> None:
+def test_generated_pairs_look_like_those_of_a_model() -> None:
     for seed in range(6):
         prediction, mask = make_pair(seed, 96, 128)
         assert prediction.shape == mask.shape == (96, 128)
@@ -70,7 +70,7 @@ def test_what_bounds_it_is_computed() -> None:
     assert "50% of the remaining 2.0 ms" in line
 
 
-def test_moe_counts_and_ratios_hang_together(tmp_path: Path) -> None:
+def test_moe_counts_and_ratios_are_consistent(tmp_path: Path) -> None:
     from camoxpert.benchmark import moe
 
     file = tmp_path / "moe.json"
@@ -83,7 +83,7 @@ def test_moe_counts_and_ratios_hang_together(tmp_path: Path) -> None:
         assert ends["loop"]["operators"] > ends["sorted"]["operators"]
         if row["family"] == "uniform":
             assert ends["gathered"]["syncs"] == 0
-            # The router aside, two experts do the work of one that is twice as wide.
+            # Apart from the router two experts do the work of one that is twice as wide.
             assert row["macs_over_one_expert"] == pytest.approx(1, abs=0.01)
     assert main(["benchmark", "moe", *words, "--num-experts", "2", "--top-k", "3"]) == 2
 

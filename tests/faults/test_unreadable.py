@@ -335,7 +335,7 @@ class TestStopping:
         return check_stop
 
     def test_a_build_that_is_stopped_continues(self, data, tmp_path, monkeypatch) -> None:
-        from camoxpert.data.cache.build import build as cache_module
+        from camoxpert.data.cache import build as cache_module
 
         monkeypatch.setattr(cache_module, "usable_cores", lambda: 1)
         config = settings(data, tmp_path, cache="disk")

@@ -10,7 +10,7 @@ from camoxpert.profile.diagnose import Diagnosis, Workload, advice, diagnose
 
 
 def workload(*, data: float, launch: float, per_image: float) -> Workload:
-    """A step that sleeps: for its data, for its launches, and for every image."""
+    """Return a step that sleeps for its data, for its launches, and for every image."""
 
     def fetch() -> int:
         time.sleep(data)
@@ -24,7 +24,7 @@ def workload(*, data: float, launch: float, per_image: float) -> Workload:
 
 @pytest.mark.parametrize("repeat", range(10))
 def test_verdicts_on_steps_whose_bound_is_known(repeat: int) -> None:
-    """Sleeps of many milliseconds: scheduling adds under one."""
+    """Each step sleeps for many milliseconds; scheduling adds less than one."""
     starved = diagnose(workload(data=0.03, launch=0.0, per_image=0.002), rounds=3)
     assert starved.verdict == "data"
     launching = diagnose(workload(data=0.0, launch=0.03, per_image=0.0002), rounds=3)

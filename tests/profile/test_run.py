@@ -25,7 +25,7 @@ def test_the_command_takes_a_real_step_apart(
     assert main(words) == 0
     result = json.loads(file.read_text())
     rows = result["milliseconds"]
-    # Whatever no component claims is "other": the rows are the wall time of the step.
+    # The rest is "other": the rows add up to the wall time of the step.
     assert sum(rows.values()) == pytest.approx(result["step_milliseconds"], rel=1e-6)
     parts = {"data wait", "copy", "backbone", "router", "decoder", "heads", "loss", "backward"}
     assert parts | {"clip", "optimizer", "EMA", "other"} <= set(rows)

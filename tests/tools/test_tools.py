@@ -1,4 +1,4 @@
-"""The maintainers' scripts run and say what they measured."""
+"""The maintainers' scripts run and report what they measured."""
 
 import importlib.util
 import json

@@ -11,7 +11,8 @@ import torch.multiprocessing as multiprocessing
 
 from camoxpert.config import build_config
 from camoxpert.data.samples.batches import Batch
-from camoxpert.losses import balance_loss, expert_counts, total_loss
+from camoxpert.losses import total_loss
+from camoxpert.models.balance import balance_loss, expert_counts
 from camoxpert.models.camoxpert import build_model
 from camoxpert.models.router import Routing, choose
 from camoxpert.profile.syncs import SyncCounter

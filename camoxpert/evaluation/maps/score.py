@@ -142,6 +142,22 @@ def score_chunk(jobs: Sequence[MapJob], options: MapOptions) -> list[ImageScore 
     return [score_job(job, options) for job in jobs]
 
 
+def score_chunks(
+    task: MapTask, options: MapOptions, num_workers: int
+) -> Iterator[list[ImageScore | Fault]]:
+    """Yield the scores of a task's images in order, a chunk at a time, as they are done.
+
+    Args:
+        task: what to score.
+        options: how to score it.
+        num_workers: processes; 0 scores in this one, and so does any number for a few images.
+    """
+    work = partial(score_chunk, options=options)
+    chunks = [task.jobs[i : i + CHUNK] for i in range(0, len(task.jobs), CHUNK)]
+    parallel = num_workers > 0 and len(task.jobs) > FEW
+    yield from _in_workers(work, chunks, num_workers) if parallel else map(work, chunks)
+
+
 def score_task(
     task: MapTask, options: MapOptions, *, num_workers: int, label: str = "", max_faults: int = 100
 ) -> Evaluator:
@@ -160,10 +176,7 @@ def score_task(
     """
     evaluator = options.evaluator()
     faults: list[Fault] = []
-    work = partial(score_chunk, options=options)
-    chunks = [task.jobs[i : i + CHUNK] for i in range(0, len(task.jobs), CHUNK)]
-    parallel = num_workers > 0 and len(task.jobs) > FEW
-    results = _in_workers(work, chunks, num_workers) if parallel else map(work, chunks)
+    results = score_chunks(task, options, num_workers)
     with console.progress(label or task.method, total=len(task.jobs)) as bar:
         for scores in results:
             stop.check()
