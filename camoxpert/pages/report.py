@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from camoxpert.config import changed_settings, config_from_dict, get_setting, leaves, read_yaml
 from camoxpert.errors import ConfigError
-from camoxpert.files import read_json
 from camoxpert.pages import charts
 from camoxpert.pages.render import Chart, Picture, arrow, draw, inline_jpeg, number, write_page
+from camoxpert.pages.scored import run_results
 from camoxpert.runs.records import (
     EventRecord,
     Records,
@@ -24,7 +24,7 @@ from camoxpert.runs.records import (
 )
 
 Result = Mapping[str, Any]
-"""The content of a file in ``evaluation/``."""
+"""The result of a data set; see ``run_results``."""
 
 
 class Measure(NamedTuple):
@@ -117,8 +117,7 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run folder; parts that are missing become a sentence."""
     info = read_info(run_dir)
     records = read_records(run_dir / "metrics.jsonl")
-    found = [read_json(path) for path in sorted((run_dir / "evaluation").glob("*.json"))]
-    results = [result for result in found if result.get("scores")]
+    results = run_results(run_dir)
     phases = {name: seconds for name, seconds in (info.get("phases") or {}).items() if seconds}
     page = RunPage(
         name=run_dir.name,

@@ -25,20 +25,6 @@ PACKAGES = (
 )
 
 
-def create_run_dir(parent: Path, name: str) -> Path:
-    """Create ``parent/name``, or name-2, name-3 ...: a run never overwrites another."""
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        path = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            path.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return path
-
-
 def write_run_json(
     run_dir: Path,
     *,

@@ -24,14 +24,18 @@ class RunLog:
     """Writes a run's records and counts its phases.
 
     Args:
-        run_dir: an existing folder; None writes nothing, for ranks above 0.
+        run_dir: an existing folder; None writes nothing, as on ranks above 0.
         tensorboard: also write TensorBoard events; if they cannot be written, warn once and
             continue without them.
         resume_step: first step of a resumed run; TensorBoard hides its older events from there on.
     """
 
     def __init__(
-        self, run_dir: Path | None, *, tensorboard: bool = False, resume_step: int | None = None
+        self,
+        run_dir: Path | None = None,
+        *,
+        tensorboard: bool = False,
+        resume_step: int | None = None,
     ) -> None:
         self.path = (run_dir or Path()) / "metrics.jsonl"
         self._file: IO[str] | None = append_here(self.path) if run_dir else None

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import TINY_SETTINGS
+from helpers.runs import TINY_SETTINGS, train_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,11 +24,13 @@ from camoxpert.config import build_config
 from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import device_batches
 from camoxpert.errors import CheckpointError
-from camoxpert.evaluation.model import evaluate_set
+from camoxpert.evaluation.model import evaluate_model
+from camoxpert.evaluation.options import ScoringOptions
+from camoxpert.evaluation.output import OutputFolder
 from camoxpert.files import read_jsonl
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.losses import total_loss
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE
 from camoxpert.models.router import choose
 from camoxpert.runs import log as runlog
@@ -37,9 +39,9 @@ from camoxpert.runtime import gpu
 from camoxpert.runtime.gpu import GpuMonitor
 from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training import trainer
-from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import LateReader, RoutingMeter
-from camoxpert.training.prepare import compile_model, prepare, training_loader
+from camoxpert.training.prepare import compile_model, prepare
+from camoxpert.training.stages import training_loader
+from camoxpert.training.steplog import LateReader
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -51,7 +53,7 @@ TINY = {
 
 def tiny(data: Path, **values: object):
     named = {key.replace("__", "."): value for key, value in values.items()}
-    return prepare(build_config({**TINY, "data.roots": [str(data)], **named}), lambda text: None)
+    return prepare(build_config({**TINY, "data.roots": [str(data)], **named}))
 
 
 class TestLeaks:
@@ -82,10 +84,7 @@ class TestLeaks:
             return values
 
         monkeypatch.setattr(trainer, "train_step", watched)
-        folder.mkdir()
-        log = RunLog(folder, tensorboard=True)
-        trainer.train(setup, folder, log, stop=StopFlag(), say=lambda text: None)
-        log.close()
+        train_in(setup, folder, tensorboard=True)
         return seen
 
     @pytest.fixture
@@ -167,20 +166,21 @@ def test_scores_depend_on_neither_batch_workers_nor_order(
 
     def scored(name: str, size: int, count: int, backwards: bool):
         pairs = manifest.pairs[::-1] if backwards else manifest.pairs
-        result = evaluate_set(
-            predictor,
-            "toy",
-            replace(manifest, pairs=pairs),
-            output=tmp_path / name,
-            batch_size=size,
-            num_workers=count,
-            gallery=0,
-            intervals=False,
-        )
-        rows = (tmp_path / name / "evaluation" / "toy.csv").read_text().splitlines()
+        options = ScoringOptions(gallery=0, intervals=False)
+        with OutputFolder(tmp_path / name) as folder:
+            (result,) = evaluate_model(
+                predictor,
+                {"toy": replace(manifest, pairs=pairs)},
+                options,
+                batch_size=size,
+                num_workers=count,
+                output=folder,
+            )
+            folder.finish()
+        rows = (tmp_path / name / "per_image" / "tiny" / "toy.csv").read_text().splitlines()
         seen = tuple(sizes)
         sizes.clear()
-        return result["scores"], result["data_hash"], sorted(rows), seen
+        return result.scores, result.data_hash, sorted(rows), seen
 
     expected = scored("a", 2, 0, False)
     assert sum(expected[3]) == len(manifest)
@@ -230,11 +230,10 @@ def test_the_uniform_family_compiles_once_and_learns_the_same(toy_data: Path, mo
         )
         if compiled:
             compile_model(setup.model)
-        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
         loader = training_loader(setup, 6)
         loader.set_epoch(0)
         batches = device_batches(loader, setup.device)
-        losses.append([float(trainer.train_step(setup, [b], meter)["loss"]) for b, _ in batches])
+        losses.append([float(trainer.train_step(setup, [b])["loss"]) for b, _ in batches])
         loader.close()
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -272,7 +271,7 @@ def test_any_routing_gives_the_loops_output_and_gradients(
     for name in DISPATCH if family == "uniform" else ("loop", "sorted", "dense"):
         moe.zero_grad()
         leaf, gates = x.clone().requires_grad_(), routing.gates_BK.clone().requires_grad_()
-        y = DISPATCH[name](moe.experts, leaf, gates, routing.experts_BK)
+        y = DISPATCH[name](moe.experts, leaf, routing._replace(gates_BK=gates), None)
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         own = [p.grad for p in moe.experts.parameters()]
         found[name] = [y.detach(), leaf.grad, gates.grad, *own]
@@ -361,21 +360,21 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
 
 
 class TestOptionalParts:
-    def test_a_run_continues_without_any_of_them(
-        self, train, tmp_path: Path, monkeypatch, capsys
-    ) -> None:
+    def test_a_run_goes_on_without_any_of_them(self, train, tmp_path: Path, monkeypatch) -> None:
         """TensorBoard and matplotlib cannot be imported: one warning, a sentence in the report."""
         for name in ("torch.utils.tensorboard", "tensorboard", "matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
-        assert train("--epochs", "1", "--tensorboard", "--run-name", "r") == 0
-        said = [line for line in capsys.readouterr().err.splitlines() if "TensorBoard" in line]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert train("--epochs", "1", "--tensorboard", "--run-name", "r") == 0
+        said = [str(w.message) for w in seen if "TensorBoard" in str(w.message)]
         assert len(said) == 1 and "not available" in said[0]
         assert "No chart of training loss" in (tmp_path / "r" / "report.html").read_text()
-        assert (tmp_path / "r" / "evaluation" / "toy.json").is_file()
+        assert (tmp_path / "r" / "evaluation" / "scores.json").is_file()
         assert not list((tmp_path / "r").glob("events*"))
 
-    def test_a_disk_that_fills_up_under_tensorboard(self, tmp_path: Path, capsys) -> None:
-        """Its own thread fails; the next call notices, warns, and does not wait for the thread."""
+    def test_a_disk_that_fills_up_under_tensorboard(self, tmp_path: Path) -> None:
+        """Its own thread fails; the next call hears of it, warns, and nobody waits for it."""
         log = RunLog(tmp_path, tensorboard=True)
         log.scalars(1, {"a": 1.0})
         thread = log._writer.file_writer.event_writer._async_writer
@@ -387,19 +386,21 @@ class TestOptionalParts:
             flush = close = lambda self: self.write(b"")
 
         thread._writer = thread._worker._record_writer = Full()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("threading.excepthook", lambda caught: None)
-            log.scalars(2, {"a": 1.0})
-            # The thread fails on this event before the next one is added.
-            thread._worker.join(10)
-        assert not thread._worker.is_alive()
-        for step in range(3, 40):
-            log.scalars(step, {"a": 1.0, "b": 2.0})
-            log.image("c", np.zeros((4, 4, 3), np.uint8), step)
-            log.write({"step": step})
-        log.close()
-        said = [line for line in capsys.readouterr().err.splitlines() if "TensorBoard" in line]
-        assert len(said) == 1 and "No space left" in said[0] and "the run continues" in said[0]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            # Its thread is told before it is asked again.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("threading.excepthook", lambda caught: None)
+                log.scalars(2, {"a": 1.0})
+                thread._worker.join(10)
+            assert not thread._worker.is_alive()
+            for step in range(3, 40):
+                log.scalars(step, {"a": 1.0, "b": 2.0})
+                log.image("c", np.zeros((4, 4, 3), np.uint8), step)
+                log.write({"step": step})
+            log.close()
+        said = [str(w.message) for w in seen if "TensorBoard" in str(w.message)]
+        assert len(said) == 1 and "No space left" in said[0] and "the run goes on" in said[0]
         assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 37
 
     def test_nvml_that_fails_half_way_leaves_the_last_reading(self, monkeypatch) -> None:

@@ -15,7 +15,8 @@ import pytest
 from camoxpert.console import TrainingBar
 from camoxpert.files import read_jsonl, write_json
 from camoxpert.pages import pictures
-from camoxpert.runs.info import create_run_dir, update_run_json, write_run_json
+from camoxpert.runs.folder import create_run_dir
+from camoxpert.runs.info import update_run_json, write_run_json
 from camoxpert.runs.log import RunLog
 from camoxpert.runtime import gpu
 from camoxpert.runtime.gpu import GpuMonitor, visible_handle
