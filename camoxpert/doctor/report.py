@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from camoxpert import console
 from camoxpert.data.files.image_io import write_jpeg
@@ -13,7 +13,8 @@ from camoxpert.doctor.finding import Finding
 from camoxpert.doctor.inspect import PairFacts, small_picture
 from camoxpert.files import write_json, write_rows
 from camoxpert.metrics.groups import SIZES
-from camoxpert.pages.doctor import contact_sheet, write_page
+from camoxpert.pages.doctor import CopyPair, DataPart, DoctorReport, write_doctor_page
+from camoxpert.pages.pictures import contact_sheet
 
 COPIES_SHOWN = 24
 FILES_PRINTED = 3
@@ -39,27 +40,19 @@ def write_report(
     max_pixels: int,
 ) -> Path:
     """Write the page, contact sheets, the findings and a table of all pairs; return the page."""
-    findings = [
-        {"level": f.level, "check": f.check, "text": f.text, "files": list(f.files)}
-        for f in (*environment, *found.findings)
-    ]
+    findings = [*environment, *found.findings]
     parts = _parts(found)
     folder.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(parts, start=1):
-        write_jpeg(folder / f"contact_sheet_{number}.jpg", part["sheet"])
-    write_json(folder / "findings.json", {"roots": list(roots), "findings": findings})
+        write_jpeg(folder / f"contact_sheet_{number}.jpg", part.sheet)
+    entries = [asdict(finding) for finding in findings]
+    write_json(folder / "findings.json", {"roots": list(roots), "findings": entries})
     write_rows(folder / "pairs.csv", [_row(facts) for facts in found.facts])
-    summary = {
-        "roots": roots,
-        "layouts": found.layouts,
-        "findings": findings,
-        "parts": parts,
-        "copies": _copies(found, max_pixels),
-    }
-    return write_page(folder / "doctor.html", summary)
+    report = DoctorReport(roots, found.layouts, findings, parts, _copies(found, max_pixels))
+    return write_doctor_page(folder / "doctor.html", report)
 
 
-def _parts(found: Examination) -> list[dict[str, Any]]:
+def _parts(found: Examination) -> list[DataPart]:
     """Return title, counts and contact sheet of every data set and split with sound pairs."""
     groups: dict[str, list[PairFacts]] = {}
     for facts in found.facts:
@@ -71,31 +64,29 @@ def _parts(found: Examination) -> list[dict[str, Any]]:
         sizes = [f.size_class for f in sound if f.share > 0]
         classes = [f.pair.group for f in sound if f.pair.group]
         parts.append(
-            {
-                "title": title,
-                "pairs": len(sound),
-                "sizes": {name: sizes.count(name) for name in SIZES[1:]},
-                "classes": {name: classes.count(name) for name in sorted(set(classes))},
-                "sheet": contact_sheet(
-                    [(a, b) for a, b in shown if a is not None and b is not None]
-                ),
-            }
+            DataPart(
+                title=title,
+                pairs=len(sound),
+                sizes={name: sizes.count(name) for name in SIZES[1:]},
+                classes={name: classes.count(name) for name in sorted(set(classes))},
+                sheet=contact_sheet([(a, b) for a, b in shown if a is not None and b is not None]),
+            )
         )
     return parts
 
 
-def _copies(found: Examination, max_pixels: int) -> list[dict[str, Any]]:
+def _copies(found: Examination, max_pixels: int) -> list[CopyPair]:
     """Return a caption for every pair of copies, and the pictures of the first ones."""
     return [
-        {
-            "caption": f"{a.pair.name} ({a.split}) and {b.pair.name} ({b.split}): {m.how}, "
+        CopyPair(
+            caption=f"{a.pair.name} ({a.split}) and {b.pair.name} ({b.split}): {m.how}, "
             f"similarity {m.similarity:.2f}",
-            "pictures": [
+            pictures=[
                 small_picture(f.pair.image, max_pixels=max_pixels)
                 for f in (a, b)
                 if number < COPIES_SHOWN
             ],
-        }
+        )
         for number, (m, a, b) in enumerate(found.matches)
     ]
 

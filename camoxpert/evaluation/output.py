@@ -27,7 +27,7 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.evaluation.results import EvaluationResult, GalleryEntry, Scored, compare_all
 from camoxpert.files import leads_outside, write_bytes, write_json, write_rows
 from camoxpert.pages import charts, tables
-from camoxpert.pages.evaluation import write_page
+from camoxpert.pages.evaluation import write_evaluation_page
 from camoxpert.runs.info import versions
 from camoxpert.text import free_name
 
@@ -227,7 +227,7 @@ def write_evaluation(
         "comparisons": comparisons,
         "gallery": list(gallery),
     }
-    write_page(folder / "index.html", summary, keys)
+    write_evaluation_page(folder / "index.html", summary, keys)
     write_json(folder / MARKER, {**summary, "files": sorted([*output.files(), MARKER])})
 
 

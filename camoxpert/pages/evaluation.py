@@ -1,202 +1,229 @@
-"""One self-contained HTML page about an evaluation of prediction maps, from plain values."""
+"""The page about an evaluation, from the content of ``scores.json``."""
 
 from __future__ import annotations
 
-import base64
 import shlex
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from camoxpert.pages import plots
-from camoxpert.pages.page import write_html
-from camoxpert.pages.report import chart
-from camoxpert.pages.tables import LOWER_IS_BETTER, best_values, format_value
+from camoxpert.pages import charts
+from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, p_value, write_page
+from camoxpert.pages.tables import best_values, format_value
+from camoxpert.text import count
 
-EXPLAINED = {
+KINDS = {
     "best": "Best images, by the mean over the methods",
     "worst": "Worst images, by the mean over the methods",
     "disputed": "Disputed images: the methods differ most",
+}
+LEFT_OUT = {
+    "num_skipped": "without an object skipped",
+    "num_missing": "masks without a map left out",
+    "num_extra": "maps without a mask left out",
 }
 PAIRS_SHOWN = 12
 SHORT = ("Smeasure", "wFmeasure", "meanEm", "IoU", "MAE")
 """Measures of the smaller tables, where they were computed."""
 
+Result = Mapping[str, Any]
+"""An entry of ``results`` in ``scores.json``: one method on one data set."""
 
-def write_page(path: Path, summary: Mapping[str, Any], keys: Sequence[str]) -> Path:
+
+class Cell(NamedTuple):
+    """A number of the score table."""
+
+    text: str
+    hint: str = ""
+    best: bool = False
+
+
+class Difference(NamedTuple):
+    """How much two methods differ in one measure."""
+
+    text: str
+    hint: str
+    p_value: str
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Paired differences: (pair of methods, its differences by measure); rest: pairs not shown."""
+
+    measures: list[str]
+    pairs: list[tuple[str, list[Difference]]]
+    rest: int
+
+
+class Part(NamedTuple):
+    """A line of a breakdown; the label is empty where it is that of the line above."""
+
+    label: str
+    method: str
+    values: list[str]
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Scores by part of the images, such as the size of the object."""
+
+    division: str
+    measures: list[str]
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class DatasetPart:
+    """What the page shows of one data set."""
+
+    name: str
+    facts: str
+    data_hash: str
+    with_intervals: bool
+    rows: list[tuple[str, list[Cell]]]
+    comparisons: Comparisons | None
+    curves: Chart
+    breakdowns: list[Breakdown]
+    galleries: list[tuple[str, list[Picture]]]
+
+
+@dataclass(frozen=True)
+class EvaluationPage:
+    """The values of ``evaluation.html.j2``."""
+
+    facts: list[str]
+    measures: Sequence[str]
+    several_methods: bool
+    datasets: list[DatasetPart]
+    command: str
+    versions: list[tuple[str, str]]
+
+
+def write_evaluation_page(path: Path, summary: Mapping[str, Any], measures: Sequence[str]) -> Path:
     """Write the page.
 
     Args:
         path: file; pictures named in the summary are relative to its folder.
         summary: content of scores.json.
-        keys: measures, in order.
+        measures: their keys, in the order of the columns.
     """
     results = summary["results"]
-    datasets = list(dict.fromkeys(result["dataset"] for result in results))
-    sections = [
-        _header(results, datasets),
-        *(_dataset(name, summary, keys) for name in datasets),
-        *(_gallery(path.parent, name, summary) for name in datasets),
-        _repeat(summary),
-    ]
-    return write_html(path, "CamoXpert evaluation", sections)
+    names = list(dict.fromkeys(result["dataset"] for result in results))
+    methods = {result["method"] for result in results}
+    page = EvaluationPage(
+        facts=_facts(results[0], len(methods), len(names)),
+        measures=measures,
+        several_methods=len(methods) > 1,
+        datasets=[_dataset(path.parent, name, summary, measures) for name in names],
+        command=shlex.join(["camoxpert", *map(str, summary["command"])]),
+        versions=list(summary["versions"].items()),
+    )
+    return write_page(path, "evaluation.html.j2", page)
 
 
-def _header(results: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> str:
-    methods = list(dict.fromkeys(result["method"] for result in results))
-    first = results[0]
+def _facts(first: Result, num_methods: int, num_datasets: int) -> list[str]:
     facts = [
-        f"{_count(len(methods), 'method')} on {_count(len(datasets), 'data set')}",
-        f"protocol {escape(first['protocol'])}",
-        f"images without an object: {escape(first['empty_gt'])}",
+        f"{count(num_methods, 'method')} on {count(num_datasets, 'data set')}",
+        f"protocol {first['protocol']}",
+        f"images without an object: {first['empty_gt']}",
     ]
     if first.get("resize") == "bilinear":
         facts.append("maps resized to their masks (bilinear)")
-    return f"<h1>Evaluation</h1><p class='soft'>{' &middot; '.join(facts)}</p>"
+    return facts
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
-
-
-def _dataset(name: str, summary: Mapping[str, Any], keys: Sequence[str]) -> str:
+def _dataset(
+    folder: Path, name: str, summary: Mapping[str, Any], measures: Sequence[str]
+) -> DatasetPart:
     results = [result for result in summary["results"] if result["dataset"] == name]
-    best = best_values(results, keys)
-    arrows = {key: "&darr;" if key in LOWER_IS_BETTER else "&uarr;" for key in keys}
-    head = "".join(f"<th>{escape(key)} {arrows[key]}</th>" for key in keys)
-    lines = []
-    for result in results:
-        cells = []
-        for key in keys:
-            shown = format_value(key, result["scores"].get(key))
-            ends = result["intervals"].get(key)
-            title = f" title='95 % interval {ends[0]:.3f} to {ends[1]:.3f}'" if ends else ""
-            bold = f"<b>{shown}</b>" if best.get((name, key)) == shown else shown
-            cells.append(f"<td{title}>{bold}</td>")
-        lines.append(f"<tr><td>{escape(result['method'])}</td>{''.join(cells)}</tr>")
-    first = results[0]
-    counts = [_count(first["num_images"], "image")]
-    for field, text in (
-        ("num_skipped", "without an object skipped"),
-        ("num_missing", "masks without a map left out"),
-        ("num_extra", "maps without a mask left out"),
-    ):
+    pairs = [entry for entry in summary["comparisons"] if entry["dataset"] == name]
+    pictures = [entry for entry in summary["gallery"] if entry["dataset"] == name]
+    curves = {result["method"]: result["curves"] for result in results}
+    best = best_values(results, measures)
+    return DatasetPart(
+        name=name,
+        facts=", ".join(_counts(results)),
+        data_hash=results[0]["data_hash"][:12],
+        with_intervals=bool(results[0]["intervals"]),
+        rows=[
+            (result["method"], [_cell(result, key, best.get((name, key))) for key in measures])
+            for result in results
+        ],
+        comparisons=_comparisons(pairs) if pairs else None,
+        curves=draw(lambda: charts.plot_curves(curves), "PR, F and E curves"),
+        breakdowns=[
+            _breakdown(results, division, measures) for division in results[0]["breakdown"]
+        ],
+        galleries=list(_galleries(folder, pictures)),
+    )
+
+
+def _counts(results: Sequence[Result]) -> Iterator[str]:
+    yield count(results[0]["num_images"], "image")
+    for field, text in LEFT_OUT.items():
         numbers = {result["method"]: result.get(field) or 0 for result in results}
         if len(set(numbers.values())) > 1:
-            each = ", ".join(f"{escape(method)} {number}" for method, number in numbers.items())
-            counts.append(f"{text}: {each}")
-        elif first.get(field):
-            counts.append(f"{first[field]} {text}")
-    hint = (
-        " Point at a number to see its 95 % bootstrap interval over images."
-        if first["intervals"]
-        else ""
-    )
-    curves = {result["method"]: result["curves"] for result in results}
-    return (
-        f"<section><h2>{escape(name)}</h2><p class='soft'>{', '.join(counts)}; data hash "
-        f"{escape(first['data_hash'][:12])}.{hint}</p><table><tr><th>method</th>{head}</tr>{''.join(lines)}</table>"
-        f"{_comparisons(name, summary)}"
-        f"<h3>Curves</h3>{chart(lambda: plots.plot_curves(curves), 'PR, F and E curves')}"
-        f"{_breakdowns(results, keys)}</section>"
-    )
+            each = ", ".join(f"{method} {number}" for method, number in numbers.items())
+            yield f"{text}: {each}"
+        elif results[0].get(field):
+            yield f"{results[0][field]} {text}"
 
 
-def _comparisons(name: str, summary: Mapping[str, Any]) -> str:
-    pairs = [entry for entry in summary["comparisons"] if entry["dataset"] == name]
-    if not pairs:
-        return ""
-    measured = pairs[0]["measures"]
-    keys = [key for key in SHORT if key in measured] or list(measured)[:5]
-    head = "".join(f"<th>{key}</th><th>p</th>" for key in keys)
-    lines = []
-    for entry in pairs[:PAIRS_SHOWN]:
-        cells = ""
-        for key in keys:
-            value = entry["measures"][key]
-            title = f"95 % interval {value['low']:+.3f} to {value['high']:+.3f}"
-            p_value = "&lt; 0.001" if value["p_value"] < 0.001 else f"{value['p_value']:.3f}"
-            cells += f"<td title='{title}'>{value['difference']:+.3f}</td><td>{p_value}</td>"
-        pair = f"{escape(entry['a'])} &minus; {escape(entry['b'])}"
-        lines.append(f"<tr><td>{pair}</td>{cells}</tr>")
-    rest = len(pairs) - PAIRS_SHOWN
-    more = f"<p class='soft'>{rest} more pairs in scores.json.</p>" if rest > 0 else ""
-    return (
-        f"<h3>Paired differences</h3><table><tr><th>methods</th>{head}</tr>{''.join(lines)}"
-        "</table><p class='soft'>p: permutation test over the same images, two-sided, not "
-        "corrected for the number of comparisons. It says nothing about other training seeds.</p>"
-        f"{more}"
-    )
+def _cell(result: Result, key: str, best: str | None) -> Cell:
+    shown = format_value(key, result["scores"].get(key))
+    ends = result["intervals"].get(key)
+    hint = f"95 % interval {ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
+    return Cell(shown, hint, shown == best)
 
 
-def _breakdowns(results: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
-    shown = [key for key in SHORT if key in keys] or list(keys)[:5]
-    head = "".join(f"<th>{key}</th>" for key in shown)
-    parts = []
-    for division, labels in results[0]["breakdown"].items():
-        lines = []
-        for label, first in labels.items():
-            text = label[2:] if division == "object size" else label
-            for number, result in enumerate(results):
-                part = _part(result, division, label)
-                cells = "".join(f"<td>{format_value(key, part.get(key))}</td>" for key in shown)
-                lead = f"{escape(text)} ({_count(int(first['images']), 'image')})"
-                method = f"<td>{escape(result['method'])}</td>" if len(results) > 1 else ""
-                lines.append(f"<tr><td>{lead if number == 0 else ''}</td>{method}{cells}</tr>")
-        column = "<th>method</th>" if len(results) > 1 else ""
-        parts.append(
-            f"<details{' open' if division == 'object size' else ''}><summary>By "
-            f"{escape(division)}</summary><table><tr><th>{escape(division)}</th>{column}{head}"
-            f"</tr>{''.join(lines)}</table></details>"
+def _comparisons(pairs: Sequence[Mapping[str, Any]]) -> Comparisons:
+    measures = _short(pairs[0]["measures"])
+    shown = [
+        (
+            f"{pair['a']} − {pair['b']}",
+            [_difference(pair["measures"][key]) for key in measures],
         )
-    return "".join(parts)
+        for pair in pairs[:PAIRS_SHOWN]
+    ]
+    return Comparisons(measures, shown, max(0, len(pairs) - PAIRS_SHOWN))
 
 
-def _part(result: Mapping[str, Any], division: str, label: str) -> Mapping[str, float]:
-    part: Mapping[str, float] = result["breakdown"].get(division, {}).get(label, {})
-    return part
+def _difference(value: Mapping[str, float]) -> Difference:
+    return Difference(
+        text=f"{value['difference']:+.3f}",
+        hint=f"95 % interval {value['low']:+.3f} to {value['high']:+.3f}",
+        p_value=p_value(value["p_value"]),
+    )
 
 
-def _gallery(folder: Path, name: str, summary: Mapping[str, Any]) -> str:
+def _breakdown(results: Sequence[Result], division: str, measures: Sequence[str]) -> Breakdown:
+    shown = _short(measures)
     parts = []
-    for kind, title in EXPLAINED.items():
-        figures = []
-        for entry in summary["gallery"]:
-            if entry["dataset"] != name or entry["kind"] != kind:
-                continue
-            data = base64.b64encode((folder / entry["panel"]).read_bytes()).decode()
-            values = ", ".join(f"{m} {v:.3f}" for m, v in entry["values"].items())
-            caption = f"{escape(entry['name'])}: {escape(entry['measure'])} {escape(values)}"
-            figures.append(
-                f"<figure><img src='data:image/jpeg;base64,{data}' alt='{caption}'>"
-                f"<figcaption>{caption}</figcaption></figure>"
-            )
-        if figures:
-            parts.append(f"<h3>{title}</h3><div class='gallery'>{''.join(figures)}</div>")
-    if not parts:
-        return ""
-    key = "".join(
-        f"<i style='background:rgb{colour}'></i>{text}"
-        for text, colour in (
-            ("found", plots.TRUE_POSITIVE),
-            ("invented", plots.FALSE_POSITIVE),
-            ("missed", plots.FALSE_NEGATIVE),
-        )
-    )
-    return (
-        f"<section><h2>{escape(name)}: pictures</h2><p class='key soft'>{key}</p>"
-        f"{''.join(parts)}</section>"
-    )
+    for label, first in results[0]["breakdown"][division].items():
+        # Sizes start with their rank, "0 empty".
+        text = label[2:] if division == "object size" else label
+        lead = f"{text} ({count(int(first['images']), 'image')})"
+        for number, result in enumerate(results):
+            scores = result["breakdown"].get(division, {}).get(label, {})
+            values = [format_value(key, scores.get(key)) for key in shown]
+            parts.append(Part("" if number else lead, result["method"], values))
+    return Breakdown(division, shown, parts)
 
 
-def _repeat(summary: Mapping[str, Any]) -> str:
-    command = shlex.join(["camoxpert", *map(str, summary["command"])])
-    rows = "".join(
-        f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>"
-        for k, v in summary["versions"].items()
-    )
-    return (
-        f"<section><h2>Repeat it</h2><pre>{escape(command)}</pre><details><summary>Versions"
-        f"</summary><table class='pairs'>{rows}</table></details></section>"
-    )
+def _galleries(
+    folder: Path, entries: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, list[Picture]]]:
+    for kind, title in KINDS.items():
+        pictures = []
+        for entry in entries:
+            if entry["kind"] == kind:
+                values = ", ".join(f"{m} {v:.3f}" for m, v in entry["values"].items())
+                source = inline_jpeg((folder / entry["panel"]).read_bytes())
+                pictures.append(Picture(source, f"{entry['name']}: {entry['measure']} {values}"))
+        if pictures:
+            yield title, pictures
+
+
+def _short(measures: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    return [key for key in SHORT if key in measures] or list(measures)[:5]

@@ -66,7 +66,10 @@ class ScoreRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Experts:
-    """How the last logged epoch used the experts; idle: (level, names under a tenth of the share)."""
+    """How the last logged epoch used the experts.
+
+    ``idle`` names, by level, those with less than a tenth of their fair share.
+    """
 
     count: int
     epoch: int

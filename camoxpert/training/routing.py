@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from camoxpert.config import Config
 from camoxpert.models.balance import expert_counts
 from camoxpert.models.router import Routing
+from camoxpert.runs.records import LevelRouting
 
 
 class StepCounts:
@@ -112,7 +113,7 @@ class RoutingMeter:
         self.mass = mass if self.mass is None else self.mass + mass
         self.images += routing[0].probs_BE.shape[0]
 
-    def summary(self) -> dict[str, dict[str, Any]]:
+    def summary(self) -> dict[str, LevelRouting]:
         """Return the health of every level.
 
         Level -> usage (share of choices), gate (share of probability), entropy of the usage over
@@ -124,7 +125,7 @@ class RoutingMeter:
         both = torch.stack([self.chosen, self.mass])
         both = both / both.sum(-1, keepdim=True).clamp_min(1e-12)
         shares, gates = both.tolist()
-        result = {}
+        result: dict[str, LevelRouting] = {}
         for name, usage, gate in zip(self.levels, shares, gates, strict=True):
             entropy = -sum(p * math.log(p) for p in usage if p > 0)
             scale = math.log(len(usage)) if len(usage) > 1 else 1.0
@@ -138,7 +139,7 @@ class RoutingMeter:
 
 
 def collapse_alarm(
-    levels: dict[str, dict[str, Any]], experts: Sequence[str], *, images: int, top_k: int
+    levels: Mapping[str, LevelRouting], experts: Sequence[str], *, images: int, top_k: int
 ) -> str:
     """Return what is wrong with the routing and what helps, or "".
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from camoxpert.console import TrainingBar
 from camoxpert.data.samples.batches import Batch
 from camoxpert.data.unreadable import Unreadable
 from camoxpert.errors import NumericError
+from camoxpert.runs.records import ImageFacts
 from camoxpert.runtime.gpu import GpuMonitor
 from camoxpert.training.plan import Stage
 from camoxpert.training.routing import active_experts, collapse_alarm
@@ -202,13 +202,23 @@ class StepLog:
         terms = {k: v for k, v in values.items() if k not in NOT_TERMS and k not in requests}
         speed = self._speed
         rates = {"images_per_second": speed.images_per_second(), "data_wait": speed.data_wait()}
-        record = {"kind": "train", "step": step.number, "epoch": step.epoch, "stage": step.stage}
-        record |= {"loss": values["loss"], "terms": terms, "lr": step.lr}
-        record |= {"grad_norm": values["grad_norm"], **rates}
         memory = self._gpu.memory() if self._gpu is not None else None
-        utilisation = self._gpu.utilisation() if self._gpu is not None else None
-        record |= {"gpu": utilisation, "memory": memory[0] if memory else None}
-        run.log.write(record)
+        run.log.write(
+            {
+                "kind": "train",
+                "step": step.number,
+                "epoch": step.epoch,
+                "stage": step.stage,
+                "loss": values["loss"],
+                "terms": terms,
+                "lr": step.lr,
+                "grad_norm": values["grad_norm"],
+                "images_per_second": rates["images_per_second"],
+                "data_wait": rates["data_wait"],
+                "gpu": self._gpu.utilisation() if self._gpu is not None else None,
+                "memory": memory[0] if memory else None,
+            }
+        )
         run.log.scalars(step.number, {"train/loss": values["loss"], "train/lr": step.lr})
         run.log.scalars(step.number, {f"train/{name}": value for name, value in terms.items()})
         run.log.scalars(step.number, {f"speed/{name}": value for name, value in rates.items()})
@@ -228,9 +238,17 @@ def note_skipped(run: Run, step: StepNote, values: dict[str, float]) -> None:
     scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
     text = f"step {step.number} skipped: non-finite loss or gradient; images {shown}"
     run.log.write(
-        {"kind": "event", "step": step.number, "epoch": step.epoch, "text": text}
-        | {"loss": values["loss"], "grad_norm": values["grad_norm"], "lr": step.lr}
-        | {"scale": scale, "images": images}
+        {
+            "kind": "event",
+            "step": step.number,
+            "epoch": step.epoch,
+            "text": text,
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "lr": step.lr,
+            "scale": scale,
+            "images": images,
+        }
     )
     advice = (
         "The weights are those before them and the last checkpoint is intact. Lower --lr, or try "
@@ -249,7 +267,7 @@ def note_skipped(run: Run, step: StepNote, values: dict[str, float]) -> None:
         )
 
 
-def describe_images(window: list[Batch]) -> list[dict[str, Any]]:
+def describe_images(window: list[Batch]) -> list[ImageFacts]:
     """Return name, mean grey value (0..255) and share of object pixels of every image."""
     return [
         {
@@ -273,8 +291,14 @@ def log_routing(run: Run, stage: Stage, epoch: int) -> None:
     if not levels:
         return
     log.write(
-        {"kind": "routing", "step": step, "epoch": epoch + 1, "stage": stage.number}
-        | {"experts": meter.experts, "levels": levels}
+        {
+            "kind": "routing",
+            "step": step,
+            "epoch": epoch + 1,
+            "stage": stage.number,
+            "experts": list(meter.experts),
+            "levels": levels,
+        }
     )
     for name, level in levels.items():
         log.scalars(step, {f"routing/entropy {name}": level["entropy"]})

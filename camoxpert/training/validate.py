@@ -16,6 +16,7 @@ from camoxpert.errors import Stopped
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator, is_better
 from camoxpert.pages.pictures import panel
+from camoxpert.runs.records import ValidationRecord
 from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.run import Run
 
@@ -44,7 +45,7 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         saver.save_best(scores)
     else:
         state.stale += 1
-    record = {
+    record: ValidationRecord = {
         "kind": "validation",
         "step": state.step,
         "epoch": state.epoch,
@@ -53,7 +54,9 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         "best": better,
         "weights": "ema" if run.ema else "model",
     }
-    run.log.write({**record, "unreadable": left_out} if left_out else record)
+    if left_out:
+        record["unreadable"] = left_out
+    run.log.write(record)
     if left_out and state.epoch == config.validate_every:
         text = f"{len(left_out)} validation images are left out, for example {left_out[0]}"
         run.note_event(text)

@@ -110,12 +110,12 @@ def test_everything_is_on_the_page(tmp_path: Path) -> None:
         "Repeat it",
     ):
         assert f"<h2>{title}</h2>" in page
-    assert "0.777" in page and "0.123" in page and "&ndash;" not in page
+    assert "0.777" in page and "0.123" in page and "–" not in page
     assert page.count("data:image/png;base64,") == 5
     assert page.count("data:image/jpeg;base64,") == 1
     assert "under a tenth of the fair share" in " ".join(page.split())
     assert "The device waits for data" in page
-    assert re.search(r"changed'><td>optim.lr</td><td>0.003", page)
+    assert re.search(r'changed"><td>optim.lr</td><td>0.003', page)
     assert "camoxpert train --run-name beetle" in page
 
 
