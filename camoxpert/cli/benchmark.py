@@ -78,12 +78,12 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     return 0
 
 
-def write_figures(file: str | None, report: Report) -> None:
+def write_figures(file: str | None, figures: Report) -> None:
     """Write a report to ``-o FILE``, if given."""
     if file:
         from camoxpert.files import write_json
 
-        write_json(Path(file), report)
+        write_json(Path(file), figures)
         console.say(f"figures: {file}")
 
 
