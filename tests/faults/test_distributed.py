@@ -23,7 +23,7 @@ from camoxpert.files import read_jsonl
 from camoxpert.runs.checkpoint import load_checkpoint
 from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime import processes as distributed
-from camoxpert.runtime.processes import begin_life, is_peer_loss, join
+from camoxpert.runtime.processes import is_peer_loss, join, join_generation
 from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training.batching import Batching, keep_effective
 from camoxpert.training.prepare import prepare
@@ -340,7 +340,7 @@ def test_every_life_has_a_name_of_its_own() -> None:
     names: dict[int, str] = {}
 
     def come(rank: int) -> None:
-        names[rank] = begin_life(store, rank, 3, timeout=20)
+        names[rank] = join_generation(store, rank, 3, timeout=20)
 
     # The others come first, find the old life, and must not take it for theirs.
     late = [threading.Thread(target=come, args=(rank,)) for rank in (1, 2)]
@@ -353,7 +353,7 @@ def test_every_life_has_a_name_of_its_own() -> None:
         thread.join(20)
     assert len(set(names.values())) == 1 and len(names) == 3 and names[0] != "old"
     with pytest.raises(RuntimeError, match="did not answer"):
-        begin_life(store, 1, 3, timeout=0.2)
+        join_generation(store, 1, 3, timeout=0.2)
 
 
 @pytest.mark.parametrize(
