@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -31,11 +31,6 @@ def set_silent(silent: bool) -> None:
     """Silence this process, because another rank speaks for the run."""
     global _silent
     _silent = silent
-
-
-def is_silent() -> bool:
-    """Return whether another rank speaks for this process."""
-    return _silent
 
 
 def say(text: str = "") -> None:
@@ -230,23 +225,6 @@ class TrainingBar:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def bar(iterable: Iterable[T] | None, *, description: str, total: int | None) -> Any:
-    """Return a bar over the items; to be replaced by ``track`` and ``progress``."""
-    live = sys.stderr.isatty()
-    return tqdm(
-        iterable,
-        desc=description,
-        total=total,
-        ascii=" #",
-        file=sys.stderr if live else _Lines(),
-        leave=False,
-        ncols=None if live else 80,
-        delay=0 if live else LOG_EVERY_SECONDS,
-        mininterval=0.1 if live else LOG_EVERY_SECONDS,
-        maxinterval=LOG_EVERY_SECONDS,
-    )
 
 
 class _Lines(io.TextIOBase):

@@ -67,7 +67,7 @@ def append_here(path: Path) -> IO[str]:
 def leads_outside(root: Path, path: Path) -> bool:
     """Whether a file under ``root`` would be written elsewhere, through ``..`` or a linked folder.
 
-    The file itself may be a link: ``write_whole`` replaces it. ``root`` may be a link, too.
+    The file itself may be a link: ``write_whole`` replaces it. So may ``root``.
     """
     return not path.parent.resolve().is_relative_to(root.resolve())
 

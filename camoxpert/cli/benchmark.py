@@ -71,19 +71,19 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     if options.rounds < 1 or options.pairs < 1 or min(options.size) < 32:
         raise ConfigError("--rounds and --pairs must be at least 1, --size at least 32.")
     if options.files < 0 or 0 < options.files < 64:
-        raise ConfigError("--files must be 0 or at least 64: fewer say nothing about processes.")
+        raise ConfigError("--files must be 0 or at least 64: with fewer the start dominates.")
     check_output("--output", options.output)
     measure = {"metrics": _metrics, "moe": _moe, "train": _train, "data": _data}[options.kind]
     write_figures(options.output, measure(options))
     return 0
 
 
-def write_figures(file: str | None, report: Report) -> None:
+def write_figures(file: str | None, figures: Report) -> None:
     """Write a report to ``-o FILE``, if given."""
     if file:
         from camoxpert.files import write_json
 
-        write_json(Path(file), report)
+        write_json(Path(file), figures)
         console.say(f"figures: {file}")
 
 

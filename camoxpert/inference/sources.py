@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from camoxpert.data.files.csv_paths import listed_file
+from camoxpert.data.files.csv_paths import listed_file, text_file
 from camoxpert.data.files.image_io import read_image, rgb_pixels
-from camoxpert.data.files.manifest import text_file
 from camoxpert.errors import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}

@@ -7,7 +7,6 @@ number to the last bit.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Set
@@ -29,6 +28,7 @@ from camoxpert.metrics.scoring import (
     score_curves,
     score_image,
 )
+from camoxpert.text import closest
 
 KNOWN_KEYS = (*RESULT_KEYS, *EXTRA_KEYS)
 HIGHER_IS_BETTER = {key: key not in ("MAE", "BER", "HCE") for key in KNOWN_KEYS}
@@ -51,26 +51,10 @@ def is_better(key: str, a: float, b: float) -> bool:
     return a > b if HIGHER_IS_BETTER[key] else a < b
 
 
-def all_foreground_scores(masks: Iterable[NDArray], **options: str) -> dict[str, float]:
-    """Return the results of calling every pixel the object: the floor that a model has to beat.
-
-    Args:
-        masks: (H, W) masks as ``Evaluator.add`` takes them.
-        **options: of the Evaluator.
-
-    Raises:
-        DataError: a mask is refused, or there is none.
-    """
-    evaluator = Evaluator(**options)
-    for index, mask in enumerate(masks):
-        evaluator.add(f"mask {index}", np.full(np.shape(mask), 255, np.uint8), mask)
-    return evaluator.results()
-
-
 def _check_choice(what: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
-        close = difflib.get_close_matches(str(value), options, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        near = closest(str(value), options)
+        hint = f" Did you mean {near!r}?" if near else ""
         raise ConfigError(f"Unknown {what} {value!r}; choose from {', '.join(options)}.{hint}")
 
 

@@ -42,7 +42,8 @@ class Checkpoint:
     def evaluated_weights(self) -> dict[str, torch.Tensor]:
         """The weights that validation scored: the EMA where there is one."""
         ema = self.values.get("ema")
-        return ema["weights"] if ema else self.values["model"]
+        weights: dict[str, torch.Tensor] = ema["weights"] if ema else self.values["model"]
+        return weights
 
 
 def resolve_checkpoint(path: Path) -> Path:

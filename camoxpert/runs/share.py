@@ -78,7 +78,7 @@ def read_shared(path: Path) -> Checkpoint:
 
 
 def card(about: dict[str, Any]) -> str:
-    """Return the text that explains the weights to whom they are given."""
+    """Return the README that goes with shared weights."""
     model, data = about["config"]["model"], about["config"]["data"]
     scores = about["scores"]
     rows = "".join(f"| {_plain(name)} | {value:.3f} |\n" for name, value in scores.items())

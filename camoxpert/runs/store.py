@@ -62,7 +62,7 @@ class CheckpointFolder:
         more = {**(about or {}), **({"stays": True} if stays else {})}
         path = self._write(f"step_{step:08d}.pt", values, step=step, about=more)
         entries = read_index(self.folder)
-        # In the order of writing: a run that went back to an earlier step goes on from there.
+        # In the order of writing: a run that went back to an earlier step continues from there.
         resumable = [e for e in entries if e["file"] != BEST and not e.get("stays")]
         old = resumable[: -self.keep]
         self._write_index([e for e in entries if e not in old])
@@ -112,7 +112,7 @@ class CheckpointFolder:
         if problems:
             raise CheckpointError(
                 f"No checkpoint in {self.folder} can be read: {' '.join(problems)} Nothing was "
-                f"deleted. Start anew with --resume never."
+                f"deleted. Start a new run with --resume never."
             )
         return None, []
 
@@ -179,7 +179,7 @@ class CheckpointFolder:
 
     def _write_index(self, entries: list[dict[str, Any]]) -> None:
         write_bytes(self.folder / INDEX, json.dumps(entries, indent=1).encode(), durable=True)
-        # The renames themselves must survive a power cut, too.
+        # The renames themselves must survive a power cut as well.
         handle = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -39,7 +39,7 @@ class GpuMonitor:
             self._nvml = pynvml
             self._handle = visible_handle(pynvml, index)
         except Exception as error:
-            # ImportError, NVMLError, a driver of another version: the run goes on without.
+            # ImportError, NVMLError, a driver of another version: the run continues without.
             self._nvml = None
             warnings.warn(f"GPU utilisation is not available: {error}", stacklevel=3)
             return

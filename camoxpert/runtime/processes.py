@@ -1,7 +1,7 @@
-"""Several processes that train one model (torchrun): who is who, and how they agree.
+"""Several processes that train one model under torchrun: ranks, exchanges and agreement.
 
 Every process sees its own share of each batch; gradients, counts and decisions are shared, so that
-all of them hold the same weights and take the same turns. Process 0 alone writes and speaks.
+all of them hold the same weights and take the same steps. Rank 0 alone writes files and prints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from camoxpert.errors import CamoXpertError, ConfigError, PeerError, Stopped
 
 T = TypeVar("T")
 
-# How long processes wait where one of them does work for all: decoding a data set, say.
+# How long ranks wait while one of them does work for all, such as decoding a data set.
 PATIENCE = timedelta(hours=24)
 
 
@@ -41,8 +41,8 @@ class World:
     Attributes:
         rank: number of this process, from 0.
         size: processes in all.
-        local_rank, local_size: the same among those of this machine.
-        patient: a group without the usual time limit, or None.
+        local_rank, local_size: the same among the processes of this machine.
+        patient: process group without the usual time limit, or None.
     """
 
     rank: int = 0
@@ -53,7 +53,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is rank 0, which writes and prints for all."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class World:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the first one's buffers: batch norm counts on each by itself."""
+        """Give all ranks the buffers of rank 0: batch norm counts on each rank by itself."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -77,10 +77,10 @@ class World:
         return values
 
     def from_first(self, call: Callable[[], T]) -> T:
-        """Return to all what process 0 computes; its fault becomes everybody's.
+        """Return on every rank what rank 0 computes; an error of rank 0 is raised on all.
 
         Args:
-            call: run on process 0 alone; returns what can be pickled.
+            call: run on rank 0 alone; returns something that can be pickled.
 
         Raises:
             CamoXpertError: what ``call`` raised, on every process.
@@ -91,11 +91,12 @@ class World:
         self._raise_together(fault)
         sent = [value]
         dist.broadcast_object_list(sent, src=0)
-        return sent[0]  # type: ignore[return-value]
+        return cast("T", sent[0])
 
     def in_turn(self, call: Callable[[], T]) -> T:
-        """Run ``call`` everywhere, on the first process of each machine before the others: what it
-        leaves on the disk, they find.
+        """Run ``call`` on all ranks, on the first of each machine before the others.
+
+        The others find on the disk what the first one left there.
 
         Raises:
             CamoXpertError: what any of them raised, on every process.
@@ -108,7 +109,7 @@ class World:
             if (self.local_rank == 0) == turn:
                 value, fault = self._try(call)
             self._raise_together(fault)
-        return value  # type: ignore[return-value]
+        return cast("T", value)
 
     def agree_to_stop(self) -> int:
         """Return the exit code that all processes stop with because one was asked to, or 0."""
@@ -121,9 +122,9 @@ class World:
             raise stop.current().stopped()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the module whose backward pass averages gradients over the processes.
+        """Return a module whose backward pass averages gradients over the ranks.
 
-        Only parameters that learn now take part: wrap anew when others do.
+        Only parameters that require gradients now take part: wrap again when others do.
         """
         if self.size == 1:
             return model
@@ -141,24 +142,24 @@ class World:
         """Leave the group."""
         console.set_silent(False)
         if self.size > 1 and dist.is_initialized():
-            # Where a peer is gone this may fail, too: it must not hide how the run ended.
+            # With a lost peer this may fail; it must not hide how the run ended.
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
     def _try(self, call: Callable[[], T]) -> tuple[T | None, CamoXpertError | Stopped | None]:
         try:
-            # Between the exchanges a signal may end this process's part: the others learn of it.
+            # A signal may end this part of one rank: the others are informed below.
             with stop.current().undeferred():
                 return call(), None
         except (CamoXpertError, Stopped) as error:
             return None, error
 
     def _raise_together(self, fault: CamoXpertError | Stopped | None) -> None:
-        """Raise on all processes where any has a fault; who has none of its own stays quiet."""
+        """Raise on all ranks if any of them has an error; the others are quiet."""
         told = None if fault is None else (type(fault), str(fault), fault.exit_code)
         faults = [f for f in self.gather(told, patiently=True) if f is not None]
         if fault is not None:
-            # Several with the same fault: one tells.
+            # One of several ranks with the same error prints it.
             fault.quiet = faults[0] == told and not self.first and self.local_rank > 0
             raise fault
         if faults:
@@ -170,7 +171,7 @@ class World:
 
 
 def local_rank() -> int:
-    """Return this process's number on its machine, as torchrun says; 0 without torchrun."""
+    """Return the local rank that torchrun set; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -212,10 +213,10 @@ def join(device: str, *, timeout: float) -> World:
     patience = timedelta(seconds=timeout)
     try:
         found, rank, size = next(iter(rendezvous("env://", timeout=patience)))
-        life = begin_life(found, rank, size, timeout=timeout)
+        generation = join_generation(found, rank, size, timeout=timeout)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(life, found),
+            store=dist.PrefixStore(generation, found),
             rank=rank,
             world_size=size,
             timeout=patience,
@@ -229,16 +230,16 @@ def join(device: str, *, timeout: float) -> World:
     return World(rank, size, local, local_size, patient)
 
 
-def begin_life(store: dist.Store, rank: int, size: int, *, timeout: float) -> str:
+def join_generation(store: dist.Store, rank: int, size: int, *, timeout: float) -> str:
     """Return a name that these processes share with each other and with no earlier ones.
 
-    torchrun keeps its store when it starts processes anew. Without a name of their own they find
-    the addresses of the last ones there, and wait for the dead; and its count of restarts may
-    differ between machines. So the first process names the life, the others answer with a token,
-    and it is agreed on once the first process has seen all of them.
+    torchrun keeps its store when it restarts processes. Without a name of their own they would find
+    the addresses of the previous processes there and wait for them; and torchrun's restart count
+    may differ between machines. So rank 0 names the generation, the others answer with a token, and
+    it is agreed on once rank 0 has seen all of them.
 
     Raises:
-        RuntimeError: not all of them came in time.
+        RuntimeError: not all ranks answered in time.
     """
     ends = time.monotonic() + timeout
     token = uuid.uuid4().hex
@@ -262,7 +263,7 @@ def begin_life(store: dist.Store, rank: int, size: int, *, timeout: float) -> st
 
 @contextmanager
 def named_faults(world: World) -> Iterator[None]:
-    """Turn torch's news of a lost connection into a sentence.
+    """Turn a lost connection into a PeerError that explains it.
 
     Raises:
         PeerError: another process ended or did not answer in time.
@@ -282,20 +283,20 @@ def named_faults(world: World) -> Iterator[None]:
 
 
 def in_short(error: BaseException) -> str:
-    """Return torch's words without the places in its own sources, at most 120 characters."""
+    """Return an error text without paths into torch's sources, at most 120 characters."""
     words = re.sub(r"\[/[^]]*\]", "", str(error))
     return textwrap.shorten(words, 120, placeholder=" ...")
 
 
 def is_peer_loss(error: RuntimeError) -> bool:
-    """Whether an exception is the way of gloo or NCCL to say that a peer is gone or stuck."""
-    # Their errors name their own sources: a kernel that timed out, say, is something else.
+    """Return whether an exception means that gloo or NCCL lost a peer or timed out."""
+    # Their errors name their own sources; a kernel that timed out does not.
     words = str(error).lower()
     return isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words
 
 
 def restarts_left() -> bool:
-    """Whether torchrun would start the processes anew if they ended with a fault."""
+    """Return whether torchrun would restart the processes if they failed."""
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return count < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 

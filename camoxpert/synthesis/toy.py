@@ -89,11 +89,7 @@ def generate_toy(
     difficulty: float = 0.5,
     seed: int = 0,
 ) -> None:
-    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/toy/{Imgs,GT}`` under ``root``.
-
-    Raises:
-        Stopped: Ctrl-C, SIGTERM or the deadline.
-    """
+    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/toy/{Imgs,GT}`` under ``root``."""
     root = Path(root)
     folders = [root / "TrainDataset"] * num_train + [root / "TestDataset" / "toy"] * num_test
     for index, folder in console.track(enumerate(folders), "generating", total=len(folders)):

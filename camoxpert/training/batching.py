@@ -133,7 +133,7 @@ def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: 
     Args:
         train: settings, the same as those of the run.
         continued: what the run did (see ``Batching``).
-        processes: of the run that goes on.
+        processes: of the run that continues it.
 
     Raises:
         ConfigError: they cannot share its steps equally.

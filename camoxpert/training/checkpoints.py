@@ -134,7 +134,7 @@ def require_finite(run: Run) -> None:
 def checkpoint_bytes(run: Run) -> int:
     """Return the size of a checkpoint: weights, their average, and AdamW's two moments."""
     weights = sum(t.numel() * t.element_size() for t in run.model.state_dict().values())
-    return weights * (4 if run.ema else 3)
+    return int(weights) * (4 if run.ema else 3)
 
 
 class Saver:

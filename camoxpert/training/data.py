@@ -16,7 +16,6 @@ from camoxpert.data.files.headers import require_readable, unreadable_pairs
 from camoxpert.data.files.image_io import read_mask_as
 from camoxpert.data.files.manifest import (
     Manifest,
-    Pair,
     Search,
     find_test_sets,
     load_train,
@@ -24,6 +23,7 @@ from camoxpert.data.files.manifest import (
     split_validation,
     unused_rows,
 )
+from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import LoaderPlan, seconds_per_sample
 from camoxpert.data.samples.augment import sample_transform, training_sides
 from camoxpert.data.samples.datasets import PairDataset

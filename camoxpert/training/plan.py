@@ -139,7 +139,7 @@ def decay_factor(scheduler: str, progress: float) -> float:
     if scheduler in ("cosine", "onecycle"):
         return 0.5 * (1 + math.cos(math.pi * progress))
     if scheduler == "poly":
-        return (1 - progress) ** 0.9
+        return math.pow(1 - progress, 0.9)
     if scheduler == "linear":
         return 1 - progress
     if scheduler == "step":

@@ -119,8 +119,7 @@ def _build_network(config: Config, device: torch.device, world: World) -> tuple[
     if not world.first:
         torch.manual_seed(config.train.seed + 1_000_003 * world.rank)
     if config.train.channels_last:
-        # torch's stubs know no memory format here.
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     gmacs = forward_gmacs(model, config.data.img_size)
     console.decide(
@@ -190,4 +189,4 @@ def forward_gmacs(model: CamoXpert, img_size: int) -> float:
     with FlopCounterMode(display=False) as counter:
         model(image)
     model.train(training)
-    return counter.get_total_flops() / 2e9
+    return float(counter.get_total_flops()) / 2e9

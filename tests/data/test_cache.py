@@ -17,19 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from camoxpert.config import AugmentConfig
-from camoxpert.data.cache import build as cache_module
-from camoxpert.data.cache.build import (
-    cache_name,
-    choose_cache,
-    default_folder,
-    find_cache,
-    open_cache,
-)
+from camoxpert import console, stop
+from camoxpert.config import AugmentConfig, DataConfig
+from camoxpert.data.cache import build, choice
+from camoxpert.data.cache.build import find_cache, open_cache
+from camoxpert.data.cache.choice import cache_bytes, cache_name, choose_cache, default_folder
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.image_io import read_pair
 from camoxpert.data.files.manifest import load_train
-from camoxpert.data.loader import CacheReader, build_loader, device_batches
+from camoxpert.data.loader import CacheReader, LoaderPlan, build_loader, device_batches
 from camoxpert.data.samples.augment import SampleTransform, square_pair
 from camoxpert.data.samples.sampler import EpochSampler
 from camoxpert.errors import DataError
@@ -44,21 +40,23 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def settings(folder: Path, side: int = 32, **options: object) -> DataConfig:
+    return DataConfig(img_size=side, cache_dir=str(folder), max_pixels=10**6, **options)
+
+
 def opened(data: Path, folder: Path, *, side: int = 32, mode: str = "disk", **options: object):
     """Open a cache of ``data``; returns it, the lines said and the number of pairs decoded."""
-    lines: list[str] = []
-    decoded = 0
+    decoded = []
+    honest = build.square_pair
 
-    def track(items, total, description):
-        nonlocal decoded
-        for item in items:
-            decoded += 1
-            yield item
+    def counted(*arguments):
+        decoded.append(1)
+        return honest(*arguments)
 
-    manifest = load_train([data])
-    settings = {"mode": mode, "folder": folder, "max_pixels": 10**6} | options
-    found = open_cache(manifest, side, say=lines.append, track=track, **settings)
-    return found, "\n".join(lines), decoded
+    with pytest.MonkeyPatch.context() as patch, console.remembering() as lines:
+        patch.setattr(build, "square_pair", counted)
+        found = open_cache(load_train([data]), settings(folder, side, **options), mode=mode)
+    return found, "\n".join(lines), len(decoded)
 
 
 class TestContent:
@@ -121,7 +119,7 @@ class TestJudgement:
         whole, _, _ = opened(data, tmp_path)
         manifest = load_train([data])
         part = dataclasses.replace(manifest, pairs=manifest.pairs[3:9])
-        found, verdict = find_cache(part, 32, tmp_path, 10**6)
+        found, verdict = find_cache(part, settings(tmp_path))
         assert not verdict
         assert np.array_equal(found.pixels[found.of(part)], whole.pixels[3:9])
 
@@ -182,12 +180,12 @@ class TestJudgement:
 
     def test_strict(self, data: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="--strict-cache: there is no cache"):
-            opened(data, tmp_path, strict=True)
+            opened(data, tmp_path, strict_cache=True)
         opened(data, tmp_path)
-        assert "hit" in opened(data, tmp_path, strict=True)[1]
+        assert "hit" in opened(data, tmp_path, strict_cache=True)[1]
         os.utime(load_train([data]).pairs[0].image, ns=(1, 1))
         with pytest.raises(DataError, match="stale"):
-            opened(data, tmp_path, strict=True)
+            opened(data, tmp_path, strict_cache=True)
 
 
 class TestBuilding:
@@ -195,30 +193,34 @@ class TestBuilding:
         script = textwrap.dedent(
             f"""
             import os, signal
-            from pathlib import Path
+            from camoxpert import console
+            from camoxpert.config import DataConfig
             from camoxpert.data.cache.build import open_cache
             from camoxpert.data.files.manifest import load_train
 
-            def track(items, total, description):
+            def track(items, description, total):
                 for done, item in enumerate(items):
                     yield item
                     if done == 8:
                         os.kill(os.getpid(), signal.SIGKILL)
 
-            open_cache(load_train([{str(data)!r}]), 32, mode="disk", folder=Path({str(tmp_path)!r}),
-                       max_pixels=10**6, say=print, track=track)
+            console.track = track
+            data = DataConfig(img_size=32, cache_dir={str(tmp_path)!r}, max_pixels=10**6)
+            open_cache(load_train([{str(data)!r}]), data, mode="disk")
             """
         )
         done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        assert "did not finish" in find_cache(load_train([data]), 32, tmp_path, 10**6)[1]
+        assert "did not finish" in find_cache(load_train([data]), settings(tmp_path))[1]
         found, said, decoded = opened(data, tmp_path)
         assert "9 of 20 pairs are there already" in said and decoded == 11
         fresh, _, _ = opened(data, tmp_path / "fresh")
         assert np.array_equal(found.pixels, fresh.pixels)
         assert np.array_equal(found.sizes, fresh.sizes)
 
-    def test_a_half_built_cache_of_other_files_starts_anew(self, data, tmp_path) -> None:
+    def test_a_half_built_cache_of_other_files_is_started_over(
+        self, data, tmp_path, monkeypatch
+    ) -> None:
         class Stopped(Exception):
             pass
 
@@ -228,8 +230,9 @@ class TestBuilding:
                 raise Stopped
 
         calls: list[int] = []
-        with pytest.raises(Stopped):
-            opened(data, tmp_path, check_stop=stop_at_second)
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(stop, "check", stop_at_second)
+            opened(data, tmp_path)
         os.utime(load_train([data]).pairs[0].image, ns=(5, 5))
         _, _, decoded = opened(data, tmp_path)
         assert decoded == 20
@@ -238,18 +241,20 @@ class TestBuilding:
         script = textwrap.dedent(
             f"""
             import time
-            from pathlib import Path
+            from camoxpert import console
+            from camoxpert.config import DataConfig
             from camoxpert.data.cache.build import open_cache
             from camoxpert.data.files.manifest import load_train
 
-            def track(items, total, description):
+            def track(items, description, total):
                 for item in items:
                     print("decoded", item, flush=True)
                     time.sleep(0.1)
                     yield item
 
-            open_cache(load_train([{str(data)!r}]), 32, mode="disk", folder=Path({str(tmp_path)!r}),
-                       max_pixels=10**6, say=print, track=track)
+            console.track = track
+            data = DataConfig(img_size=32, cache_dir={str(tmp_path)!r}, max_pixels=10**6)
+            open_cache(load_train([{str(data)!r}]), data, mode="disk")
             """
         )
         command = [sys.executable, "-c", script]
@@ -267,10 +272,10 @@ class TestBuilding:
         with pytest.raises(DataError, match="2 files cannot be decoded") as caught:
             opened(data, tmp_path)
         assert pairs[4].image.name in str(caught.value) and pairs[9].mask.name in str(caught.value)
-        assert "did not finish" in find_cache(load_train([data]), 32, tmp_path, 10**6)[1]
+        assert "did not finish" in find_cache(load_train([data]), settings(tmp_path))[1]
 
     def test_a_full_disk_is_known_before_writing(self, data, tmp_path, monkeypatch) -> None:
-        monkeypatch.setattr(cache_module, "free_disk", lambda folder: 1000)
+        monkeypatch.setattr(build, "free_disk", lambda folder: 1000)
         with pytest.raises(DataError, match=r"GB free\. Give another folder with --cache-dir"):
             opened(data, tmp_path)
         assert not list(tmp_path.glob("*/pixels.u8"))
@@ -283,7 +288,7 @@ class TestBuilding:
 
 class TestMemory:
     def test_too_large_for_memory(self, data: Path, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(cache_module, "available_memory", lambda: 1000)
+        monkeypatch.setattr(build, "available_memory", lambda: 1000)
         with pytest.raises(DataError, match="--cache ram needs"):
             opened(data, tmp_path, mode="ram")
 
@@ -299,17 +304,17 @@ class TestChoice:
     ) -> None:
         words = ["--cache-dir", str(tmp_path / "c"), "--no-test", "--no-report", "--epochs", "2"]
         assert train(*words) == 0
-        monkeypatch.setattr(cache_module, "free_disk", lambda folder: None)
+        monkeypatch.setattr(choice, "free_disk", lambda folder: None)
         capsys.readouterr()
         assert train(*words, "--seed", "9", "--dry-run") == 0
         assert "hit" in capsys.readouterr().out
         assert train(*words, "--seed", "9", "--img-size", "64", "--strict-cache") == 3
 
     def choose(self, monkeypatch, *, disk: int | None, memory: int | None, epochs: int = 5, **k):
-        monkeypatch.setattr(cache_module, "free_disk", lambda folder: disk)
-        monkeypatch.setattr(cache_module, "available_memory", lambda: memory)
+        monkeypatch.setattr(choice, "free_disk", lambda folder: disk)
+        monkeypatch.setattr(choice, "available_memory", lambda: memory)
         manifest = k.pop("manifest")
-        return choose_cache("auto", manifest, 32, folder=Path("x"), epochs=epochs, **k)
+        return choose_cache(manifest, settings(Path("x")), epochs=epochs, **k)
 
     def test_auto(self, data: Path, monkeypatch) -> None:
         manifest = load_train([data])
@@ -325,11 +330,11 @@ class TestChoice:
             assert found[0] == expected and found[1]
         one = self.choose(monkeypatch, disk=much, memory=much, epochs=1, manifest=manifest)
         assert one[0] == "none"
-        assert choose_cache("ram", manifest, 32, folder=Path("x"), epochs=1)[0] == "ram"
+        assert choose_cache(manifest, settings(Path("x"), cache="ram"), epochs=1)[0] == "ram"
 
     def test_every_process_would_keep_its_own_copy_in_memory(self, data, monkeypatch) -> None:
         manifest = load_train([data])
-        needed = cache_module.cache_bytes(manifest, 32)
+        needed = cache_bytes(manifest, 32)
         for processes, expected in ((1, "ram"), (2, "ram"), (3, "none")):
             found, why = self.choose(
                 monkeypatch, disk=None, memory=4 * needed, manifest=manifest, processes=processes
@@ -365,18 +370,11 @@ def test_samples_are_the_same_bit_for_bit_however_they_are_read(data, tmp_path, 
     caches = {mode: opened(data, tmp_path, mode=mode, side=48)[0] for mode in ("disk", "ram")}
 
     def loader(cache: str, workers: int, **options: object):
-        return build_loader(
-            manifest,
-            SampleTransform(img_size=32, augment=STRONG, seed=1, source=48),
-            batch_size=8,
-            num_workers=workers,
-            shuffle=True,
-            seed=1,
-            cache=caches.get(cache),
-            on_device=on_device,
-            targets=(32, 64),
-            **options,
+        config = DataConfig(
+            img_size=32, multi_scale=(1.0, 2.0), source_size=48, augment=STRONG, **options
         )
+        plan = LoaderPlan(workers, cache=caches.get(cache), on_device=on_device)
+        return build_loader(manifest, config, plan, batch_size=8, seed=1)
 
     plain = loader("none", 0)
     expected = [contents(plain, epoch) for epoch in range(3)]
@@ -401,7 +399,7 @@ def test_a_reader_that_is_left_early_ends_its_thread(data: Path, tmp_path: Path)
     import threading
 
     found, _, _ = opened(data, tmp_path)
-    sampler = EpochSampler(20, seed=0, shuffle=True, batch_size=2, targets=(32,))
+    sampler = EpochSampler(20, seed=0, batch_size=2, targets=(32,))
     transform = SampleTransform(img_size=32, augment=None, seed=0)
     reader = CacheReader(load_train([data]), found, sampler, transform)
     before = threading.active_count()
@@ -449,7 +447,7 @@ def test_training_on_device_changes_and_several_sizes(train, capsys) -> None:
 
 def test_memory_of_batches_is_used_again_and_never_too_early(data: Path, tmp_path: Path) -> None:
     found, _, _ = opened(data, tmp_path)
-    sampler = EpochSampler(20, seed=0, shuffle=False, batch_size=4, targets=(32,))
+    sampler = EpochSampler(20, seed=0, batch_size=4, targets=(32,))
     reader = CacheReader(
         load_train([data]), found, sampler, SampleTransform(img_size=32, augment=None, seed=0)
     )

@@ -16,13 +16,14 @@ from camoxpert.data.files.image_io import write_jpeg, write_png
 from camoxpert.data.files.layouts import class_of
 from camoxpert.data.files.manifest import (
     Manifest,
-    Pair,
+    Search,
     concat,
     find_test_sets,
     load_eval,
     load_train,
     split_validation,
 )
+from camoxpert.data.files.pairing import Pair
 from camoxpert.errors import ConfigError, DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -53,7 +54,7 @@ class TestLayouts:
         train = load_train([tmp_path])
         assert names(train) == [CRAB] and train.excluded == 2 and train.layout == "COD10K-v3"
         assert "2 images without a camouflaged object" in train.notes[0]
-        assert len(load_train([tmp_path], noncam="include")) == 3
+        assert len(load_train([tmp_path], Search(noncam="include"))) == 3
         assert {k: names(v) for k, v in find_test_sets([tmp_path]).items()} == {"COD10K": [CAT]}
 
     @pytest.mark.parametrize("flat", [True, False])
@@ -131,7 +132,7 @@ class TestMistakes:
         with pytest.raises(DataError, match=r"No known data set layout.*it holds: stuff"):
             load_train([tmp_path])
         with pytest.raises(ConfigError, match="known layouts"):
-            load_train([tmp_path], layout="COD11K")
+            load_train([tmp_path], Search(layout="COD11K"))
 
     def test_missing_masks_are_counted_and_named(self, tmp_path: Path) -> None:
         add(tmp_path / "Imgs", tmp_path / "GT", "a", "b", "c")

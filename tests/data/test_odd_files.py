@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from camoxpert.config import AugmentConfig
+from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.files.manifest import load_train
-from camoxpert.data.loader import build_loader
-from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.loader import LoaderPlan, build_loader
 from camoxpert.doctor.inspect import inspect_pair
 from camoxpert.errors import DataError
 from camoxpert.synthesis.toy import generate_toy
@@ -165,12 +164,10 @@ def batches(folder: Path, workers: int) -> dict[str, np.ndarray]:
     augment = AugmentConfig(hflip=0, rotate=0, scale=0, translate=0)
     loader = build_loader(
         load_train([folder]),
-        SampleTransform(img_size=SIZE, augment=augment, seed=0),
+        DataConfig(img_size=SIZE, augment=augment, max_pixels=10**6),
+        LoaderPlan(workers),
         batch_size=2,
-        num_workers=workers,
-        shuffle=False,
         seed=0,
-        max_pixels=10**6,
     )
     try:
         loader.set_epoch(0)

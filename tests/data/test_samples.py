@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from camoxpert.config import AugmentConfig
+from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.cache.build import open_cache
 from camoxpert.data.cache.reader import CacheReader
 from camoxpert.data.files.manifest import Manifest, load_train
-from camoxpert.data.loader import build_eval_loader, build_loader, device_batches
+from camoxpert.data.loader import (
+    LoaderPlan,
+    build_eval_loader,
+    build_loader,
+    device_batches,
+)
 from camoxpert.data.samples.augment import SampleTransform
-from camoxpert.data.samples.batches import normalise
 from camoxpert.data.samples.sampler import EpochSampler
 from camoxpert.errors import DataError
 from camoxpert.synthesis.toy import TEXTURES, generate_toy, toy_pair
@@ -24,16 +28,8 @@ STRONG = AugmentConfig(vflip=0.5, rotate=60, blur=0.3, noise=0.3)
 
 
 def loader_of(manifest: Manifest, workers: int, *, persistent: bool = True, seed: int = 1):
-    transform = SampleTransform(img_size=32, augment=STRONG, seed=seed)
-    return build_loader(
-        manifest,
-        transform,
-        batch_size=8,
-        num_workers=workers,
-        shuffle=True,
-        seed=seed,
-        persistent_workers=persistent,
-    )
+    data = DataConfig(img_size=32, augment=STRONG, persistent_workers=persistent)
+    return build_loader(manifest, data, LoaderPlan(workers), batch_size=8, seed=seed)
 
 
 def digest(loader, epoch: int, start: int = 0) -> list[str]:
@@ -70,14 +66,14 @@ def test_the_global_generators_are_left_alone(toy_data: Path) -> None:
 
 
 def test_sampler_by_hand() -> None:
-    sampler = EpochSampler(10, seed=3, shuffle=True)
+    sampler = EpochSampler(10, seed=3)
     first = [index for _, index, _ in sampler]
     assert sorted(first) == list(range(10)) and first != list(range(10))
     sampler.epoch = 1
     assert [index for _, index, _ in sampler] != first
     sampler.epoch, sampler.start = 0, 4
     assert [index for _, index, _ in sampler] == first[4:] and len(sampler) == 6
-    ranks = [EpochSampler(10, seed=3, shuffle=True, rank=r, world_size=4) for r in range(4)]
+    ranks = [EpochSampler(10, seed=3, rank=r, world_size=4) for r in range(4)]
     shares = [[i for _, i, _ in s] for s in ranks]
     assert {len(share) for share in shares} == {3}
     assert {index for share in shares for index in share} == set(range(10))
@@ -86,7 +82,7 @@ def test_sampler_by_hand() -> None:
 def test_a_batch_shares_its_size_on_every_rank_and_after_a_resume() -> None:
     def sizes(rank: int, start: int = 0) -> list[int]:
         sampler = EpochSampler(
-            40, seed=3, shuffle=True, rank=rank, world_size=2, batch_size=4, targets=(32, 64, 96)
+            40, seed=3, rank=rank, world_size=2, batch_size=4, targets=(32, 64, 96)
         )
         sampler.start = start
         return [target for _, _, target in sampler]
@@ -144,33 +140,25 @@ def test_a_broken_file_reaches_the_user_as_its_own_error(tmp_path: Path, workers
 def test_workers_that_do_not_fork_give_the_same_batches(tmp_path: Path, method: str) -> None:
     generate_toy(tmp_path, num_train=8, num_test=0, size=32, seed=0)
     manifest = load_train([tmp_path])
-    transform = SampleTransform(img_size=32, augment=STRONG, seed=1)
-    options = {"batch_size": 4, "shuffle": True, "seed": 1}
-    expected = digest(build_loader(manifest, transform, num_workers=0, **options), 0)
-    loader = build_loader(manifest, transform, num_workers=1, start_method=method, **options)
+    data = DataConfig(img_size=32, augment=STRONG, start_method=method)
+    options = {"batch_size": 4, "seed": 1}
+    expected = digest(build_loader(manifest, data, **options), 0)
+    loader = build_loader(manifest, data, LoaderPlan(1), **options)
     assert digest(loader, 0) == expected
     loader.close()
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_ranks_share_an_epoch(toy_data: Path, tmp_path: Path, cached: bool) -> None:
+def test_ranks_share_an_epoch(toy_data: Path, cached: bool) -> None:
     manifest = load_train([toy_data])
-    settings = {"mode": "ram", "folder": tmp_path, "max_pixels": 10**6, "say": print}
-    cache = open_cache(manifest, 32, track=lambda items, *_: items, **settings) if cached else None
-    transform = SampleTransform(img_size=32, augment=None, seed=1)
+    data = DataConfig(img_size=32)
+    plan = LoaderPlan(
+        cache=open_cache(manifest, data, mode="ram") if cached else None, on_device=cached
+    )
 
     def names(rank: int, world_size: int) -> list[str]:
         loader = build_loader(
-            manifest,
-            transform,
-            batch_size=4,
-            num_workers=0,
-            shuffle=True,
-            seed=1,
-            rank=rank,
-            world_size=world_size,
-            cache=cache,
-            on_device=cached,
+            manifest, data, plan, batch_size=4, seed=1, rank=rank, world_size=world_size
         )
         assert isinstance(loader, CacheReader) == cached
         loader.set_epoch(2)
@@ -186,7 +174,7 @@ def test_ranks_share_an_epoch(toy_data: Path, tmp_path: Path, cached: bool) -> N
 
 def test_evaluation_batches_keep_the_originals(toy_data: Path) -> None:
     manifest = load_train([toy_data])
-    loader = build_eval_loader(manifest, img_size=32, batch_size=7, keep_images=True)
+    loader = build_eval_loader(manifest, DataConfig(img_size=32), batch_size=7, keep_images=True)
     batches = list(loader)
     assert len(loader) == len(batches) == 6
     assert [name for b in batches for name in b.names] == [p.name for p in manifest.pairs]
@@ -200,12 +188,6 @@ def test_device_batches_count_the_wait(toy_data: Path) -> None:
     loader.set_epoch(0)
     pairs = list(device_batches(loader, torch.device("cpu")))
     assert len(pairs) == 5 and all(wait > 0 for _, wait in pairs)
-
-
-def test_normalise_by_hand() -> None:
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    mean, std = torch.tensor([0.5]).view(1, 1, 1, 1), torch.tensor([0.25]).view(1, 1, 1, 1)
-    assert normalise(images, mean, std).flatten().tolist() == [-2.0, 2.0]
 
 
 class TestToy:

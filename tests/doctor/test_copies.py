@@ -24,10 +24,6 @@ from camoxpert.synthesis.toy import toy_pair
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-def quiet(items, total, description):
-    return items
-
-
 def picture(index: int, size: int = 128) -> np.ndarray:
     return toy_pair(11, index, size=size, difficulty=0.6)[0]
 
@@ -62,7 +58,7 @@ CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def test_each_kind_of_copy_is_found_among_others(change) -> None:
     images = [picture(index) for index in range(40)]
     images += [CHANGES[change](images[index]) for index in range(10)]
-    found = find_copies([fingerprint(image) for image in images], track=quiet)
+    found = find_copies([fingerprint(image) for image in images])
     pairs = {(match.a, match.b) for match in found}
     assert len(pairs & {(index, 40 + index) for index in range(10)}) >= 9
     assert not {pair for pair in pairs if pair[1] < 40}, "no false pair among the originals"
@@ -76,7 +72,7 @@ def test_what_was_done_is_said() -> None:
         crop(images[1], 0.5, 0.5, 0.85, 0.85),
         jpeg(images[2], 50),
     ]
-    how = {m.a: m.how for m in find_copies([fingerprint(i) for i in images], track=quiet)}
+    how = {m.a: m.how for m in find_copies([fingerprint(i) for i in images])}
     assert how[0] == "flipped left-right"
     assert how[1].startswith("cropped to 7")
     assert how[2] == "re-encoded or resized"
@@ -91,18 +87,18 @@ def test_light_and_contrast_do_not_count_and_structure_does() -> None:
 
 
 def test_few_pictures() -> None:
-    assert find_copies([], track=quiet) == []
-    assert find_copies([fingerprint(picture(0))], track=quiet) == []
-    assert find_copies([None, fingerprint(picture(0)), None], track=quiet) == []
+    assert find_copies([]) == []
+    assert find_copies([fingerprint(picture(0))]) == []
+    assert find_copies([None, fingerprint(picture(0)), None]) == []
     both = [fingerprint(picture(0)), None, fingerprint(picture(0))]
-    assert [(m.a, m.b) for m in find_copies(both, track=quiet)] == [(0, 2)]
+    assert [(m.a, m.b) for m in find_copies(both)] == [(0, 2)]
     assert candidates([]) == []
 
 
 def test_unreadable_files_are_left_out(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), picture(0))
     (tmp_path / "b.png").write_bytes(b"")
-    prints = fingerprints([tmp_path / "a.png", tmp_path / "b.png"], track=quiet)
+    prints = fingerprints([tmp_path / "a.png", tmp_path / "b.png"])
     assert isinstance(prints[0], Fingerprint) and prints[1] is None
 
 
@@ -128,7 +124,7 @@ def test_real_and_generated_images_with_planted_copies() -> None:
         change = list(CHANGES.values())[number % len(CHANGES)]
         planted[source] = len(images)
         images.append(change(images[source]))
-    found = find_copies([fingerprint(image) for image in images], track=quiet)
+    found = find_copies([fingerprint(image) for image in images])
     pairs = {(match.a, match.b) for match in found}
     expected = set(planted.items())
     assert len(pairs & expected) >= 0.95 * len(expected)

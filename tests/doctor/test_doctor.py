@@ -12,14 +12,18 @@ import numpy as np
 import pytest
 
 from camoxpert.cli import main
+from camoxpert.config import DataConfig
 from camoxpert.data.files.manifest import (
+    Search,
     find_test_sets,
     load_train,
     read_clean_list,
     split_validation,
 )
-from camoxpert.doctor import check_environment, environment, examine_data, write_clean_list
 from camoxpert.doctor import dataset as doctor_data
+from camoxpert.doctor import environment
+from camoxpert.doctor.dataset import examine_data, write_clean_list
+from camoxpert.doctor.environment import check_environment
 from camoxpert.errors import DataError
 from camoxpert.synthesis.toy import generate_toy
 
@@ -30,9 +34,9 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def examined(*roots: Path, **options: object):
-    settings = {"max_pixels": 10**6, "track": lambda items, total, description: items} | options
-    return examine_data(roots, **settings)
+def examined(*roots: Path, copies: bool = True, **options: object):
+    data = DataConfig(roots=tuple(map(str, roots)), max_pixels=10**6, **options)
+    return examine_data(data, copies=copies)
 
 
 def said(found, level: str) -> str:
@@ -108,10 +112,10 @@ def test_copies_across_the_splits_go_to_the_clean_list(data: Path, tmp_path: Pat
     path = tmp_path / "clean.csv"
     write_clean_list(path, found.clean_list)
     clean = read_clean_list(path)
-    kept = load_train([data], clean=clean)
+    kept = load_train([data], Search(clean=clean))
     assert len(kept) == 18 and image.stem not in {pair.name for pair in kept.pairs}
     assert "2 images left out by the clean list" in kept.notes[-1]
-    assert len(next(iter(find_test_sets([data], clean=clean).values()))) == 6
+    assert len(next(iter(find_test_sets([data], Search(clean=clean)).values()))) == 6
     again = examined(data, copies=False, val_fraction=0.0)
     assert "identical" not in said(again, "note") and "the same file" in said(again, "warning")
 
@@ -132,7 +136,7 @@ def test_no_copy_of_a_test_image_stays_in_training(data: Path, tmp_path: Path, c
     assert {row[2] for row in found.clean_list} == {image.stem for image, _ in planted}
     path = tmp_path / "clean.csv"
     write_clean_list(path, found.clean_list)
-    kept = load_train([data], clean=read_clean_list(path))
+    kept = load_train([data], Search(clean=read_clean_list(path)))
     assert len(kept) == 13
 
 

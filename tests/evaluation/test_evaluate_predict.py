@@ -99,7 +99,7 @@ class TestEvaluate:
         for on_device in (False, True):
             evaluator, seen = Evaluator(), []
             loader = build_eval_loader(
-                manifest, img_size=predictor.img_size, batch_size=3, keep_images=True
+                manifest, predictor.config.data, batch_size=3, keep_images=True
             )
             score(
                 predictor.model,

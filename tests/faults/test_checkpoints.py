@@ -262,10 +262,10 @@ class TestState:
         without = load_config(file=run / "config.yaml", flags={"train.use_ema": False})
 
         def loaded(config: Config, state: dict[str, Any]):
-            setup = prepare(config)
+            prepared = prepare(config)
             resume = checkpoints.Checkpoint(Path("step.pt"), config, copy.deepcopy(state))
-            restore(setup, resume)
-            return setup
+            restore(prepared, resume)
+            return prepared
 
         first = loaded(without, state)
         assert first.ema is None
@@ -276,9 +276,9 @@ class TestState:
 
     def test_compiling_leaves_the_names_alone(self, stopped_run) -> None:
         run, state = stopped_run
-        setup = prepare(load_config(file=run / "config.yaml"))
-        setup.model.compile(backend="eager")
-        assert list(setup.model.state_dict()) == list(state["model"])
+        prepared = prepare(load_config(file=run / "config.yaml"))
+        prepared.model.compile(backend="eager")
+        assert list(prepared.model.state_dict()) == list(state["model"])
 
 
 class TestChanges:
@@ -388,24 +388,24 @@ class TestFirstFormat:
     def test_a_run_goes_on(self, tmp_path: Path) -> None:
         saved = load_checkpoint(GOLDEN / "format_1_step.pt")
         assert saved.values["format"] == 1
-        setup = prepare_golden(saved.config, tmp_path)
-        restore(setup, saved)
-        state = setup.state
+        prepared = prepare_golden(saved.config, tmp_path)
+        restore(prepared, saved)
+        state = prepared.state
         assert (state.step, state.epoch, state.position) == (3, 1, 8)
-        assert setup.ema is not None and int(setup.ema.updates) == 3
-        again = snapshot(setup)
+        assert prepared.ema is not None and int(prepared.ema.updates) == 3
+        again = snapshot(prepared)
         for part in ("model", "ema", "optimizer", "state", "routing"):
             assert digest_of(again[part]) == digest_of(saved.values[part]), part
 
     def test_its_moments_are_kept_and_the_settings_of_now_apply(self, tmp_path: Path) -> None:
         saved = load_checkpoint(GOLDEN / "format_1_step.pt")
-        setup = prepare_golden(saved.config, tmp_path)
-        for group in setup.optimizer.param_groups:
+        prepared = prepare_golden(saved.config, tmp_path)
+        for group in prepared.optimizer.param_groups:
             group |= {"weight_decay": 0.5, "betas": (0.5, 0.6), "scale": 0.7}
-        restore(setup, saved)
-        for group in setup.optimizer.param_groups:
+        restore(prepared, saved)
+        for group in prepared.optimizer.param_groups:
             assert (group["weight_decay"], group["betas"], group["scale"]) == (0.5, (0.5, 0.6), 0.7)
-        kept = setup.optimizer.state_dict()["state"]
+        kept = prepared.optimizer.state_dict()["state"]
         assert digest_of(kept) == digest_of(saved.values["optimizer"]["state"])
 
     @pytest.mark.parametrize("name", ["format_1_step.pt", "format_1.safetensors"])

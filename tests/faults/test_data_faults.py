@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch.utils.data._utils.signal_handling as torch_watch
 
-from camoxpert.config import AugmentConfig
-from camoxpert.data import supervise, workers
+from camoxpert import console
+from camoxpert.config import AugmentConfig, DataConfig
+from camoxpert.data import supervise
 from camoxpert.data.files.manifest import Manifest, load_train
-from camoxpert.data.loader import Loader, build_eval_loader, build_loader
-from camoxpert.data.samples.augment import Operators, SampleTransform
+from camoxpert.data.loader import Loader, LoaderPlan, build_eval_loader, build_loader
+from camoxpert.data.samples.augment import Operators
 from camoxpert.data.samples.datasets import EvalDataset, PairDataset
 from camoxpert.errors import DataError
 from camoxpert.synthesis.toy import generate_toy
@@ -38,7 +39,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch) -> None:
     """Deaths are looked for every half second instead of every five."""
-    monkeypatch.setattr(workers, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.5)
 
 
 @pytest.fixture
@@ -46,22 +47,22 @@ def loader_of(manifest: Manifest) -> Iterator[Callable[..., Loader]]:
     made = []
 
     def build(num_workers: int, **options: Any) -> Loader:
-        loader = build_loader(
-            manifest,
-            SampleTransform(img_size=32, augment=STRONG, seed=1),
-            batch_size=2,
-            num_workers=num_workers,
-            shuffle=True,
-            seed=1,
-            start_method="fork",
-            **options,
-        )
+        data = DataConfig(img_size=32, augment=STRONG, start_method="fork", **options)
+        loader = build_loader(manifest, data, LoaderPlan(num_workers), batch_size=2, seed=1)
         made.append(loader)
         return loader
 
     yield build
     for loader in made:
         loader.close()
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """The warnings of the test."""
+    texts: list[str] = []
+    with console.heard_by(texts.append):
+        yield texts
 
 
 def digest(batch: Any) -> str:
@@ -75,7 +76,7 @@ def epoch_of(loader: Loader, epoch: int, start: int = 0) -> list[str]:
 
 
 def kill(loader: Any, worker: int = 0) -> None:
-    process = loader._running[0]._workers[worker]
+    process = loader.running[0]._workers[worker]
     os.kill(process.pid, signal.SIGKILL)
     process.join()
 
@@ -83,10 +84,11 @@ def kill(loader: Any, worker: int = 0) -> None:
 class TestDeath:
     @pytest.mark.parametrize("persistent", [True, False])
     @pytest.mark.parametrize("start", [0, 3])
-    def test_the_batches_of_the_epoch_stay_the_same(self, loader_of, persistent, start) -> None:
+    def test_the_batches_of_the_epoch_stay_the_same(
+        self, loader_of, persistent, start, told
+    ) -> None:
         expected = [epoch_of(loader_of(0), epoch) for epoch in range(2)]
-        told: list[str] = []
-        loader = loader_of(2, persistent_workers=persistent, report=told.append)
+        loader = loader_of(2, persistent_workers=persistent)
         loader.set_epoch(0, start_batch=start)
         found = []
         for number, batch in enumerate(loader):
@@ -99,9 +101,8 @@ class TestDeath:
         # The control: what comes after the death depends on where the sampler was set.
         assert len(set(found)) == len(found)
 
-    def test_one_a_epoch_and_then_an_error(self, loader_of) -> None:
-        told: list[str] = []
-        loader = loader_of(2, report=told.append)
+    def test_one_a_epoch_and_then_an_error(self, loader_of, told) -> None:
+        loader = loader_of(2)
         for epoch in range(2):
             loader.set_epoch(epoch)
             batches = iter(loader)
@@ -119,7 +120,7 @@ class TestDeath:
             kill(loader, 1)
             list(batches)
         assert "shared memory" in str(caught.value) and "waited for" in str(caught.value)
-        assert not loader._running, "nobody is left behind"
+        assert not loader.running, "nobody is left behind"
 
     def test_a_lock_that_the_dead_hold_is_not_waited_for(self, loader_of) -> None:
         """Killed while it looks whether to end, a worker keeps the lock of that question."""
@@ -127,23 +128,22 @@ class TestDeath:
         loader.set_epoch(0)
         batches = iter(loader)
         next(batches)
-        (iterator,) = loader._running
+        (iterator,) = loader.running
         workers = list(iterator._workers)
         iterator._workers_done_event._cond.acquire()
         kill(loader)
         batches.close()
-        assert not loader._running
+        assert not loader.running
         assert not any(worker.join(5) or worker.is_alive() for worker in workers)
 
-    def test_kept_workers_that_die_between_epochs(self, loader_of) -> None:
-        told: list[str] = []
-        loader = loader_of(2, report=told.append)
+    def test_kept_workers_that_die_between_epochs(self, loader_of, told) -> None:
+        loader = loader_of(2)
         expected = [epoch_of(loader_of(0), epoch) for epoch in range(2)]
         assert epoch_of(loader, 0) == expected[0]
         kill(loader)
         assert epoch_of(loader, 1) == expected[1] and len(told) == 1
 
-    def test_a_sample_that_kills_is_named(self, loader_of, manifest, monkeypatch) -> None:
+    def test_a_sample_that_kills_is_named(self, loader_of, manifest, monkeypatch, told) -> None:
         """Starting anew does not help here: it happens once, not for ever."""
         honest = PairDataset._decoded
         first = loader_of(0)._sampler.batch_indices(0)[0]
@@ -154,9 +154,8 @@ class TestDeath:
             return honest(self, place)
 
         monkeypatch.setattr(PairDataset, "_decoded", deadly)
-        told: list[str] = []
         with pytest.raises(DataError) as caught:
-            epoch_of(loader_of(1, report=told.append), 0)
+            epoch_of(loader_of(1), 0)
         assert len(told) == 1
         assert manifest.pairs[first].name in str(caught.value)
         assert manifest.pairs[first].name in told[0]
@@ -166,10 +165,10 @@ class TestDeath:
 
         def step_in_which_a_worker_dies() -> None:
             monkeypatch.setattr(torch_watch, "_SIGCHLD_handler_set", False)
-            loader = loader_of(2, report=lambda text: None)
+            loader = loader_of(2)
             batches = iter(loader)
             next(batches)
-            os.kill(loader._running[0]._workers[0].pid, signal.SIGKILL)
+            os.kill(loader.running[0]._workers[0].pid, signal.SIGKILL)
             try:
                 deadline = time.monotonic() + 0.5
                 while time.monotonic() < deadline:
@@ -190,15 +189,13 @@ class TestDeath:
             monkeypatch.undo()
             signal.signal(signal.SIGCHLD, before)
 
-    def test_evaluation_goes_on_too(self, manifest: Manifest) -> None:
+    def test_evaluation_continues(self, manifest: Manifest, told) -> None:
         def read(num_workers: int, deaths: int) -> list[tuple[str, ...]]:
             loader = build_eval_loader(
                 manifest,
-                img_size=32,
+                DataConfig(img_size=32, start_method="fork"),
                 batch_size=2,
                 num_workers=num_workers,
-                start_method="fork",
-                report=told.append,
             )
             found = []
             for number, batch in enumerate(loader):
@@ -208,17 +205,15 @@ class TestDeath:
                     deaths -= 1
             return found
 
-        told: list[str] = []
         assert read(2, 1) == read(0, 0) and len(told) == 1
 
-    def test_an_error_of_our_own_keeps_its_traceback(self, loader_of, monkeypatch) -> None:
+    def test_an_error_of_our_own_keeps_its_traceback(self, loader_of, monkeypatch, told) -> None:
         def wrong(self: PairDataset, place: int) -> Any:
             raise RuntimeError("our own mistake")
 
         monkeypatch.setattr(PairDataset, "_decoded", wrong)
-        told: list[str] = []
         with pytest.raises(RuntimeError, match="our own mistake"):
-            epoch_of(loader_of(1, report=told.append), 0)
+            epoch_of(loader_of(1), 0)
         assert not told
 
     def test_an_epoch_that_is_left_early_leaves_nothing_to_the_next(self, loader_of) -> None:
@@ -227,7 +222,7 @@ class TestDeath:
         loader.set_epoch(0)
         batches = iter(loader)
         next(batches)
-        processes = list(loader._running[0]._workers)
+        processes = list(loader.running[0]._workers)
         batches.close()
         assert not any(process.is_alive() for process in processes)
         assert epoch_of(loader, 1) == expected
@@ -255,17 +250,16 @@ class TestHang:
 
         return set_up
 
-    def test_once_the_batches_stay_the_same(self, loader_of, hangs_at) -> None:
+    def test_once_the_batches_stay_the_same(self, loader_of, hangs_at, told) -> None:
         expected = epoch_of(loader_of(0), 0)
         hangs_at(1)
-        told: list[str] = []
-        loader = loader_of(2, worker_timeout=2.0, report=told.append)
+        loader = loader_of(2, worker_timeout=2.0)
         assert epoch_of(loader, 0) == expected
         assert len(told) == 1 and "gave no answer" in told[0]
 
     def test_twice_the_samples_are_named(self, loader_of, manifest, hangs_at) -> None:
         hangs_at(2)
-        loader = loader_of(2, worker_timeout=2.0, report=lambda text: None)
+        loader = loader_of(2, worker_timeout=2.0)
         with pytest.raises(DataError, match=r"data\.worker_timeout") as caught:
             epoch_of(loader, 0)
         assert manifest.pairs[7].name in str(caught.value)
@@ -274,19 +268,16 @@ class TestHang:
         hangs_at(2, EvalDataset, "__getitem__")
         loader = build_eval_loader(
             manifest,
-            img_size=32,
+            DataConfig(img_size=32, worker_timeout=1.0, start_method="fork"),
             batch_size=8,
             num_workers=1,
-            worker_timeout=1.0,
-            start_method="fork",
-            report=lambda text: None,
         )
         with pytest.raises(DataError, match="waited for") as caught:
             list(loader)
         names = [pair.name for pair in manifest.pairs]
-        assert ", ".join(names[:4]) + ", ..." in str(caught.value)
+        assert ", ".join(names[:4]) + " and 4 more" in str(caught.value)
 
-    def test_slow_is_not_hung(self, loader_of, monkeypatch) -> None:
+    def test_slow_is_not_hung(self, loader_of, monkeypatch, told) -> None:
         """Several looks at the workers pass before the time is up; 0 waits for ever."""
         honest = PairDataset._decoded
 
@@ -297,14 +288,13 @@ class TestHang:
 
         expected = epoch_of(loader_of(0), 0)
         monkeypatch.setattr(PairDataset, "_decoded", slow)
-        told: list[str] = []
         for seconds in (5.0, 0.0):
-            loader = loader_of(1, worker_timeout=seconds, report=told.append)
+            loader = loader_of(1, worker_timeout=seconds)
             assert epoch_of(loader, 0) == expected
         assert not told
 
 
-def test_where_nobody_listens_it_is_said_on_stderr(loader_of, capfd) -> None:
+def test_it_is_said_on_stderr(loader_of, capfd) -> None:
     loader = loader_of(1)
     batches = iter(loader)
     next(batches)

@@ -23,7 +23,7 @@ from camoxpert.files import read_jsonl
 from camoxpert.runs.checkpoint import load_checkpoint
 from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime import processes as distributed
-from camoxpert.runtime.processes import begin_life, is_peer_loss, join
+from camoxpert.runtime.processes import is_peer_loss, join, join_generation
 from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training.batching import Batching, keep_effective
 from camoxpert.training.prepare import prepare
@@ -140,11 +140,11 @@ class TestSameAsOne:
         records = read_jsonl(tmp_path / "r" / "metrics.jsonl")
         logged = [r["scores"] for r in records if r["kind"] == "validation"][-1]
         config = load_config(file=tmp_path / "r" / "config.yaml")
-        setup = prepare(config)
+        run = prepare(config)
         newest, _ = CheckpointFolder(tmp_path / "r" / "checkpoints").newest()
         assert newest is not None
-        setup.evaluated_model.load_state_dict(newest.evaluated_weights)
-        own, _ = validate(setup)
+        run.evaluated_model.load_state_dict(newest.evaluated_weights)
+        own, _ = validate(run)
         assert json.loads(json.dumps(own)) == logged
 
     def test_one_goes_on_where_two_stopped_and_back(
@@ -290,21 +290,21 @@ def test_gradients_are_shared_once_per_step(toy_data: Path) -> None:
     settings = {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
     settings |= {"model.num_experts": 3, "data.img_size": 32, "data.num_workers": 0}
     settings |= {"train.batch_size": 4, "data.roots": [str(toy_data)]}
-    setup = prepare(build_config(settings))
+    run = prepare(build_config(settings))
     shared: list[bool] = []
 
     def watched(*args: Any, **options: Any):
-        shared.append(setup.forward.require_backward_grad_sync)
+        shared.append(run.forward.require_backward_grad_sync)
         return total_loss(*args, **options)
 
-    setup.loss = watched
+    run.loss = watched
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        setup.forward = torch.nn.parallel.DistributedDataParallel(setup.model)
-        loader = training_loader(setup, 4)
+        run.forward = torch.nn.parallel.DistributedDataParallel(run.model)
+        loader = training_loader(run, 4)
         loader.set_epoch(0)
-        step.accumulate(setup, [batch for _, batch in zip(range(3), loader, strict=False)])
+        step.accumulate(run, [batch for _, batch in zip(range(3), loader, strict=False)])
     finally:
         torch.distributed.destroy_process_group()
     assert shared == [False, False, True]
@@ -340,7 +340,7 @@ def test_every_life_has_a_name_of_its_own() -> None:
     names: dict[int, str] = {}
 
     def come(rank: int) -> None:
-        names[rank] = begin_life(store, rank, 3, timeout=20)
+        names[rank] = join_generation(store, rank, 3, timeout=20)
 
     # The others come first, find the old life, and must not take it for theirs.
     late = [threading.Thread(target=come, args=(rank,)) for rank in (1, 2)]
@@ -353,7 +353,7 @@ def test_every_life_has_a_name_of_its_own() -> None:
         thread.join(20)
     assert len(set(names.values())) == 1 and len(names) == 3 and names[0] != "old"
     with pytest.raises(RuntimeError, match="did not answer"):
-        begin_life(store, 1, 3, timeout=0.2)
+        join_generation(store, 1, 3, timeout=0.2)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from camoxpert.cli import main
-from camoxpert.config import AugmentConfig
+from camoxpert.config import DataConfig
 from camoxpert.data.files.headers import require_readable
 from camoxpert.data.files.image_io import TURNS, probe, read_image, read_mask, read_pair
-from camoxpert.data.files.manifest import Pair, load_train
+from camoxpert.data.files.manifest import load_train
+from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_loader
-from camoxpert.data.samples.augment import SampleTransform
 from camoxpert.doctor.inspect import inspect_pair
 from camoxpert.errors import DataError
 
@@ -253,10 +253,8 @@ def test_tiny_and_extreme_pictures_train_and_predict(
     pair.mask.rename(tmp_path / "d" / "GT" / "i.png")
     loader = build_loader(
         load_train([tmp_path / "d"]),
-        SampleTransform(img_size=32, augment=AugmentConfig(), seed=0),
+        DataConfig(img_size=32),
         batch_size=1,
-        num_workers=0,
-        shuffle=False,
         seed=0,
     )
     loader.set_epoch(0)

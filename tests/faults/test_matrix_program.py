@@ -71,7 +71,7 @@ class TestLeaks:
 
     def figures(self, data: Path, folder: Path, monkeypatch, steps: tuple[int, int]) -> list:
         """Train, and return (tensors, resident bytes) after each of two steps."""
-        setup = tiny(data, train__epochs=-(-steps[1] // 15), data__val_fraction=0.0)
+        run = tiny(data, train__epochs=-(-steps[1] // 15), data__val_fraction=0.0)
         seen, count = [], 0
         original = trainer.train_step
 
@@ -84,7 +84,7 @@ class TestLeaks:
             return values
 
         monkeypatch.setattr(trainer, "train_step", watched)
-        train_in(setup, folder, tensorboard=True)
+        train_in(run, folder, tensorboard=True)
         return seen
 
     @pytest.fixture
@@ -225,15 +225,15 @@ def test_the_uniform_family_compiles_once_and_learns_the_same(toy_data: Path, mo
     for compiled in (False, True):
         torch._dynamo.reset()
         counters.clear()
-        setup = tiny(
+        run = tiny(
             toy_data, model__expert_family="uniform", train__batch_size=6, train__use_ema=False
         )
         if compiled:
-            compile_model(setup.model)
-        loader = training_loader(setup, 6)
+            compile_model(run.model)
+        loader = training_loader(run, 6)
         loader.set_epoch(0)
-        batches = device_batches(loader, setup.device)
-        losses.append([float(trainer.train_step(setup, [b])["loss"]) for b, _ in batches])
+        batches = device_batches(loader, run.device)
+        losses.append([float(trainer.train_step(run, [b])["loss"]) for b, _ in batches])
         loader.close()
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -33,16 +33,16 @@ SETTINGS = {
 
 
 @pytest.fixture
-def setup(toy_data: Path) -> Run:
+def run(toy_data: Path) -> Run:
     config = build_config({**SETTINGS, "data.roots": [str(toy_data)]})
     return prepare(config)
 
 
-def go(setup: Run, folder: Path) -> Any:
-    return train_in(setup, folder)
+def go(run: Run, folder: Path) -> Any:
+    return train_in(run, folder)
 
 
-def break_steps(setup: Run, chosen: Callable[[int], bool], factor: float) -> list[int]:
+def break_steps(run: Run, chosen: Callable[[int], bool], factor: float) -> list[int]:
     """Multiply the loss of chosen steps (from 1) by NaN or infinity."""
     seen: list[int] = []
 
@@ -51,13 +51,13 @@ def break_steps(setup: Run, chosen: Callable[[int], bool], factor: float) -> lis
         seen.append(1)
         return (loss * factor if chosen(len(seen)) else loss), parts
 
-    setup.loss = broken
+    run.loss = broken
     return seen
 
 
-def test_a_skipped_step_names_its_images_and_what_they_are_like(setup: Run, tmp_path: Path) -> None:
-    break_steps(setup, lambda number: number == 3, float("nan"))
-    summary = go(setup, tmp_path / "run")
+def test_a_skipped_step_names_its_images_and_what_they_are_like(run: Run, tmp_path: Path) -> None:
+    break_steps(run, lambda number: number == 3, float("nan"))
+    summary = go(run, tmp_path / "run")
     assert summary.state.skipped == 1 and summary.state.skipped_in_a_row == 0
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     event = next(r for r in records if "skipped: non-finite" in r.get("text", ""))
@@ -74,8 +74,8 @@ def test_a_save_that_was_owed_follows_the_next_good_step(
 ) -> None:
     """Steps 2 to 4 are skipped, 2 was to be saved: 5 is."""
     values = {**SETTINGS, "data.roots": [str(toy_data)], "run.save_every": 2, "train.epochs": 1}
-    setup = prepare(build_config(values))
-    break_steps(setup, lambda number: number in (2, 3, 4), float("nan"))
+    run = prepare(build_config(values))
+    break_steps(run, lambda number: number in (2, 3, 4), float("nan"))
     saved = []
     honest = CheckpointFolder.save
 
@@ -84,76 +84,76 @@ def test_a_save_that_was_owed_follows_the_next_good_step(
         return honest(folder, *args, **options)
 
     monkeypatch.setattr(CheckpointFolder, "save", save)
-    go(setup, tmp_path / "run")
+    go(run, tmp_path / "run")
     assert saved == [5, 5]  # as owed, and at the end of the epoch
 
 
 class TestHalfPrecision:
     """fp16's loss scale, on a CPU: it falls at every overflow, and the weights stay."""
 
-    def scaled(self, setup: Run, scale: float) -> Run:
-        setup.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        return setup
+    def scaled(self, run: Run, scale: float) -> Run:
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return run
 
     def test_an_overflow_halves_the_scale_and_moves_nothing(
-        self, setup: Run, tmp_path: Path, monkeypatch
+        self, run: Run, tmp_path: Path, monkeypatch
     ) -> None:
-        break_steps(setup, lambda number: number <= 3, float("inf"))
-        self.scaled(setup, 65536.0)
-        before = copy.deepcopy(setup.model.state_dict())
-        average = copy.deepcopy(setup.evaluated_model.state_dict())
+        break_steps(run, lambda number: number <= 3, float("inf"))
+        self.scaled(run, 65536.0)
+        before = copy.deepcopy(run.model.state_dict())
+        average = copy.deepcopy(run.evaluated_model.state_dict())
         scales = []
         honest = trainer.train_step
 
         def watched(*args: Any, **options: Any):
             values = honest(*args, **options)
-            scales.append(setup.scaler.get_scale())
+            scales.append(run.scaler.get_scale())
             if len(scales) == 3:
-                assert setup.ema is not None and float(setup.ema.updates) == 0
-                for name, weight in setup.model.state_dict().items():
+                assert run.ema is not None and float(run.ema.updates) == 0
+                for name, weight in run.model.state_dict().items():
                     assert torch.equal(weight, before[name]), name
-                    assert torch.equal(setup.evaluated_model.state_dict()[name], average[name])
+                    assert torch.equal(run.evaluated_model.state_dict()[name], average[name])
             return values
 
         monkeypatch.setattr(trainer, "train_step", watched)
-        summary = go(setup, tmp_path / "run")
+        summary = go(run, tmp_path / "run")
         assert scales[:4] == [32768.0, 16384.0, 8192.0, 8192.0]
         assert summary.state.skipped == 3 and summary.state.step == 10
-        assert setup.ema is not None and float(setup.ema.updates) == 7
-        moved = any(not torch.equal(w, before[n]) for n, w in setup.model.state_dict().items())
+        assert run.ema is not None and float(run.ema.updates) == 7
+        moved = any(not torch.equal(w, before[n]) for n, w in run.model.state_dict().items())
         assert moved, "the control: later steps do move the weights"
         records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
         assert [r["scale"] for r in records if "scale" in r] == [32768.0, 16384.0, 8192.0]
 
-    def test_an_infinite_loss_with_finite_gradients(self, setup: Run) -> None:
+    def test_an_infinite_loss_with_finite_gradients(self, run: Run) -> None:
         """The scaler looks at gradients alone; weights and their average must not part."""
         from camoxpert.training.stages import training_loader
 
-        self.scaled(setup, 1024.0)
+        self.scaled(run, 1024.0)
 
         def infinite(*args: Any, **options: Any):
             loss, parts = total_loss(*args, **options)
             return loss + float("inf"), parts
 
-        setup.loss = infinite
-        before = copy.deepcopy(setup.model.state_dict())
-        loader = training_loader(setup, 8)
+        run.loss = infinite
+        before = copy.deepcopy(run.model.state_dict())
+        loader = training_loader(run, 8)
         loader.set_epoch(0)
-        values = step.train_step(setup, [next(iter(loader))])
-        assert float(values["skipped"]) == 1 and setup.scaler.get_scale() == 512
-        for name, weight in setup.model.state_dict().items():
+        values = step.train_step(run, [next(iter(loader))])
+        assert float(values["skipped"]) == 1 and run.scaler.get_scale() == 512
+        for name, weight in run.model.state_dict().items():
             assert torch.equal(weight, before[name]), name
 
-    def test_an_epoch_that_ends_on_an_overflow_is_kept(self, setup: Run, tmp_path: Path) -> None:
-        break_steps(setup, lambda number: number in (5, 10), float("inf"))
-        go(self.scaled(setup, 65536.0), tmp_path / "run")
+    def test_an_epoch_that_ends_on_an_overflow_is_kept(self, run: Run, tmp_path: Path) -> None:
+        break_steps(run, lambda number: number in (5, 10), float("inf"))
+        go(self.scaled(run, 65536.0), tmp_path / "run")
         newest, _ = CheckpointFolder(tmp_path / "run" / "checkpoints").newest()
         assert newest is not None and newest.values["state"]["epoch"] == 2
 
-    def test_gradients_that_no_scale_saves(self, setup: Run, tmp_path: Path) -> None:
-        break_steps(setup, lambda number: True, float("inf"))
+    def test_gradients_that_no_scale_saves(self, run: Run, tmp_path: Path) -> None:
+        break_steps(run, lambda number: True, float("inf"))
         with pytest.raises(NumericError, match=r"the loss scale fell to 0\.5 after 3 skipped"):
-            go(self.scaled(setup, 4.0), tmp_path / "run")
+            go(self.scaled(run, 4.0), tmp_path / "run")
 
 
 class TestDivergence:
@@ -176,12 +176,12 @@ class TestDivergence:
             assert torch.equal(weight, before[name]) and bool(weight.isfinite().all())
         assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
 
-    def test_steps_without_the_protection_poison_the_weights(self, setup: Run) -> None:
+    def test_steps_without_the_protection_poison_the_weights(self, run: Run) -> None:
         """The control: one such update and the norm of the weights is infinite."""
-        optimizer = torch.optim.AdamW(setup.model.parameters(), lr=1e20)
-        sum(p.square().sum() for p in setup.model.parameters()).backward()
+        optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e20)
+        sum(p.square().sum() for p in run.model.parameters()).backward()
         optimizer.step()
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in setup.model.parameters()]))
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in run.model.parameters()]))
         assert not norms.isfinite().all()
 
 
@@ -196,7 +196,7 @@ class TestOutOfMemory:
         assert train("--epochs", "1", "--no-test", "--no-report") == 2
         assert "Out of memory on cpu: 8 images of 32 px" in capsys.readouterr().err
 
-    def test_in_the_validation(self, setup: Run, tmp_path: Path, monkeypatch) -> None:
+    def test_in_the_validation(self, run: Run, tmp_path: Path, monkeypatch) -> None:
         from camoxpert.inference import score as validation
 
         def full(*args: Any, **options: Any) -> None:
@@ -204,11 +204,11 @@ class TestOutOfMemory:
 
         monkeypatch.setattr(validation, "probability_maps", full)
         with pytest.raises(ConfigError, match="The checkpoints already written are intact"):
-            go(setup, tmp_path / "run")
+            go(run, tmp_path / "run")
         newest, _ = CheckpointFolder(tmp_path / "run" / "checkpoints").newest()
         assert newest is not None and newest.values["state"]["position"] > 0
 
-    def test_what_did_not_fit_is_let_go(self, setup: Run) -> None:
+    def test_what_did_not_fit_is_let_go(self, run: Run) -> None:
         """No reference cycle and no traceback keeps the graph while smaller parts are tried."""
         import weakref
 
@@ -224,9 +224,9 @@ class TestOutOfMemory:
                 raise torch.OutOfMemoryError("injected")
             return total_loss(output, *args, **options)
 
-        setup.loss = cramped
-        loader = training_loader(setup, 8)
+        run.loss = cramped
+        loader = training_loader(run, 8)
         loader.set_epoch(0)
-        values = step.train_step(setup, [next(iter(loader))])
-        assert setup.split == 4 and len(kept) == 2 and not any(alive)
+        values = step.train_step(run, [next(iter(loader))])
+        assert run.split == 4 and len(kept) == 2 and not any(alive)
         assert float(values["skipped"]) == 0

@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from camoxpert.training.data_setup import load_data, training_loader
 
-from camoxpert.config import AugmentConfig, build_config
+from camoxpert import console, stop
+from camoxpert.config import AugmentConfig, DataConfig, build_config
 from camoxpert.data.cache.build import find_cache, open_cache
 from camoxpert.data.cache.reader import CacheReader
 from camoxpert.data.files.headers import unreadable_pairs
-from camoxpert.data.files.manifest import Manifest, Pair, load_train
-from camoxpert.data.loader import build_eval_loader, build_loader, finish
-from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.files.manifest import Manifest, load_train
+from camoxpert.data.files.pairing import Pair
+from camoxpert.data.loader import LoaderPlan, build_eval_loader, build_loader, finish
 from camoxpert.data.unreadable import Unreadable, allowed
 from camoxpert.errors import DataError
+from camoxpert.runtime.processes import World
 from camoxpert.synthesis.toy import generate_toy
+from camoxpert.training.data import find_data
 
 STRONG = AugmentConfig(vflip=0.5, rotate=60)
 SIDE = 32
@@ -67,32 +69,25 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def config_of(folder: Path, unreadable: str = "error") -> DataConfig:
+    return DataConfig(img_size=SIDE, cache_dir=str(folder), max_pixels=10**6, unreadable=unreadable)
+
+
 def cache_of(manifest: Manifest, folder: Path, mode: str, unreadable: str = "skip"):
-    if mode == "none":
-        return None
-    return open_cache(
-        manifest,
-        SIDE,
-        mode=mode,
-        folder=folder,
+    return (
+        None if mode == "none" else open_cache(manifest, config_of(folder, unreadable), mode=mode)
+    )
+
+
+def loader_of(manifest: Manifest, num_workers: int = 0, *, unreadable: str = "skip", **plan: Any):
+    data = DataConfig(
+        img_size=SIDE,
+        augment=STRONG,
         max_pixels=10**6,
         unreadable=unreadable,
-        say=lambda text: None,
-        track=lambda items, total, description: items,
+        max_unreadable=0.2,
     )
-
-
-def loader_of(manifest: Manifest, num_workers: int = 0, **options: Any):
-    settings = {"unreadable": "skip", "max_unreadable": 0.2, "max_pixels": 10**6} | options
-    return build_loader(
-        manifest,
-        SampleTransform(img_size=SIDE, augment=STRONG, seed=1),
-        batch_size=4,
-        num_workers=num_workers,
-        shuffle=True,
-        seed=1,
-        **settings,
-    )
+    return build_loader(manifest, data, LoaderPlan(num_workers, **plan), batch_size=4, seed=1)
 
 
 def contents(loader: Any, epoch: int = 0) -> list[tuple[Any, ...]]:
@@ -193,11 +188,11 @@ class TestCache:
             cache_of(manifest, tmp_path, "disk", unreadable="error")
         assert bad.mask.name in str(e.value)
         with pytest.raises(DataError, match=bad.mask.name):
-            find_cache(manifest, SIDE, tmp_path, 10**6)
+            find_cache(manifest, config_of(tmp_path))
         # Controls: under skip it is a hit, and so it is for the other pairs under error.
-        assert find_cache(manifest, SIDE, tmp_path, 10**6, unreadable="skip")[0] is not None
+        assert find_cache(manifest, config_of(tmp_path, "skip"))[0] is not None
         part = dataclasses.replace(manifest, pairs=manifest.pairs[:7])
-        assert find_cache(part, SIDE, tmp_path, 10**6)[0] is not None
+        assert find_cache(part, config_of(tmp_path))[0] is not None
 
     def test_a_repaired_file_makes_it_stale(self, data: Path, tmp_path: Path) -> None:
         manifest = load_train([data])
@@ -207,7 +202,7 @@ class TestCache:
         cache_of(manifest, tmp_path, "disk")
         mask.write_bytes(sound)
         os.utime(mask, ns=(5, 5))
-        found, verdict = find_cache(manifest, SIDE, tmp_path, 10**6)
+        found, verdict = find_cache(manifest, config_of(tmp_path))
         assert found is None and "stale" in verdict
         cache = cache_of(manifest, tmp_path, "disk", unreadable="error")
         assert not cache.unreadable and cache.pixels[7].any()
@@ -231,15 +226,15 @@ class TestEvaluation:
             pair.image.write_bytes(b"")
         flip(manifest.pairs[9].mask)
         for num_workers in (0, 1):
-            options = {"img_size": SIDE, "batch_size": 4, "num_workers": num_workers}
-            batches = list(build_eval_loader(manifest, unreadable="skip", **options))
+            options = {"batch_size": 4, "num_workers": num_workers}
+            batches = list(build_eval_loader(manifest, config_of(Path(), "skip"), **options))
             assert [len(batch.names) for batch in batches] == [4, 0, 3, 4]
             assert batches[1].images.shape == (0, 3, SIDE, SIDE)
             assert [name for b in batches for name, _ in b.unreadable] == [
                 manifest.pairs[i].name for i in (4, 5, 6, 7, 9)
             ]
             with pytest.raises(DataError, match="is empty"):
-                list(build_eval_loader(manifest, **options))
+                list(build_eval_loader(manifest, config_of(Path()), **options))
 
 
 class TestBound:
@@ -280,37 +275,38 @@ class TestStart:
     @pytest.mark.parametrize("mode", ["none", "disk"])
     def test_one_line_and_the_same_data(self, data: Path, tmp_path: Path, mode: str) -> None:
         train, validation = (
-            getattr(load_data(settings(data, tmp_path, cache="none")), part)
+            getattr(find_data(settings(data, tmp_path, cache="none"), World()), part)
             for part in ("train", "validation")
         )
         train.pairs[0].image.write_bytes(b"")
         hashes = {load_train([data]).content_hash()}
         with pytest.raises(DataError, match=r"(?s)1 of 16 pairs.*--unreadable skip"):
-            load_data(settings(data, tmp_path, cache=mode))
+            find_data(settings(data, tmp_path, cache=mode), World())
         for _ in range(2):
-            lines: list[str] = []
             config = settings(data, tmp_path, cache=mode, unreadable="skip")
-            found = load_data(config, lines.append)
+            with console.remembering() as lines:
+                found = find_data(config, World())
             said = [line for line in lines if line.startswith("warning")]
             assert len(said) == 1 and train.pairs[0].name in said[0] and "1 of 16" in said[0]
             assert found.train.pairs == train.pairs and found.validation.pairs == validation.pairs
             hashes.add(found.data_hash)
-            loader = training_loader(config, found, 4, device="cpu")
+            seed = config.train.seed
+            loader = build_loader(found.train, config.data, found.loading, batch_size=4, seed=seed)
             assert [n for b in loader for n, _ in b.replaced] == [train.pairs[0].name]
         assert len(hashes) == 1
 
     @pytest.mark.parametrize("mode", ["none", "disk"])
     def test_more_than_the_bound_is_an_error(self, data: Path, tmp_path: Path, mode: str) -> None:
         config = settings(data, tmp_path, cache=mode, unreadable="skip")
-        pairs = load_data(settings(data, tmp_path, cache="none")).train.pairs
+        pairs = find_data(settings(data, tmp_path, cache="none"), World()).train.pairs
         # One shows in its header, the other only when it is decoded.
         pairs[0].image.write_bytes(b"")
         pairs[1].image.write_bytes(b"") if mode == "none" else flip(pairs[1].mask)
         with pytest.raises(DataError, match=r"2 of 12 training images.*allows 1") as caught:
-            load_data(config)
+            find_data(config, World())
         assert pairs[1].name in str(caught.value)
         wider = settings(data, tmp_path, cache=mode, unreadable="skip", max_unreadable=0.2)
-        assert load_data(wider).data_hash
+        assert find_data(wider, World()).data_hash
 
     def test_a_missing_file_has_a_hash_too(self, data: Path) -> None:
         manifest = load_train([data])
@@ -335,19 +331,24 @@ class TestStopping:
         return check_stop
 
     def test_a_build_that_is_stopped_continues(self, data, tmp_path, monkeypatch) -> None:
-        from camoxpert.data.cache import build as cache_module
+        from camoxpert.data.cache import build
 
-        monkeypatch.setattr(cache_module, "usable_cores", lambda: 1)
+        monkeypatch.setattr(build, "usable_cores", lambda: 1)
         config = settings(data, tmp_path, cache="disk")
         stops, seen = 0, []
-        for number in range(1, 20):
+        for number in range(1, 60):
+            check = self.stop_at(number)
+            monkeypatch.setattr(stop, "check", check)
             try:
-                load_data(config, seen.append, check_stop=self.stop_at(number))
+                with console.remembering() as lines:
+                    find_data(config, World())
                 break
             except self.Stopped:
                 stops += 1
+            finally:
+                seen += lines
         assert stops >= 6, "before, during and after the build"
-        assert any("8 of 16 pairs are there already" in line for line in seen)
+        assert any(" of 16 pairs are there already" in line for line in seen)
 
     def test_the_check_of_headers_can_be_stopped(self, data, monkeypatch) -> None:
         from camoxpert.data.files import headers
@@ -358,8 +359,9 @@ class TestStopping:
         monkeypatch.setattr(
             headers, "probe", lambda path, **k: probed.append(path) or honest(path, **k)
         )
+        monkeypatch.setattr(stop, "check", self.stop_at(3))
         with pytest.raises(self.Stopped):
-            unreadable_pairs(load_train([data]), check_stop=self.stop_at(3))
+            unreadable_pairs(load_train([data]))
         assert len(probed) == 2 * 2 * 4, "what was not asked for yet is not looked at"
 
 

@@ -17,7 +17,7 @@ from camoxpert.metrics import (
     Evaluator,
     is_better,
 )
-from camoxpert.metrics.evaluator import HIGHER_IS_BETTER, all_foreground_scores
+from camoxpert.metrics.evaluator import HIGHER_IS_BETTER
 
 KEYS = (
     "Smeasure", "MAE", "wFmeasure", "meanEm", "maxEm", "adpEm", "meanFm", "maxFm", "adpFm", "IoU",
@@ -186,15 +186,16 @@ def test_direction_of_every_result():
     assert is_better("MAE", 0.9, math.nan)
 
 
-def test_all_foreground_baseline():
+def test_calling_everything_object_scores_the_share_of_the_object():
     masks = [mask for _, _, mask in images() if mask.any()]
-    scores = all_foreground_scores(masks)
+    evaluator = Evaluator()
+    for index, mask in enumerate(masks):
+        evaluator.add(str(index), np.full(mask.shape, 255, np.uint8), mask)
+    scores = evaluator.results()
     assert scores["IoU"] == pytest.approx(np.mean([mask.mean() for mask in masks]))
     assert scores["MAE"] == pytest.approx(1 - scores["IoU"])
-    as_bytes = [mask.astype(np.uint8) * 255 for mask in masks]
-    assert all_foreground_scores(iter(as_bytes)) == scores
     with pytest.raises(DataError):
-        all_foreground_scores([])
+        Evaluator().results()
 
 
 def test_only_what_is_asked_for_is_computed(monkeypatch):

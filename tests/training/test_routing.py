@@ -137,7 +137,7 @@ def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
     torch.testing.assert_close(biased.probs_BE, choose(logits, 2).probs_BE)
 
 
-def setup_of(toy_data: Path, **settings: object) -> Run:
+def run_of(toy_data: Path, **settings: object) -> Run:
     values = {**SETTINGS, "data.roots": [str(toy_data)], "data.img_size": 32}
     values |= {"data.num_workers": 0, "train.batch_size": 8, "train.epochs": 1}
     return prepare(build_config(values | settings))
@@ -152,16 +152,16 @@ def batch_of(count: int = 8) -> Batch:
 def test_bias_balancing_spreads_the_choices(toy_data: Path) -> None:
     usages = []
     for rate in (0.0, 0.02):
-        setup = setup_of(
+        run = run_of(
             toy_data, **{"optim.router_bias_rate": rate, "loss.balance": 0.0, "model.top_k": 1}
         )
-        for level in setup.model.moe_levels:
+        for level in run.model.moe_levels:
             level.router.gate.bias.data[0] = 1.0  # the first expert is everybody's
-        meter = setup.meter
+        meter = run.meter
         for step in range(40):
             if step == 30:
                 meter.reset()
-            train_step(setup, [batch_of()])
+            train_step(run, [batch_of()])
         usages.append([max(level["usage"]) for level in meter.summary().values()])
     assert min(usages[0]) > 0.9
     assert max(usages[1]) < 0.7
@@ -178,10 +178,10 @@ def test_bias_balancing_spreads_the_choices(toy_data: Path) -> None:
 )
 def test_host_syncs_of_a_training_step(toy_data: Path, settings, syncs) -> None:
     """The whole step: forward, loss, backward, clipping, optimizer, EMA."""
-    setup = setup_of(toy_data, **settings)
-    train_step(setup, [batch_of()])  # the optimizer makes its state in the first step
+    run = run_of(toy_data, **settings)
+    train_step(run, [batch_of()])  # the optimizer makes its state in the first step
     with SyncCounter() as counter:
-        train_step(setup, [batch_of()])
+        train_step(run, [batch_of()])
     assert counter.syncs == syncs, counter.places
 
 

@@ -30,14 +30,14 @@ BASE = {
 }
 
 
-def setup_of(data: Path, **settings: object) -> Run:
+def run_of(data: Path, **settings: object) -> Run:
     values = {**BASE, "data.roots": [str(data)]}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
     return prepare(build_config(values))
 
 
-def batches_of(setup: Run) -> list:
-    loader = training_loader(setup, setup.plan.stages[0].batch_size)
+def batches_of(run: Run) -> list:
+    loader = training_loader(run, run.plan.stages[0].batch_size)
     loader.set_epoch(0)
     return list(loader)
 
@@ -50,7 +50,7 @@ def test_it_learns_and_the_control_does_not(tmp_path: Path) -> None:
     kinds = ("rotate", "scale", "translate", "brightness", "contrast", "saturation", "hue")
     still = {f"data__augment__{kind}": 0.0 for kind in kinds}
     for name in ("right", "shuffled"):
-        setup = setup_of(
+        run = run_of(
             tmp_path / "data",
             **still,
             data__cache="none",
@@ -61,21 +61,21 @@ def test_it_learns_and_the_control_does_not(tmp_path: Path) -> None:
             model__width=32,
         )
         if name == "shuffled":
-            pairs = setup.data.train.pairs
+            pairs = run.data.train.pairs
             swapped = [
                 pair.__class__(**{**pair.__dict__, "mask": pairs[(i + 7) % len(pairs)].mask})
                 for i, pair in enumerate(pairs)
             ]
-            setup.data.train = setup.data.train.__class__(
-                **{**setup.data.train.__dict__, "pairs": tuple(swapped)}
+            run.data.train = run.data.train.__class__(
+                **{**run.data.train.__dict__, "pairs": tuple(swapped)}
             )
-        train_in(setup, tmp_path / name)
-        scores[name] = setup.state.best
+        train_in(run, tmp_path / name)
+        scores[name] = run.state.best
     assert scores["right"] > scores["shuffled"] + 0.2
 
 
 def test_settings_take_effect_in_what_is_built(toy_data: Path) -> None:
-    setup = setup_of(
+    run = run_of(
         toy_data,
         model__num_experts=5,
         model__top_k=3,
@@ -90,18 +90,18 @@ def test_settings_take_effect_in_what_is_built(toy_data: Path) -> None:
         optim__weight_decay=0.07,
         optim__betas=[0.8, 0.9],
     )
-    moe = setup.model.moe_levels[0]
+    moe = run.model.moe_levels[0]
     assert (len(moe.experts), moe.router.top_k, moe.dispatch) == (5, 3, "loop")
-    assert setup.ema.decay == 0.5 and setup.precision.name == "bf16"
-    assert setup.model.decoder.checkpointing and setup.device.type == "cpu"
-    assert {g["weight_decay"] for g in setup.optimizer.param_groups} == {0.0, 0.07}
-    assert setup.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    assert setup.data.loading.num_workers == 1 and setup.plan.stages[0].batch_size == 4
-    loader = training_loader(setup, 4)
+    assert run.ema.decay == 0.5 and run.precision.name == "bf16"
+    assert run.model.decoder.checkpointing and run.device.type == "cpu"
+    assert {g["weight_decay"] for g in run.optimizer.param_groups} == {0.0, 0.07}
+    assert run.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert run.data.loading.num_workers == 1 and run.plan.stages[0].batch_size == 4
+    loader = training_loader(run, 4)
     assert next(iter(loader)).images.shape == (4, 3, 64, 64)
     loader.close()
-    assert setup_of(toy_data, train__use_ema=False).ema is None
-    assert not setup_of(toy_data, train__amp=False, train__precision="auto").scaler.is_enabled()
+    assert run_of(toy_data, train__use_ema=False).ema is None
+    assert not run_of(toy_data, train__amp=False, train__precision="auto").scaler.is_enabled()
 
 
 def test_out_of_memory_says_what_to_lower(toy_data: Path, tmp_path: Path, monkeypatch) -> None:
@@ -110,7 +110,7 @@ def test_out_of_memory_says_what_to_lower(toy_data: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(trainer, "train_step", full)
     with pytest.raises(ConfigError, match="--batch-size 4 --accumulation-steps 2"):
-        train_in(setup_of(toy_data), tmp_path / "run")
+        train_in(run_of(toy_data), tmp_path / "run")
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
@@ -128,10 +128,10 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     # In float64 nothing but the order of sums differs; balance apart, which sees the step so far.
     runs = {}
     for name in ("roomy", "cramped"):
-        setup = setup_of(toy_data, loss__balance=0.0, train__epochs=1, optim__lr=1e-4)
-        setup.loss = cramped if name == "cramped" else total_loss
-        train_in(setup, tmp_path / name)
-        runs[name] = (setup, records(tmp_path / name, "routing"), capsys.readouterr().out)
+        run = run_of(toy_data, loss__balance=0.0, train__epochs=1, optim__lr=1e-4)
+        run.loss = cramped if name == "cramped" else total_loss
+        train_in(run, tmp_path / name)
+        runs[name] = (run, records(tmp_path / name, "routing"), capsys.readouterr().out)
     assert refused == [8, 4]  # learned once, kept for the rest of the run
     (roomy, routing, _), (small, small_routing, said) = runs["roomy"], runs["cramped"]
     for a, b in zip(roomy.model.parameters(), small.model.parameters(), strict=True):
@@ -146,7 +146,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
 
 
 def test_a_batch_splits_in_order_and_loses_nothing(toy_data: Path) -> None:
-    loader = training_loader(setup_of(toy_data), 7)
+    loader = training_loader(run_of(toy_data), 7)
     loader.set_epoch(0)
     batch = next(iter(loader))
     assert batch.split(1) == [batch]
@@ -159,28 +159,28 @@ def test_a_batch_splits_in_order_and_loses_nothing(toy_data: Path) -> None:
 
 
 def test_stage_1_leaves_the_backbone_alone(toy_data: Path) -> None:
-    setup = setup_of(toy_data, model__backbone="resnet18", train__stage1_epochs=1)
-    assert set_trainable(setup, setup.plan.stages[0], 0).startswith("decoder only")
-    before = copy.deepcopy(setup.model.state_dict())
-    train_step(setup, batches_of(setup)[:1])
-    moved = {k for k, v in setup.model.state_dict().items() if not torch.equal(v, before[k])}
+    run = run_of(toy_data, model__backbone="resnet18", train__stage1_epochs=1)
+    assert set_trainable(run, run.plan.stages[0], 0).startswith("decoder only")
+    before = copy.deepcopy(run.model.state_dict())
+    train_step(run, batches_of(run)[:1])
+    moved = {k for k, v in run.model.state_dict().items() if not torch.equal(v, before[k])}
     # Batch norm statistics count: frozen means frozen.
     assert moved and not any(key.startswith("backbone.") for key in moved)
-    assert set_trainable(setup, setup.plan.stages[1], 1) == "everything"
-    train_step(setup, batches_of(setup)[:1])
-    moved = {k for k, v in setup.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert set_trainable(run, run.plan.stages[1], 1) == "everything"
+    train_step(run, batches_of(run)[:1])
+    moved = {k for k, v in run.model.state_dict().items() if not torch.equal(v, before[k])}
     assert any(key.startswith("backbone.") and "running_mean" in key for key in moved)
 
 
 def test_progressive_unfreeze_frees_the_deepest_first(toy_data: Path) -> None:
-    setup = setup_of(
+    run = run_of(
         toy_data, train__epochs=10, train__stage1_epochs=2, train__progressive_unfreeze=True
     )
-    stage = setup.plan.stages[1]
+    stage = run.plan.stages[1]
     free = []
     for epoch in range(2, 10):
-        set_trainable(setup, stage, epoch)
-        levels = setup.model.backbone.parameter_levels()
+        set_trainable(run, stage, epoch)
+        levels = run.model.backbone.parameter_levels()
         free.append([all(p.requires_grad for p in level) for level in levels])
     assert free[0] == [False, False, False, True]
     assert free[1] == [False, False, True, True]
@@ -190,8 +190,8 @@ def test_progressive_unfreeze_frees_the_deepest_first(toy_data: Path) -> None:
 def test_accumulated_micro_batches_equal_one_batch(toy_data: Path) -> None:
     """Windows of 3, 3 and 2 images give the gradient of the 8 together, short window included."""
     gradients = []
-    setup = setup_of(toy_data, loss__balance=0.0, optim__clip_grad_norm=0.0)
-    batch = batches_of(setup)[0]
+    run = run_of(toy_data, loss__balance=0.0, optim__clip_grad_norm=0.0)
+    batch = batches_of(run)[0]
 
     def part(a: int, b: int):
         return batch.__class__(
@@ -206,11 +206,11 @@ def test_accumulated_micro_batches_equal_one_batch(toy_data: Path) -> None:
         kept = {}
 
         def keep(*args: object, kept=kept, **kwargs: object) -> None:
-            kept.update({n: p.grad.clone() for n, p in setup.model.named_parameters()})
+            kept.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
 
-        original, setup.optimizer.step = setup.optimizer.step, keep
-        train_step(setup, window)
-        setup.optimizer.step = original
+        original, run.optimizer.step = run.optimizer.step, keep
+        train_step(run, window)
+        run.optimizer.step = original
         gradients.append(kept)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
@@ -222,11 +222,11 @@ def test_windows_keep_the_last_short_one() -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_changes_nothing(toy_data: Path, where: str) -> None:
-    setup = setup_of(toy_data)
-    window = batches_of(setup)[:1]
-    train_step(setup, window)
-    before = copy.deepcopy(setup.model.state_dict())
-    average = copy.deepcopy(setup.evaluated_model.state_dict())
+    run = run_of(toy_data)
+    window = batches_of(run)[:1]
+    train_step(run, window)
+    before = copy.deepcopy(run.model.state_dict())
+    average = copy.deepcopy(run.evaluated_model.state_dict())
 
     def broken(*args: object, **counts: object):
         loss, parts = total_loss(*args, **counts)
@@ -234,28 +234,28 @@ def test_a_non_finite_step_changes_nothing(toy_data: Path, where: str) -> None:
             return loss * float("nan"), parts
         return loss + (loss - loss.detach()) * float("inf"), parts
 
-    setup.loss = broken
-    values = train_step(setup, window)
+    run.loss = broken
+    values = train_step(run, window)
     assert float(values["skipped"]) == 1
-    for name, value in setup.model.state_dict().items():
+    for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-        assert torch.equal(setup.evaluated_model.state_dict()[name], average[name]), name
-    setup.loss = total_loss
-    assert float(train_step(setup, window)["skipped"]) == 0
-    moved = any(not torch.equal(v, before[k]) for k, v in setup.model.state_dict().items())
+        assert torch.equal(run.evaluated_model.state_dict()[name], average[name]), name
+    run.loss = total_loss
+    assert float(train_step(run, window)["skipped"]) == 0
+    moved = any(not torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
     assert moved
 
 
 def test_endless_non_finite_steps_end_the_run(toy_data: Path, tmp_path: Path) -> None:
-    setup = setup_of(toy_data, train__max_skipped_steps=2, train__epochs=3)
+    run = run_of(toy_data, train__max_skipped_steps=2, train__epochs=3)
 
     def broken(*args: object, **counts: object):
         loss, parts = total_loss(*args, **counts)
         return loss * float("nan"), parts
 
-    setup.loss = broken
+    run.loss = broken
     with pytest.raises(NumericError, match="3 optimizer steps in a row"):
-        train_in(setup, tmp_path / "run")
+        train_in(run, tmp_path / "run")
     events = [r["text"] for r in records(tmp_path / "run", "event")]
     assert sum("skipped" in text for text in events) == 3
 
@@ -285,15 +285,15 @@ def test_stop_and_resume_is_bitwise_the_same(toy_data: Path, tmp_path: Path, wor
         "train__accumulation_steps": 2,
         "run__log_every": 1,
     }
-    train_in(setup_of(toy_data, **settings), tmp_path / "whole")
+    train_in(run_of(toy_data, **settings), tmp_path / "whole")
     with pytest.raises(Stopped) as stopped:
-        setup = setup_of(toy_data, **settings)
-        setup.stop = StopAt(5)
-        train_in(setup, tmp_path / "parts")
+        run = run_of(toy_data, **settings)
+        run.stop = StopAt(5)
+        train_in(run, tmp_path / "parts")
     assert stopped.value.exit_code == 143
     checkpoint, _ = CheckpointFolder(tmp_path / "parts" / "checkpoints").newest()
     assert checkpoint is not None and checkpoint.values["state"]["position"] > 0
-    train_in(setup_of(toy_data, **settings), tmp_path / "parts", resume=checkpoint)
+    train_in(run_of(toy_data, **settings), tmp_path / "parts", resume=checkpoint)
 
     last = [max((tmp_path / name / "checkpoints").glob("step_*.pt")) for name in ("whole", "parts")]
     assert last[0].name == last[1].name
@@ -307,7 +307,7 @@ def test_stop_and_resume_is_bitwise_the_same(toy_data: Path, tmp_path: Path, wor
     assert logs[0] == logs[1]
 
     # Negative control: another seed is another run.
-    other = train_in(setup_of(toy_data, **settings, train__seed=1), tmp_path / "other")
+    other = train_in(run_of(toy_data, **settings, train__seed=1), tmp_path / "other")
     other_path = max((tmp_path / "other" / "checkpoints").glob("step_*.pt"))
     with pytest.raises(AssertionError):
         assert_same(whole["model"], load_checkpoint(other_path).values["model"])
@@ -330,7 +330,7 @@ def assert_same(a: object, b: object) -> None:
 
 
 def test_early_stopping_ends_a_stale_run(toy_data: Path, tmp_path: Path) -> None:
-    setup = setup_of(
+    run = run_of(
         toy_data,
         train__epochs=9,
         train__early_stopping=2,
@@ -338,23 +338,23 @@ def test_early_stopping_ends_a_stale_run(toy_data: Path, tmp_path: Path) -> None
         optim__min_lr=0.0,
         train__use_ema=False,
     )
-    train_in(setup, tmp_path / "run")
-    assert setup.state.epoch == 3 and setup.state.best_epoch == 1
+    train_in(run, tmp_path / "run")
+    assert run.state.epoch == 3 and run.state.best_epoch == 1
     assert any("early stopping" in r["text"] for r in records(tmp_path / "run", "event"))
 
 
 def test_without_a_validation_split_the_last_weights_are_shipped(
     toy_data: Path, tmp_path: Path
 ) -> None:
-    setup = setup_of(toy_data, data__val_fraction=0.0)
-    train_in(setup, tmp_path / "run")
-    assert setup.state.best is None
+    run = run_of(toy_data, data__val_fraction=0.0)
+    train_in(run, tmp_path / "run")
+    assert run.state.best is None
     best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
-    assert_same(dict(best.values["model"]), dict(setup.evaluated_model.state_dict()))
+    assert_same(dict(best.values["model"]), dict(run.evaluated_model.state_dict()))
 
 
 def test_active_experts_are_bounded(toy_data: Path) -> None:
-    model = setup_of(toy_data).model
+    model = run_of(toy_data).model
     model.set_active_experts(3)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert all(record.experts_BK.shape == (2, 3) for record in model(images).routing)
