@@ -70,7 +70,7 @@ def weighted_fmeasure(
     wrong_HW = wrong_HW[part]
     background_HW = object_HW ^ 1
     if num_foreground == object_HW.size:
-        distance_HW: NDArray = np.zeros(object_HW.shape, np.float32)
+        distance_HW: NDArray[np.float32] = np.zeros(object_HW.shape, np.float32)
     else:
         # Exact but for the float32 root; its square is rounded to the integer that it was.
         distance_HW = cv2.distanceTransform(background_HW, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
