@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from camoxpert.config import ModelConfig, nearest
+from camoxpert.config import ModelConfig
 from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.text import did_you_mean
 
 STRIDES = (4, 8, 16, 32)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -145,7 +146,7 @@ def _build_timm(config: ModelConfig) -> Any:
     if not timm.is_model(config.backbone):
         known = [*BACKBONES, *timm.list_models()]
         raise ConfigError(
-            f"Unknown backbone {config.backbone!r}.{nearest(config.backbone, known)} Tested: "
+            f"Unknown backbone {config.backbone!r}.{did_you_mean(config.backbone, known)} Tested: "
             f"{', '.join(BACKBONES)}; any timm network with levels at strides 4, 8, 16 and 32 "
             f"works."
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from camoxpert.config import Config, get_setting, leaves
+from camoxpert.config import ALIASES, Config, get_setting, leaves
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import write_rows
 from camoxpert.runs.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
@@ -41,7 +41,6 @@ FREE = (
     "train.device",
     "train.max_hours",
     "train.resume",
-    "train.resume_from",
     "train.allow_data_change",
     "train.process_timeout",
 )
@@ -75,6 +74,8 @@ def run_name(config: Config) -> str:
         for leaf in leaves()
         if leaf.path not in FREE and not leaf.path.startswith("run.")
     }
+    # Earlier versions hashed these as well; at their defaults they keep the name.
+    settings |= {alias.path: alias.neutral for alias in ALIASES if alias.target not in FREE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.model.backbone}-{config.data.img_size}-{digest}"
 
@@ -86,7 +87,7 @@ def open_run(config: Config) -> Opened:
         CheckpointError: the run to continue has no usable checkpoint or other settings.
         ConfigError: the run folder is in use by a live process.
     """
-    wanted = config.train.resume_from or config.train.resume
+    wanted = config.train.resume
     if wanted not in ("auto", "never"):
         return _tidied(_continue(Path(wanted), config))
     parent, name = Path(config.run.dir), run_name(config)
@@ -125,7 +126,7 @@ def stopped_run(config: Config) -> dict[str, Any]:
 
     Looks without touching: ``open_run`` decides.
     """
-    wanted = config.train.resume_from or config.train.resume
+    wanted = config.train.resume
     if wanted == "never":
         return {}
     if wanted != "auto":
