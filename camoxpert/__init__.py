@@ -1,7 +1,267 @@
-"""CamoXpert: mixture-of-experts segmentation of camouflaged objects."""
+"""CamoXpert: mixture-of-experts segmentation of camouflaged objects.
 
+::
+
+    import camoxpert
+
+    model = camoxpert.load("runs/beetle")
+    prediction = model.predict("photo.jpg")
+    prediction.save("out")
+
+Faults are raised as exceptions of ``camoxpert.errors``. Importing this package imports neither
+torch nor numpy; the first call does.
+"""
+
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from camoxpert.config import Config
+    from camoxpert.errors import (
+        CamoXpertError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NumericError,
+    )
+    from camoxpert.evaluation.results import EvaluationResult
+    from camoxpert.inference.prediction import Prediction
+    from camoxpert.inference.predictor import Predictor
+    from camoxpert.training.session import Result
+
+__all__ = [
+    "CamoXpertError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EvaluationResult",
+    "NumericError",
+    "Prediction",
+    "Predictor",
+    "Result",
+    "__version__",
+    "evaluate",
+    "load",
+    "score_maps",
+    "train",
+]
+__version__: str
 
 # The second line behind data.max_pixels, which is checked from the header by another decoder.
 # OpenCV reads it when it is loaded, and several parts load OpenCV: so it stands here.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "200000000")
+
+_PLACES = {
+    "EvaluationResult": "evaluation.results",
+    "Prediction": "inference.prediction",
+    "Predictor": "inference.predictor",
+    "Result": "training.session",
+    **dict.fromkeys(
+        ("CamoXpertError", "CheckpointError", "ConfigError", "DataError", "NumericError"), "errors"
+    ),
+}
+"""Name -> module that has it, imported when the name is first used."""
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("camoxpert")
+        except metadata.PackageNotFoundError:
+            return "0+unknown"
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load(model: str | Path, *, device: str = "auto", precision: str = "auto") -> Predictor:
+    """Load a trained model.
+
+    Args:
+        model: a run folder (its best weights), a checkpoint file, or a folder of shared weights.
+        device: auto, cpu, cuda, cuda:N or mps.
+        precision: number format of the forward pass: auto, fp32, bf16 or fp16.
+
+    Raises:
+        CheckpointError: no usable checkpoint there.
+        ConfigError: the device or precision is not available.
+    """
+    from pathlib import Path
+
+    from camoxpert.inference.predictor import load_predictor
+
+    return load_predictor(Path(model), device=device, precision=precision)
+
+
+def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Result:
+    """Train a model in two stages, score it and write its report, as ``camoxpert train`` does.
+
+    ::
+
+        camoxpert.train("configs/demo.yaml", dataset_path="data/toy", epochs=2)
+        camoxpert.train(data__roots=["data/toy"], model={"num_experts": 3}, optim__lr=3e-4)
+
+    Args:
+        config: YAML file, settings tree or nested mapping; None takes the defaults.
+        **settings: what overrides it: names of flags (``epochs``), dotted names with ``__`` for the
+            dots (``train__epochs``), or groups (``train={"epochs": 2}``).
+
+    Returns:
+        ``path``, the run folder, and ``scores`` of the best weights: data set -> measure -> value.
+
+    Raises:
+        ConfigError: an unknown setting (with the nearest name), a wrong value, or a conflict.
+        DataError, CheckpointError, NumericError: as on the command line.
+    """
+    from camoxpert.config.keywords import config_from_keywords
+
+    chosen = config_from_keywords(config, settings)
+    from camoxpert.training.session import run
+
+    return run(chosen)
+
+
+def evaluate(
+    model: Predictor | str | Path,
+    data: str | Path | Sequence[str | Path] = (),
+    *,
+    output: str | Path | None = None,
+    layout: str = "auto",
+    split: str = "test",
+    noncam: str = "exclude",
+    protocol: str = "pysod",
+    empty_gt: str = "pysod",
+    intervals: bool = True,
+    gallery: int = 6,
+    batch_size: int = 8,
+    num_workers: int = 0,
+) -> list[EvaluationResult]:
+    """Score a model on data sets, as ``camoxpert evaluate`` does.
+
+    Args:
+        model: of ``load``, or what ``load`` takes.
+        data: one or more data sets; empty: the test sets of the model's run.
+        output: folder for tables, curves, pictures and a page; None writes nothing.
+        layout: name of a known layout of data sets, or auto.
+        split: test or train, where a data set has splits.
+        noncam: exclude or include COD10K images without a camouflaged object.
+        protocol: pysod stretches every map to 0..1 first, as the field does; raw does not.
+        empty_gt: images without an object: pysod, correct or skip (see docs/evaluation.md).
+        intervals: also compute 95 % confidence intervals.
+        gallery: pictures of the best and of the worst images, so many of each.
+        batch_size, num_workers: how the data is read; they do not change a number.
+
+    Returns:
+        One result per data set; ``result.scores["Smeasure"]`` is a fraction.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: as on the command line.
+    """
+    from pathlib import Path
+
+    from camoxpert.data.files.manifest import Search
+    from camoxpert.evaluation.model import evaluate_model, find_sets
+    from camoxpert.evaluation.options import ScoringOptions
+    from camoxpert.evaluation.output import written_to
+
+    predictor = load(model) if isinstance(model, (str, Path)) else model
+    paths = [data] if isinstance(data, (str, Path)) else data
+    sets = find_sets(predictor, paths, Search(layout, noncam), split=split)
+    options = ScoringOptions(
+        protocol=protocol, empty_gt=empty_gt, intervals=intervals, gallery=gallery
+    )
+    with written_to(output) as folder:
+        return evaluate_model(
+            predictor,
+            sets,
+            options,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            output=folder,
+            command=("evaluate",),
+        )
+
+
+def score_maps(
+    predictions: str | Path | Sequence[str | Path],
+    gt: str | Path | Sequence[str | Path],
+    *,
+    output: str | Path | None = None,
+    images: Sequence[str | Path] = (),
+    measures: Sequence[str] = ("default",),
+    noncam: str = "exclude",
+    allow_missing: bool = False,
+    allow_extra: bool = False,
+    resize: str = "error",
+    gt_threshold: int | None = None,
+    protocol: str = "pysod",
+    empty_gt: str = "pysod",
+    intervals: bool = True,
+    gallery: int = 6,
+    num_workers: int = 0,
+) -> list[EvaluationResult]:
+    """Score any model's prediction maps, as ``camoxpert evaluate --predictions`` does.
+
+    Args:
+        predictions: folders of maps, of one folder per data set, or of one folder per method.
+        gt: folders of masks, folders of such folders, or data sets.
+        output: folder for tables, comparisons, curves, pictures and a page; None writes nothing.
+        images: folders of the images for the pictures, one for each ``gt``.
+        measures: default, fast, all, or names of measures.
+        noncam: exclude or include COD10K images without a camouflaged object.
+        allow_missing, allow_extra: leave out masks without a map, maps without a mask.
+        resize: maps of another size than their mask: error or bilinear.
+        gt_threshold: accept grey masks: levels above it (of 255) are object.
+        protocol, empty_gt, intervals, gallery: see ``evaluate``.
+        num_workers: worker processes; a script that uses them needs an
+            ``if __name__ == "__main__"`` block.
+
+    Returns:
+        One result per method and data set.
+
+    Raises:
+        DataError: maps and masks do not match, or cannot be read; all faults are listed.
+        ConfigError: an unknown measure or option.
+    """
+    from pathlib import Path
+
+    from camoxpert.evaluation.maps.evaluate import evaluate_maps
+    from camoxpert.evaluation.maps.find import PairOptions, find_tasks
+    from camoxpert.evaluation.maps.score import MapOptions
+    from camoxpert.evaluation.options import choose_measures
+    from camoxpert.evaluation.output import written_to
+
+    maps, masks = (
+        [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        for paths in (predictions, gt)
+    )
+    pairing = PairOptions(noncam, allow_missing, allow_extra)
+    tasks = find_tasks(maps, masks, pairing, images=[Path(path) for path in images])
+    options = MapOptions(
+        protocol=protocol,
+        empty_gt=empty_gt,
+        keys=choose_measures(measures),
+        intervals=intervals,
+        gallery=gallery,
+        resize=resize,
+        gt_threshold=gt_threshold,
+    )
+    with written_to(output) as folder:
+        return evaluate_maps(
+            tasks, options, num_workers=num_workers, output=folder, command=("evaluate",)
+        )

@@ -1,50 +1,32 @@
-"""Losses on logits, always in float32, and the routing terms computed from the routing record.
+"""Losses on logits, always in float32, and their sum with the terms that balance the router.
 
-Masks are 0 or 1. Shape letters: B batch, H height, W width, E experts.
+Masks are 0 or 1. Shape letters: B batch, H height, W width, L levels, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from camoxpert.config import LossConfig
+from camoxpert.models.balance import balance_loss, router_z_loss
+from camoxpert.models.camoxpert import ModelOutput
 
 
-class RoutingRecord(Protocol):
-    """The part of a routing record the losses read (see ``models.router.Routing``)."""
+class Loss(NamedTuple):
+    """What training minimises.
 
-    @property
-    def logits_BE(self) -> Tensor:
-        """Gate logits."""
+    Attributes:
+        total: the scalar loss, with its graph.
+        terms: its weighted parts, detached, still on the device: ``mask``, ``side``, ``balance``,
+            ``router_z``; they sum to the total.
+    """
 
-    @property
-    def probs_BE(self) -> Tensor:
-        """Softmax over all experts."""
-
-    @property
-    def experts_BK(self) -> Tensor:
-        """Chosen experts."""
-
-
-class Output(Protocol):
-    """The part of a model's output the losses read (see ``models.camoxpert.ModelOutput``)."""
-
-    @property
-    def logits_B1HW(self) -> Tensor:
-        """Final logits."""
-
-    @property
-    def side_logits(self) -> tuple[Tensor, ...]:
-        """Logits of the decoder levels."""
-
-    @property
-    def routing(self) -> Sequence[RoutingRecord]:
-        """One record per level."""
+    total: Tensor
+    terms: dict[str, Tensor]
 
 
 def edge_weight(mask_B1HW: Tensor) -> Tensor:
@@ -59,13 +41,13 @@ def edge_weight(mask_B1HW: Tensor) -> Tensor:
 
 
 def structure_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, *, weighted: bool = True) -> Tensor:
-    """Weighted BCE plus weighted IoU, both with the edge weight; mean over images.
+    """Return weighted BCE plus weighted IoU, both with the edge weight; mean over images.
 
     Args:
         logits_B1HW: logits.
         mask_B1HW: target, 0 or 1.
-        weighted: False drops the weight, which is what the many scripts compute that call
-            ``binary_cross_entropy_with_logits(..., reduce='none')``.
+        weighted: False drops the weight. Many published scripts do so by mistake: they call
+            ``binary_cross_entropy_with_logits(..., reduce='none')``, which averages first.
 
     Source: Wei et al., F3Net, AAAI 2020, equations 3 to 6.
     """
@@ -77,58 +59,26 @@ def structure_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, *, weighted: bool = T
 
 
 def bce_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
-    """Plain binary cross entropy, mean over pixels."""
+    """Return the plain binary cross entropy, mean over pixels."""
     return F.binary_cross_entropy_with_logits(logits_B1HW.float(), mask_B1HW.float())
 
 
 def iou_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
-    """1 - soft IoU (intersection and union each plus 1), mean over images."""
+    """Return 1 - soft IoU (intersection and union each plus 1), mean over images."""
     mask = mask_B1HW.float()
     return _soft_iou(logits_B1HW.float(), mask, torch.ones_like(mask)).mean()
 
 
 def dice_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
-    """1 - soft Dice (numerator and denominator plus 1), mean over images."""
+    """Return 1 - soft Dice (numerator and denominator plus 1), mean over images."""
     probability, mask = logits_B1HW.float().sigmoid(), mask_B1HW.float()
     both = (probability * mask).sum((1, 2, 3))
     total = (probability + mask).sum((1, 2, 3))
     return (1 - (2 * both + 1) / (total + 1)).mean()
 
 
-def expert_counts(experts_BK: Tensor, num_experts: int) -> Tensor:
-    """Return how often each expert was chosen, float32 (E,), without a host sync."""
-    flat = experts_BK.reshape(-1)
-    counts = torch.zeros(num_experts, dtype=torch.float32, device=flat.device)
-    return counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
-
-
-def balance_loss(probs_BE: Tensor, experts_BK: Tensor, counts_E: Tensor | None = None) -> Tensor:
-    """E * sum over experts of (mean probability) * (share of choices); 1 when both are uniform.
-
-    The share is a count and carries no gradient; the mean of the full softmax does. A loss made of
-    counts alone trains nothing. Source: Fedus et al., Switch Transformers, JMLR 2022, equation 4.
-
-    Args:
-        probs_BE: softmax over all experts.
-        experts_BK: chosen experts.
-        counts_E: choices of a larger batch that this one is part of (all micro-batches, all ranks):
-            taken from a few images alone, the share would force every few images to use all
-            experts, and specialisation with it (Qiu et al., Demons in the Detail, 2025).
-    """
-    num_experts = probs_BE.shape[1]
-    counts = expert_counts(experts_BK, num_experts) if counts_E is None else counts_E
-    share_E = counts / counts.sum().clamp_min(1)
-    return num_experts * (probs_BE.mean(0) * share_E.detach()).sum()
-
-
-def router_z_loss(logits_BE: Tensor) -> Tensor:
-    """Mean squared log-sum-exp of the gate logits: keeps them small (Zoph et al., ST-MoE, eq.
-    5)."""
-    return logits_BE.float().logsumexp(-1).square().mean()
-
-
 def segmentation_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, config: LossConfig) -> Tensor:
-    """Sum of the configured mask losses for one logit map at the mask's size."""
+    """Return the sum of the configured mask losses for one logit map at the mask's size."""
     total = logits_B1HW.new_zeros((), dtype=torch.float32)
     if config.structure:
         weighted = config.structure_weighting
@@ -143,13 +93,13 @@ def segmentation_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, config: LossConfig
 
 
 def total_loss(
-    output: Output,
+    output: ModelOutput,
     mask_B1HW: Tensor,
     config: LossConfig,
     *,
     counts_LE: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Everything training minimises.
+) -> Loss:
+    """Return the sum of all weighted terms.
 
     Args:
         output: logits, side logits and routing of a batch.
@@ -157,10 +107,6 @@ def total_loss(
         config: weights of the terms.
         counts_LE: choices per level and expert over the whole batch of an optimizer step; None
             counts this batch alone.
-
-    Returns:
-        The scalar loss and its weighted parts, detached, still on the device: ``mask``, ``side``,
-        ``balance``, ``router_z``; they sum to the loss.
     """
     mask = mask_B1HW.float()
     parts = {"mask": segmentation_loss(output.logits_B1HW, mask, config)}
@@ -173,7 +119,7 @@ def total_loss(
             start=mask.new_zeros(()),
         )
     elif output.side_logits:
-        # Weight zero, not absent: distributed training needs a gradient for every parameter.
+        # With weight 0, not left out: distributed training needs a gradient for every parameter.
         unused = torch.stack([side.float().mean() for side in output.side_logits])
         parts["mask"] = parts["mask"] + 0.0 * unused.sum()
     if output.routing and output.routing[0].probs_BE.shape[1] > 1:
@@ -193,7 +139,7 @@ def total_loss(
             start=mask.new_zeros(()),
         )
     total = torch.stack(list(parts.values())).sum()
-    return total, {name: part.detach() for name, part in parts.items()}
+    return Loss(total, {name: part.detach() for name, part in parts.items()})
 
 
 def _soft_iou(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:

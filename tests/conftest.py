@@ -57,7 +57,8 @@ def train(toy_data: Path, tmp_path: Path) -> Callable[..., int]:
 @pytest.fixture
 def stopped(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Call ``train``, and let its deadline strike after some optimizer steps."""
-    from camoxpert.training import guards, trainer
+    from camoxpert.stop import DEADLINE_CODE, Stop
+    from camoxpert.training import trainer
 
     def call(*words: str, steps: int = 1, **options: Any) -> int:
         taken = []
@@ -67,12 +68,12 @@ def stopped(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Calla
             taken.append(1)
             return honest(*args, **more)
 
-        def code(flag: guards.StopFlag) -> int:
-            return guards.DEADLINE_CODE if len(taken) >= steps else 0
+        def code(stop: Stop) -> int:
+            return DEADLINE_CODE if len(taken) >= steps else 0
 
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "train_step", step)
-            patch.setattr(guards.StopFlag, "code", code)
+            patch.setattr(Stop, "code", code)
             return train(*words, **options)
 
     return call

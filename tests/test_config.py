@@ -138,7 +138,7 @@ def test_every_setting_is_documented_and_flags_are_unique() -> None:
 
 
 def test_expert_kinds_match_the_table() -> None:
-    from camoxpert.models.build import EXPERTS
+    from camoxpert.models.experts import EXPERTS
 
     assert tuple(EXPERTS) == EXPERT_KINDS
 

@@ -1,6 +1,6 @@
-"""The demo: generate camouflage, train on it, score the test split, predict, and say what came out.
+"""The demo: generate camouflage, train on it, score the test split, predict, print the result.
 
-Run by ``make demo``. Every step is a command a user could type; it is printed before it runs.
+``make demo`` runs it. Every step is a command that a user could type, printed before it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZE = ("--train", "600", "--test", "100", "--size", "96", "--difficulty", "0.1"
 
 
 def command(*words: str) -> None:
-    """Print a command of the product and run it; leave with its code when it fails."""
+    """Print a command and run it; exit with its code if it fails."""
     print(f"\n$ camoxpert {shlex.join(words)}", flush=True)
     code = main(words)
     if code:
@@ -28,37 +28,24 @@ def command(*words: str) -> None:
 
 
 def newest_run(folder: Path) -> Path:
-    """Return the run folder that was written last."""
+    """Return the newest run folder."""
     return max((p.parent for p in folder.glob("*/run.json")), key=lambda p: p.stat().st_mtime)
 
 
 def demo(output: Path) -> int:
-    """Run the demo into ``output``; returns 1 if the model did not learn."""
+    """Run the demo into ``output``; return 1 if the model did not learn."""
     started = time.monotonic()
     data = output / "data"
     if not data.is_dir():
         command("synthesize", "toy", str(data), *SIZE)
-    command(
-        "train",
-        "--config",
-        RECIPE,
-        "--dataset-path",
-        str(data),
-        "--checkpoint-dir",
-        str(output),
-    )
+    folders = ("--dataset-path", str(data), "--checkpoint-dir", str(output))
+    command("train", "--config", RECIPE, *folders)
     run = newest_run(output)
     pictures = output / "predictions"
-    command(
-        "predict",
-        str(run),
-        str(data / "TestDataset" / "toy" / "Imgs"),
-        "-o",
-        str(pictures),
-        "--overwrite",
-    )
+    images = data / "TestDataset" / "toy" / "Imgs"
+    command("predict", str(run), str(images), "-o", str(pictures), "--overwrite")
 
-    result = json.loads((run / "evaluation" / "toy.json").read_text())
+    (result,) = json.loads((run / "evaluation" / "scores.json").read_text())["results"]
     score, floor = result["scores"]["wFmeasure"], result["baseline"]["all_foreground"]["wFmeasure"]
     print(
         f"\nweighted F {score:.3f} on {result['num_images']} test images; marking everything "

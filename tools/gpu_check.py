@@ -1,4 +1,4 @@
-"""Runs the benchmarks and a short real training; writes one JSON file.
+"""Run the benchmarks and a short real training; write one JSON file.
 
 Called by ``tools/gpu_check.sh``.
 """
@@ -10,7 +10,6 @@ import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,27 +21,22 @@ import torch
 from camoxpert.benchmark import data, moe, train
 from camoxpert.cli import main
 from camoxpert.config import build_config
+from camoxpert.pages.scored import run_results
+from camoxpert.runs.log import git_commit
+from camoxpert.runtime.device import Precision, device_name
 
 
 def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
-    """Train on generated camouflage through the command line, then profile that very step; return
-    scores, speed and the profile."""
+    """Train on generated camouflage through the command line, then profile the same step.
+
+    Returns:
+        scores, speed and the profile.
+    """
     size, images, epochs = (64, 32, 1) if smoke else (352, 768, 4)
     backbone = "tiny_test" if smoke else "edgenext_base"
     data = folder / "data"
-    main(
-        [
-            "synthesize",
-            "toy",
-            str(data),
-            "--train",
-            str(images),
-            "--test",
-            "32",
-            "--size",
-            str(size),
-        ]
-    )
+    main(["synthesize", "toy", str(data), "--train", str(images), "--test", "32",
+          "--size", str(size)])  # fmt: skip
     started = time.perf_counter()
     common = ["--dataset-path", str(data), "--backbone", backbone, "--no-pretrained"]
     common += ["--img-size", str(size), "--batch-size", "16", "--precision", "bf16"]
@@ -64,55 +58,41 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"],
         "images_per_second": statistics.median(r["images_per_second"] for r in steps),
         "data_wait": statistics.median(r["data_wait"] for r in steps),
-        "scores": json.loads((run / "evaluation" / "toy.json").read_text())["scores"],
+        "scores": run_results(run)[0]["scores"],
         "profile": json.loads(figures.read_text()),
         "memory": json.loads((run / "run.json").read_text())["batch"],
     }
 
 
-def commit() -> str:
-    """Return the short commit of this checkout, or ``unknown``."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
 def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
-    """Measure everything and write the JSON file."""
+    """Measure everything, write the JSON file, and return the exit code."""
     if not torch.cuda.is_available() and not smoke:
         print("No CUDA device: nothing measured. --smoke runs the same path on a CPU.")
         return 1
     device = torch.device("cuda" if torch.cuda.is_available() and not smoke else "cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu-smoke"
+    name = "cpu-smoke" if smoke else device_name(device)
     settings = {"model.pretrained": False, "model.backbone": "tiny_test", "data.img_size": 64}
     if not smoke:
         settings |= {"model.backbone": "edgenext_base", "data.img_size": 352}
     config = build_config(settings)
+    precision = Precision(torch.bfloat16, False, "bf16")
     rounds = 2 if smoke else 15
-    sizes = ((2, 4),) if smoke else moe.SIZES
-    result = {
+    maps = ((2, 4),) if smoke else moe.SIZES
+    result: dict[str, Any] = {
         "machine": {
             "device": name,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "commit": commit(),
+        "commit": git_commit(Path(__file__).parents[1]) or "unknown",
         "tests_exit_code": tests_exit_code,
-        "moe": moe.run(device=device, sizes=sizes, rounds=rounds),
+        "moe": moe.run(device=device, sizes=maps, rounds=rounds),
         "step": train.run(
-            config,
-            device=device,
-            dtype=torch.bfloat16,
-            batch_size=2 if smoke else 32,
+            train.Subject(config, device, precision, batch_size=2 if smoke else 32),
             rounds=rounds,
         ),
     }
-    result["data"] = data.run(
-        device=device,
+    sizes = data.Sizes(
         images=16 if smoke else 64,
         height=96 if smoke else 768,
         width=128 if smoke else 1024,
@@ -120,8 +100,8 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         batch_size=8 if smoke else 32,
         num_workers=2 if smoke else 8,
         rounds=1 if smoke else 5,
-        needed=result["step"]["images_per_second"],
     )
+    result["data"] = data.run(sizes, device=device, needed=result["step"]["images_per_second"])
     with tempfile.TemporaryDirectory() as folder:
         result["training"] = short_training(Path(folder), smoke=smoke)
     output.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,9 @@
 # at 352 px with edgenext_base, and the times of its step. Results: $OUT/<gpu>-<commit>.json and logs.
 #
 #   OUT=benchmarks/results tools/gpu_check.sh            on a CUDA machine
-#   tools/gpu_check.sh --smoke                           the same path in small, on a CPU
+#   tools/gpu_check.sh --smoke                           the same path with small sizes, on a CPU
 #
-# Packages missing on the machine can be brought as wheels in the folder .whl.
+# Wheels in the folder .whl are installed first, for a machine without internet access.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT="${OUT:-benchmarks/results}"
@@ -21,7 +21,7 @@ fi
 status=0
 timeout 180 "$PYTHON" -m pytest -m gpu tests/gpu tests/metrics/test_device.py -o addopts= -p no:cacheprovider -q 2>&1 | tee "$OUT/gpu_tests.log"
 tests="${PIPESTATUS[0]}"
-# 5: no test ran, which is what a machine without pytest's marks or without CUDA reports.
+# 5: no test ran, as on a machine without CUDA.
 [ "$tests" -eq 0 ] || [ "$tests" -eq 5 ] || status=1
 
 timeout 330 "$PYTHON" tools/gpu_check.py --output "$OUT" --tests-exit-code "$tests" "$@" 2>&1 | tee "$OUT/gpu_check.log"

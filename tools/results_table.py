@@ -1,4 +1,4 @@
-"""Write docs/results.md from run folders: every number in it was measured by a run.
+"""Write docs/results.md from run folders; a run measured every number in it.
 
 python tools/results_table.py RUN [RUN ...] --output docs/results.md
 """
@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 
 from camoxpert.metrics import RESULT_KEYS
+from camoxpert.pages.scored import run_results
 
 HEAD = """# Results
 
-Every number on this page was measured by the program: `tools/results_table.py` writes it from run
-folders. Each run was scored once on its test set, with the weights that its own settings name; the
-test set chose nothing.
+The program measured every number on this page; `tools/results_table.py` writes it from run folders.
+Each run was scored once on its test set, with the weights that its own settings name. The test set
+was not used to choose anything.
 """
 
 
@@ -31,15 +32,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         "name": folder.name,
         "info": json.loads((folder / "run.json").read_text()),
         "config": yaml.safe_load((folder / "config.yaml").read_text()),
-        "tests": {
-            path.stem: json.loads(path.read_text())
-            for path in sorted((folder / "evaluation").glob("*.json"))
-        },
+        "tests": {result["dataset"]: result for result in run_results(folder)},
     }
 
 
 def table(runs: list[dict[str, Any]], dataset: str) -> list[str]:
-    """Return the Markdown table of one data set, one row a run."""
+    """Return the Markdown table of one data set, with a row per run."""
     keys = list(RESULT_KEYS)
     head = ["run", "experts", "top-k", "M parameters", "GMACs", *keys]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
@@ -61,7 +59,7 @@ def table(runs: list[dict[str, Any]], dataset: str) -> list[str]:
 
 
 def means(runs: list[dict[str, Any]], dataset: str) -> list[str]:
-    """Return a row of means for runs that differ in ``-seedN`` at the end of their name."""
+    """Return a row of means for each group of runs whose names differ only in ``-seedN``."""
     groups: dict[str, list[dict[str, float]]] = {}
     for run in runs:
         stem, found, _ = run["name"].rpartition("-seed")

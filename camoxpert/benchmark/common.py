@@ -1,18 +1,31 @@
-"""What every benchmark shares: interleaved timing, medians, ratios, and where it ran."""
+"""Shared by all benchmarks: interleaved timing, medians, ratios, and the machine they ran on."""
 
 from __future__ import annotations
 
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from camoxpert import console, text
 from camoxpert.runs.log import git_commit, versions
 from camoxpert.runtime.host import usable_cores
+
+Report = dict[str, object]
+"""The content of a benchmark's JSON file."""
+
+
+class Ratio(TypedDict):
+    """Median and quartiles of a ratio over the rounds."""
+
+    ratio: float
+    low: float
+    high: float
 
 
 def interleaved(
@@ -20,7 +33,7 @@ def interleaved(
     *,
     rounds: int,
     warmup: int = 1,
-    done: Callable[[int], object] = lambda count: None,
+    description: str = "rounds",
 ) -> dict[str, list[float]]:
     """Time variants in turns, so that a slow minute of the machine slows all of them.
 
@@ -28,7 +41,7 @@ def interleaved(
         variants: name -> what to time.
         rounds: timed calls of each variant; the order is reversed every other round.
         warmup: untimed calls of each.
-        done: called with 1 after every round.
+        description: shown before the progress bar.
 
     Returns:
         Name -> seconds of each round.
@@ -37,17 +50,16 @@ def interleaved(
         for call in variants.values():
             call()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds):
+    for number in console.track(range(rounds), description):
         names = list(variants)
         for name in names if number % 2 == 0 else reversed(names):
             started = time.perf_counter()
             variants[name]()
             seconds[name].append(time.perf_counter() - started)
-        done(1)
     return seconds
 
 
-def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
     """Return the median of the per-round ratios slow / fast, with their quartiles."""
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     low, middle, high = (
@@ -61,22 +73,31 @@ def milliseconds(seconds: Sequence[float]) -> float:
     return 1e3 * statistics.median(seconds)
 
 
-def machine() -> dict[str, Any]:
-    """Return what a reader must know of the machine; no host or user name."""
-    return {
-        "processor": _processor(),
-        "usable_cores": usable_cores(),
-        "load": [round(value, 2) for value in os.getloadavg()],
-        "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-    }
+def show_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows, indented under the line above them."""
+    console.say(textwrap.indent(text.table(rows), "  "))
 
 
-def heading(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first fields of a benchmark's JSON."""
+def quartiles(ratio: Ratio, digits: int = 2) -> str:
+    """Return ``ratio (low to high)``."""
+    return f"{ratio['ratio']:.{digits}f} ({ratio['low']:.{digits}f} to {ratio['high']:.{digits}f})"
+
+
+def heading(name: str, settings: Mapping[str, object]) -> Report:
+    """Return the first fields of a benchmark's JSON: settings, machine and versions.
+
+    No host or user name: these files are published.
+    """
     return {
         "benchmark": name,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": {
+            "processor": _processor(),
+            "usable_cores": usable_cores(),
+            "load": [round(value, 2) for value in os.getloadavg()],
+            "platform": f"{platform.system()} {platform.machine()}, "
+            f"Python {platform.python_version()}",
+        },
         "versions": versions(),
         "commit": git_commit(Path(__file__).parents[2]),
         "settings": dict(settings),

@@ -1,5 +1,5 @@
-"""``benchmark data``: how fast samples come, ours against the loader every repository has, by
-stage.
+"""``benchmark data``: the speed of our loaders against the loader every repository has, and of the
+stages.
 
 The baseline is the plain Dataset: decode image and mask of every sample in every epoch, resize,
 albumentations' Compose, worker processes.
@@ -10,150 +10,176 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from camoxpert.benchmark.common import heading, interleaved, milliseconds, paired_ratio
-from camoxpert.benchmark.moe import device_name
-from camoxpert.config import AugmentConfig
-from camoxpert.console import bar
+from camoxpert import console
+from camoxpert.benchmark.common import (
+    Ratio,
+    Report,
+    heading,
+    interleaved,
+    milliseconds,
+    paired_ratio,
+    quartiles,
+    show_table,
+)
+from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.cache.build import open_cache
+from camoxpert.data.cache.reader import CacheReader
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.image_io import probe, read_image, read_mask, read_pair
 from camoxpert.data.files.manifest import Manifest, load_train
-from camoxpert.data.loader import Batches, build_loader, finish
+from camoxpert.data.loader import Batches, LoaderPlan, build_loader, finish
 from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
-from camoxpert.data.workers import start_worker
+from camoxpert.data.supervise import start_worker
+from camoxpert.runtime.device import device_name, wait_for
 from camoxpert.synthesis.toy import toy_pair
 
-# Times that an epoch of the loaders goes through the files: a short one would time its start.
+# How often one epoch of a loader reads the files: a short epoch would measure its start.
 REPEATS = 3
 # As strong as the defaults, so that both sides do the same work.
 AUGMENT = AugmentConfig()
 
 
-def run(
-    *,
-    device: torch.device,
-    images: int = 96,
-    height: int = 768,
-    width: int = 1024,
-    img_size: int = 352,
-    batch_size: int = 16,
-    num_workers: int = 2,
-    rounds: int = 7,
-    needed: float | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Measure loaders and stages on generated JPEGs; return the content of the JSON file.
+@dataclass(frozen=True)
+class Sizes:
+    """What is generated and how it is loaded.
 
-    Args:
-        device: where device augmentation runs.
+    Attributes:
         images: files in the generated set.
         height, width: their size.
         img_size, batch_size, num_workers: as for training; the baseline has at least one worker.
         rounds: timed epochs of each loader, in turns.
-        needed: images per second that a measured training step takes; None leaves it out.
-        say: prints a line.
     """
-    settings = {
-        "images": images,
-        "size": f"{width}x{height}",
-        "img_size": img_size,
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "rounds": rounds,
-        "device": device_name(device),
-    }
-    result = heading("data", settings)
+
+    images: int = 96
+    height: int = 768
+    width: int = 1024
+    img_size: int = 352
+    batch_size: int = 16
+    num_workers: int = 2
+    rounds: int = 7
+
+
+@dataclass(frozen=True)
+class Source:
+    """The generated set, with the loaders that read it.
+
+    Attributes:
+        manifest, cache: of the set.
+        sizes: of images and batches.
+        device: where device augmentation runs.
+    """
+
+    manifest: Manifest
+    cache: PixelCache
+    sizes: Sizes
+    device: torch.device
+
+    @property
+    def transform(self) -> SampleTransform:
+        """The changes that both sides make."""
+        return SampleTransform(img_size=self.sizes.img_size, augment=AUGMENT, seed=0)
+
+    def loader(self, cache: PixelCache | None, workers: int, *, on_device: bool = False) -> Batches:
+        """Return our loader."""
+        return build_loader(
+            self.manifest,
+            DataConfig(img_size=self.sizes.img_size, augment=AUGMENT),
+            LoaderPlan(workers, 2, cache, on_device, pin_memory=self.device.type == "cuda"),
+            batch_size=self.sizes.batch_size,
+            seed=0,
+        )
+
+    def plain_loader(self, decoder: str, workers: int) -> DataLoader[Any]:
+        """Return the baseline."""
+        return DataLoader(
+            PlainDataset(self.manifest, self.sizes.img_size, decoder),
+            batch_size=self.sizes.batch_size,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=True,
+            worker_init_fn=start_worker,
+        )
+
+
+def run(sizes: Sizes, *, device: torch.device, needed: float | None = None) -> Report:
+    """Measure loaders and stages on generated JPEGs, print, and return the JSON file's content.
+
+    Args:
+        sizes: of the generated set and its batches.
+        device: where device augmentation runs.
+        needed: images per second that a measured training step takes; None omits it.
+    """
+    report = heading(
+        "data",
+        {
+            "images": sizes.images,
+            "size": f"{sizes.width}x{sizes.height}",
+            "img_size": sizes.img_size,
+            "batch_size": sizes.batch_size,
+            "num_workers": sizes.num_workers,
+            "rounds": sizes.rounds,
+            "device": device_name(device),
+        },
+    )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_images(root / "data", images, height, width)
+        write_images(root / "data", sizes.images, sizes.height, sizes.width)
         manifest = load_train([root / "data"])
-        cache = open_cache(
-            manifest,
-            img_size,
-            mode="disk",
-            folder=root / "cache",
-            max_pixels=10**9,
-            say=lambda line: None,
-            track=lambda items, total, description: items,
+        data = DataConfig(img_size=sizes.img_size, cache_dir=str(root / "cache"))
+        cache = open_cache(manifest, data, mode="disk")
+        source = Source(manifest, cache, sizes, device)
+        stages = measure_stages(source)
+        console.say(
+            f"{sizes.images} JPEGs of {sizes.width}x{sizes.height}, {sizes.img_size} px, "
+            f"milliseconds per image, one process:"
         )
-        stages = measure_stages(manifest, cache, img_size, batch_size, device, rounds)
-        result["milliseconds_per_image"] = stages
-        say(
-            f"{images} JPEGs of {width}x{height}, {img_size} px, milliseconds per image, one "
-            f"process:"
-        )
-        for name, value in stages.items():
-            say(f"  {name:<42}{value:8.3f}")
-        rates = measure_loaders(
-            manifest, cache, img_size, batch_size, num_workers, device, rounds, say
-        )
-    result |= rates
+        show_table([[name, f"{value:.3f}"] for name, value in stages.items()])
+        rates, ratios = measure_loaders(source)
+    report |= {
+        "milliseconds_per_image": stages,
+        "images_per_second": rates,
+        "over_plain_pil": ratios,
+    }
     if needed is not None:
-        result["needed_images_per_second"] = needed
-        say(f"the training step takes {needed:.0f} images/s:")
-        for name, rate in rates["images_per_second"].items():
-            say(f"  {name:<42}{rate / needed:8.2f} times as many")
-    return result
+        report["needed_images_per_second"] = needed
+        console.say(f"the training step takes {needed:.0f} images/s:")
+        show_table([[name, f"{rate / needed:.2f} times as many"] for name, rate in rates.items()])
+    return report
 
 
-def measure_loaders(
-    manifest: Manifest,
-    cache: PixelCache,
-    img_size: int,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-    rounds: int,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Time whole epochs of every loader in turns."""
-    manifest = replace(manifest, pairs=manifest.pairs * REPEATS)
-    transform = SampleTransform(img_size=img_size, augment=AUGMENT, seed=0)
-    workers = max(1, num_workers)
+def measure_loaders(source: Source) -> tuple[dict[str, float], dict[str, Ratio]]:
+    """Time whole epochs of every loader in turns.
 
-    def ours(cache: PixelCache | None, workers: int, *, on_device: bool = False) -> Batches:
-        return build_loader(
-            manifest,
-            transform,
-            batch_size=batch_size,
-            num_workers=workers,
-            shuffle=True,
-            seed=0,
-            cache=cache,
-            on_device=on_device,
-            pin_memory=device.type == "cuda",
-        )
+    Returns:
+        images per second of every loader, and its ratio over the first one.
+    """
+    manifest = replace(source.manifest, pairs=source.manifest.pairs * REPEATS)
+    source = replace(source, manifest=manifest)
+    workers = max(1, source.sizes.num_workers)
 
     def epoch(loader: Batches, *, finished: bool) -> Callable[[], None]:
         def iterate() -> None:
             loader.set_epoch(0)
             for batch in loader:
                 if finished:
-                    finish(loader, batch, device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+                    finish(loader, batch, source.device)
+            wait_for(source.device)
 
         return iterate
 
-    def plain(decoder: str) -> Callable[[], None]:
-        loader = DataLoader(
-            PlainDataset(manifest, img_size, decoder),
-            batch_size=batch_size,
-            shuffle=True,
-            num_workers=workers,
-            persistent_workers=True,
-            worker_init_fn=lambda worker: start_worker(worker),
-        )
+    def plain_epoch(decoder: str) -> Callable[[], None]:
+        loader = source.plain_loader(decoder, workers)
 
         def iterate() -> None:
             for _ in loader:
@@ -162,66 +188,45 @@ def measure_loaders(
         return iterate
 
     loaders = {
-        f"ours, files, {workers} workers": ours(None, workers),
-        f"ours, cache, {workers} workers": ours(cache, workers),
-        "ours, cache, no worker": ours(cache, 0),
-        "ours, cache, batch reads": ours(cache, 0, on_device=True),
+        f"ours, files, {workers} workers": source.loader(None, workers),
+        f"ours, cache, {workers} workers": source.loader(source.cache, workers),
+        "ours, cache, no worker": source.loader(source.cache, 0),
+        "ours, cache, batch reads": source.loader(source.cache, 0, on_device=True),
     }
     variants = {
-        f"plain PIL, {workers} workers": plain("PIL"),
-        f"plain OpenCV, {workers} workers": plain("OpenCV"),
+        f"plain PIL, {workers} workers": plain_epoch("PIL"),
+        f"plain OpenCV, {workers} workers": plain_epoch("OpenCV"),
     }
     variants |= {name: epoch(loader, finished=False) for name, loader in loaders.items()}
     variants["ours, cache, changed on the device"] = epoch(
         loaders["ours, cache, batch reads"], finished=True
     )
-    with bar(None, description="loaders", total=rounds) as progress:
-        seconds = interleaved(variants, rounds=rounds, done=progress.update)
+    seconds = interleaved(variants, rounds=source.sizes.rounds, description="loaders")
     for loader in loaders.values():
         loader.close()
-    count = len(manifest)
     first = next(iter(variants))
-    rates = {name: 1e3 * count / milliseconds(taken) for name, taken in seconds.items()}
+    rates = {name: 1e3 * len(manifest) / milliseconds(taken) for name, taken in seconds.items()}
     ratios = {name: paired_ratio(seconds[first], taken) for name, taken in seconds.items()}
-    say(f"{'loader':<42}{'images/s':>10}{'over the first (quartiles)':>32}")
-    for name, rate in rates.items():
-        ratio = ratios[name]
-        shown = f"{ratio['ratio']:.1f} ({ratio['low']:.1f} to {ratio['high']:.1f})"
-        say(f"  {name:<42}{rate:8.0f}{shown:>32}")
-    return {"images_per_second": rates, "over_plain_pil": ratios}
+    rows = [[name, f"{rate:.0f}", quartiles(ratios[name], 1)] for name, rate in rates.items()]
+    show_table([["loader", "images/s", "over the first (quartiles)"], *rows])
+    return rates, ratios
 
 
-def measure_stages(
-    manifest: Manifest,
-    cache: PixelCache,
-    img_size: int,
-    batch_size: int,
-    device: torch.device,
-    rounds: int,
-) -> dict[str, float]:
+def measure_stages(source: Source) -> dict[str, float]:
     """Return the milliseconds per image of every stage, in one process and one thread."""
-    pairs = manifest.pairs[: min(batch_size, len(manifest))]
+    img_size, device, transform = source.sizes.img_size, source.device, source.transform
+    pairs = source.manifest.pairs[: min(source.sizes.batch_size, len(source.manifest))]
     decoded = [read_pair(pair.image, pair.mask) for pair in pairs]
     squares = np.stack([square_pair(image, mask, img_size) for image, mask in decoded])
-    transform = SampleTransform(img_size=img_size, augment=AUGMENT, seed=0)
     compose = plain_pipeline()
-    loader = build_loader(
-        manifest,
-        transform,
-        batch_size=len(pairs),
-        num_workers=0,
-        shuffle=True,
-        seed=0,
-        cache=cache,
-        on_device=True,
-    )
+    loader = source.loader(source.cache, 0, on_device=True)
+    assert isinstance(loader, CacheReader)
     keys = [(0, index, img_size) for index in range(len(pairs))]
-    raw = loader.read(keys)  # type: ignore[union-attr]
+    raw = loader.read(keys)
 
     def on_device() -> None:
         finish(loader, raw, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
 
     stages: dict[str, Callable[[], object]] = {
         "read two headers": lambda: [probe(p) for pair in pairs for p in (pair.image, pair.mask)],
@@ -239,16 +244,16 @@ def measure_stages(
         "change (ours on the CPU)": lambda: [
             transform.change(square, epoch=0, index=index) for index, square in enumerate(squares)
         ],
-        "read a batch from the cache": lambda: loader.read(keys),  # type: ignore[union-attr]
+        "read a batch from the cache": lambda: loader.read(keys),
         f"change a batch on {device.type} (ours)": on_device,
     }
     with one_thread():
-        seconds = interleaved(stages, rounds=rounds)
+        seconds = interleaved(stages, rounds=source.sizes.rounds, description="stages")
     return {name: milliseconds(taken) / len(pairs) for name, taken in seconds.items()}
 
 
 class PlainDataset(Dataset[Any]):
-    """What every repository has: decode, resize, albumentations' Compose, for every sample anew."""
+    """What every repository has: every sample is decoded, resized and changed by albumentations."""
 
     def __init__(self, manifest: Manifest, img_size: int, decoder: str) -> None:
         self.pairs = manifest.pairs
@@ -276,8 +281,7 @@ class PlainDataset(Dataset[Any]):
 
 
 def plain_pipeline() -> Any:
-    """Return albumentations' Compose with the strengths of AUGMENT, as its documentation writes
-    it."""
+    """Return albumentations' Compose with the strengths of AUGMENT, as documented there."""
     import albumentations as A
 
     a = AUGMENT
@@ -305,7 +309,7 @@ def plain_pipeline() -> Any:
 
 
 def write_images(root: Path, count: int, height: int, width: int) -> None:
-    """Write generated pairs: JPEGs with the detail of photographs, and PNG masks."""
+    """Write generated pairs: JPEGs as detailed as photographs, and PNG masks."""
     for name in ("Imgs", "GT"):
         (root / name).mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -321,7 +325,7 @@ def write_images(root: Path, count: int, height: int, width: int) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep OpenCV and torch to one thread: stages are compared per core."""
+    """Limit OpenCV and torch to one thread: stages are compared per core."""
     before = cv2.getNumThreads(), torch.get_num_threads()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -332,6 +336,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before[1])
 
 
-def _pil(path: Path, mode: str) -> np.ndarray:
+def _pil(path: Path, mode: str) -> npt.NDArray[np.uint8]:
     with Image.open(path) as image:
         return np.asarray(image.convert(mode))

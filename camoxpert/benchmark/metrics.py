@@ -8,28 +8,56 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
-from camoxpert.benchmark.common import heading, interleaved, milliseconds, paired_ratio
+from camoxpert import console
+from camoxpert.benchmark.common import (
+    Ratio,
+    Report,
+    heading,
+    interleaved,
+    milliseconds,
+    paired_ratio,
+    show_table,
+)
 from camoxpert.data.files.image_io import write_png
 from camoxpert.errors import ConfigError
 from camoxpert.evaluation.maps.find import MapJob, MapTask
-from camoxpert.evaluation.maps.score import MapOptions, score_task
+from camoxpert.evaluation.maps.score import MapOptions, score_chunks
 from camoxpert.metrics import FAST_KEYS, RESULT_KEYS
 from camoxpert.metrics.histogram import joint_histogram
 from camoxpert.metrics.inputs import checked_mask, checked_prediction
 from camoxpert.metrics.scoring import count_objects, digest_mask, score_image
 from camoxpert.metrics.weighted import weighted_fmeasure
 
-Pair = tuple[np.ndarray, np.ndarray]
+Grey = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+Pair = tuple[Grey, Grey]
+
+
+class OneProcess(TypedDict):
+    """Both engines on pairs in memory, one core each."""
+
+    milliseconds_per_pair: dict[str, float]
+    ratios: dict[str, Ratio]
+
+
+class Workers(TypedDict):
+    """Our engine on PNG files, by number of worker processes."""
+
+    images_per_second: dict[str, float]
+    two_over_one: float
 
 
 def make_pair(seed: int, height: int, width: int) -> Pair:
-    """Return a map and a mask like those of a trained model: one to three objects of 1 to 20 % of
-    the image, soft outlines, an invented blob, a missed part, and nothing elsewhere.
+    """Return a prediction map like a trained model's, and its mask.
+
+    One to three objects of 1 to 20 % of the image, soft outlines, a false blob, a missed part, and
+    zeros elsewhere.
     """
     rng = np.random.default_rng(seed)
     mask = np.zeros((height, width), np.uint8)
@@ -46,7 +74,7 @@ def make_pair(seed: int, height: int, width: int) -> Pair:
     return (255 / (1 + np.exp(-logits))).astype(np.uint8), mask
 
 
-def _blob(rng: np.random.Generator, mask: np.ndarray, radius: float) -> None:
+def _blob(rng: np.random.Generator, mask: Grey, radius: float) -> None:
     """Draw a wavy disc; its radius is a share of the image's shorter side."""
     height, width = mask.shape
     angle = np.linspace(0, 2 * np.pi, 90, endpoint=False)
@@ -66,16 +94,14 @@ def run(
     height: int = 768,
     width: int = 1024,
     files: int = 160,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Measure; return the content of the JSON file.
+) -> Report:
+    """Measure, print, and return the content of the JSON file.
 
     Args:
         pairs: generated pairs in memory, timed one by one.
         rounds: timed passes over them.
         height, width: of the pairs.
-        files: PNG pairs scored by one and by two worker processes; 0 leaves that out.
-        say: prints a line.
+        files: PNG pairs scored by one and by two worker processes; 0 omits that.
 
     Raises:
         ConfigError: pysodmetrics is not installed.
@@ -88,26 +114,23 @@ def run(
         ) from error
     warnings.filterwarnings("ignore", message="This class will be removed")
     settings = {"pairs": pairs, "rounds": rounds, "size": [height, width], "files": files}
-    result = heading("metrics", settings)
+    report = heading("metrics", settings)
     made = [make_pair(seed, height, width) for seed in range(pairs)]
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # one core against one core
     try:
-        result["one_process"] = _one_process(oracle, made, rounds, say)
-        result["parts"] = _parts(made, rounds)
+        report["one_process"] = _one_process(oracle, made, rounds)
+        parts = _parts(made, rounds)
     finally:
         cv2.setNumThreads(threads)
-    parts = result["parts"]
-    for line in bound_by(parts):
-        say(line)
+    report["parts"] = parts
+    console.say(bound_by(parts))
     if files:
-        result["workers"] = _workers(files, height, width, rounds, say)
-    return result
+        report["workers"] = _workers(files, height, width, rounds)
+    return report
 
 
-def _one_process(
-    oracle: Any, made: list[Pair], rounds: int, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _one_process(oracle: Any, made: list[Pair], rounds: int) -> OneProcess:
     def theirs(with_weighted: bool) -> None:
         kinds = [oracle.MAE, oracle.Smeasure, oracle.Emeasure, oracle.Fmeasure]
         kinds += [oracle.WeightedFmeasure] if with_weighted else []
@@ -140,11 +163,10 @@ def _one_process(
             seconds["pysodmetrics without weighted F"], seconds["camoxpert without weighted F"]
         ),
     }
-    say("one process, S + MAE + E + F (+ weighted F), milliseconds per pair:")
-    for name, value in times.items():
-        say(f"  {name:<34} {value:8.2f}")
+    console.say("one process, S + MAE + E + F (+ weighted F), milliseconds per pair:")
+    show_table([[name, f"{value:.2f}"] for name, value in times.items()])
     for name, ratio in ratios.items():
-        say(
+        console.say(
             f"  {name}: {ratio['ratio']:.1f} times as fast (quartiles {ratio['low']:.1f} to "
             f"{ratio['high']:.1f})"
         )
@@ -152,11 +174,11 @@ def _one_process(
 
 
 def _parts(made: list[Pair], rounds: int) -> dict[str, float]:
-    """Return what an image's time goes into, milliseconds per pair."""
+    """Return the milliseconds per pair of every part of scoring."""
     masks = [checked_mask("pair", mask) for _, mask in made]
     values = np.arange(256) / 255
 
-    def over(call: Callable[[np.ndarray, np.ndarray], object]) -> Callable[[], None]:
+    def over(call: Callable[[Grey, Mask], object]) -> Callable[[], None]:
         def every() -> None:
             for (prediction, _), mask in zip(made, masks, strict=True):
                 call(prediction, mask)
@@ -182,22 +204,20 @@ def _parts(made: list[Pair], rounds: int) -> dict[str, float]:
     return {name: milliseconds(value) / len(made) for name, value in seconds.items()}
 
 
-def bound_by(parts: dict[str, float]) -> list[str]:
-    """Say in words what the time goes into."""
+def bound_by(parts: dict[str, float]) -> str:
+    """Return one sentence on where the time goes."""
     whole, weighted = parts["everything"], parts["weighted F in all"]
     distance = parts["distance transform"]
     rest = whole - weighted
-    return [
+    return (
         f"bound by: weighted F takes {weighted / whole:.0%} of an image's {whole:.1f} ms, its "
         f"exact distance transform alone {distance / whole:.0%}; without it counting grey levels "
         f"takes {parts['count levels'] / rest:.0%} of the remaining {rest:.1f} ms"
-    ]
+    )
 
 
-def _workers(
-    files: int, height: int, width: int, rounds: int, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Time the scoring of PNG files by one and by two processes, process start not counted."""
+def _workers(files: int, height: int, width: int, rounds: int) -> Workers:
+    """Time the scoring of PNG files by one and by two processes, without their start."""
     with tempfile.TemporaryDirectory(prefix="camoxpert-") as folder:
         jobs = []
         for index in range(files):
@@ -210,13 +230,10 @@ def _workers(
         def rate(workers: int) -> float:
             times: list[float] = []
             counts: list[int] = []
-
-            def done(count: int) -> None:
+            for scores in score_chunks(task, MapOptions(keys=RESULT_KEYS), workers):
                 times.append(time.perf_counter())
-                counts.append(count)
-
-            score_task(task, MapOptions(keys=RESULT_KEYS), num_workers=workers, done=done)
-            # The first results of both processes have come in by then.
+                counts.append(len(scores))
+            # By then both processes have returned results.
             skip = 2
             return sum(counts[skip:]) / (times[-1] - times[skip - 1])
 
@@ -226,7 +243,7 @@ def _workers(
                 values.append(rate(workers))
     ratio = statistics.median(b / a for a, b in zip(rates[1], rates[2], strict=True))
     medians = {str(workers): statistics.median(values) for workers, values in rates.items()}
-    say(
+    console.say(
         f"PNG files: {medians['1']:.1f} images/s with one worker process, {medians['2']:.1f} with "
         f"two: {ratio:.2f} times"
     )

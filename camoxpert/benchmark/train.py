@@ -3,22 +3,54 @@ the same decoder with one expert of equal active work; all variants take turns."
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from camoxpert.benchmark.common import heading, interleaved, milliseconds, paired_ratio
-from camoxpert.benchmark.moe import device_name
-from camoxpert.config import Config
+from camoxpert import console, text
+from camoxpert.benchmark.common import (
+    Ratio,
+    Report,
+    heading,
+    interleaved,
+    milliseconds,
+    paired_ratio,
+    quartiles,
+    show_table,
+)
+from camoxpert.config import Config, ModelConfig
 from camoxpert.losses import total_loss
-from camoxpert.models.build import build_model
-from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.profile.syncs import SyncCounter
+from camoxpert.runtime.device import Precision, device_name, wait_for
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.optim import build_optimizer
+
+FULL, BACKBONE = "full step", "backbone alone"
+UNIFORM, LOOP = "full step, uniform experts", "full step, loop"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The step that is measured.
+
+    Attributes:
+        config: model and image size.
+        device: where.
+        precision: of the forward pass.
+        batch_size: images per step.
+    """
+
+    config: Config
+    device: torch.device
+    precision: Precision
+    batch_size: int
+
+    def with_model(self, model: ModelConfig) -> Step:
+        """Return the step of another model."""
+        return Step(replace(self, config=replace(self.config, model=model)))
 
 
 class Step:
@@ -28,11 +60,10 @@ class Step:
     fused optimizer, EMA.
     """
 
-    def __init__(
-        self, config: Config, batch_size: int, device: torch.device, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, subject: Subject) -> None:
         torch.manual_seed(0)
-        self.config, self.device, self.dtype = config, device, dtype
+        config, device, batch_size = subject.config, subject.device, subject.batch_size
+        self.config, self.device, self.precision = config, device, subject.precision
         self.model: CamoXpert = build_model(config.model).to(device).train()
         self.optimizer = build_optimizer(self.model, config.optim)
         self.ema = ModelEma(self.model, 0.999)
@@ -42,13 +73,9 @@ class Step:
         )
         self.masks = (torch.rand(batch_size, 1, size, size, device=device) > 0.7).float()
 
-    def autocast(self) -> torch.autocast:
-        """Return the autocast context of the benchmark's precision."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-
     def full(self) -> None:
         """Take one whole training step."""
-        with self.autocast():
+        with self.precision.autocast(self.device):
             output = self.model(self.images)
         loss, _ = total_loss(output, self.masks, self.config.loss)
         loss.backward()
@@ -56,10 +83,9 @@ class Step:
         self.ema.update(self.model, torch.ones((), device=self.device))
 
     def backbone(self) -> None:
-        """Take the backbone's step alone: forward, a trivial loss, backward, clipping,
-        optimizer."""
+        """Take the step of the backbone alone, with a trivial loss and without EMA."""
         images = self.images.float() / 255
-        with self.autocast():
+        with self.precision.autocast(self.device):
             maps = self.model.backbone(images)
         torch.stack([m.float().mean() for m in maps]).sum().backward()
         self._finish(self.model.backbone)
@@ -67,16 +93,16 @@ class Step:
     def decoder(self) -> Callable[[], None]:
         """Return the decoder's forward and backward pass on fixed features."""
         images = self.images.float() / 255
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.precision.autocast(self.device):
             features = [m.detach() for m in self.model.backbone(images)]
 
         def step() -> None:
-            with self.autocast():
+            with self.precision.autocast(self.device):
                 logits, sides, _ = self.model.decoder(images, features)
             total = logits.float().square().mean()
             (total + sum(side.float().square().mean() for side in sides)).backward()
             self.model.zero_grad(set_to_none=True)
-            self.wait()
+            wait_for(self.device)
 
         return step
 
@@ -84,113 +110,82 @@ class Step:
         torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.wait()
-
-    def wait(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
 
 
-def run(
-    config: Config,
-    *,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    batch_size: int,
-    rounds: int = 7,
-    with_loop: bool = True,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Measure; return the content of the JSON file.
+def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
+    """Measure, print, and return the content of the JSON file.
 
     Args:
-        config: model and image size.
-        device: where.
-        dtype: of the forward pass; None is float32.
-        batch_size: images per step.
+        subject: the step.
         rounds: timed rounds, interleaved.
         with_loop: also time the per-image loop, which takes long on a GPU.
-        say: prints a line.
     """
-    model = config.model
-    settings = {
-        "backbone": model.backbone,
-        "img_size": config.data.img_size,
-        "batch_size": batch_size,
-        "num_experts": model.num_experts,
-        "top_k": model.top_k,
-        "width": model.width,
-        "precision": str(dtype or torch.float32).removeprefix("torch."),
-        "rounds": rounds,
-        "device": device_name(device),
-    }
-    result = heading("train", settings)
-
-    def variant(**changes: Any) -> Step:
-        changed = dataclasses.replace(config, model=dataclasses.replace(model, **changes))
-        return Step(changed, batch_size, device, dtype)
-
-    ours = variant()
+    config, model, batch_size = subject.config, subject.config.model, subject.batch_size
+    precision = str(subject.precision.dtype or torch.float32).removeprefix("torch.")
+    report = heading(
+        "train",
+        {
+            "backbone": model.backbone,
+            "img_size": config.data.img_size,
+            "batch_size": batch_size,
+            "num_experts": model.num_experts,
+            "top_k": model.top_k,
+            "width": model.width,
+            "precision": precision,
+            "rounds": rounds,
+            "device": device_name(subject.device),
+        },
+    )
+    ours = Step(subject)
     variants = {
-        "full step": ours.full,
-        "backbone alone": ours.backbone,
-        "full step, uniform experts": variant(expert_family="uniform", experts=()).full,
+        FULL: ours.full,
+        BACKBONE: ours.backbone,
+        UNIFORM: subject.with_model(replace(model, expert_family="uniform", experts=())).full,
     }
     if with_loop:
-        variants["full step, loop"] = variant(dispatch="loop").full
+        variants[LOOP] = subject.with_model(replace(model, dispatch="loop")).full
     # One expert for all images, as wide as the k experts of an image together.
+    kind = (model.experts or ("hybrid",))[0]
     expansion = model.expert_expansion * model.top_k
-    kind = (model.experts or ("hybrid",))[:1]
-    single = variant(num_experts=1, top_k=1, experts=kind, expert_expansion=expansion)
-    same_kind = variant(experts=kind)
+    same_kind, one_expert = f"decoder, all {kind}", f"decoder, one {kind} expert"
+    like = replace(model, experts=(kind,))
+    single = replace(like, num_experts=1, top_k=1, expert_expansion=expansion)
     variants["decoder"] = ours.decoder()
-    variants[f"decoder, all {kind[0]}"] = same_kind.decoder()
-    variants[f"decoder, one {kind[0]} expert"] = single.decoder()
+    variants[same_kind] = subject.with_model(like).decoder()
+    variants[one_expert] = subject.with_model(single).decoder()
     for call in variants.values():
         call()
     with SyncCounter() as counter:
         ours.full()
-    result["syncs_per_step"] = counter.syncs
     seconds = interleaved(variants, rounds=rounds, warmup=2)
-    result["milliseconds"] = {name: milliseconds(values) for name, values in seconds.items()}
-    say(
-        f"{model.backbone}, {config.data.img_size} px, {batch_size} images, "
-        f"{settings['precision']}:"
-    )
-    for name, value in result["milliseconds"].items():
-        say(f"  {name:<28} {value:10.2f} ms")
-    full = seconds["full step"]
-    result["ratios"] = {
-        "full step over backbone": paired_ratio(full, seconds["backbone alone"]),
-        "uniform full step over backbone": paired_ratio(
-            seconds["full step, uniform experts"], seconds["backbone alone"]
-        ),
-        "decoder over one expert": paired_ratio(
-            seconds[f"decoder, all {kind[0]}"], seconds[f"decoder, one {kind[0]} expert"]
-        ),
+    times = {name: milliseconds(values) for name, values in seconds.items()}
+    ratios: dict[str, Ratio] = {
+        "full step over backbone": paired_ratio(seconds[FULL], seconds[BACKBONE]),
+        "uniform full step over backbone": paired_ratio(seconds[UNIFORM], seconds[BACKBONE]),
+        "decoder over one expert": paired_ratio(seconds[same_kind], seconds[one_expert]),
     }
     if with_loop:
-        result["ratios"]["loop over full step"] = paired_ratio(seconds["full step, loop"], full)
-    for name, ratio in result["ratios"].items():
-        say(f"  {name}: {ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
-    rate = batch_size / result["milliseconds"]["full step"] * 1e3
-    result["images_per_second"] = rate
-    say(f"  {rate:.1f} images/s, {result['syncs_per_step']} host syncs in a step")
-    if device.type == "cuda":
-        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    return result
+        ratios["loop over full step"] = paired_ratio(seconds[LOOP], seconds[FULL])
+    rate = batch_size / times[FULL] * 1e3
+
+    console.say(f"{model.backbone}, {config.data.img_size} px, {batch_size} images, {precision}:")
+    show_table([[name, f"{value:.2f} ms"] for name, value in times.items()])
+    for name, ratio in ratios.items():
+        console.say(f"  {name}: {quartiles(ratio)}")
+    console.say(f"  {rate:.1f} images/s, {text.count(counter.syncs, 'host sync')} in a step")
+    report |= {
+        "syncs_per_step": counter.syncs,
+        "milliseconds": times,
+        "ratios": ratios,
+        "images_per_second": rate,
+    }
+    if subject.device.type == "cuda":
+        report["peak_memory_bytes"] = torch.cuda.max_memory_allocated(subject.device)
+    return report
 
 
-def images_per_second(
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    *,
-    batch_size: int,
-    rounds: int,
-) -> float:
+def images_per_second(subject: Subject, *, rounds: int) -> float:
     """Measure how many images per second the whole training step takes."""
-    step = Step(config, batch_size, device, dtype)
-    seconds = interleaved({"step": step.full}, rounds=rounds, warmup=2)["step"]
-    return 1e3 * batch_size / milliseconds(seconds)
+    seconds = interleaved({FULL: Step(subject).full}, rounds=rounds, warmup=2)[FULL]
+    return 1e3 * subject.batch_size / milliseconds(seconds)

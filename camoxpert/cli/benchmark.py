@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from camoxpert import console
 from camoxpert.cli import no_overrides
 from camoxpert.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
-    from camoxpert.config import Config
+    from camoxpert.benchmark.common import Report
+    from camoxpert.benchmark.train import Subject
 
 KINDS = {
     "metrics": "the metric engine against pysodmetrics",
@@ -74,18 +74,21 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--files must be 0 or at least 64: fewer say nothing about processes.")
     check_output("--output", options.output)
     measure = {"metrics": _metrics, "moe": _moe, "train": _train, "data": _data}[options.kind]
-    result = measure(options)
-    if options.output:
-        from camoxpert.runs.log import write_json
-
-        write_json(Path(options.output), result)
-        print(f"figures: {options.output}")
+    write_figures(options.output, measure(options))
     return 0
 
 
+def write_figures(file: str | None, report: Report) -> None:
+    """Write a report to ``-o FILE``, if given."""
+    if file:
+        from camoxpert.files import write_json
+
+        write_json(Path(file), report)
+        console.say(f"figures: {file}")
+
+
 def check_output(flag: str, file: str | None) -> None:
-    """Raise ConfigError where ``file`` could not be written: before minutes are spent, not
-    after."""
+    """Raise ConfigError if ``file`` cannot be written, before minutes are spent measuring."""
     if not file:
         return
     if Path(file).is_dir():
@@ -96,11 +99,7 @@ def check_output(flag: str, file: str | None) -> None:
         raise ConfigError(f"{flag} {file} cannot be written: {error}.") from error
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _metrics(options: argparse.Namespace) -> dict[str, Any]:
+def _metrics(options: argparse.Namespace) -> Report:
     from camoxpert.benchmark import metrics
 
     height, width = options.size
@@ -110,11 +109,10 @@ def _metrics(options: argparse.Namespace) -> dict[str, Any]:
         height=height,
         width=width,
         files=options.files,
-        say=_say,
     )
 
 
-def _moe(options: argparse.Namespace) -> dict[str, Any]:
+def _moe(options: argparse.Namespace) -> Report:
     from camoxpert.benchmark import moe
     from camoxpert.runtime.device import choose_device
 
@@ -126,27 +124,40 @@ def _moe(options: argparse.Namespace) -> dict[str, Any]:
         top_k=options.top_k,
         width=options.width,
         rounds=options.rounds,
-        say=_say,
     )
 
 
-def _train(options: argparse.Namespace) -> dict[str, Any]:
+def _train(options: argparse.Namespace) -> Report:
     from camoxpert.benchmark import train
 
-    config, device, dtype = _step_of(options)
-    return train.run(
-        config,
-        device=device,
-        dtype=dtype,
+    # On larger batches the loop takes minutes.
+    with_loop = options.batch_size <= 64
+    return train.run(_subject(options), rounds=options.rounds, with_loop=with_loop)
+
+
+def _data(options: argparse.Namespace) -> Report:
+    from camoxpert.benchmark import data, train
+
+    if options.images < options.batch_size or options.num_workers < 0:
+        raise ConfigError("--images must be at least --batch-size, --num-workers at least 0.")
+    subject = _subject(options)
+    height, width = options.size
+    sizes = data.Sizes(
+        images=options.images,
+        height=height,
+        width=width,
+        img_size=options.img_size,
         batch_size=options.batch_size,
+        num_workers=options.num_workers,
         rounds=options.rounds,
-        with_loop=options.batch_size <= 64,
-        say=_say,
     )
+    needed = train.images_per_second(subject, rounds=options.rounds) if options.step else None
+    return data.run(sizes, device=subject.device, needed=needed)
 
 
-def _step_of(options: argparse.Namespace) -> tuple[Config, torch.device, torch.dtype | None]:
-    """Return settings, device and number format of the step that is measured."""
+def _subject(options: argparse.Namespace) -> Subject:
+    """Return the step that is measured."""
+    from camoxpert.benchmark.train import Subject
     from camoxpert.config import TrainConfig, load_config
     from camoxpert.runtime.device import choose_device, choose_precision
 
@@ -164,30 +175,4 @@ def _step_of(options: argparse.Namespace) -> tuple[Config, torch.device, torch.d
         raise ConfigError(f"--precision {options.precision}: use auto, fp32, bf16 or fp16.")
     device = choose_device(options.device)
     precision = choose_precision(TrainConfig(precision=options.precision), device)
-    return config, device, precision.dtype
-
-
-def _data(options: argparse.Namespace) -> dict[str, Any]:
-    from camoxpert.benchmark import data, train
-
-    if options.images < options.batch_size or options.num_workers < 0:
-        raise ConfigError("--images must be at least --batch-size, --num-workers at least 0.")
-    config, device, dtype = _step_of(options)
-    height, width = options.size
-    needed = None
-    if options.step:
-        needed = train.images_per_second(
-            config, device, dtype, batch_size=options.batch_size, rounds=options.rounds
-        )
-    return data.run(
-        device=device,
-        images=options.images,
-        height=height,
-        width=width,
-        img_size=options.img_size,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        rounds=options.rounds,
-        needed=needed,
-        say=_say,
-    )
+    return Subject(config, device, precision, options.batch_size)

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from camoxpert import console, stop
 from camoxpert.cli import no_overrides
-from camoxpert.errors import ConfigError, DataError
+from camoxpert.errors import ConfigError
+
+if TYPE_CHECKING:
+    from camoxpert.evaluation.results import EvaluationResult
 
 EPILOG = """A checkpoint: camoxpert evaluate runs/NAME --data NC4K.
 Maps: camoxpert evaluate --predictions maps/ours maps/other --gt NC4K/GT, where a method's folder
@@ -125,22 +127,22 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     _check(options, typed)
     from camoxpert.evaluation.ledger import append_rows, check_ledger, ledger_row
-    from camoxpert.training.guards import StopFlag, watch
+    from camoxpert.evaluation.results import by_method
+    from camoxpert.pages.tables import FORMATS
 
     if options.ledger:
         check_ledger(Path(options.ledger))  # not after an hour of scoring
-    stop = StopFlag()
-
-    def check_stop() -> None:
-        if stop.code():
-            raise stop.stopped("Nothing of the data set in progress was written.")
-
-    with watch(stop):
+    outcome = "Nothing was written: results are put in place after the last image."
+    with stop.watch(), stop.outcome(outcome):
         of_maps = bool(options.predictions or options.list)
-        results, output = (_maps if of_maps else _checkpoint)(options, typed, check_stop)
-    _print(results, options.format)
+        results, output = (_maps if of_maps else _checkpoint)(options, typed)
+    if options.format == "json":
+        console.say(json.dumps(by_method(results), indent=1))
+    else:
+        rows = [result.to_dict() for result in results]
+        console.say(FORMATS[options.format](rows, tuple(results[0].scores)).rstrip("\n"))
     if options.format == "text":
-        print(f"per image, curves and pictures: {output}")
+        console.say(f"per image, curves and pictures: {output}")
     if options.ledger:
         append_rows(Path(options.ledger), [ledger_row(result) for result in results])
     return 0
@@ -193,181 +195,76 @@ def _check(options: argparse.Namespace, typed: Sequence[str]) -> None:
             )
     if options.gt_threshold is not None and not 0 <= options.gt_threshold <= 254:
         raise ConfigError("--gt-threshold must be in 0..254.")
-    for path in options.data or ():
-        if not Path(path).exists():
-            raise DataError(f"--data: there is no file or folder {path}.")
 
 
-def _maps(
-    options: argparse.Namespace, typed: Sequence[str], check_stop: Callable[[], None]
-) -> tuple[list[dict[str, Any]], Path]:
+def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[EvaluationResult], Path]:
     """Score prediction maps. Nothing in here imports torch."""
     from camoxpert.evaluation.maps.evaluate import evaluate_maps
-    from camoxpert.evaluation.maps.find import find_maps, find_masks, pair_maps
-    from camoxpert.evaluation.maps.list import read_list
+    from camoxpert.evaluation.maps.find import PairOptions, find_tasks
+    from camoxpert.evaluation.maps.list import list_tasks
     from camoxpert.evaluation.maps.score import MapOptions, choose_map_workers
+    from camoxpert.evaluation.options import choose_measures
     from camoxpert.evaluation.output import OutputFolder
 
-    keys = _measures(options.measures or ["default"])
-    allowed = {"allow_missing": options.allow_missing, "allow_extra": options.allow_extra}
-    notes: list[str] = []
-    if options.list:
-        sets, methods = read_list(Path(options.list), noncam=options.noncam)
-        tasks = pair_maps(methods, sets, **allowed)
-    else:
-        sets = find_masks(
-            [Path(path) for path in options.gt],
-            images=[Path(path) for path in options.images or ()],
-            noncam=options.noncam,
-        )
-        paths = [Path(path) for path in options.predictions]
-        tasks = find_maps(paths, sets, say=notes.append, **allowed)
-    if options.method:
-        names = sorted({task.method for task in tasks})
-        if len(names) > 1:
-            raise ConfigError(f"--method names one method; there are {', '.join(names)}.")
-        tasks = [replace(task, method=options.method) for task in tasks]
-    notes += [note for mask_set in sets.values() for note in mask_set.notes]
-    for note in notes:
-        # Not on stdout: a table or JSON may be read from there.
-        print(note, file=sys.stderr)
-    settings = MapOptions(
+    scoring = MapOptions(
         protocol=options.protocol,
         empty_gt=options.empty_gt,
-        keys=keys,
+        keys=choose_measures(options.measures or ["default"]),
+        intervals=not options.no_intervals,
+        gallery=options.gallery,
         resize=options.resize,
         gt_threshold=options.gt_threshold,
     )
-    with OutputFolder(Path(options.output) if options.output else None) as folder:
-        results = evaluate_maps(
-            tasks,
-            settings,
-            output=folder,
-            num_workers=choose_map_workers(options.num_workers),
-            gallery=options.gallery,
-            intervals=not options.no_intervals,
-            command=typed,
-            check_stop=check_stop,
+    pairing = PairOptions(
+        options.noncam, options.allow_missing, options.allow_extra, options.method or ""
+    )
+    if options.list:
+        tasks = list_tasks(Path(options.list), pairing)
+    else:
+        tasks = find_tasks(
+            [Path(path) for path in options.predictions],
+            [Path(path) for path in options.gt],
+            pairing,
+            images=[Path(path) for path in options.images or ()],
         )
+    with OutputFolder(Path(options.output) if options.output else None) as folder:
+        workers = choose_map_workers(options.num_workers)
+        results = evaluate_maps(tasks, scoring, num_workers=workers, output=folder, command=typed)
         return results, folder.finish()
 
 
-def _measures(asked: Sequence[str]) -> tuple[str, ...]:
-    from difflib import get_close_matches
-
-    from camoxpert.metrics import FAST_KEYS, KNOWN_KEYS, RESULT_KEYS
-
-    sets = {"default": RESULT_KEYS, "fast": FAST_KEYS, "all": KNOWN_KEYS}
-    wanted: list[str] = []
-    known = {name.lower(): name for name in KNOWN_KEYS}
-    for name in (part for text in asked for part in text.split(",") if part):
-        if name in sets:
-            wanted += sets[name]
-        elif name.lower() in known:
-            wanted.append(known[name.lower()])
-        else:
-            close = get_close_matches(name.lower(), [*sets, *known], n=1)
-            hint = f" Did you mean {known.get(close[0], close[0])}?" if close else ""
-            raise ConfigError(
-                f"--measures: unknown measure {name!r}.{hint} Known: default, fast, all, "
-                f"{', '.join(KNOWN_KEYS)}."
-            )
-    if not wanted:
-        raise ConfigError("--measures names none. Leave it out for the usual ones.")
-    return tuple(key for key in KNOWN_KEYS if key in wanted)
-
-
 def _checkpoint(
-    options: argparse.Namespace, typed: Sequence[str], check_stop: Callable[[], None]
-) -> tuple[list[dict[str, Any]], Path]:
+    options: argparse.Namespace, typed: Sequence[str]
+) -> tuple[list[EvaluationResult], Path]:
     """Score a checkpoint on data sets."""
-    from camoxpert.data.files.manifest import (
-        Manifest,
-        find_test_sets,
-        load_eval,
-        read_clean_list,
-    )
-    from camoxpert.evaluation.model import evaluate_set
-    from camoxpert.evaluation.results import write_tables
+    from camoxpert.data.files.manifest import Search, read_clean_list
+    from camoxpert.evaluation.model import default_output, evaluate_model, find_sets
+    from camoxpert.evaluation.options import ScoringOptions
+    from camoxpert.evaluation.output import OutputFolder
     from camoxpert.inference.predictor import load_predictor
-    from camoxpert.metrics import RESULT_KEYS
 
     predictor = load_predictor(
         Path(options.checkpoint), device=options.device, precision=options.precision
     )
     clean = read_clean_list(options.clean_list)
-    sets: dict[str, Manifest]
-    if options.data:
-        sets = {}
-        for path in options.data:
-            found = load_eval(
-                path,
-                layout=options.layout,
-                noncam=options.noncam,
-                split=options.split,
-                clean=clean,
-                allow_outside=options.allow_outside,
-            )
-            for name, manifest in found.items():
-                if name in sets:
-                    raise DataError(
-                        f"Two data sets are called {name}; score them in separate calls."
-                    )
-                sets[name] = manifest
-    else:
-        data = predictor.config.data
-        # What the run was allowed counts for nothing: a checkpoint may come from anybody.
-        sets = find_test_sets(
-            data.roots,
-            layout=data.layout,
-            noncam=data.noncam,
-            clean=clean,
-            allow_outside=options.allow_outside,
-        )
-        if not sets:
-            raise DataError("The run's data has no test set beside it. Give one with --data DIR.")
-    file = predictor.checkpoint.path
-    # Of a run folder, or a checkpoint that somebody sent.
-    run_dir = file.parent.parent if (file.parent.parent / "config.yaml").is_file() else None
-    method = options.method or (run_dir.resolve().name if run_dir is not None else file.stem)
-    output = Path(options.output) if options.output else run_dir or Path("evaluation", file.stem)
-    results = [
-        evaluate_set(
+    search = Search(options.layout, options.noncam, clean, options.allow_outside)
+    sets = find_sets(predictor, options.data or (), search, split=options.split)
+    scoring = ScoringOptions(
+        protocol=options.protocol,
+        empty_gt=options.empty_gt,
+        intervals=not options.no_intervals,
+        gallery=options.gallery,
+    )
+    target = Path(options.output) if options.output else default_output(predictor)
+    with OutputFolder(target) as folder:
+        results = evaluate_model(
             predictor,
-            name,
-            manifest,
-            output=output,
+            sets,
+            scoring,
+            method=options.method or "",
             batch_size=options.batch_size,
             num_workers=options.num_workers or 0,
-            gallery=options.gallery,
-            protocol=options.protocol,
-            empty_gt=options.empty_gt,
-            intervals=not options.no_intervals,
-            checkpoint_name=file.stem,
-            method=method,
-            check_stop=check_stop,
+            output=folder,
+            command=typed,
         )
-        for name, manifest in sets.items()
-    ]
-    write_tables(output / "evaluation", results, RESULT_KEYS)
-    return results, output / "evaluation"
-
-
-def _print(results: Sequence[dict[str, Any]], form: str) -> None:
-    from camoxpert.pages import tables
-
-    keys = tuple(results[0]["scores"])
-    if form == "json":
-        by_method: dict[str, dict[str, Any]] = {}
-        for result in results:
-            by_method.setdefault(result["method"], {})[result["dataset"]] = result["scores"]
-        only = next(iter(by_method.values()))
-        print(json.dumps(only if len(by_method) == 1 else by_method, indent=1))
-        return
-    make = {
-        "text": tables.text_table,
-        "markdown": tables.markdown_table,
-        "latex": tables.latex_table,
-        "csv": tables.csv_table,
-    }[form]
-    print(make(results, keys).rstrip("\n"))
+        return results, folder.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from camoxpert import console, stop
 from camoxpert.cli import no_overrides, print_paragraph
 from camoxpert.errors import ConfigError
 
@@ -42,33 +43,20 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     if options.batch_size < 1 or not 0 <= options.threshold <= 1:
         raise ConfigError("--batch-size must be at least 1 and --threshold between 0 and 1.")
-    from camoxpert.inference.photos import find_photos, predict_photos
+    from camoxpert.inference.photos import PhotoOptions, predict_photos
     from camoxpert.inference.predictor import load_predictor
-    from camoxpert.training.guards import StopFlag, watch
+    from camoxpert.inference.sources import find_photos
 
     photos = find_photos(options.inputs, allow_outside=options.allow_outside)
-    predictor = load_predictor(
-        Path(options.checkpoint), device=options.device, precision=options.precision
-    )
-    stop = StopFlag()
-
-    def check_stop() -> None:
-        if stop.code():
-            raise stop.stopped("What is done is written; run the same command again for the rest.")
-
-    with watch(stop):
-        result = predict_photos(
-            predictor,
-            photos,
-            Path(options.output),
-            kinds=options.save,
-            batch_size=options.batch_size,
-            threshold=options.threshold,
-            overwrite=options.overwrite,
-            check_stop=check_stop,
+    wanted = PhotoOptions(options.save, options.batch_size, options.threshold, options.overwrite)
+    outcome = "What is done is written; run the same command again for the rest."
+    with stop.watch(), stop.outcome(outcome):
+        predictor = load_predictor(
+            Path(options.checkpoint), device=options.device, precision=options.precision
         )
+        result = predict_photos(predictor, photos, Path(options.output), wanted)
     there = f", {result.skipped} were there already" if result.skipped else ""
-    print(f"{result.done} images predicted{there}; results in {options.output}")
+    console.say(f"{result.done} images predicted{there}; results in {options.output}")
     if result.failed:
         listed = "\n".join(f"  {path}: {reason}" for path, reason in result.failed)
         print_paragraph(

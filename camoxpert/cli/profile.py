@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from camoxpert.cli.benchmark import check_output
+from camoxpert.cli.benchmark import check_output, write_figures
 from camoxpert.cli.train import add_setting_flags, check_data_given, read_config
 from camoxpert.errors import ConfigError
 
@@ -29,17 +29,9 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     check_output("--trace", options.trace)
     check_output("--output", options.output)
     from camoxpert.profile import run as profile
-    from camoxpert.runs.log import write_json
     from camoxpert.training.prepare import prepare
 
-    setup = prepare(config, print)
-    result = profile.run(
-        setup,
-        steps=options.steps,
-        trace=Path(options.trace) if options.trace else None,
-        say=lambda line: print(line, flush=True),
-    )
-    if options.output:
-        write_json(Path(options.output), result)
-        print(f"figures: {options.output}")
+    trace = Path(options.trace) if options.trace else None
+    report = profile.run(prepare(config), steps=options.steps, trace=trace)
+    write_figures(options.output, report)
     return 0

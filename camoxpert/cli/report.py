@@ -57,11 +57,6 @@ def _ledger(path: Path, options: argparse.Namespace) -> int:
     unknown = [key for key in options.measures or () if key not in keys]
     if unknown:
         raise ConfigError(f"--measures: no row has {unknown[0]}; there are {', '.join(keys)}.")
-    make = {
-        "text": tables.text_table,
-        "markdown": tables.markdown_table,
-        "latex": tables.latex_table,
-        "csv": tables.csv_table,
-    }[options.format]
+    make = tables.FORMATS[options.format]
     print(make(rows, tuple(options.measures or keys)).rstrip("\n"))
     return 0

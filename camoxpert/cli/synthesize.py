@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from camoxpert import console
 from camoxpert.cli import no_overrides
 from camoxpert.errors import ConfigError, DataError
 
@@ -44,5 +45,5 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         difficulty=options.difficulty,
         seed=options.seed,
     )
-    print(f"{options.train} training and {options.test} test pairs in {output}")
+    console.say(f"{options.train} training and {options.test} test pairs in {output}")
     return 0

@@ -1,49 +1,73 @@
-"""Data workers die or hang; the batches of an epoch stay the same.
+"""Data workers that die or hang are restarted; the batches of an epoch stay the same.
 
-torch's own watch raises wherever the main process happens to be, in the middle of an optimizer step
-too. Here a death is noticed only while a batch is waited for. The workers are then started anew,
-once an epoch, from the first batch that was not delivered; samples are pure functions of their
-place, so nothing else changes.
+torch's own watch raises wherever the main process happens to be, even in the middle of an optimizer
+step. Here a death is noticed only while waiting for a batch. The workers are then restarted, once
+per epoch, from the first batch that was not delivered; samples are pure functions of their place,
+so nothing else changes. No other file touches the private parts of torch's DataLoader.
 """
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch.utils.data import DataLoader
 
+from camoxpert import console, stop
 from camoxpert.data.samples.sampler import BatchPlaces
-from camoxpert.data.unreadable import some
 from camoxpert.errors import DataError
+from camoxpert.text import shorten
 
-Report = Callable[[str], None]
+B = TypeVar("B")
 
-# How often torch looks after its workers while it waits; also the DataLoader's ``timeout``, which
-# would otherwise keep it from looking.
+# How often torch checks its workers while it waits; also the DataLoader's ``timeout``, which
+# would otherwise keep it from checking.
 POLL_SECONDS = 5.0
-# Starting anew helps against a process that was killed, not against a sample that kills.
+# A restart helps against a process that was killed, not against a sample that kills.
 RESTARTS = 1
 TIMED_OUT = "DataLoader timed out"
 
 
-def to_stderr(text: str) -> None:
-    """Say it where nobody else listens."""
-    print(f"warning     {text}", file=sys.stderr, flush=True)
+def start_worker(worker: int) -> None:
+    """Prepare a worker: one thread, and deaf to signals meant for the main process."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class Supervised:
-    """A DataLoader that survives one death or hang of its workers an epoch.
+def loader_options(
+    num_workers: int, *, start_method: str, persistent: bool, prefetch: int, timeout: float
+) -> dict[str, Any]:
+    """Return the DataLoader's options about workers; ``timeout`` as ``Supervised`` takes it."""
+    # A private generator: iter(DataLoader) otherwise draws from torch's global one.
+    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
+    if num_workers:
+        options |= {
+            "persistent_workers": persistent,
+            "prefetch_factor": prefetch,
+            "worker_init_fn": start_worker,
+            "multiprocessing_context": start_method,
+            # torch looks for dead workers at this interval; ``Supervised`` decides about hangs.
+            "timeout": min(POLL_SECONDS, timeout or POLL_SECONDS),
+        }
+    return options
+
+
+class Supervised(Generic[B]):
+    """A DataLoader that survives one death or hang of its workers per epoch.
 
     Args:
-        make: builds the DataLoader.
+        make: builds the DataLoader; called again when its workers died.
         sampler: of that DataLoader.
         names: of all samples.
-        timeout: seconds without a batch after which workers are taken for hung; 0 waits for ever.
-        report: receives what happened, in words.
+        timeout: seconds without a batch after which workers count as hung; 0 waits without limit.
 
     Attributes:
         loader: the DataLoader.
@@ -57,7 +81,6 @@ class Supervised:
         names: Sequence[str],
         *,
         timeout: float = 0.0,
-        report: Report | None = None,
     ) -> None:
         self.loader = make()
         self.running: list[Any] = []
@@ -65,13 +88,22 @@ class Supervised:
         self._sampler = sampler
         self._names = names
         self._timeout = timeout
-        self._report = report or to_stderr
+        # Workers ignore SIGTERM (see start_worker), which is how the interpreter ends its children:
+        # without this an exception that keeps a loader alive would hang the exit.
+        self._finalizer = weakref.finalize(self, end_workers, self.running)
 
-    def __iter__(self) -> Iterator[Any]:
+    def close(self) -> None:
+        """End the worker processes; the loader cannot be used afterwards."""
+        self._finalizer()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[B]:
         """Yield batches; raise faults that came as values.
 
         Raises:
-            DataError: a fault, or workers that died or hung again after they were started anew.
+            DataError: a fault, or workers that died or hung again after a restart.
         """
         delivered, failures, finished = 0, 0, False
         iterator: Iterator[Any] | None = None
@@ -88,7 +120,7 @@ class Supervised:
                     if not self._failed(error):
                         raise
                     failures += 1
-                    self._start_anew_after(error, delivered, last=failures > RESTARTS)
+                    self._end_failed(error, delivered, last=failures > RESTARTS)
                     iterator = None
                     continue
                 if isinstance(batch, DataError):
@@ -105,9 +137,11 @@ class Supervised:
         """Start the workers at a batch, without torch's watch."""
         previous = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         try:
-            with self._sampler.at_batch(delivered):
+            # Workers that start while Stopped is raised would be nobody's, and hang the exit.
+            with self._sampler.at_batch(delivered), stop.current().deferred():
                 iterator = iter(self.loader)
-            self.running[:] = [iterator]
+                self.running[:] = [iterator]
+            stop.check()
             return iterator
         finally:
             if (
@@ -126,26 +160,27 @@ class Supervised:
         """
         return is_timeout(error) or is_worker_death(error) or any_dead(self.running)
 
-    def _start_anew_after(self, error: Exception, delivered: int, *, last: bool) -> None:
+    def _end_failed(self, error: Exception, delivered: int, *, last: bool) -> None:
+        """End the workers and warn that new ones will start; raise DataError if ``last``."""
         kill_workers(self.running)
-        # Kept workers belong to their loader, which would ask the dead again.
+        # Persistent workers belong to their loader, which would ask the dead again.
         self.loader = self._make()
-        waited_for = some(self._names[i] for i in self._sampler.batch_indices(delivered))
+        waited_for = shorten(self._names[i] for i in self._sampler.batch_indices(delivered))
         hung = is_timeout(error)
         if last and hung:
             raise worker_hang(self._timeout, waited_for) from error
         if last:
             raise worker_death(error, waited_for) from error
         what = "gave no answer in time" if hung else f"died ({_reason(error)})"
-        self._report(
-            f"A data worker {what}; waited for: {waited_for}. The workers start anew, as they may "
-            f"once an epoch; no batch is lost or changed."
+        console.warn(
+            f"A data worker {what}; waited for: {waited_for}. The workers are restarted, which is "
+            f"allowed once per epoch; no batch is lost or changed."
         )
 
     def _next(self, iterator: Iterator[Any]) -> Any:
         """Wait for a batch.
 
-        Waits are counted, not timed: a process that was stopped for an hour finds its workers as
+        Waits are counted, not timed: a process that was suspended for an hour finds its workers as
         they were.
         """
         waits = 0
@@ -160,12 +195,12 @@ class Supervised:
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether an exception is torch's way to say that no batch came in time."""
+    """Whether an exception is how torch reports that no batch came in time."""
     return TIMED_OUT in str(error)
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Whether an exception is torch's way to say that a data worker died."""
+    """Whether an exception is how torch reports the death of a data worker."""
     text = str(error)
     # The last one: /dev/shm is full, and the worker that filled it could still say so.
     signs = ("DataLoader worker (pid", "shared memory", "write to file </torch_")
@@ -182,11 +217,11 @@ def worker_death(error: BaseException, waited_for: str = "") -> DataError:
 
 
 def worker_hang(seconds: float, waited_for: str) -> DataError:
-    """Return the readable form of data workers that answer no more."""
+    """Return the readable form of data workers that no longer answer."""
     return DataError(
         f"No data worker delivered a batch for {seconds:g} s, twice in one epoch; waited for: "
         f"{waited_for}. Is the disk or network that holds these files alive? Raise "
-        "data.worker_timeout where it is only slow (0 waits for ever), or use --num-workers 0."
+        "data.worker_timeout where it is only slow (0 waits without limit), or use --num-workers 0."
     )
 
 
@@ -197,19 +232,19 @@ def any_dead(running: Sequence[Any]) -> bool:
 
 
 def end_workers(running: list[Any]) -> None:
-    """Ask the worker processes of running iterators to end; make those that do not."""
+    """Ask the worker processes of running iterators to end; kill those that do not."""
     workers = _workers(running)
     whole = all(worker.is_alive() for worker in workers)
     _ask_to_end(list(running), seconds=10.0 if whole else 1.0)
     for worker in workers:
         if worker.is_alive():
-            # SIGTERM is ignored (see start_worker), and the interpreter's exit would wait for ever.
+            # SIGTERM is ignored (see start_worker): the interpreter's exit would hang.
             worker.kill()
     running.clear()
 
 
 def kill_workers(running: list[Any]) -> None:
-    """End worker processes of which one died or hangs, at once."""
+    """Kill worker processes of which one died or hangs."""
     for worker in _workers(running):
         worker.kill()
     _ask_to_end(list(running), seconds=1.0)
@@ -217,10 +252,10 @@ def kill_workers(running: list[Any]) -> None:
 
 
 def _ask_to_end(iterators: list[Any], *, seconds: float) -> None:
-    """Let torch tidy up, and wait no longer than that.
+    """Let torch shut its workers down, and wait no longer than that.
 
-    A worker that was killed may hold a lock that torch's tidying up asks for, and keeps it for
-    ever. So a thread asks, and is left behind where it gets no answer.
+    A worker that was killed may hold a lock that torch's shutdown waits for without limit. So a
+    thread calls it, and is abandoned if it does not return.
     """
 
     def ask() -> None:
@@ -233,7 +268,7 @@ def _ask_to_end(iterators: list[Any], *, seconds: float) -> None:
     try:
         asking.start()
     except RuntimeError:
-        # The interpreter is ending and starts no threads; its processes are killed next.
+        # The interpreter is shutting down and starts no threads; the workers are killed next.
         return
     asking.join(seconds)
 

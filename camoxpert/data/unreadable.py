@@ -1,8 +1,8 @@
 """Samples that cannot be read: an error by default, or skipped within a bound.
 
 Under ``skip`` sample i is replaced by the next readable one, i+1, i+2, ... around the data set,
-changed by the draw of i. That depends on the files alone, so any number of workers, cached or not,
-gives the same batches.
+augmented by the draw of i. That depends on the files alone, so any number of workers, cached or
+not, gives the same batches.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from camoxpert.config import DataConfig
 from camoxpert.errors import DataError
+from camoxpert.text import bullet_list
 
 T = TypeVar("T")
 
 # (name, why it cannot be read).
 Fault = tuple[str, str]
-
-LISTED = 10
-NAMED = 4
 
 
 def allowed(count: int, share: float) -> int:
@@ -26,16 +25,9 @@ def allowed(count: int, share: float) -> int:
     return max(1, int(share * count))
 
 
-def listed(reasons: Sequence[str]) -> str:
-    """List reasons, a line each, up to ten."""
-    more = f"\n... and {len(reasons) - LISTED} more" if len(reasons) > LISTED else ""
-    return "\n".join(f"  {text}" for text in reasons[:LISTED]) + more
-
-
-def some(names: Iterable[str]) -> str:
-    """Name the first few."""
-    known = list(names)
-    return ", ".join(known[:NAMED]) + (", ..." if len(known) > NAMED else "")
+def skippable(data: DataConfig, count: int) -> int:
+    """Return how many unreadable samples in a row of ``count`` are stepped over; 0: none."""
+    return allowed(count, data.max_unreadable) if data.unreadable == "skip" else 0
 
 
 def require_few(faults: Sequence[Fault], count: int, share: float, *, what: str) -> None:
@@ -43,7 +35,7 @@ def require_few(faults: Sequence[Fault], count: int, share: float, *, what: str)
     if len(faults) > allowed(count, share):
         raise DataError(
             f"{len(faults)} of {count} {what} cannot be read, and data.max_unreadable={share:g} "
-            f"allows {allowed(count, share)}:\n{listed([reason for _, reason in faults])}\n"
+            f"allows {allowed(count, share)}:\n{bullet_list([reason for _, reason in faults])}\n"
             "Repair, replace or remove these files (image and mask), or raise data.max_unreadable."
         )
 
@@ -62,7 +54,7 @@ class Unreadable:
         self.seen: dict[str, str] = {}
 
     def note(self, replaced: Iterable[Fault]) -> list[str]:
-        """Take a batch's ``replaced``; return a line for every name seen for the first time.
+        """Record a batch's ``replaced``; return a line for every name seen for the first time.
 
         Raises:
             DataError: more names than the bound allows; it lists them.
@@ -85,7 +77,7 @@ def first_readable(
         index: the sample that is due.
         names: of all samples.
         read: reads a sample, or raises DataError.
-        skip: how many unreadable ones in a row are stepped over; 0: none is.
+        skip: number of consecutive unreadable samples to step over; 0: raise at the first.
 
     Returns:
         The index and what was read there; the faults met on the way.
@@ -102,10 +94,10 @@ def first_readable(
             if not skip:
                 raise
             faults.append((names[place], str(error)))
-            # The bound is broken whatever the others are: thousands are not tried.
+            # The bound is broken whatever the others are: do not try thousands.
             if len(faults) > skip or len(faults) == len(names):
                 reasons = [reason for _, reason in faults]
                 raise DataError(
                     f"{len(faults)} samples in a row cannot be read, more than are skipped:\n"
-                    f"{listed(reasons)}"
+                    f"{bullet_list(reasons)}"
                 ) from None

@@ -1,24 +1,17 @@
-"""Data worker processes: how many, how they start, and how long they may take."""
+"""Decisions about data worker processes: how many, how far ahead, and how they start."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-import signal
 import sys
-from typing import Any
 
-import torch
-
-from camoxpert.data.supervise import POLL_SECONDS
-from camoxpert.data.supervise import is_worker_death as is_worker_death
-from camoxpert.data.supervise import worker_death as worker_death
 from camoxpert.runtime.host import usable_cores
 
 MAX_WORKERS = 8
 # Images per second that keep a device busy with a small backbone; what a CPU trains is a tenth.
 WANTED_RATE = {"cuda": 2000.0, "cpu": 200.0}
-# A sample that is ready sooner costs more to hand over than to make.
+# A sample that takes less costs more to hand over than to make.
 HAND_OVER_SECONDS = 2e-4
 # Of the free shared memory that batches may wait in.
 SHARED_MEMORY_SHARE = 0.5
@@ -85,38 +78,5 @@ def choose_start_method(wanted: str) -> tuple[str, str]:
     if wanted != "auto":
         return wanted, "as asked"
     if "fork" in known and sys.platform == "linux":
-        return "fork", "workers share what is loaded already, and start at once"
+        return "fork", "workers share what is loaded already, and start immediately"
     return "spawn", f"the only safe way on {sys.platform}"
-
-
-def start_worker(worker: int) -> None:
-    """Prepare a worker: one thread, and deaf to signals meant for the main process."""
-    import cv2
-
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def loader_options(
-    num_workers: int,
-    *,
-    persistent: bool,
-    prefetch: int,
-    start_method: str = "auto",
-    timeout: float = 0.0,
-) -> dict[str, Any]:
-    """Return the DataLoader's options about workers; ``timeout`` as ``Supervised`` takes it."""
-    # A private generator: iter(DataLoader) otherwise draws from torch's global one.
-    options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
-    if num_workers:
-        options |= {
-            "persistent_workers": persistent,
-            "prefetch_factor": prefetch,
-            "worker_init_fn": start_worker,
-            "multiprocessing_context": choose_start_method(start_method)[0],
-            # torch looks for dead workers when this is over; whoever waits decides about longer.
-            "timeout": min(POLL_SECONDS, timeout or POLL_SECONDS),
-        }
-    return options

@@ -1,12 +1,5 @@
-"""What stands between a user and a good run: the environment and the data, checked before hours are
-spent.
+"""Checks of the environment and the data before hours are spent on training.
 
-Every check adds findings: errors keep training from starting, warnings deserve a look, notes say
+Every check adds findings: errors keep training from starting, warnings deserve a look, notes report
 what was seen.
 """
-
-from camoxpert.doctor.dataset import Examination, examine_data, write_clean_list
-from camoxpert.doctor.environment import check_environment
-from camoxpert.doctor.finding import Finding
-
-__all__ = ["Examination", "Finding", "check_environment", "examine_data", "write_clean_list"]

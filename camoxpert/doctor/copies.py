@@ -1,4 +1,4 @@
-"""Pictures that are there twice: re-encoded, resized, cropped or flipped copies, found by content.
+"""Duplicate pictures: re-encoded, resized, cropped or flipped copies, found by content.
 
 Two steps. A small contrast picture of every image is compared with those of 19 windows of every
 other (whole, nine tenths, four fifths of the side), in four flips: one matrix product proposes
@@ -10,24 +10,24 @@ planted copies reached 0.87 or more, and no two other pictures that were not cop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
+from camoxpert import console
 from camoxpert.data.files.image_io import MAX_PIXELS, read_image
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import usable_cores
 
-# From here on two pictures show the same.
+# From this similarity on, two pictures show the same.
 COPY = 0.8
 FINE, COARSE, TINY = 96, 48, 12
 WINDOWS = (1.0, 0.9, 0.8)
-# Candidates per picture and flip that are laid over each other.
+# Candidates per picture and flip that are compared closely.
 CANDIDATES = 2
 # Below this similarity at the coarse size a closer look is not worth its time.
 WORTH_A_LOOK = 0.4
@@ -43,8 +43,6 @@ FLIPS = ("", "flipped left-right", "flipped upside down", "turned by half")
 PRODUCT_SIZE = 50_000_000
 # Locally normalised values are kept in bytes.
 BYTE_SCALE = 32.0
-
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Match:
 
 
 def fingerprint(image: np.ndarray) -> Fingerprint:
-    """Describe a picture, uint8 (H, W, 3)."""
+    """Return the fingerprint of a picture, uint8 (H, W, 3)."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     square = cv2.resize(grey, (FINE, FINE), interpolation=cv2.INTER_AREA).astype(np.float32)
     small = cv2.resize(square, (COARSE, COARSE), interpolation=cv2.INTER_AREA)
@@ -96,9 +94,9 @@ def fingerprint(image: np.ndarray) -> Fingerprint:
 
 
 def fingerprints(
-    paths: Sequence[Path], *, max_pixels: int = MAX_PIXELS, track: Track
+    paths: Sequence[Path], *, max_pixels: int = MAX_PIXELS
 ) -> list[Fingerprint | None]:
-    """Describe files in threads; None where one cannot be read."""
+    """Return the fingerprints of files, read in threads; None where one cannot be read."""
 
     def one(path: Path) -> Fingerprint | None:
         try:
@@ -107,18 +105,15 @@ def fingerprints(
             return None
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return list(track(pool.map(one, paths), len(paths), "looking at images"))
+        return list(console.track(pool.map(one, paths), "reading images", total=len(paths)))
 
 
-def find_copies(
-    prints: Sequence[Fingerprint | None], *, at_least: float = COPY, track: Track
-) -> list[Match]:
+def find_copies(prints: Sequence[Fingerprint | None], *, at_least: float = COPY) -> list[Match]:
     """Return the pairs of pictures that show the same, most similar first.
 
     Args:
         prints: of every picture; None is skipped.
         at_least: similarity from which a pair counts.
-        track: wraps the comparisons for a progress bar.
     """
     known = [index for index, value in enumerate(prints) if value is not None]
     found = [prints[index] for index in known]
@@ -132,7 +127,7 @@ def find_copies(
 
     best: dict[tuple[int, int], tuple[float, str]] = {}
     with ThreadPoolExecutor(usable_cores()) as pool:
-        looked = track(pool.map(look, pairs), len(pairs), "comparing")
+        looked = console.track(pool.map(look, pairs), "comparing", total=len(pairs))
         for (a, b, _), result in zip(pairs, looked, strict=True):
             key = (known[min(a, b)], known[max(a, b)])
             if result[0] >= at_least and result[0] > best.get(key, (0.0, ""))[0]:
@@ -142,7 +137,7 @@ def find_copies(
 
 
 def candidates(prints: Sequence[Fingerprint]) -> list[tuple[int, int, int]]:
-    """Propose (picture, picture with a window like it, flip) triples worth a closer look."""
+    """Return (picture, picture with a similar window, flip) triples worth a closer look."""
     count = len(prints)
     if count < 2:
         return []
@@ -163,7 +158,7 @@ def candidates(prints: Sequence[Fingerprint]) -> list[tuple[int, int, int]]:
             best = np.argpartition(-score, take - 1, axis=1)[:, :take]
             for a, others in zip(own.tolist(), best.tolist(), strict=True):
                 for b in others:
-                    # A flip undoes itself; unless one is a crop of the other, (b, a) is the same.
+                    # A flip undoes itself: unless one is a crop of the other, (b, a) is the same.
                     chosen[a, b, flip] = None
     return list(chosen)
 
@@ -175,7 +170,7 @@ def similarity(first: Fingerprint, second: Fingerprint, flip: int) -> tuple[floa
         The correlation where it fits best, and what was done to one of them, in words.
     """
     if min(first.fine.std(), second.fine.std()) < FLAT:
-        # Nothing but a plain colour: nothing to compare.
+        # A plain colour: there is nothing to compare.
         return 0.0, ""
     template = _flipped(first.coarse.astype(np.float32)[None], flip)[0]
     ground = second.coarse.astype(np.float32)

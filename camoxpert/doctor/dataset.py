@@ -1,44 +1,45 @@
-"""Looks at every file of a data set; nothing is changed and nothing is dropped."""
+"""Checks of every file of a data set; nothing is changed and nothing is dropped."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from camoxpert.config import DataConfig
 from camoxpert.data.files.layouts import recognise
 from camoxpert.data.files.manifest import (
     Manifest,
-    Pair,
+    Search,
     load_eval,
     load_train,
-    pair_files,
     split_validation,
 )
+from camoxpert.data.files.pairing import Pair, pair_files
 from camoxpert.doctor.copies import CANDIDATES, Match, find_copies, fingerprints
 from camoxpert.doctor.finding import Finding
-from camoxpert.doctor.inspect import SIZES, PairFacts, identical_files, inspect_pairs
+from camoxpert.doctor.inspect import PairFacts, identical_files, inspect_pairs
 from camoxpert.errors import DataError
 from camoxpert.files import write_rows
+from camoxpert.metrics.groups import SIZES
+from camoxpert.text import count
 
 MORE_ROUNDS = 4
 # Pictures of every split on its contact sheet.
 SHEET_PICTURES = 48
-
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+PARTS = ("training", "validation", "test")
 
 
 @dataclass
 class Examination:
-    """Everything found out about the data.
+    """All that was found out about the data.
 
     Attributes:
         findings: in the order of the checks.
         facts: every pair.
-        matches: (match, facts of one, facts of the other) for pictures that are there twice.
-        clean_list: (data set, split, name, reason) of what is better left out.
+        matches: (match, facts of one, facts of the other) for duplicate pictures.
+        clean_list: (data set, split, name, reason) of images to leave out.
         layouts: sentences about the layouts recognised.
     """
 
@@ -49,50 +50,38 @@ class Examination:
     layouts: list[str] = field(default_factory=list)
 
     def add(self, level: str, check: str, text: str, files: Iterable[object] = ()) -> None:
-        """Note a finding."""
+        """Append a finding."""
         self.findings.append(Finding(level, check, text, tuple(str(file) for file in files)))
 
 
-def examine_data(
-    roots: Sequence[str | Path],
-    *,
-    layout: str = "auto",
-    noncam: str = "exclude",
-    val_fraction: float = 0.1,
-    seed: int = 42,
-    max_pixels: int,
-    copies: bool = True,
-    allow_outside: bool = False,
-    track: Track,
-) -> Examination:
-    """Look at every file of the data sets.
+def examine_data(data: DataConfig, *, seed: int = 42, copies: bool = True) -> Examination:
+    """Examine every file of the data sets.
 
     Args:
-        roots, layout, noncam, val_fraction, seed, max_pixels: as for training.
-        copies: also look for pictures that are there twice.
-        allow_outside: a CSV may name files outside its own folder.
-        track: wraps long loops for a progress bar.
+        data: settings of the training that is planned.
+        seed: of that training.
+        copies: also look for duplicate pictures by content.
+
+    Raises:
+        Stopped: Ctrl-C, SIGTERM or the deadline.
     """
     found = Examination()
-    pairs: list[tuple[Pair, str]] = []
-    for root in roots:
-        pairs += _find_pairs(Path(root), layout, noncam, allow_outside, found)
+    search = Search(data.layout, data.noncam, {}, data.allow_outside)
+    pairs = [pair for root in data.roots for pair in _find_pairs(Path(root), search, found)]
     if not pairs:
         found.add("error", "pairs", "No image with a mask was found.")
         return found
-    found.facts = inspect_pairs(pairs, max_pixels=max_pixels, pictures=SHEET_PICTURES, track=track)
+    found.facts = inspect_pairs(pairs, max_pixels=data.max_pixels, pictures=SHEET_PICTURES)
     _check_files(found)
     _check_masks(found)
     _check_objects(found)
-    validation = _check_training(found, roots, layout, noncam, val_fraction, seed, allow_outside)
-    _check_copies(found, validation, copies, max_pixels, track)
+    validation = _check_training(found, data, search, seed)
+    _check_copies(found, validation, copies, data.max_pixels)
     return found
 
 
-def _find_pairs(
-    root: Path, layout: str, noncam: str, allow_outside: bool, found: Examination
-) -> list[tuple[Pair, str]]:
-    """Match files by name; say what has no partner."""
+def _find_pairs(root: Path, search: Search, found: Examination) -> list[tuple[Pair, str]]:
+    """Return (pair, split) for files matched by name; report those without a partner."""
     if not root.exists():
         found.add("error", "layout", f"There is no file or folder {root}.")
         return []
@@ -101,7 +90,7 @@ def _find_pairs(
         problem = ""
         for split in ("train", "test"):
             try:
-                manifests += load_eval(root, split=split, allow_outside=allow_outside).values()
+                manifests += load_eval(root, search, split=split).values()
             except DataError as error:
                 problem = str(error)
         if not manifests:
@@ -109,7 +98,7 @@ def _find_pairs(
         found.layouts.append(f"{root}: CSV")
         rows = {(p.dataset, m.split, p.name): (p, m.split) for m in manifests for p in m.pairs}
         return list(rows.values())
-    recognised = recognise(root, layout)
+    recognised = recognise(root, search.layout)
     if recognised is None:
         found.add(
             "error",
@@ -121,7 +110,7 @@ def _find_pairs(
     row, _, sources = recognised
     pairs: list[tuple[Pair, str]] = []
     for source in sources:
-        pairing = pair_files(source, row.name, noncam)
+        pairing = pair_files(source, row.name, search.noncam)
         split = source.source.split
         words = f"{source.dataset} {split}: {len(pairing.pairs)} pairs ({row.name})"
         if pairing.left_out:
@@ -161,20 +150,20 @@ def _check_files(found: Examination) -> None:
         found.add("error", "files", " ".join(facts.faults), (facts.pair.image, facts.pair.mask))
         found.clean_list.append((*_key(facts), "unreadable"))
     formats = Counter(facts.image_format for facts in found.facts if facts.image_format)
-    text = ", ".join(f"{name} {count}" for name, count in formats.most_common())
+    text = ", ".join(f"{name} {number}" for name, number in formats.most_common())
     found.add("note", "files", f"{len(found.facts) - len(broken)} pairs are sound; images: {text}.")
     odd: dict[str, list[Path]] = {}
     for facts in found.facts:
         for oddity in facts.oddities:
             odd.setdefault(oddity, []).append(facts.pair.image)
     for oddity, files in odd.items():
-        found.add("note", "files", f"{_count(len(files), 'image')}: {oddity}.", files)
+        found.add("note", "files", f"{count(len(files), 'image')}: {oddity}.", files)
 
 
 def _check_masks(found: Examination) -> None:
     for dataset, split, sound in _parts(found):
         encodings = Counter(facts.encoding for facts in sound)
-        text = ", ".join(f"{name} {count}" for name, count in encodings.most_common())
+        text = ", ".join(f"{name} {number}" for name, number in encodings.most_common())
         found.add("note", "masks", f"{dataset} {split}: masks are stored as {text}.")
         empty = [facts for facts in sound if facts.share == 0]
         full = [facts for facts in sound if facts.share == 1]
@@ -183,8 +172,9 @@ def _check_masks(found: Examination) -> None:
             found.add(
                 level,
                 "masks",
-                f"{dataset} {split}: empty masks: {len(empty)}. Images without an object teach "
-                f"and are scored differently; leave them out unless they are meant.",
+                f"{dataset} {split}: empty masks: {len(empty)}. Training and scoring "
+                f"treat images without an object differently; leave them out unless they are "
+                f"intended.",
                 [facts.pair.mask for facts in empty],
             )
         if full:
@@ -216,7 +206,7 @@ def _check_objects(found: Examination) -> None:
     for dataset, split, sound in _parts(found):
         with_object = [facts for facts in sound if facts.share > 0]
         sizes = Counter(facts.size_class for facts in with_object)
-        text = ", ".join(f"{name}: {sizes[name]}" for _, name in SIZES if sizes[name])
+        text = ", ".join(f"{name}: {sizes[name]}" for name in SIZES if sizes[name])
         several = sum(facts.objects > 1 for facts in with_object)
         found.add(
             "note",
@@ -225,42 +215,21 @@ def _check_objects(found: Examination) -> None:
         )
         classes = Counter(facts.pair.group for facts in sound if facts.pair.group)
         if len(classes) > 1:
-            shown = ", ".join(f"{name} {count}" for name, count in classes.most_common(8))
+            shown = ", ".join(f"{name} {number}" for name, number in classes.most_common(8))
             found.add("note", "objects", f"{dataset} {split}: {len(classes)} classes: {shown}.")
 
 
 def _check_copies(
-    found: Examination,
-    validation: set[tuple[str, str]],
-    copies: bool,
-    max_pixels: int,
-    track: Track,
+    found: Examination, validation: set[tuple[str, str]], copies: bool, max_pixels: int
 ) -> None:
-    """Look for pictures that are there twice, and say where that matters."""
+    """Look for duplicate pictures, and say where they matter."""
     sound = [facts for facts in found.facts if not facts.faults]
     if copies:
-        paths = [facts.pair.image for facts in sound]
-        prints = fingerprints(paths, max_pixels=max_pixels, track=track)
-        matches = find_copies(prints, track=track)
-        for _ in range(MORE_ROUNDS):
-            # A picture proposes few partners: a large family may hide its ties to another.
-            large = [family for family in _families(matches) if len(family) > CANDIDATES]
-            if not large:
-                break
-            left = list(prints)
-            for family in large:
-                for index in family[1:]:
-                    left[index] = None
-            more = find_copies(left, track=track)
-            known = {(match.a, match.b) for match in matches}
-            if all((match.a, match.b) in known for match in more):
-                break
-            matches += [match for match in more if (match.a, match.b) not in known]
+        matches = _find_all_copies(sound, max_pixels)
     else:
-        items = [(facts.pair.image, facts.split) for facts in sound]
         matches = [
             Match(group[0], other, 1.0, "the same file")
-            for group in identical_files(items)
+            for group in identical_files([facts.pair.image for facts in sound])
             for other in group[1:]
         ]
     found.matches = [(match, sound[match.a], sound[match.b]) for match in matches]
@@ -270,40 +239,60 @@ def _check_copies(
             return "test"
         return "validation" if (facts.pair.dataset, facts.pair.name) in validation else "training"
 
-    order = ("training", "validation", "test")
-    listed = {row[:3] for row in found.clean_list}
+    left_out = {row[:3] for row in found.clean_list}
     for members in _families(matches):
-        # One of a family stays: test sets are what everybody else's are, validation before
-        # training.
-        ranked = sorted(members, key=lambda i: (-order.index(part(sound[i])), i))
+        # One of a family stays. Test sets are never cleaned, so that scores stay comparable;
+        # validation comes before training.
+        ranked = sorted(members, key=lambda i: (-PARTS.index(part(sound[i])), i))
         keeper = sound[ranked[0]]
-        for index in ranked[1:]:
-            loser = sound[index]
-            if part(loser) != "test" and _key(loser) not in listed:
+        for loser in (sound[index] for index in ranked[1:]):
+            if part(loser) != "test" and _key(loser) not in left_out:
                 reason = f"shows the same as {keeper.pair.name} ({part(keeper)})"
                 found.clean_list.append((*_key(loser), reason))
-    groups: dict[str, list[tuple[Match, PairFacts, PairFacts]]] = {}
+    groups: dict[str, list[str]] = {}
     for match, a, b in found.matches:
-        parts = sorted({part(a), part(b)})
-        groups.setdefault(" and ".join(parts), []).append((match, a, b))
-    for where, some in groups.items():
+        where = " and ".join(sorted({part(a), part(b)}))
+        groups.setdefault(where, []).append(f"{a.pair.image} = {b.pair.image} ({match.how})")
+    for where, names in groups.items():
         across = " and " in where
-        kind = "across" if across else "within"
         leak = "test" in where and across
         advice = "Training with them makes the scores look better than they are; " if leak else ""
-        names = [f"{a.pair.image} = {b.pair.image} ({match.how})" for match, a, b in some]
-        text = (
-            f"{_count(len(some), 'pair')} of images show the same, {kind} {where}. "
-            f"{advice}--clean-list FILE writes what to leave out."
+        found.add(
+            "warning",
+            "copies",
+            f"{count(len(names), 'pair')} of images show the same, "
+            f"{'across' if across else 'within'} {where}. "
+            f"{advice}--clean-list FILE writes what to leave out.",
+            names,
         )
-        found.add("warning", "copies", text, names)
     if not found.matches:
         sought = "re-encoded, resized, cropped or flipped copies" if copies else "identical files"
         found.add("note", "copies", f"No {sought} seen among {len(sound)} images.")
 
 
+def _find_all_copies(sound: Sequence[PairFacts], max_pixels: int) -> list[Match]:
+    """Return the duplicate pictures, also those of families with more members than candidates."""
+    prints = fingerprints([facts.pair.image for facts in sound], max_pixels=max_pixels)
+    matches = find_copies(prints)
+    for _ in range(MORE_ROUNDS):
+        # A picture has few candidates: a large family may hide its matches with another one.
+        large = [family for family in _families(matches) if len(family) > CANDIDATES]
+        if not large:
+            break
+        left = list(prints)
+        for family in large:
+            for index in family[1:]:
+                left[index] = None
+        known = {(match.a, match.b) for match in matches}
+        more = [match for match in find_copies(left) if (match.a, match.b) not in known]
+        if not more:
+            break
+        matches += more
+    return matches
+
+
 def _families(matches: Sequence[Match]) -> list[list[int]]:
-    """Join matches that share a picture: whatever shows the same as a copy is a copy, too."""
+    """Join matches that share a picture: a copy of a copy is a copy."""
     parent: dict[int, int] = {}
 
     def root(index: int) -> int:
@@ -321,17 +310,11 @@ def _families(matches: Sequence[Match]) -> list[list[int]]:
 
 
 def _check_training(
-    found: Examination,
-    roots: Sequence[str | Path],
-    layout: str,
-    noncam: str,
-    fraction: float,
-    seed: int,
-    allow_outside: bool,
+    found: Examination, data: DataConfig, search: Search, seed: int
 ) -> set[tuple[str, str]]:
-    """Load the data as training would; return which images it would set aside for validation."""
+    """Load the data as training would; return the images that it would use for validation."""
     try:
-        whole = load_train(roots, layout=layout, noncam=noncam, allow_outside=allow_outside)
+        whole = load_train(data.roots, search)
     except DataError as error:
         tests_only = found.facts and all(facts.split == "test" for facts in found.facts)
         if tests_only and not any(finding.check == "pairing" for finding in found.findings):
@@ -340,21 +323,17 @@ def _check_training(
         elif not any(finding.level == "error" for finding in found.findings):
             found.add("error", "training", f"Training would stop here: {error}")
         return set()
-    _, validation = split_validation(whole, fraction, seed)
+    _, validation = split_validation(whole, data.val_fraction, seed)
     return {(pair.dataset, pair.name) for pair in validation.pairs}
 
 
-def _parts(found: Examination) -> Iterable[tuple[str, str, list[PairFacts]]]:
+def _parts(found: Examination) -> Iterator[tuple[str, str, list[PairFacts]]]:
     parts: dict[tuple[str, str], list[PairFacts]] = {}
     for facts in found.facts:
         if not facts.faults:
             parts.setdefault((facts.pair.dataset, facts.split), []).append(facts)
     for (dataset, split), sound in parts.items():
         yield dataset, split, sound
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _key(facts: PairFacts) -> tuple[str, str, str]:

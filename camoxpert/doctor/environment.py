@@ -1,4 +1,4 @@
-"""Checks interpreter, packages, devices, memory and disk."""
+"""Checks of interpreter, packages, devices, memory and disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from camoxpert.data.cache.build import default_folder
+from camoxpert.data.cache.choice import default_folder
 from camoxpert.doctor.finding import Finding
 from camoxpert.runtime.host import available_memory, free_shared_memory, usable_cores
 
@@ -20,7 +20,7 @@ SMALL_DISK = 5 << 30
 
 
 def check_environment(device: str = "auto") -> list[Finding]:
-    """Check interpreter, packages, devices, memory and disk."""
+    """Return findings about interpreter, packages, devices, memory and disk."""
     findings: list[Finding] = []
 
     def add(level: str, check: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a check has to say."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Finding:
     Attributes:
         level: error, warning or note.
         check: what was looked at, in a word or two.
-        text: one sentence: what is the matter, and what to do.
+        text: what is wrong, and what to do.
         files: the files concerned.
     """
 

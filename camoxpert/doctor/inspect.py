@@ -1,17 +1,17 @@
-"""One pair looked at closely: is it sound, what does its mask say, what is in it."""
+"""One pair examined closely: whether it is sound, its mask, and the objects in it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
+from camoxpert import console
 from camoxpert.data.files.image_io import (
     MAX_PIXELS,
     pair_orientation,
@@ -19,15 +19,22 @@ from camoxpert.data.files.image_io import (
     read_image,
     read_mask_as,
 )
-from camoxpert.data.files.manifest import Pair
+from camoxpert.data.files.pairing import Pair
 from camoxpert.errors import DataError
+from camoxpert.metrics.groups import SIZES, size_class
+from camoxpert.metrics.scoring import count_objects
 from camoxpert.runtime.host import usable_cores
 
 THUMB = 160
-# Shares of the image; the usual classes of object size in the field.
-SIZES = ((0.02, "under 2 %"), (0.1, "2 to 10 %"), (0.25, "10 to 25 %"), (2.0, "over 25 %"))
-
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+EXPECTED = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
 
 
 @dataclass
@@ -44,7 +51,7 @@ class PairFacts:
         size: (height, width), upright.
         share: share of the pixels that are object, 0..1.
         border: share of the pixels at the edge of the image that are object.
-        objects: connected parts, specks left out.
+        objects: connected objects, specks left out.
         thumb, thumb_mask: small copies for pictures.
     """
 
@@ -63,16 +70,20 @@ class PairFacts:
 
     @property
     def size_class(self) -> str:
-        """Name the object's size."""
-        return next(name for limit, name in SIZES if self.share < limit)
+        """Return the name of the object's size."""
+        return SIZES[size_class(self.share)]
 
 
 def inspect_pair(
     pair: Pair, split: str, *, max_pixels: int = MAX_PIXELS, picture: bool = True
 ) -> PairFacts:
-    """Decode a pair strictly and describe it; never raises for what is wrong with the files.
+    """Decode a pair strictly and describe it; faults of the files are listed, never raised.
 
-    ``picture`` keeps small copies of image and mask.
+    Args:
+        pair: its files.
+        split: train, test or all.
+        max_pixels: larger images are refused.
+        picture: keep small copies of image and mask.
     """
     facts = PairFacts(pair, split)
     image = mask = None
@@ -115,24 +126,13 @@ def inspect_pair(
         facts.share = float((mask > 0).mean())
         edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
         facts.border = float((edge > 0).mean())
-        facts.objects = count_objects(mask)
+        facts.objects = count_objects(mask > 0)
     if picture and image is not None and mask is not None:
         side = max(image.shape[:2])
         size = tuple(max(1, round(n * THUMB / side)) for n in image.shape[1::-1])
         facts.thumb = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         facts.thumb_mask = cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
     return facts
-
-
-EXPECTED = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".webp": "WEBP",
-}
 
 
 def small_picture(path: Path, *, max_pixels: int) -> np.ndarray:
@@ -145,7 +145,7 @@ def small_picture(path: Path, *, max_pixels: int) -> np.ndarray:
 
 
 def inspect_pairs(
-    pairs: Sequence[tuple[Pair, str]], *, max_pixels: int, pictures: int, track: Track
+    pairs: Sequence[tuple[Pair, str]], *, max_pixels: int, pictures: int
 ) -> list[PairFacts]:
     """Inspect (pair, split) items in threads; the results keep their order.
 
@@ -162,25 +162,18 @@ def inspect_pairs(
         return inspect_pair(*pairs[index], max_pixels=max_pixels, picture=index in shown)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        return list(track(pool.map(one, range(len(pairs))), len(pairs), "decoding pairs"))
+        inspected = pool.map(one, range(len(pairs)))
+        return list(console.track(inspected, "decoding pairs", total=len(pairs)))
 
 
-def count_objects(mask: np.ndarray, *, smallest: float = 1e-4) -> int:
-    """Count the connected parts of a mask that cover at least ``smallest`` of the image."""
-    _, _, stats, _ = cv2.connectedComponentsWithStats((mask > 0).astype(np.uint8), connectivity=8)
-    areas = stats[1:, cv2.CC_STAT_AREA]
-    return int((areas >= max(1, smallest * mask.size)).sum())
-
-
-def identical_files(items: Sequence[tuple[Path, str]]) -> list[list[int]]:
-    """Return groups of positions of files with the same bytes; only files of equal size are
-    read."""
+def identical_files(paths: Sequence[Path]) -> list[list[int]]:
+    """Return groups of positions of files with the same bytes; reads only files of equal size."""
     by_size: dict[int, list[int]] = {}
-    for index, (path, _) in enumerate(items):
+    for index, path in enumerate(paths):
         by_size.setdefault(path.stat().st_size, []).append(index)
     groups: dict[bytes, list[int]] = {}
     for same in by_size.values():
         for index in same if len(same) > 1 else ():
-            digest = hashlib.sha256(items[index][0].read_bytes()).digest()
+            digest = hashlib.sha256(paths[index].read_bytes()).digest()
             groups.setdefault(digest, []).append(index)
     return [group for group in groups.values() if len(group) > 1]

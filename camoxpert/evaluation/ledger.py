@@ -6,53 +6,72 @@ protocol, with which release.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypedDict
 
 from camoxpert.errors import DataError
-from camoxpert.runs.log import finite, git_commit, versions
+from camoxpert.evaluation.results import EvaluationResult, MapSource
+from camoxpert.files import finite, lock
+from camoxpert.runs.log import git_commit, versions
+from camoxpert.text import shorten
 
 TEXTS = ("method", "dataset", "data_hash", "protocol", "empty_gt")
 START = '{"time"'
 """How a row begins; a shorter line is what a killed writer left."""
 
 
-def ledger_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the ledger keeps of an evaluation's result."""
-    software = versions()
+class LedgerRow(TypedDict):
+    """What the ledger keeps of an evaluation's result."""
+
+    time: str
+    method: str
+    dataset: str
+    num_images: int
+    data_hash: str
+    protocol: str
+    empty_gt: str
+    resize: str
+    gt_threshold: int | None
+    version: str
+    commit: str | None
+    scores: dict[str, float]
+
+
+def ledger_row(result: EvaluationResult) -> LedgerRow:
+    """Return the ledger's row of a result."""
+    maps = result.source if isinstance(result.source, MapSource) else None
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "method": result["method"],
-        "dataset": result["dataset"],
-        "num_images": result["num_images"],
-        "data_hash": result["data_hash"],
-        "protocol": result["protocol"],
-        "empty_gt": result["empty_gt"],
-        "resize": result.get("resize", "model"),
-        "gt_threshold": result.get("gt_threshold"),
-        "version": software["camoxpert"],
+        "method": result.method,
+        "dataset": result.dataset,
+        "num_images": result.num_images,
+        "data_hash": result.data_hash,
+        "protocol": result.protocol,
+        "empty_gt": result.empty_gt,
+        "resize": maps.resize if maps else "model",
+        "gt_threshold": maps.gt_threshold if maps else None,
+        "version": versions()["camoxpert"],
         "commit": git_commit(Path(__file__).parents[2]),
-        "scores": dict(result["scores"]),
+        "scores": result.scores,
     }
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def append_rows(path: Path, rows: Sequence[LedgerRow]) -> None:
     """Append rows in one write, under a lock: parallel evaluations never tear each other's lines.
 
     Raises:
-        DataError: the file cannot be written, or is no ledger.
+        DataError: the file cannot be written, or is not a ledger.
     """
     check_ledger(path)
     text = "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        # The ledger is its own lock file.
+        with lock(path.resolve()), path.open("a+b") as file:
             # A writer that was killed may have left half a line: it must not swallow this one.
             if file.seek(0, os.SEEK_END) and not _ends_line(file):
                 text = "\n" + text
@@ -64,26 +83,26 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_ledger(path: Path) -> None:
-    """Raise DataError if rows could not be appended: no ledger, or not writable."""
+    """Raise DataError if rows could not be appended: not a ledger, or not writable."""
     if path.exists():
         read_ledger(path)
         if not os.access(path, os.W_OK):
-            raise DataError(f"The ledger {path} may not be written.")
+            raise DataError(f"The ledger {path} may not be written: no permission.")
         return
     folder = Path(os.path.abspath(path)).parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DataError(f"The ledger {path} cannot be written: {folder} is no writable folder.")
+        raise DataError(f"The ledger {path} cannot be written: {folder} is not a writable folder.")
 
 
-def _ends_line(file: Any) -> bool:
+def _ends_line(file: IO[bytes]) -> bool:
     file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
+    return file.read(1) == b"\n"
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Read all rows; half a line, left by a writer that was killed, is passed over.
+    """Read all rows; half a line, left by a writer that was killed, is skipped.
 
     Raises:
         DataError: no such file, or its rows are not a ledger's.
@@ -131,7 +150,7 @@ def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         entry = dict(row)
         if row.get("resize") == "bilinear":
-            # Its maps were made for another size: the third decimal is not only the method's.
+            # Resizing changes the third decimal: these scores are not the method's alone.
             entry["method"] = f"{row['method']} (resized)"
         newest[row["dataset"], entry["method"]] = entry
     problems = []
@@ -146,7 +165,7 @@ def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for row in group:
                 kinds.setdefault(str(row[field]), []).append(row["method"])
             if len(kinds) > 1:
-                shown = "; ".join(f"{k[:12]}: {', '.join(v[:5])}" for k, v in kinds.items())
+                shown = "; ".join(f"{k[:12]}: {shorten(v, 5)}" for k, v in kinds.items())
                 problems.append(f"{dataset}: {meaning}: {shown}")
     if problems:
         raise DataError(

@@ -1,5 +1,4 @@
-"""Scoring a checkpoint on whole data sets: scores, per-image table, curves and a picture
-gallery."""
+"""Scoring a checkpoint on whole data sets."""
 
 from __future__ import annotations
 
@@ -7,24 +6,38 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from camoxpert.console import bar
+from camoxpert import console
+from camoxpert.config import DataConfig
 from camoxpert.data.files.image_io import write_jpeg
-from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.manifest import Manifest, Search, find_test_sets, load_eval
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.errors import DataError
-from camoxpert.evaluation.results import safe_name, summarise, write_curves, write_result
+from camoxpert.evaluation.options import ScoringOptions
+from camoxpert.evaluation.output import OutputFolder, safe_name, write_evaluation
+from camoxpert.evaluation.results import (
+    EvaluationResult,
+    GalleryEntry,
+    ModelSource,
+    Scored,
+    summarise,
+)
 from camoxpert.files import leads_outside
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
-from camoxpert.metrics import RESULT_KEYS, Evaluator
+from camoxpert.metrics import Evaluator
+from camoxpert.metrics.scoring import Row
 from camoxpert.pages.plots import panel
-from camoxpert.pages.tables import aligned, format_value
+
+Picture = NDArray[np.uint8]
+SHOWN = ("wFmeasure", "Smeasure", "MAE")
+"""Scores printed below a picture."""
 
 
 class Gallery:
@@ -32,11 +45,11 @@ class Gallery:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._best: list[tuple[float, int, dict[str, Any], Any]] = []
-        self._worst: list[tuple[float, int, dict[str, Any], Any]] = []
+        self._best: list[tuple[float, int, Row, Picture]] = []
+        self._worst: list[tuple[float, int, Row, Picture]] = []
         self._order = itertools.count()
 
-    def offer(self, row: dict[str, Any], picture: Callable[[], np.ndarray]) -> None:
+    def offer(self, row: Row, picture: Callable[[], Picture]) -> None:
         """Consider an image; ``picture`` is called only if it is kept for now."""
         value, order = float(row["wFmeasure"]), next(self._order)
         if math.isnan(value):  # skipped: it has no object
@@ -47,78 +60,182 @@ class Gallery:
             push = heapq.heappush if len(heap) < self.size else heapq.heapreplace
             push(heap, (key, order, row, picture()))
 
-    def write(self, folder: Path, root: Path) -> dict[str, list[dict[str, Any]]]:
-        """Write the panels; return their rows with paths relative to ``root``, extremes first."""
-        result: dict[str, list[dict[str, Any]]] = {}
+    def write(self, output: Path, dataset: str, method: str) -> list[GalleryEntry]:
+        """Write ``images/DATASET_best_1.jpg`` and so on under ``output``; return their entries."""
+        entries: list[GalleryEntry] = []
         for kind, heap in (("best", self._best), ("worst", self._worst)):
-            entries = []
             for rank, (_, _, row, picture) in enumerate(sorted(heap, reverse=True), 1):
-                path = folder / f"{kind}_{rank}_{safe_name(row['name'])}.jpg"
+                path = output / "images" / f"{safe_name(dataset)}_{kind}_{rank}.jpg"
                 write_jpeg(path, picture)
-                kept = {k: row[k] for k in ("name", "wFmeasure", "Smeasure", "MAE")}
-                entries.append({**kept, "panel": path.relative_to(root).as_posix()})
-            result[kind] = entries
-        return result
+                entries.append(
+                    {
+                        "dataset": dataset,
+                        "kind": kind,
+                        "name": row["name"],
+                        "measure": "wFmeasure",
+                        "values": {method: row["wFmeasure"]},
+                        "scores": {key: row[key] for key in SHOWN},
+                        "panel": path.relative_to(output).as_posix(),
+                    }
+                )
+        return entries
 
 
-def evaluate_set(
+def find_sets(
+    predictor: Predictor, paths: Sequence[str | Path], search: Search, *, split: str = "test"
+) -> dict[str, Manifest]:
+    """Return the data sets to score, by name.
+
+    Args:
+        predictor: its run's test sets are taken where no path is given.
+        paths: data sets.
+        search: how to find their pairs.
+        split: test or train, where a data set has splits.
+
+    Raises:
+        DataError: nothing found, two data sets of one name, or a fault in one of them.
+    """
+    for path in paths:
+        if not Path(path).exists():
+            raise DataError(f"--data: there is no file or folder {path}.")
+    sets: dict[str, Manifest] = {}
+    for path in paths:
+        for name, manifest in load_eval(path, search, split=split).items():
+            if name in sets:
+                raise DataError(f"Two data sets are called {name}; score them in separate calls.")
+            sets[name] = manifest
+    if paths:
+        return sets
+    data = predictor.config.data
+    # Not data.allow_outside: a checkpoint may come from anybody.
+    sets = find_test_sets(data.roots, replace(search, layout=data.layout, noncam=data.noncam))
+    if not sets:
+        raise DataError("The run's data has no test set beside it. Give one with --data DIR.")
+    return sets
+
+
+def run_folder(predictor: Predictor) -> Path | None:
+    """Return the run folder that the checkpoint lies in, or None for a file on its own."""
+    folder = predictor.checkpoint.path.parent.parent
+    return folder if (folder / "config.yaml").is_file() else None
+
+
+def method_name(predictor: Predictor) -> str:
+    """Return the name of a model in tables: its run's, or its file's."""
+    folder = run_folder(predictor)
+    return predictor.checkpoint.path.stem if folder is None else folder.resolve().name
+
+
+def default_output(predictor: Predictor) -> Path:
+    """Return where results go: ``evaluation`` in the run folder, else ``evaluation/FILE``.
+
+    Raises:
+        DataError: the run, which may come from somebody else, has a symlink there.
+    """
+    folder = run_folder(predictor)
+    if folder is None:
+        return Path("evaluation", predictor.checkpoint.path.stem)
+    if leads_outside(folder, folder / "evaluation" / "file"):
+        raise DataError(
+            f"{folder / 'evaluation'} is a link that leads out of {folder}. Remove it, or name "
+            f"another folder with -o."
+        )
+    return folder / "evaluation"
+
+
+def evaluate_model(
     predictor: Predictor,
-    name: str,
-    manifest: Manifest,
+    sets: Mapping[str, Manifest],
+    options: ScoringOptions,
     *,
-    output: Path,
-    batch_size: int,
-    num_workers: int,
-    gallery: int,
-    protocol: str = "pysod",
-    empty_gt: str = "pysod",
-    intervals: bool = True,
-    checkpoint_name: str = "best",
     method: str = "",
-    check_stop: Callable[[], None] | None = None,
-) -> dict[str, Any]:
-    """Score one data set; write ``evaluation/<name>.json``, ``.csv``, ``.png`` (curves) and the
-    gallery under ``output``.
-
-    Everything is written after the last image: an interrupted call leaves no half table.
+    batch_size: int = 8,
+    num_workers: int = 0,
+    output: OutputFolder | None = None,
+    command: Sequence[str] = (),
+) -> list[EvaluationResult]:
+    """Score a model on data sets, then write everything into the unfinished ``output``.
 
     Args:
         predictor: the model.
-        name: of the data set.
-        manifest: its images.
-        output: folder for results, usually the run's.
+        sets: data sets by name.
+        options: how to score them.
+        method: the model's name in tables and in the ledger; "": that of its run.
         batch_size: images the loader reads at a time; it does not change a number.
         num_workers: data worker processes.
-        gallery: best and worst images kept.
-        protocol, empty_gt: of the Evaluator.
-        intervals: also bootstrap confidence intervals.
-        checkpoint_name: goes into the result.
-        method: name in tables and in the ledger; by default the output folder's.
-        check_stop: called between batches; raises to stop.
+        output: see ``evaluation.output``; None writes nothing.
+        command: what was typed, for the page.
 
     Returns:
-        The content of the JSON file.
+        One result per data set.
+
+    Raises:
+        DataError: an image cannot be read.
+        Stopped: the command was asked to stop.
     """
-    for folder in (output / "evaluation", output / "images" / safe_name(name)):
-        # A run folder may come from somebody else.
-        if leads_outside(output, folder / "file"):
-            raise DataError(
-                f"{folder} is a link that leads out of {output}. Remove it, or name another folder "
-                f"with -o."
+    method = method or method_name(predictor)
+    scored = []
+    gallery: list[GalleryEntry] = []
+    for name, manifest in sets.items():
+        pictures = Gallery(options.gallery if output is not None else 0)
+        scored.append(
+            _score_set(
+                predictor,
+                name,
+                manifest,
+                options,
+                method=method,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                pictures=pictures,
             )
+        )
+        if output is not None:
+            gallery += pictures.write(output.unfinished, name, method)
+    if output is not None:
+        write_evaluation(output, scored, gallery, intervals=options.intervals, command=command)
+    return [item.result for item in scored]
+
+
+def evaluate_run(
+    predictor: Predictor,
+    sets: Mapping[str, Manifest],
+    options: ScoringOptions,
+    *,
+    batch_size: int,
+    command: Sequence[str] = (),
+) -> list[EvaluationResult]:
+    """Score a run's model into its own folder; see ``evaluate_model``."""
+    with OutputFolder(default_output(predictor)) as folder:
+        results = evaluate_model(
+            predictor, sets, options, batch_size=batch_size, output=folder, command=command
+        )
+        folder.finish()
+    return results
+
+
+def _score_set(
+    predictor: Predictor,
+    name: str,
+    manifest: Manifest,
+    options: ScoringOptions,
+    *,
+    method: str,
+    batch_size: int,
+    num_workers: int,
+    pictures: Gallery,
+) -> Scored:
     started = time.monotonic()
-    evaluator, everything = (Evaluator(protocol=protocol, empty_gt=empty_gt) for _ in range(2))
-    pictures = Gallery(gallery)
+    evaluator, everything = options.evaluator(), options.evaluator()
     loader = build_eval_loader(
         manifest,
-        img_size=predictor.img_size,
+        DataConfig(img_size=predictor.img_size, max_pixels=predictor.config.data.max_pixels),
         batch_size=batch_size,
         num_workers=num_workers,
-        max_pixels=predictor.config.data.max_pixels,
-        keep_images=gallery > 0,
+        keep_images=pictures.size > 0,
     )
 
-    def seen(item: Item, prediction: Callable[[], np.ndarray], row: dict[str, Any]) -> None:
+    def seen(item: Item, prediction: Callable[[], NDArray[np.uint8]], row: Row) -> None:
         everything.add(item.name, np.full_like(item.mask, 255), item.mask)
         original = item.original
         if original is not None:
@@ -128,43 +245,33 @@ def evaluate_set(
                     original,
                     item.mask,
                     prediction() / np.float32(255),
-                    stretch=protocol == "pysod",
+                    stretch=options.protocol == "pysod",
                 ),
             )
 
-    batches = bar(loader, description=f"evaluate {name}", total=len(loader))
     score(
         predictor.model,
-        batches,
+        console.track(loader, f"evaluate {name}"),
         device=predictor.device,
         evaluator=evaluator,
         groups={pair.name: pair.group for pair in manifest.pairs},
-        context=predictor.context,
+        precision=predictor.precision,
         seen=seen,
-        check_stop=check_stop,
     )
-    result = summarise(
-        evaluator, method=method or output.resolve().name, dataset=name, intervals=intervals
+    return summarise(
+        evaluator,
+        options,
+        method=method,
+        dataset=name,
+        seconds=time.monotonic() - started,
+        source=ModelSource(
+            checkpoint=predictor.checkpoint.path.stem,
+            img_size=predictor.img_size,
+            precision=predictor.precision.name,
+            baseline={"all_foreground": _results(everything)},
+        ),
     )
-    result |= {
-        "baseline": {"all_foreground": everything.results()},
-        "checkpoint": checkpoint_name,
-        "img_size": predictor.img_size,
-        "precision": predictor.precision.name,
-        "seconds": time.monotonic() - started,
-        "gallery": pictures.write(output / "images" / safe_name(name), output),
-    }
-    write_curves(output / "evaluation", [result])
-    write_result(output / "evaluation", result, evaluator)
-    return result
 
 
-def score_table(results: list[dict[str, Any]], keys: tuple[str, ...] = RESULT_KEYS) -> str:
-    """Lay the scores of several data sets out as an aligned text table, three decimals."""
-    head = ["data set", "images", *keys]
-    body = [
-        [r["dataset"], str(r["num_images"]), *(format_value(key, r["scores"][key]) for key in keys)]
-        for r in results
-    ]
-    first, *rest = aligned([head, *body]).splitlines()
-    return "\n".join([first, "-" * len(first), *rest])
+def _results(evaluator: Evaluator) -> dict[str, float]:
+    return evaluator.results() if evaluator.num_images else {}

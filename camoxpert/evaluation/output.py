@@ -1,16 +1,35 @@
-"""Where an evaluation writes: all of it or nothing, and never over what is not its own."""
+"""The folder of an evaluation: everything is written or nothing, and never over foreign files.
+
+::
+
+    scores.json                     results, comparisons, gallery, command, versions, files
+    scores.csv, scores.md, scores.tex
+    per_image/METHOD/DATASET.csv    a row of scores for each image
+    curves/DATASET.png              precision over recall, F and E over thresholds
+    images/DATASET_best_1.jpg       and worst, and disputed where there are several methods
+    index.html                      all of it on one page
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from camoxpert import console, stop
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.files import leads_outside
+from camoxpert.evaluation.results import EvaluationResult, GalleryEntry, Scored, compare_all
+from camoxpert.files import leads_outside, write_bytes, write_json, write_rows
+from camoxpert.pages import plots, tables
+from camoxpert.pages.evaluation import write_page
+from camoxpert.runs.log import versions
+from camoxpert.text import free_name
 
 MARKER = "scores.json"
 """Lists, under "files", what an evaluation wrote; only that may be replaced."""
@@ -36,7 +55,7 @@ class OutputFolder:
         self._replaces = target is not None and target.is_dir()
         if target is not None and target.exists() and not target.is_dir():
             raise ConfigError(f"--output {target} is a file. Name a folder.")
-        self._old = self._own_files(target) if target is not None and self._replaces else []
+        self._old = _own_files(target) if target is not None and self._replaces else []
         place = target if target is not None and self._replaces else _parent(target)
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -68,25 +87,29 @@ class OutputFolder:
             DataError: that failed; the finished files are kept, and the message says where.
         """
         try:
-            if self.target is not None and self._replaces:
-                return self._replace(self.target)
-            # mkdtemp makes private folders; results are meant to be read by others.
-            self.unfinished.chmod(0o755)
-            if self.target is not None:
-                self.unfinished.rename(self.target)
-                return self.target
-            return self._rename_to_free_name()
+            with stop.current().deferred():
+                return self._put_in_place()
         except OSError as error:
             raise _NotMovedError(
                 f"The results are complete but could not be put in place ({error}). They are in "
                 f"{self.unfinished}."
             ) from error
 
+    def _put_in_place(self) -> Path:
+        if self.target is not None and self._replaces:
+            return self._replace(self.target)
+        # mkdtemp makes private folders; results are meant to be read by others.
+        self.unfinished.chmod(0o755)
+        if self.target is not None:
+            self.unfinished.rename(self.target)
+            return self.target
+        return self._rename_to_free_name()
+
     def _rename_to_free_name(self) -> Path:
         number = 1
         while True:
             target = Path("evaluation" if number == 1 else f"evaluation-{number}")
-            # Renaming onto an empty folder would succeed: mkdir decides who has the name.
+            # Renaming onto an empty folder would succeed: mkdir decides which process gets it.
             try:
                 target.mkdir()
             except FileExistsError:
@@ -111,35 +134,139 @@ class OutputFolder:
         shutil.rmtree(self.unfinished)
         return target
 
-    @staticmethod
-    def _own_files(target: Path) -> list[str]:
-        """Return the files of the evaluation that the target holds; [] if it is empty."""
-        present = [p for p in target.iterdir() if not p.name.startswith(".evaluation-")]
-        if not present:
-            return []
-        try:
-            listed = json.loads((target / MARKER).read_text(encoding="utf-8"))["files"]
-            names = [str(name) for name in listed]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"--output {target} holds other files ({present[0].name} ...). Name a new or empty "
-                "folder, or that of an earlier evaluation."
-            ) from None
-        root = os.path.abspath(target)
-        for name in names:
-            # A list that was tampered with must not reach outside.
-            if not os.path.abspath(target / name).startswith(root + os.sep):
-                raise ConfigError(f"{target / MARKER} names a file outside of it: {name}.")
-            if leads_outside(target, target / name):
-                raise ConfigError(
-                    f"--output {target}: {Path(name).parent} is a link. Name another folder."
-                )
-        return names
+
+@contextmanager
+def written_to(target: str | Path | None) -> Iterator[OutputFolder | None]:
+    """Open an output folder for the block and put it in place after it; None opens none."""
+    if target is None:
+        yield None
+        return
+    with OutputFolder(Path(target)) as folder:
+        yield folder
+        folder.finish()
 
 
 class _NotMovedError(DataError):
-    """The results are complete, but not where they belong."""
+    """The results are complete, but could not be moved to their folder."""
+
+
+def _own_files(target: Path) -> list[str]:
+    """Return the files of the evaluation that the target holds; [] if it is empty."""
+    present = [p for p in target.iterdir() if not p.name.startswith(".evaluation-")]
+    if not present:
+        return []
+    if _is_old_layout(present):
+        return [path.name for path in present]
+    try:
+        listed = json.loads((target / MARKER).read_text(encoding="utf-8"))["files"]
+        names = [str(name) for name in listed]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"--output {target} holds other files ({present[0].name} ...). Name a new or empty "
+            "folder, or that of an earlier evaluation."
+        ) from None
+    root = os.path.abspath(target)
+    for name in names:
+        # A list that was tampered with must not reach outside.
+        if not os.path.abspath(target / name).startswith(root + os.sep):
+            raise ConfigError(f"{target / MARKER} names a file outside of it: {name}.")
+        if leads_outside(target, target / name):
+            raise ConfigError(
+                f"--output {target}: {Path(name).parent} is a link. Name another folder."
+            )
+    return names
+
+
+def _is_old_layout(present: Sequence[Path]) -> bool:
+    """Whether these are the files that releases up to 0.1 wrote for a checkpoint: DATASET.json,
+    DATASET.csv and DATASET.png, and tables of all scores."""
+    datasets = {path.stem for path in present if path.suffix == ".json"}
+    known = {f"{stem}{end}" for stem in datasets for end in (".json", ".csv", ".png")}
+    known |= {"scores.csv", "scores.md", "scores.tex"}
+    return bool(datasets) and MARKER not in known and {p.name for p in present} <= known
 
 
 def _parent(target: Path | None) -> Path:
     return Path() if target is None else Path(os.path.abspath(target)).parent
+
+
+def write_evaluation(
+    output: OutputFolder,
+    scored: Sequence[Scored],
+    gallery: Sequence[GalleryEntry],
+    *,
+    intervals: bool,
+    command: Sequence[str],
+) -> None:
+    """Write everything but the pictures of the gallery, which are there, into ``output``.
+
+    Args:
+        output: the unfinished folder.
+        scored: one entry per method and data set.
+        gallery: of the pictures.
+        intervals: also compare the methods in pairs.
+        command: what was typed, for the page.
+    """
+    results = [item.result for item in scored]
+    keys = scored[0].evaluator.keys
+    comparisons = compare_all(scored) if intervals else []
+    folder = output.unfinished
+    methods = file_names(result.method for result in results)
+    datasets = file_names(result.dataset for result in results)
+    for item in scored:
+        name = f"{datasets[item.result.dataset]}.csv"
+        path = folder / "per_image" / methods[item.result.method] / name
+        write_rows(path, item.evaluator.rows())
+    write_curves(folder / "curves", results, datasets)
+    entries = [result.to_dict() for result in results]
+    write_tables(folder, entries, keys)
+    summary = {
+        "command": list(command),
+        "versions": versions(),
+        "results": entries,
+        "comparisons": comparisons,
+        "gallery": list(gallery),
+    }
+    write_page(folder / "index.html", summary, keys)
+    write_json(folder / MARKER, {**summary, "files": sorted([*output.files(), MARKER])})
+
+
+def write_tables(folder: Path, rows: Sequence[tables.Row], keys: Sequence[str]) -> None:
+    """Write the score table as CSV, Markdown and LaTeX."""
+    for suffix, form in (("csv", "csv"), ("md", "markdown"), ("tex", "latex")):
+        text = tables.FORMATS[form](rows, keys)
+        write_bytes(folder / f"scores.{suffix}", text.encode("utf-8", "surrogateescape"))
+
+
+def write_curves(
+    folder: Path, results: Sequence[EvaluationResult], files: Mapping[str, str]
+) -> None:
+    """Write the precision-recall, F and E curves of each data set as PNG, a line per method.
+
+    Args:
+        folder: receives the files.
+        results: of any methods and data sets.
+        files: data set -> file name without ending.
+    """
+    for dataset in dict.fromkeys(result.dataset for result in results):
+        curves = {r.method: r.curves for r in results if r.dataset == dataset}
+        try:
+            picture = plots.plot_curves(curves)
+        except Exception as error:
+            # Matplotlib missing, or a name it cannot draw: no reason to lose the scores.
+            console.warn(f"no curves are drawn: {error}")
+            return
+        write_bytes(folder / f"{files[dataset]}.png", picture)
+
+
+def safe_name(name: str) -> str:
+    """Turn any text into a file name that stays in its folder."""
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """Return a file name for each name, no two the same on any disk."""
+    files: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        files[name] = free_name(safe_name(name), files.values())
+    return files

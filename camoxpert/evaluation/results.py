@@ -1,22 +1,19 @@
-"""From scored images to what is written: one result per method and data set, tables, curves, page.
-
-Everything is written after the last image; each file is whole or not there.
-"""
+"""From scored images to results: one for each method and data set, and comparisons between them."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
-from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from camoxpert.console import bar
-from camoxpert.files import write_bytes, write_rows
+from camoxpert import console
+from camoxpert.errors import DataError
+from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
+from camoxpert.metrics.scoring import Row
 from camoxpert.metrics.statistics import (
     Scores,
     breakdown,
@@ -25,37 +22,167 @@ from camoxpert.metrics.statistics import (
     count_label,
     size_label,
 )
-from camoxpert.pages import plots, tables
-from camoxpert.runs.log import write_json
 
 DECIDING = ("wFmeasure", "Smeasure", "IoU", "MAE")
 """The first of these that was computed ranks images and methods."""
+FEW_METHODS = 4
+"""Up to so many methods are compared in pairs; of more, each with the best."""
+
+Breakdown = dict[str, dict[str, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What was scored: a checkpoint.
+
+    Attributes:
+        checkpoint: name of its file.
+        img_size: side of its input, pixels.
+        precision: fp32, bf16 or fp16.
+        baseline: ``all_foreground``: the scores of calling every pixel object, which a model has
+            to beat.
+    """
+
+    checkpoint: str
+    img_size: int
+    precision: str
+    baseline: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class MapSource:
+    """What was scored: prediction maps.
+
+    Attributes:
+        num_missing: masks without a map that were left out.
+        num_extra: maps without a mask that were left out.
+        resize: error, or bilinear: maps were resized to their masks.
+        gt_threshold: levels of grey masks above it were taken as object; None: no grey masks.
+    """
+
+    num_missing: int
+    num_extra: int
+    resize: str
+    gt_threshold: int | None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Everything that is reported of one method on one data set.
+
+    Attributes:
+        dataset, method: names.
+        num_images: images that the scores are made of.
+        num_skipped: images without an object that were left out.
+        scores: measure -> value, a fraction (HCE: a count).
+        intervals: measure -> (low, high), 95 %; empty where they were not asked for.
+        protocol, empty_gt: how the images were scored.
+        data_hash: of the images' names and masks.
+        breakdown: division (class, object size, ...) -> part -> measure -> value.
+        curves: E, F, precision and recall over the thresholds 255 ... 0.
+        seconds: time that scoring took.
+        source: what was scored.
+    """
+
+    dataset: str
+    method: str
+    num_images: int
+    num_skipped: int
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    protocol: str
+    empty_gt: str
+    data_hash: str
+    breakdown: Breakdown
+    curves: dict[str, list[float]]
+    seconds: float
+    source: ModelSource | MapSource
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of ``scores.json``: all values, those of the source among them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        source = asdict(values.pop("source"))
+        return {**values, **source}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A result and the scores of its images."""
+
+    result: EvaluationResult
+    evaluator: Evaluator
+
+
+class ComparisonEntry(TypedDict):
+    """Method a against method b on one data set."""
+
+    dataset: str
+    a: str
+    b: str
+    measures: dict[str, dict[str, float]]
+
+
+class _Scores(TypedDict, total=False):
+    scores: dict[str, float]
+
+
+class GalleryEntry(_Scores):
+    """One picture: an image that scored best, worst or most differently.
+
+    ``values`` holds the score of each method in ``measure``, ``scores`` the main ones of a single
+    model; ``panel`` is a path relative to ``scores.json``.
+    """
+
+    dataset: str
+    kind: str
+    name: str
+    measure: str
+    values: dict[str, float]
+    panel: str
 
 
 def summarise(
-    evaluator: Evaluator, *, method: str, dataset: str, intervals: bool = True
-) -> dict[str, Any]:
-    """Return everything that is reported of one method on one data set, as plain Python."""
+    evaluator: Evaluator,
+    options: ScoringOptions,
+    *,
+    method: str,
+    dataset: str,
+    seconds: float,
+    source: ModelSource | MapSource,
+) -> Scored:
+    """Derive the result of one method on one data set from the scores of its images.
+
+    Raises:
+        DataError: every image was left out, because none has an object.
+    """
+    if not evaluator.num_images and evaluator.num_skipped:
+        raise DataError(
+            f"{method} on {dataset}: none of the {evaluator.num_skipped} images has "
+            f"an object, and --empty-gt skip leaves them all out. Score this data set with "
+            f"another --empty-gt, or leave it out."
+        )
     rows = evaluator.rows()
-    ends = confidence_intervals(Scores(evaluator)) if intervals and len(rows) > 1 else {}
-    return {
-        "dataset": dataset,
-        "method": method,
-        "num_images": evaluator.num_images,
-        "num_skipped": evaluator.num_skipped,
-        "scores": evaluator.results(),
-        "intervals": {key: [end.low, end.high] for key, end in ends.items()},
-        "protocol": evaluator.protocol,
-        "empty_gt": evaluator.empty_gt,
-        "data_hash": evaluator.data_hash(),
-        "breakdown": break_down(rows, evaluator.keys),
-        "curves": {key: np.asarray(curve).tolist() for key, curve in evaluator.curves().items()},
-    }
+    enough = options.intervals and len(rows) > 1
+    ends = confidence_intervals(Scores(evaluator)) if enough else {}
+    result = EvaluationResult(
+        dataset=dataset,
+        method=method,
+        num_images=evaluator.num_images,
+        num_skipped=evaluator.num_skipped,
+        scores=evaluator.results(),
+        intervals={key: (end.low, end.high) for key, end in ends.items()},
+        protocol=evaluator.protocol,
+        empty_gt=evaluator.empty_gt,
+        data_hash=evaluator.data_hash(),
+        breakdown=break_down(rows, evaluator.keys),
+        curves={key: np.asarray(curve).tolist() for key, curve in evaluator.curves().items()},
+        seconds=seconds,
+        source=source,
+    )
+    return Scored(result, evaluator)
 
 
-def break_down(
-    rows: Sequence[Mapping[str, Any]], keys: Sequence[str]
-) -> dict[str, dict[str, dict[str, float]]]:
+def break_down(rows: Sequence[Row], keys: Sequence[str]) -> Breakdown:
     """Return the scores by class, sub-class, object size and number of objects.
 
     Classes come from the images' names (COD10K: Aquatic, and Aquatic/Crab below it). A division
@@ -72,45 +199,46 @@ def break_down(
     return {name: table for name, table in parts.items() if len(table) > 1}
 
 
-FEW_METHODS = 4
-"""Up to so many, every two methods are compared; of more, each with the best."""
-
-
-def compare_all(
-    scored: Mapping[str, Mapping[str, Evaluator]],
-    *,
-    check_stop: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """Compare methods two by two on each data set where they saw the same images.
-
-    Args:
-        scored: data set -> method -> evaluator.
-        check_stop: called before each comparison; raises to stop.
+def compare_all(scored: Sequence[Scored]) -> list[ComparisonEntry]:
+    """Compare methods in pairs on each data set where they saw the same images.
 
     Returns:
         One entry per data set and pair, the better one (by ``DECIDING``) first.
     """
-    entries = []
-    for dataset, methods in scored.items():
+    entries: list[ComparisonEntry] = []
+    for dataset, methods in by_dataset(scored).items():
+        if len(methods) < 2:
+            continue
         scores = {name: Scores(evaluator) for name, evaluator in methods.items()}
         order = ranked(methods)
         pairs = list(combinations(order, 2))
         if len(order) > FEW_METHODS:
             pairs = [(a, b) for a, b in pairs if a == order[0]]
-        for a, b in bar(pairs, description=f"compare on {dataset}", total=len(pairs)):
-            check_stop()
+        for a, b in console.track(pairs, f"compare on {dataset}"):
             if scores[a].names != scores[b].names:
                 continue
             found = compare(scores[a], scores[b])
-            entries.append(
-                {
-                    "dataset": dataset,
-                    "a": a,
-                    "b": b,
-                    "measures": {key: value._asdict() for key, value in found.items()},
-                }
-            )
+            measures = {key: value._asdict() for key, value in found.items()}
+            entries.append({"dataset": dataset, "a": a, "b": b, "measures": measures})
     return entries
+
+
+def by_dataset(scored: Sequence[Scored]) -> dict[str, dict[str, Evaluator]]:
+    """Return data set -> method -> evaluator."""
+    table: dict[str, dict[str, Evaluator]] = {}
+    for item in scored:
+        table.setdefault(item.result.dataset, {})[item.result.method] = item.evaluator
+    return table
+
+
+def by_method(
+    results: Sequence[EvaluationResult],
+) -> dict[str, dict[str, float]] | dict[str, dict[str, dict[str, float]]]:
+    """Return method -> data set -> scores; of a single method, data set -> scores."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for result in results:
+        table.setdefault(result.method, {})[result.dataset] = result.scores
+    return table if len(table) > 1 else next(iter(table.values()))
 
 
 def ranked(methods: Mapping[str, Evaluator]) -> list[str]:
@@ -124,68 +252,3 @@ def ranked(methods: Mapping[str, Evaluator]) -> list[str]:
 def deciding_key(keys: Sequence[str]) -> str:
     """Return the measure by which images and methods are ranked."""
     return next((key for key in DECIDING if key in keys), keys[0])
-
-
-def write_tables(
-    folder: Path, results: Sequence[Mapping[str, Any]], keys: Sequence[str], *, stem: str = "scores"
-) -> None:
-    """Write the score table as CSV, Markdown and LaTeX."""
-    for suffix, make in (
-        ("csv", tables.csv_table),
-        ("md", tables.markdown_table),
-        ("tex", tables.latex_table),
-    ):
-        write_text(folder / f"{stem}.{suffix}", make(results, keys))
-
-
-def write_curves(
-    folder: Path, results: Sequence[Mapping[str, Any]], files: Mapping[str, str] | None = None
-) -> None:
-    """Write the precision-recall, F and E curves of each data set as PNG, a line per method.
-
-    Args:
-        folder: where to.
-        results: of ``summarise``.
-        files: data set -> file name without ending; by default a safe form of its name.
-    """
-    for dataset in dict.fromkeys(result["dataset"] for result in results):
-        curves = {r["method"]: r["curves"] for r in results if r["dataset"] == dataset}
-        try:
-            picture = plots.plot_curves(curves)
-        except Exception as error:
-            # Matplotlib missing, or a name it cannot draw: no reason to lose the scores.
-            print(f"warning: no curves are drawn: {error}", file=sys.stderr)
-            return
-        name = files[dataset] if files else safe_name(dataset)
-        write_bytes(folder / f"{name}.png", picture)
-
-
-def write_result(folder: Path, result: Mapping[str, Any], evaluator: Evaluator) -> None:
-    """Write ``<data set>.json`` and the per-image ``<data set>.csv``."""
-    stem = safe_name(result["dataset"])
-    write_rows(folder / f"{stem}.csv", evaluator.rows())
-    write_json(folder / f"{stem}.json", result)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    write_bytes(path, text.encode("utf-8", "surrogateescape"))
-
-
-def safe_name(name: str) -> str:
-    """Turn any text into a file name that stays in its folder."""
-    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
-
-
-def file_names(names: Sequence[str]) -> dict[str, str]:
-    """Return a file name for each name, no two the same on any disk."""
-    taken: set[str] = set()
-    files = {}
-    for name in dict.fromkeys(names):
-        candidate, number = safe_name(name), 1
-        while candidate.lower() in taken:
-            number += 1
-            candidate = f"{safe_name(name)}-{number}"
-        taken.add(candidate.lower())
-        files[name] = candidate
-    return files

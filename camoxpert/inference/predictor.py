@@ -1,19 +1,28 @@
-"""A trained model ready to use: checkpoint in, probability maps at original size out."""
+"""A trained model ready to use: images in, probability maps at their original size out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count, islice
 from pathlib import Path
+from typing import TypeVar, overload
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from camoxpert import stop
 from camoxpert.config import TrainConfig
-from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.errors import CheckpointError, ConfigError, DataError
+from camoxpert.inference.prediction import Prediction
 from camoxpert.inference.score import probability_maps
-from camoxpert.models.build import build_model
+from camoxpert.inference.sources import ImageInput, find_photos, name_of, read_pixels
+from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.runtime.device import (
     Precision,
@@ -22,9 +31,13 @@ from camoxpert.runtime.device import (
     choose_precision,
 )
 
+Input = TypeVar("Input", bound=ImageInput)
+DECODERS = 2
+"""Threads that read images while the model works."""
+
 
 class Predictor:
-    """A model in evaluation mode with its preprocessing.
+    """A model in evaluation mode with its preprocessing; ``camoxpert.load`` makes one.
 
     Args:
         checkpoint: a verified checkpoint; its EMA weights are used where it has them.
@@ -40,7 +53,9 @@ class Predictor:
         self.device = device
         self.precision = precision
         self.img_size = self.config.data.img_size
-        self.model = build_model(without_weights(checkpoint))
+        # The checkpoint brings the weights: nothing is downloaded.
+        model = dataclasses.replace(checkpoint.config.model, pretrained=False, weights="")
+        self.model = build_model(model)
         try:
             self.model.load_state_dict(checkpoint.evaluated_weights)
         except RuntimeError as error:
@@ -49,13 +64,126 @@ class Predictor:
             ) from error
         self.model.to(device).eval()
 
-    def context(self) -> torch.autocast:
-        """Return the autocast context of the chosen precision."""
-        return torch.autocast(
-            self.device.type, dtype=self.precision.dtype, enabled=self.precision.dtype is not None
-        )
+    @overload
+    def predict(
+        self, images: ImageInput, *, threshold: float = ..., batch_size: int = ...
+    ) -> Prediction: ...
 
-    def prepare(self, image_HWC: np.ndarray) -> Tensor:
+    @overload
+    def predict(
+        self,
+        images: list[Input] | tuple[Input, ...],
+        *,
+        threshold: float = ...,
+        batch_size: int = ...,
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self,
+        images: ImageInput | list[Input] | tuple[Input, ...],
+        *,
+        threshold: float = 0.5,
+        batch_size: int = 8,
+    ) -> Prediction | list[Prediction]:
+        """Find the hidden objects in one image, or in each of a list.
+
+        Args:
+            images: a path, uint8 RGB pixels (H, W, 3) or a Pillow image; or a list or tuple of
+                these.
+            threshold: probability above which a pixel counts as object, 0..1.
+            batch_size: images per forward pass, of a list.
+
+        Returns:
+            A Prediction, or a list of them in order.
+
+        Raises:
+            DataError: an image that cannot be read.
+        """
+        if isinstance(images, (list, tuple)):
+            return list(self.stream(images, threshold=threshold, batch_size=batch_size))
+        (prediction,) = self.stream([images], threshold=threshold)
+        return dataclasses.replace(prediction, name=name_of(images, "image"))
+
+    def stream(
+        self,
+        images: str | Path | Iterable[ImageInput],
+        *,
+        threshold: float = 0.5,
+        batch_size: int = 8,
+    ) -> Iterator[Prediction]:
+        """Yield a prediction for each image, in order, in memory for two batches.
+
+        The next batch is read while the model works on this one. At the same batch size the values
+        are those of ``camoxpert predict``.
+
+        Args:
+            images: any iterable of paths, uint8 RGB pixels and Pillow images, also an endless one;
+                or a folder, glob or CSV file, as the command line takes it.
+            threshold: probability above which a pixel counts as object, 0..1.
+            batch_size: images per forward pass.
+
+        Raises:
+            DataError: an image that cannot be read, when its turn comes; or no image was found.
+        """
+        if batch_size < 1 or not 0 <= threshold <= 1:
+            raise ConfigError("batch_size must be at least 1 and threshold between 0 and 1.")
+        chosen = find_photos([str(images)]) if isinstance(images, (str, Path)) else images
+        attempts = self.attempts(chosen, threshold=threshold, batch_size=batch_size)
+        return (_or_raise(found) for _, found in attempts)
+
+    def attempts(
+        self, images: Iterable[Input], *, threshold: float, batch_size: int
+    ) -> Iterator[tuple[Input, Prediction | DataError]]:
+        """Yield each image with its prediction, or with the reason why it cannot be read.
+
+        Args:
+            images, threshold, batch_size: see ``stream``.
+        """
+        rest = iter(images)
+        numbers = count(1)
+        pool = ThreadPoolExecutor(max_workers=DECODERS)
+
+        def read_ahead() -> list[tuple[Input, Future[NDArray[np.uint8] | DataError]]]:
+            chunk = list(islice(rest, batch_size))
+            return [(image, pool.submit(self._read, image)) for image in chunk]
+
+        try:
+            ahead = read_ahead()
+            while ahead:
+                current, ahead = ahead, read_ahead()
+                read = [(image, future.result()) for image, future in current]
+                stop.check()
+                readable = [pixels for _, pixels in read if not isinstance(pixels, DataError)]
+                predictions = iter(self._batch(readable, threshold))
+                for image, pixels in read:
+                    name = name_of(image, f"image-{next(numbers)}")
+                    if isinstance(pixels, DataError):
+                        yield image, pixels
+                    else:
+                        yield image, dataclasses.replace(next(predictions), name=name)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, image: ImageInput) -> NDArray[np.uint8] | DataError:
+        try:
+            return read_pixels(image, max_pixels=self.config.data.max_pixels)
+        except DataError as error:
+            return error
+
+    def _batch(self, images: Sequence[NDArray[np.uint8]], threshold: float) -> list[Prediction]:
+        """Return predictions of uint8 RGB images from one forward pass; names are still missing."""
+        if not images:
+            return []
+        started = time.monotonic()
+        prepared = torch.stack([self.prepare(image) for image in images])
+        maps = self(prepared, [(image.shape[0], image.shape[1]) for image in images])
+        each = (time.monotonic() - started) / len(images)
+        return [
+            Prediction("", image, map_HW, each, threshold)
+            for image, map_HW in zip(images, maps, strict=True)
+        ]
+
+    def prepare(self, image_HWC: NDArray[np.uint8]) -> Tensor:
         """Resize an RGB uint8 image (H, W, 3) to the training size; uint8 (3, S, S)."""
         size = (self.img_size, self.img_size)
         shrink = min(image_HWC.shape[:2]) > self.img_size
@@ -64,22 +192,23 @@ class Predictor:
         )
         return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
 
-    def __call__(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    def __call__(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> list[NDArray[np.float32]]:
         """Return float32 probability maps (H, W) in 0..1 for prepared images (B, 3, S, S)."""
         on_device = images.to(self.device)
-        maps, _ = probability_maps(self.model, on_device, sizes, context=self.context())
+        maps, _ = probability_maps(self.model, on_device, sizes, precision=self.precision)
         return [map_HW.cpu().numpy() for map_HW in maps]
 
 
-def without_weights(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]
-    """Return the model settings with nothing to download: the checkpoint brings the weights."""
-    import dataclasses
-
-    return dataclasses.replace(checkpoint.config.model, pretrained=False, weights="")
+def _or_raise(found: Prediction | DataError) -> Prediction:
+    if isinstance(found, DataError):
+        raise found
+    return found
 
 
 def load_predictor(path: Path, *, device: str = "auto", precision: str = "auto") -> Predictor:
-    """Load a predictor from a checkpoint file or run folder.
+    """Load a predictor from a checkpoint file, a run folder or a folder of shared weights.
 
     Raises:
         CheckpointError: no usable checkpoint there.

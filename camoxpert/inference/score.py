@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from camoxpert import stop
+from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
+from camoxpert.metrics.scoring import Row
 from camoxpert.models.router import Routing
+from camoxpert.runtime.device import Precision
 
 FORWARD_BATCH = {"cpu": 1}
 """Images per forward pass by kind of device: as fast as any other on a CPU."""
@@ -36,11 +41,11 @@ class Item:
     name: str
     image: Tensor
     size: tuple[int, int]
-    mask: np.ndarray
-    original: np.ndarray | None
+    mask: NDArray[np.uint8]
+    original: NDArray[np.uint8] | None
 
 
-Seen = Callable[[Item, Callable[[], np.ndarray], dict[str, Any]], None]
+Seen = Callable[[Item, Callable[[], NDArray[np.uint8]], Row], None]
 """Called with an image, a function that returns its uint8 map, and its score row."""
 
 
@@ -50,7 +55,7 @@ def probability_maps(
     images_BCHW: Tensor,
     sizes: Sequence[tuple[int, int]],
     *,
-    context: AbstractContextManager[Any] | None = None,
+    precision: Precision | None = None,
 ) -> tuple[list[Tensor], tuple[Routing, ...]]:
     """Return one probability map per image at its own size, and the routing.
 
@@ -60,12 +65,12 @@ def probability_maps(
         model: returns a ModelOutput; its mode is left alone.
         images_BCHW: uint8 images on the model's device.
         sizes: (height, width) of every original image.
-        context: autocast, or None.
+        precision: number format of the forward pass; None: that of the weights.
 
     Returns:
         float32 tensors (H, W) in 0..1 on the device; routing records.
     """
-    with context or nullcontext():
+    with nullcontext() if precision is None else precision.autocast(images_BCHW.device):
         output = model(images_BCHW)
     logits = output.logits_B1HW.float()
     maps = [
@@ -77,22 +82,21 @@ def probability_maps(
     return maps, output.routing
 
 
-def to_uint8(probability_HW: np.ndarray) -> np.ndarray:
-    """Turn probabilities into the 0..255 map that is saved and scored (truncated, as the field
-    does)."""
+def to_uint8(probability_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Turn probabilities into the 0..255 map that is saved and scored: truncated, as the field
+    does."""
     return (probability_HW * 255).astype(np.uint8)
 
 
 def score(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[EvalBatch],
     *,
     device: torch.device,
     evaluator: Evaluator,
     groups: Mapping[str, str] | None = None,
-    context: Callable[[], AbstractContextManager[Any]] | None = None,
+    precision: Precision | None = None,
     seen: Seen | None = None,
-    check_stop: Callable[[], None] | None = None,
     on_device: bool | None = None,
 ) -> None:
     """Score a model on evaluation batches into ``evaluator``.
@@ -104,15 +108,17 @@ def score(
     the next one is being computed.
 
     Args:
-        model: put into evaluation mode for the time of the call.
+        model: put into evaluation mode during the call.
         batches: evaluation batches with images, original-size masks, names and sizes.
         device: the model's device.
         evaluator: receives one map per image.
         groups: image name -> label of its row.
-        context: makes an autocast context.
+        precision: number format of the forward pass; None: that of the weights.
         seen: called for every image, in order.
-        check_stop: called between batches; raises to stop.
         on_device: score the maps by the torch path; None does on CUDA devices.
+
+    Raises:
+        Stopped: the command was asked to stop.
     """
     training = model.training
     model.eval()
@@ -120,7 +126,6 @@ def score(
     scorer = DeviceScorer(evaluator) if use_torch else None
     waiting: list[tuple[Item, Tensor]] = []
     size = FORWARD_BATCH.get(device.type, FORWARD_BATCH_ELSEWHERE)
-
     labels = groups or {}
 
     def finish(done: list[tuple[Item, Tensor]]) -> None:
@@ -133,19 +138,14 @@ def score(
             ]
         if seen is not None:
             for (item, map_HW), row in zip(done, rows, strict=True):
-                seen(item, lambda shown=map_HW: shown.cpu().numpy(), row)  # type: ignore[misc]
+                seen(item, partial(_on_host, map_HW), row)
 
     try:
         for items in chunks(batches, size):
-            if check_stop is not None:
-                check_stop()
+            stop.check()
             images = torch.stack([item.image for item in items]).to(device)
-            maps, _ = probability_maps(
-                model,
-                images,
-                [item.size for item in items],
-                context=context() if context is not None else None,
-            )
+            sizes = [item.size for item in items]
+            maps, _ = probability_maps(model, images, sizes, precision=precision)
             finish(waiting)
             waiting = [(i, (m * 255).to(torch.uint8)) for i, m in zip(items, maps, strict=True)]
             if scorer is not None:
@@ -156,7 +156,12 @@ def score(
         model.train(training)
 
 
-def chunks(batches: Iterable[Any], size: int) -> Iterator[list[Item]]:
+def _on_host(map_HW: Tensor) -> NDArray[np.uint8]:
+    on_host: NDArray[np.uint8] = map_HW.cpu().numpy()
+    return on_host
+
+
+def chunks(batches: Iterable[EvalBatch], size: int) -> Iterator[list[Item]]:
     """Regroup the images of evaluation batches into lists of ``size``; the last may be shorter."""
     ready: list[Item] = []
     for batch in batches:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from camoxpert.errors import DataError
 from camoxpert.metrics.evaluator import Evaluator
+from camoxpert.metrics.groups import count_label as count_label
+from camoxpert.metrics.groups import size_label as size_label
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -206,20 +208,3 @@ def breakdown(
         means = {key: float(np.mean([float(row[key]) for row in chosen])) for key in keys}  # type: ignore[arg-type]
         table[label] = {"images": float(len(chosen)), **means}
     return table
-
-
-def size_label(object_fraction: float) -> str:
-    """Return the bucket of an object's share of the image: none, tiny, small, medium, large."""
-    if object_fraction == 0:
-        return "0 none"
-    for number, (limit, name) in enumerate(
-        ((0.01, "tiny < 1 %"), (0.05, "small 1-5 %"), (0.2, "medium 5-20 %")), 1
-    ):
-        if object_fraction < limit:
-            return f"{number} {name}"
-    return "4 large >= 20 %"
-
-
-def count_label(num_objects: int) -> str:
-    """Return the bucket of a number of objects: none, one, two, three or more."""
-    return f"{num_objects}" if num_objects < 3 else "3 or more"

@@ -1,24 +1,20 @@
 """The backbone: any timm network that yields a pyramid at strides 4, 8, 16 and 32.
 
-Unknown names are an error with the nearest one, never another backbone.
+An unknown name is an error that names the closest one; it never selects another backbone.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import torch
 from torch import Tensor, nn
 
 from camoxpert.config import ModelConfig
-from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.errors import ConfigError
+from camoxpert.models.weights import load_weights, offline_if_unreachable
 from camoxpert.text import did_you_mean
 
 STRIDES = (4, 8, 16, 32)
@@ -26,8 +22,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TINY = "tiny_test"
 
-# Tested with this framework: each builds, trains a step and keeps its shapes in the test suite.
-# Other timm names work where timm gives them four levels at the strides above.
+# Tested: the test suite builds each of them, trains a step and checks the shapes. Other timm names
+# work if timm gives them four levels at the strides above.
 BACKBONES: dict[str, str] = {
     "edgenext_xx_small": "EdgeNeXt, 1.2 M parameters",
     "edgenext_x_small": "EdgeNeXt, 2.1 M parameters",
@@ -37,7 +33,7 @@ BACKBONES: dict[str, str] = {
     "resnet18": "ResNet-18, 11.2 M parameters",
     "resnet50": "ResNet-50, 23.5 M parameters",
     "pvt_v2_b2": "PVTv2-B2, 24.8 M parameters",
-    TINY: "four plain convolutions for tests: no weights, no promise",
+    TINY: "four plain convolutions for tests: without weights",
 }
 
 
@@ -114,9 +110,9 @@ class Backbone(nn.Module):
         return [maps[level] for level in self.levels]
 
     def parameter_levels(self) -> list[list[nn.Parameter]]:
-        """Split the parameters by level, strides 4, 8, 16, 32, for freeing one level at a time.
+        """Split the parameters by level, strides 4, 8, 16, 32, to unfreeze one level at a time.
 
-        A level owns everything after the level above it, so that together they hold all.
+        A level owns all parameters after those of the level before it, so that none is left out.
         """
         names = [name for name, _ in self.net.named_parameters()]
         # features_only writes stages.0 as stages_0 for some networks: compare without the dots.
@@ -131,7 +127,7 @@ class Backbone(nn.Module):
         return [parameters[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def set_gradient_checkpointing(self, enabled: bool) -> bool:
-        """Recompute the blocks' activations in the backward pass; False where timm cannot."""
+        """Recompute the blocks' activations in the backward pass; return False if timm cannot."""
         setter: Any = getattr(self.net, "set_grad_checkpointing", None)
         if setter is None:
             return False
@@ -140,7 +136,7 @@ class Backbone(nn.Module):
 
 
 def _build_timm(config: ModelConfig) -> Any:
-    """Build timm's feature pyramid, or say what is wrong with the name, options or weights."""
+    """Build timm's feature pyramid; raise ConfigError for a wrong name, option or weights."""
     import timm
 
     if not timm.is_model(config.backbone):
@@ -152,7 +148,7 @@ def _build_timm(config: ModelConfig) -> Any:
         )
     options: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     pretrained = config.pretrained and not config.weights
-    # timm reports every download attempt as a log record; our own error says it once and better.
+    # timm logs every download attempt; our own error reports it once, with what to do.
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         with offline_if_unreachable() if pretrained else nullcontext():
@@ -191,40 +187,11 @@ def _no_weights(name: str, error: Exception) -> str:
     )
 
 
-@contextmanager
-def offline_if_unreachable() -> Iterator[None]:
-    """Let the hub client look into its cache only where its host cannot be reached.
-
-    It would otherwise retry for most of a minute before it says so.
-    """
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not hub_reachable()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def hub_reachable(*, seconds: float = 3.0) -> bool:
-    """Whether the weights' host answers; taken for granted behind a proxy."""
-    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
-        return True
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname or "", port), timeout=seconds).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def initialise_layer_scale(net: nn.Module, value: float) -> None:
     """Set every untrained layer scale (parameters named gamma..., constant and tiny) to ``value``.
 
-    Blocks of EdgeNeXt and ConvNeXt start at 1e-6: harmless over 300 epochs with weights to keep
-    stable, but from scratch the blocks contribute nothing for the first thousands of steps.
+    timm starts them at 1e-6 for EdgeNeXt and ConvNeXt. That suits schedules of 300 epochs; in a
+    shorter training from scratch the blocks contribute nothing for the first thousands of steps.
     """
     for name, parameter in net.named_parameters():
         last = name.rsplit(".", 1)[-1]
@@ -234,68 +201,3 @@ def initialise_layer_scale(net: nn.Module, value: float) -> None:
             and float(parameter.detach().max()) <= 1e-4
         ):
             nn.init.constant_(parameter, value)
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read tensors from a .safetensors or torch file without running code from it.
-
-    Raises:
-        CheckpointError: missing, damaged, not a state dict, or a pickle with code inside.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"--weights: there is no file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(str(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch and safetensors raise half a dozen unrelated types for a damaged or hostile file.
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"--weights: {path} cannot be read as weights ({type(error).__name__}: {reason}). "
-            "Expected a .safetensors file or a torch state dict that loads with weights_only=True."
-        ) from error
-    for key in ("ema", "model", "state_dict", "state_dict_ema"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    tensors = (
-        {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
-        if isinstance(loaded, dict)
-        else {}
-    )
-    if not tensors:
-        raise CheckpointError(f"--weights: {path} holds no state dict.")
-    return tensors
-
-
-def load_weights(net: nn.Module, path: Path) -> None:
-    """Load backbone weights from a file; every parameter of the backbone must be found in it.
-
-    Accepts timm's names, CamoXpert checkpoints and the usual prefixes; the classifier of a
-    classification checkpoint is not needed and is left out.
-    """
-    own = net.state_dict()
-    source: dict[str, Tensor] = {}
-    for key, tensor in read_state_dict(path).items():
-        for prefix in ("module.", "_orig_mod.", "model.", "backbone.", "net.", "encoder."):
-            key = key.removeprefix(prefix)
-        source[next((name for name in _flattened(key) if name in own), key)] = tensor
-    missing = [name for name in own if name not in source]
-    wrong = [name for name in own if name in source and source[name].shape != own[name].shape]
-    if missing or wrong:
-        name = (missing or wrong)[0]
-        raise CheckpointError(
-            f"--weights: {path} does not fit this backbone: of {len(own)} tensors {len(missing)} "
-            f"are missing and {len(wrong)} have another shape (first: {name}). Is it the file of "
-            f"another backbone?"
-        )
-    net.load_state_dict({name: source[name] for name in own})
-
-
-def _flattened(key: str) -> list[str]:
-    """Spellings of a timm name: features_only turns the first dots into underscores."""
-    parts = key.split(".")
-    return [".".join(["_".join(parts[:n]), *parts[n:]]) for n in range(1, min(len(parts), 4) + 1)]

@@ -80,3 +80,8 @@ class CamoXpert(nn.Module):
     def level_names(self) -> tuple[str, ...]:
         """Name the routing records, in the order of ``ModelOutput.routing``."""
         return tuple(f"stride {stride}" for stride in reversed(STRIDES))
+
+
+def build_model(config: ModelConfig) -> CamoXpert:
+    """Build the network; raises ConfigError or CheckpointError for a user's mistake."""
+    return CamoXpert(config)

@@ -1,13 +1,12 @@
-"""Top-down decoder: at every level project, fuse with the level above, mixture of experts, side
-head.
+"""Top-down decoder; every level projects, fuses with the level above, mixes experts and predicts.
 
 Shape letters: B batch, C channels, H height, W width; levels are ordered strides 4, 8, 16, 32.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,7 @@ from camoxpert.models.router import Routing
 
 
 class Fuse(nn.Module):
-    """Join a level with the one above it: concatenate, mix channels, filter 3x3."""
+    """Join a level with the one above it: concatenate, mix channels, 3x3 filter."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -31,7 +30,8 @@ class Fuse(nn.Module):
         """Return (B, C, H, W) at the lateral's size; ``above`` is resized to it."""
         above = resize(above_BCHW, lateral_BCHW.shape[-2:])
         h = self.enter(torch.cat([lateral_BCHW, above], 1))
-        return lateral_BCHW + above + self.leave(nn.functional.gelu(self.filter(self.norm(h))))
+        y: Tensor = lateral_BCHW + above + self.leave(F.gelu(self.filter(self.norm(h))))
+        return y
 
 
 class Level(nn.Module):
@@ -77,7 +77,7 @@ class Level(nn.Module):
 class DetailHead(nn.Module):
     """The final logits at stride 2: decoder features joined with a thin branch on the image itself.
 
-    A stride-4 mask cannot follow legs and antennae; two cheap convolutions at stride 2 can.
+    A mask at stride 4 cannot follow legs and antennae; two cheap convolutions at stride 2 can.
     """
 
     def __init__(self, width: int, detail: int) -> None:
@@ -99,7 +99,8 @@ class DetailHead(nn.Module):
         """Return logits (B, 1, H/2, W/2) for normalised images (B, 3, H, W)."""
         stem = self.stem(images_BCHW)
         decoded = resize(self.reduce(x_BCHW), stem.shape[-2:])
-        return self.head(self.mix(torch.cat([stem, decoded], 1)))
+        logits: Tensor = self.head(self.mix(torch.cat([stem, decoded], 1)))
+        return logits
 
 
 class Decoder(nn.Module):
@@ -132,6 +133,7 @@ class Decoder(nn.Module):
             logits (B, 1, H, W); side logits from stride 32 to stride 4, each at its own size;
             routing records in the same order.
         """
+        # ModuleList does not know the type of its elements.
         levels: list[Level] = list(reversed(self.levels))  # type: ignore[arg-type]
         laterals = [
             level.lateral(feature)
@@ -157,13 +159,16 @@ class Decoder(nn.Module):
     def _route(
         self, levels: Sequence[Level], laterals: Sequence[Tensor]
     ) -> tuple[list[Routing | None], list[Counts]]:
-        """Decide all levels at once where the features allow it, and read the counts in one
-        sync."""
-        nothing: list[Any] = [None] * len(levels)
+        """Route all levels at once if they route on lateral features; read all counts in one sync.
+
+        Returns:
+            routing and counts of every level; None is left to the level itself.
+        """
+        nothing: list[None] = [None] * len(levels)
         if self.routing != "lateral":
-            return nothing, nothing
+            return list(nothing), list(nothing)
         decided = [level.moe.router(x) for level, x in zip(levels, laterals, strict=True)]
         if any(level.moe.dispatch != "sorted" for level in levels):
-            return decided, nothing
+            return decided, list(nothing)
         num_experts = len(levels[0].moe.experts)
         return decided, list(read_counts([r.experts_BK for r in decided], num_experts))

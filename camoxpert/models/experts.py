@@ -1,8 +1,8 @@
-"""The seven specialist experts: each looks at the same features through another operator.
+"""The seven specialist experts: each applies another operator to the same features.
 
 Every expert maps (B, C, H, W) to (B, C, H, W), costs time linear in the number of pixels, accepts
-any size from 1x1 up and a batch of zero samples (an idle expert still runs, so that every rank of a
-distributed run executes the same program). Shape letters: B batch, C width, D hidden width, H
+any size from 1x1 up and a batch of zero samples: an idle expert still runs, so that every rank of a
+distributed run executes the same program. Shape letters: B batch, C width, D hidden width, H
 height, W width in pixels, N pixels.
 """
 
@@ -47,7 +47,8 @@ class TextureExpert(nn.Module):
         # uninitialised memory for channels-last inputs, which the norm's output is.
         packed = h.contiguous()
         responses = sum(conv(packed) for conv in self.filters)
-        return self.leave(F.gelu(responses + self.statistics(torch.cat([mean, deviation], 1))))
+        y: Tensor = self.leave(F.gelu(responses + self.statistics(torch.cat([mean, deviation], 1))))
+        return y
 
 
 class AttentionExpert(nn.Module):
@@ -76,11 +77,12 @@ class AttentionExpert(nn.Module):
         key_BhDN = F.normalize(key.reshape(shape).float(), dim=-1)
         attention_BhDD = (query_BhDN @ key_BhDN.transpose(-1, -2)) * self.temperature
         attended = attention_BhDD.softmax(-1).to(value.dtype) @ value.reshape(shape)
-        return self.leave(attended.reshape_as(value))
+        y: Tensor = self.leave(attended.reshape_as(value))
+        return y
 
 
 class HybridExpert(nn.Module):
-    """Local detail and global reach: a 3x3 filter beside long row and column strips."""
+    """Local detail and global context: a 3x3 filter beside long row and column strips."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -92,18 +94,18 @@ class HybridExpert(nn.Module):
         self.leave = pointwise(hidden, width)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return local features gated by their far surroundings, (B, C, H, W)."""
+        """Return local features gated by their wide surroundings, (B, C, H, W)."""
         h = self.enter(x_BCHW)
         reach = self.column(self.row(h)) + h.mean((2, 3), keepdim=True)
-        return self.leave(F.gelu(self.local(h)) * torch.sigmoid(self.gate(reach)) + reach)
+        y: Tensor = self.leave(F.gelu(self.local(h)) * torch.sigmoid(self.gate(reach)) + reach)
+        return y
 
 
 class FrequencyExpert(nn.Module):
-    """A band split with fixed binomial low-pass filters: low, middle and high bands, each mixed
-    alone.
+    """Low, middle and high bands from fixed binomial low-pass filters, each filtered on its own.
 
     The bands add up to the input exactly (a Laplacian pyramid without decimation; Burt and Adelson,
-    1983). A learned gain per channel and band lets the expert listen to a part of the spectrum.
+    1983). A learned gain per channel and band lets the expert choose a part of the spectrum.
     """
 
     kernel_hw: Tensor
@@ -126,10 +128,11 @@ class FrequencyExpert(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return features of the re-weighted bands, (B, C, H, W)."""
         bands = self.split(self.enter(x_BCHW))
-        heard = [
+        weighted = [
             conv(band * gain) for conv, band, gain in zip(self.bands, bands, self.gain, strict=True)
         ]
-        return self.leave(torch.cat(heard, 1))
+        y: Tensor = self.leave(torch.cat(weighted, 1))
+        return y
 
 
 class EdgeExpert(nn.Module):
@@ -160,7 +163,8 @@ class EdgeExpert(nn.Module):
         """Return features of the outlines, (B, C, H, W)."""
         h = self.enter(x_BCHW)
         magnitude, laplacian = self.edges(h)
-        return self.leave(torch.cat([self.refine(h), magnitude, laplacian], 1))
+        y: Tensor = self.leave(torch.cat([self.refine(h), magnitude, laplacian], 1))
+        return y
 
 
 class SemanticExpert(nn.Module):
@@ -185,11 +189,12 @@ class SemanticExpert(nn.Module):
             resize(cell(F.adaptive_avg_pool2d(h, grid)), h.shape[-2:])
             for grid, cell in zip(self.grids, self.cells, strict=True)
         ]
-        return self.leave(torch.cat([self.refine(h), *context], 1))
+        y: Tensor = self.leave(torch.cat([self.refine(h), *context], 1))
+        return y
 
 
 class ContrastExpert(nn.Module):
-    """Centre against surround: every feature minus its local mean at three window sizes.
+    """Centre minus surround: every feature minus its local mean at three window sizes.
 
     Source: Itti, Koch and Niebur, PAMI 1998 (centre-surround differences).
     """
@@ -208,7 +213,8 @@ class ContrastExpert(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return features of local contrast, (B, C, H, W)."""
         h = self.enter(x_BCHW)
-        return self.leave(torch.cat([self.refine(h), *self.differences(h)], 1))
+        y: Tensor = self.leave(torch.cat([self.refine(h), *self.differences(h)], 1))
+        return y
 
 
 EXPERTS: dict[str, Callable[[int, int], nn.Module]] = {

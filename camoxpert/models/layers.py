@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of every pixel: the same for any batch size and image size."""
+    """Layer norm over the channels of every pixel; independent of batch size and image size."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -18,20 +18,20 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalise (B, C, H, W) over C; the shape stays."""
-        # In float32, as autocast does by itself on CUDA only: the CPU kernel sums the gradients of
-        # weight and bias over all pixels in the input's type, and bf16 loses a tenth of them.
+        # In float32, which autocast does by itself only on CUDA: the CPU kernel sums the gradients
+        # of weight and bias over all pixels in the input's type, and bf16 loses a tenth of them.
         x_BHWC = x_BCHW.permute(0, 2, 3, 1).float()
         x_BHWC = F.layer_norm(x_BHWC, (x_BHWC.shape[-1],), self.weight, self.bias, eps=1e-6)
         return x_BHWC.permute(0, 3, 1, 2)
 
 
 def pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
-    """1x1 convolution: mixes channels, pixel by pixel."""
+    """Return a 1x1 convolution: mixes channels, pixel by pixel."""
     return nn.Conv2d(channels_in, channels_out, 1)
 
 
 def depthwise(channels: int, kernel: int | tuple[int, int] = 3, *, dilation: int = 1) -> nn.Conv2d:
-    """Per-channel convolution that keeps the size; odd kernels."""
+    """Return a per-channel convolution that keeps the size; odd kernels."""
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = (height // 2 * dilation, width // 2 * dilation)
     return nn.Conv2d(
@@ -40,7 +40,7 @@ def depthwise(channels: int, kernel: int | tuple[int, int] = 3, *, dilation: int
 
 
 def mix(channels_in: int, channels_out: int) -> nn.Sequential:
-    """Pointwise convolution, norm and activation."""
+    """Return pointwise convolution, norm and activation."""
     return nn.Sequential(pointwise(channels_in, channels_out), LayerNorm2d(channels_out), nn.GELU())
 
 
@@ -58,14 +58,14 @@ def fixed_depthwise(x_BCHW: Tensor, kernel_hw: Tensor, *, dilation: int = 1) -> 
 
 
 def local_mean(x_BCHW: Tensor, size: int) -> Tensor:
-    """Mean over a size x size window (odd), counting only pixels inside the image."""
+    """Return the mean over a size x size window (odd), counting only pixels inside the image."""
     half = size // 2
     rows = F.avg_pool2d(x_BCHW, (size, 1), 1, (half, 0), count_include_pad=False)
     return F.avg_pool2d(rows, (1, size), 1, (0, half), count_include_pad=False)
 
 
 def resize(x_BCHW: Tensor, size_hw: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear resize to (H, W), pixel centres aligned (align_corners=False)."""
+    """Resize bilinearly to (H, W), pixel centres aligned (align_corners=False)."""
     if tuple(x_BCHW.shape[-2:]) == tuple(size_hw):
         return x_BCHW
     return F.interpolate(x_BCHW, size=tuple(size_hw), mode="bilinear", align_corners=False)

@@ -1,17 +1,16 @@
-"""The mixture-of-experts block and its dispatch back ends, which must agree in every output and
+"""The mixture-of-experts block and its four dispatch back ends, which agree in every output and
 gradient.
 
-A back end takes the experts, the features x_BCHW, the routing decision and, where the caller has
-read them already, the number of images of every expert; it returns ``sum_k gates_BK[:, k] *
-expert[experts_BK[:, k]](x)`` for every image. Shape letters: B batch, C width, H height, W width in
-pixels, E experts, K experts per image.
+All back ends have one signature, ``Dispatch``: the experts, the features x_BCHW, the routing
+decision, and the number of images of every expert if the caller has read it already. They return
+``sum_k gates_BK[:, k] * expert[experts_BK[:, k]](x)`` for every image. Shape letters: B batch, C
+width, H height, W width in pixels, E experts, K experts per image.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from camoxpert.errors import ConfigError
 from camoxpert.models.experts import EXPERTS, expert_kinds
@@ -21,72 +20,57 @@ from camoxpert.models.stacked import UniformExperts
 
 Experts = nn.ModuleList | UniformExperts
 Counts = Sequence[int] | None
-Dispatch = Callable[[Experts, Tensor, Tensor, Tensor, Counts], Tensor]
+Dispatch = Callable[[Experts, Tensor, Routing, Counts], Tensor]
 
 
-def dispatch_loop(
-    experts: Experts,
-    x_BCHW: Tensor,
-    gates_BK: Tensor,
-    experts_BK: Tensor,
-    counts: Counts = None,
-) -> Tensor:
+def dispatch_loop(experts: Experts, x_BCHW: Tensor, routing: Routing, counts: Counts) -> Tensor:
     """Reference: one expert call and one host sync per (image, choice).
 
-    The slow code this project exists to replace; kept because it is obviously right.
+    This is the slow code that the project replaces; it is kept because it is obviously right.
     """
     images = []
     for b in range(x_BCHW.shape[0]):
         mixed = torch.zeros_like(x_BCHW[b : b + 1])
-        for k in range(experts_BK.shape[1]):
-            expert = experts[int(experts_BK[b, k])]
-            mixed = mixed + gates_BK[b, k].to(x_BCHW.dtype) * expert(x_BCHW[b : b + 1])
+        for k in range(routing.experts_BK.shape[1]):
+            expert = experts[int(routing.experts_BK[b, k])]
+            gate = routing.gates_BK[b, k].to(x_BCHW.dtype)
+            mixed = mixed + gate * expert(x_BCHW[b : b + 1])
         images.append(mixed)
     if not images:
         return torch.zeros_like(x_BCHW)
-    # A zero-sample call touches the experts nobody chose: their gradient is zero, not missing.
+    # A zero-sample call includes the experts that no image chose: their gradient is zero, not
+    # missing.
     idle = sum(expert(x_BCHW[:0]).sum() for expert in _each(experts))
     return torch.cat(images) + idle
 
 
-def dispatch_sorted(
-    experts: Experts,
-    x_BCHW: Tensor,
-    gates_BK: Tensor,
-    experts_BK: Tensor,
-    counts: Counts = None,
-) -> Tensor:
+def dispatch_sorted(experts: Experts, x_BCHW: Tensor, routing: Routing, counts: Counts) -> Tensor:
     """Each expert once, on the contiguous slice of images that chose it; one host sync at most.
 
     A stable sort of the (image, choice) pairs by expert makes the slices; their lengths are the
     only numbers the host needs, and none if the caller gives them. Idle experts run on zero
     samples.
     """
-    top_k = experts_BK.shape[1]
-    flat = experts_BK.reshape(-1)
+    flat = routing.experts_BK.reshape(-1)
     order = flat.argsort(stable=True)
     if counts is None:
-        counts = read_counts([experts_BK], len(experts))[0]
-    images = order.div(top_k, rounding_mode="floor")
+        counts = read_counts([routing.experts_BK], len(experts))[0]
+    images = order.div(routing.experts_BK.shape[1], rounding_mode="floor")
     slices = x_BCHW.index_select(0, images).split(list(counts))
     outputs = torch.cat([expert(part) for expert, part in zip(_each(experts), slices, strict=True)])
-    weights = gates_BK.reshape(-1).index_select(0, order).to(outputs.dtype)
+    weights = routing.gates_BK.reshape(-1).index_select(0, order).to(outputs.dtype)
     mixed = torch.zeros_like(x_BCHW, dtype=outputs.dtype)
     return mixed.index_add(0, images, outputs * weights[:, None, None, None])
 
 
-def dispatch_dense(
-    experts: Experts,
-    x_BCHW: Tensor,
-    gates_BK: Tensor,
-    experts_BK: Tensor,
-    counts: Counts = None,
-) -> Tensor:
+def dispatch_dense(experts: Experts, x_BCHW: Tensor, routing: Routing, counts: Counts) -> Tensor:
     """Every expert on every image, gates of 0 where it was not chosen: no sort, no host sync.
 
     E / K times the work, and the only form that exports with a free batch size.
     """
-    gates_BE = gates_BK.new_zeros(gates_BK.shape[0], len(experts)).scatter(1, experts_BK, gates_BK)
+    gates_BK = routing.gates_BK
+    empty_BE = gates_BK.new_zeros(gates_BK.shape[0], len(experts))
+    gates_BE = empty_BE.scatter(1, routing.experts_BK, gates_BK)
     total: Tensor | None = None
     for index, expert in enumerate(_each(experts)):
         y = expert(x_BCHW)
@@ -96,13 +80,7 @@ def dispatch_dense(
     return total
 
 
-def dispatch_gathered(
-    experts: Experts,
-    x_BCHW: Tensor,
-    gates_BK: Tensor,
-    experts_BK: Tensor,
-    counts: Counts = None,
-) -> Tensor:
+def dispatch_gathered(experts: Experts, x_BCHW: Tensor, routing: Routing, counts: Counts) -> Tensor:
     """Each image with its own gathered weights: no sort, no host sync, one program.
 
     Raises:
@@ -112,7 +90,8 @@ def dispatch_gathered(
         raise ConfigError(
             "Dispatch `gathered` needs like experts in stacked weights: --expert-family uniform."
         )
-    return experts.gathered(x_BCHW, gates_BK, experts_BK)
+    mixture: Tensor = experts(x_BCHW, routing.gates_BK, routing.experts_BK)
+    return mixture
 
 
 def _each(experts: Experts) -> list[Callable[[Tensor], Tensor]]:
@@ -120,14 +99,7 @@ def _each(experts: Experts) -> list[Callable[[Tensor], Tensor]]:
 
 
 def read_counts(experts_BK: Sequence[Tensor], num_experts: int) -> list[list[int]]:
-    """Read how many images chose each expert, for several routing decisions in ONE host sync.
-
-    Tensors without values, with which memory is predicted, choose every expert equally often.
-    """
-    if isinstance(experts_BK[0], FakeTensor):
-        pairs = experts_BK[0].numel()
-        even = [(pairs + index) // num_experts for index in range(num_experts)]
-        return [even] * len(experts_BK)
+    """Read how many images chose each expert, for several routing decisions in ONE host sync."""
     offsets = torch.arange(len(experts_BK), device=experts_BK[0].device) * num_experts
     shifted = [
         chosen.reshape(-1) + offset for chosen, offset in zip(experts_BK, offsets, strict=True)
@@ -152,7 +124,7 @@ DISPATCH: dict[str, Dispatch] = {
 def choose_dispatch(
     name: str, *, family: str = "specialist", num_experts: int = 2, top_k: int = 1
 ) -> tuple[str, str]:
-    """Resolve ``auto``; return the back end's name and one sentence that says why."""
+    """Resolve ``auto``; return the back end's name and the reason."""
     if name != "auto":
         return name, "as asked"
     if num_experts == top_k:
@@ -174,9 +146,8 @@ class MoE(nn.Module):
         kinds: specialist kinds in order, repeated up to E; empty means all seven.
         expansion: hidden width of an expert over C.
         dispatch: name of the back end, or "auto".
-        shared: kind of an expert that every image uses beside the chosen ones, or "". What all
-            images need is then learned from all of them (Dai et al., DeepSeekMoE, ACL 2024,
-            section 3.2).
+        shared: kind of an expert that every image uses beside the chosen ones, or "". It learns
+            what all images need from all of them (Dai et al., DeepSeekMoE, ACL 2024, section 3.2).
     """
 
     def __init__(
@@ -227,8 +198,8 @@ class MoE(nn.Module):
 
         Args:
             x_BCHW: features (B, C, H, W).
-            routing: decided already; None routes on ``x_BCHW``.
-            counts: images per expert, where the caller has read them.
+            routing: the decision if it was made before; None routes on ``x_BCHW``.
+            counts: images per expert, if the caller has read them.
 
         Returns:
             x + mixture, (B, C, H, W); the routing.
@@ -237,8 +208,7 @@ class MoE(nn.Module):
             # Routed on the raw features: the norm would hide how strongly they respond.
             routing = self.router(x_BCHW)
         h = self.norm(x_BCHW)
-        dispatch = DISPATCH[self.dispatch]
-        mixture = dispatch(self.experts, h, routing.gates_BK, routing.experts_BK, counts)
+        mixture = DISPATCH[self.dispatch](self.experts, h, routing, counts)
         if self.shared is not None:
             mixture = mixture + self.shared(h)
         return x_BCHW + mixture, routing

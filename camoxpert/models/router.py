@@ -1,4 +1,4 @@
-"""The gate: which experts see which image, decided from the image's own features.
+"""The gate: which experts an image uses, decided from its own features.
 
 Shape letters: B batch, C channels, E experts, K experts chosen per image.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Routing(NamedTuple):
-    """What one MoE level decided for a batch; everything auxiliary losses and reports need.
+    """The decision of one MoE level for a batch: all that auxiliary losses and reports need.
 
     Attributes:
         logits_BE: gate logits, float32.
@@ -44,10 +44,11 @@ class Router(nn.Module):
         self.norm = nn.LayerNorm(2 * channels)
         self.hidden = nn.Linear(2 * channels, hidden)
         self.gate = nn.Linear(hidden, num_experts)
-        # Nearly uniform at first, so that no expert starves before it has learned anything.
+        # Nearly uniform at first: otherwise an expert may get no image before it has learned
+        # anything.
         nn.init.normal_(self.gate.weight, std=0.02)
         nn.init.zeros_(self.gate.bias)
-        # Added to the probabilities when experts are chosen, never to their weights; it moves only
+        # Added to the probabilities when experts are chosen, never to the gates; it changes only
         # with ``optim.router_bias_rate`` (Wang et al., Auxiliary-Loss-Free Load Balancing, 2024).
         self.register_buffer("bias_E", torch.zeros(num_experts))
 
@@ -63,7 +64,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def move_bias(self, counts_E: Tensor, rate: float | Tensor) -> None:
-        """Make experts with fewer choices than the mean more likely to be chosen, the others less.
+        """Make experts chosen less often than the mean more likely to be chosen, the others less.
 
         Args:
             counts_E: choices of the last optimizer step.

@@ -1,9 +1,10 @@
-"""Like experts in stacked weights: one tensor per layer holds all experts, so that an image's
-weights can be gathered and no host ever asks which expert it uses.
+"""Like experts in stacked weights: one tensor per layer holds all experts. So the weights of an
+image's experts can be gathered, and the host never needs to know which ones it uses.
 
-Every expert is pointwise -> depthwise -> pointwise; experts differ in the receptive field of the
-depthwise filter: a mask over one kernel size keeps the taps that are theirs. Shape letters: B
-batch, C width, D hidden width, E experts, H height, W width in pixels, K experts per image.
+Every expert is pointwise -> depthwise -> pointwise. Experts differ in the receptive field of the
+depthwise filter: all kernels have the same size, and a mask keeps the taps of each expert. Shape
+letters: B batch, C width, D hidden width, E experts, H height, W width in pixels, K experts per
+image.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,14 +37,14 @@ FIELDS = {
     "5x5": _field(tuple(range(-2, 3)), tuple(range(-2, 3))),
     "7x7": _field(LINE, LINE),
 }
-"""Receptive fields by name, in the order in which experts get them; repeated as needed."""
+"""Receptive fields by name, assigned to the experts in this order and repeated as needed."""
 
 
 class UniformExperts(nn.Module):
     """E experts in stacked weights.
 
     Behaves like a list of experts (``len``, index, iteration) for the back ends that call them one
-    by one, and offers ``gathered`` for the one that does not.
+    by one; ``forward`` serves the one that does not.
 
     Args:
         count: experts E.
@@ -66,7 +67,7 @@ class UniformExperts(nn.Module):
         self.filter_bias_ED = nn.Parameter(torch.zeros(count, hidden))
         self.leave_ECD = nn.Parameter(torch.empty(count, width, hidden))
         self.leave_bias_EC = nn.Parameter(torch.zeros(count, width))
-        # As nn.Conv2d would start each of them: uniform, 1 / sqrt(inputs).
+        # As nn.Conv2d initialises each of them: uniform, 1 / sqrt(inputs).
         taps_E = self.masks_EHW.sum((1, 2))
         nn.init.uniform_(self.enter_EDC, -(width**-0.5), width**-0.5)
         nn.init.uniform_(self.leave_ECD, -(hidden**-0.5), hidden**-0.5)
@@ -95,13 +96,13 @@ class UniformExperts(nn.Module):
         h = F.conv2d(h, kernel, self.filter_bias_ED[index], padding=KERNEL // 2, groups=hidden)
         return F.conv2d(F.gelu(h), leave, self.leave_bias_EC[index])
 
-    def gathered(self, x_BCHW: Tensor, gates_BK: Tensor, experts_BK: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, gates_BK: Tensor, experts_BK: Tensor) -> Tensor:
         """Return the gated sum of every image's own experts, (B, C, H, W).
 
         The weights of the chosen experts are gathered per image; both pointwise layers become one
         batched product each, over the K experts of an image at once, and the depthwise layer one
-        grouped convolution. Nothing depends on what was chosen but the numbers: no host sync, no
-        graph break, the same program for any routing.
+        grouped convolution. Shapes do not depend on the choice: no host sync, no graph break, the
+        same program for any routing.
         """
         batch, width, height, columns = x_BCHW.shape
         top_k, hidden = experts_BK.shape[1], self.enter_EDC.shape[1]

@@ -18,6 +18,7 @@ from camoxpert.config import changed_settings, config_from_dict, get_setting, le
 from camoxpert.errors import ConfigError
 from camoxpert.pages import plots
 from camoxpert.pages.page import write_html
+from camoxpert.pages.scored import run_results
 from camoxpert.pages.tables import LOWER_IS_BETTER
 from camoxpert.runs.log import read_jsonl
 
@@ -40,8 +41,7 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run folder; parts that are missing become a sentence."""
     info = _json(run_dir / "run.json")
     records = read_jsonl(run_dir / "metrics.jsonl")
-    results = [_json(path) for path in sorted((run_dir / "evaluation").glob("*.json"))]
-    results = [r for r in results if r.get("scores")]
+    results = run_results(run_dir)
     sections = [
         _header(run_dir, info, records, results),
         _scores(results, records),

@@ -1,7 +1,6 @@
 """Score tables as text, Markdown, LaTeX and CSV, from plain values.
 
-A row is {"dataset", "method", "num_images", "scores": {measure: value}} with fractions (HCE: a
-count); the best value of each data set and measure is marked where the format can.
+The best value of each data set and measure is marked where the format can.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from camoxpert.text import table
 
 LOWER_IS_BETTER = ("MAE", "BER", "HCE")
 LATEX_NAMES = {
@@ -32,6 +33,8 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
 }
 
 Row = Mapping[str, Any]
+"""``dataset``, ``method``, ``num_images``, ``scores`` (measure -> fraction; HCE: a count) and maybe
+``intervals`` (measure -> two ends)."""
 
 
 def format_value(key: str, value: float | None) -> str:
@@ -69,8 +72,8 @@ def text_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
             for line in cells
         ]
     head = ["data set", "method", "images", *(f"{key} " if starred else key for key in keys)]
-    lines = _aligned([head, *cells])
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    first, *rest = table([head, *cells], left=2).splitlines()
+    return "\n".join([first, "-" * len(first), *rest])
 
 
 def markdown_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
@@ -130,25 +133,6 @@ def escape_latex(text: str) -> str:
     return "".join(SPECIAL.get(character, character) for character in text)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lay cells out in columns: the first to the left, the others to the right."""
-    return "\n".join(_aligned(rows))
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = {0, 1} if rows[0][:2] == ["data set", "method"] else {0}
-    return [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        if rows
-        else ""
-        for row in rows
-    ]
-
-
 def _cells(
     rows: Sequence[Row],
     keys: Sequence[str],
@@ -169,3 +153,11 @@ def _cells(
 
 def _escape_markdown(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+
+
+FORMATS: Mapping[str, Callable[[Sequence[Row], Sequence[str]], str]] = {
+    "text": text_table,
+    "markdown": markdown_table,
+    "latex": latex_table,
+    "csv": csv_table,
+}

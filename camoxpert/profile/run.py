@@ -1,223 +1,247 @@
-"""``profile``: the training step of a user's own command, on their machine, taken apart."""
+"""``profile``: the training step of a user's own command, on their machine, by component."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 
-from camoxpert.benchmark.common import heading
-from camoxpert.benchmark.moe import device_name
+from camoxpert import console, text
+from camoxpert.benchmark.common import Report, heading, show_table
 from camoxpert.data.loader import Batches, finish
 from camoxpert.data.samples.batches import Batch, RawBatch
-from camoxpert.profile.regions import ComponentTimer, Workload, advice, diagnose, text_rows
+from camoxpert.profile.diagnose import Advice, Workload, advice, diagnose
+from camoxpert.profile.regions import ComponentTimer, watched
 from camoxpert.profile.syncs import SyncCounter
-from camoxpert.training import step as training_step
-from camoxpert.training import trainer
-from camoxpert.training.meters import RoutingMeter
+from camoxpert.runtime.device import device_name, wait_for
+from camoxpert.runtime.regions import listening
 from camoxpert.training.optim import set_lr
-from camoxpert.training.prepare import Setup, training_loader
+from camoxpert.training.run import Run
+from camoxpert.training.stages import set_trainable, training_loader
+from camoxpert.training.step import train_step
 
-ORDER = ("data wait", "copy", "augment", "backbone", "router")
-LATER = ("decoder", "heads", "loss", "backward", "clip", "optimizer", "EMA", "other")
+FIRST = ("data wait", "copy", "augment", "backbone", "router")
+LAST = ("decoder", "heads", "loss", "backward", "backward: recomputed", "clip", "optimizer", "EMA",
+        "other")  # fmt: skip
 
 
-def run(
-    setup: Setup, *, steps: int = 10, trace: Path | None = None, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Profile; return the content of the JSON file. The weights change, nothing is saved.
+class TrainingStep:
+    """The last stage's step of a prepared run: the weights change, nothing is saved.
+
+    Everything that the profile uses of the training is in here.
+    """
+
+    def __init__(self, run: Run) -> None:
+        stage = run.plan.stages[-1]
+        set_trainable(run, stage, stage.first_epoch + stage.epochs - 1)
+        run.model.set_active_experts(run.config.model.top_k)
+        set_lr(run.optimizer, 1e-6)
+        self.run = run
+        self.device = run.device
+        self.images = stage.batch_size
+        self.loader = training_loader(run, stage.batch_size)
+        self.batches = _full_batches(self.loader)
+
+    def take(self, batch: Batch) -> None:
+        """Take one optimizer step."""
+        train_step(self.run, [batch.to(self.device)])
+
+    def receive(self, batch: Batch | RawBatch) -> Batch:
+        """Return the batch on the device, changed there if it is raw."""
+        return finish(self.loader, batch, self.device)
+
+    def fetch(self) -> Batch:
+        """Wait for the next batch."""
+        return self.receive(next(self.batches))
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        wait_for(self.device)
+
+    def close(self) -> None:
+        """End the data workers."""
+        self.loader.close()
+
+
+@dataclass(frozen=True)
+class Times:
+    """Where the time of a step goes.
+
+    Attributes:
+        components: seconds per component, on the device's clock if it has one.
+        host: seconds of a step on the host.
+        plain: median seconds of a step on a preloaded batch, without the timer.
+        cost: share of a step that the timer adds.
+    """
+
+    components: dict[str, float]
+    host: float
+    plain: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The figures of a profile, as they are written to JSON.
+
+    Attributes:
+        milliseconds: per component; they add up to ``step_milliseconds``.
+        host_milliseconds: of a step on the host's clock.
+        gmacs: 1e9 multiply-adds of one image's forward pass.
+        peak_tflops: 1e12 operations per second of a large matrix product on this device.
+        model_flops_utilisation: share of that peak that three forward passes per step reach.
+        interventions_milliseconds: median step as it is, with preloaded data, with twice the
+            images.
+        timer_cost: share of a step that the timer adds.
+    """
+
+    milliseconds: dict[str, float]
+    step_milliseconds: float
+    host_milliseconds: float
+    images_per_second: float
+    parameters: int
+    gmacs: float
+    peak_tflops: float
+    model_flops_utilisation: float
+    host_syncs: int
+    operators: int
+    verdict: str
+    evidence: str
+    interventions_milliseconds: dict[str, float]
+    advice: list[Advice]
+    timer_cost: float
+
+
+def run(prepared: Run, *, steps: int = 10, trace: Path | None = None) -> Report:
+    """Profile, print, and return the content of the JSON file; the weights change.
 
     Args:
-        setup: as for training.
+        prepared: a run that was prepared as for training.
         steps: timed steps.
         trace: also write a trace of three steps for chrome://tracing or Perfetto.
-        say: prints a line.
     """
-    model = setup.model
-    stage = setup.plan.stages[-1]
-    trainer.set_trainable(setup, stage, stage.first_epoch + stage.epochs - 1)
-    model.set_active_experts(setup.config.model.top_k)
-    set_lr(setup.optimizer, 1e-6)
-    loader = training_loader(setup, stage.batch_size)
-    batches = _endless(loader)
-
-    def receive(batch: Batch | RawBatch) -> Batch:
-        return finish(loader, batch, setup.device)
-
-    meter = RoutingMeter(model.level_names(), model.moe_levels[0].kinds)
+    step = TrainingStep(prepared)
     try:
-        result = _measure(setup, batches, receive, meter, steps, trace, say)
+        for _ in range(3):
+            step.take(step.fetch())
+        step.wait()
+        kept = step.fetch()
+        with SyncCounter() as counter:
+            step.take(kept)
+        times = measure(step, kept, steps)
+        profile = judge(step, times, counter, rounds=max(3, steps // 2))
+        show(profile, step)
+        if trace is not None:
+            write_trace(trace, prepared.device, lambda: step.take(kept))
+            console.say(f"trace of three steps: {trace} (chrome://tracing, ui.perfetto.dev)")
     finally:
-        loader.close()
-    return result
+        step.close()
+    settings = {
+        "backbone": prepared.config.model.backbone,
+        "img_size": prepared.config.data.img_size,
+        "batch_size": step.images,
+        "num_workers": prepared.data.loading.num_workers,
+        "precision": prepared.precision.name,
+        "steps": steps,
+        "device": device_name(prepared.device),
+    }
+    return heading("profile", settings) | asdict(profile)
 
 
-def _measure(
-    setup: Setup,
-    batches: Iterator[Batch | RawBatch],
-    receive: Callable[[Batch | RawBatch], Batch],
-    meter: RoutingMeter,
-    steps: int,
-    trace: Path | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    device, stage = setup.device, setup.plan.stages[-1]
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def step(batch: Batch) -> None:
-        training_step.train_step(setup, [batch.to(device)], meter)
-
-    def fetch() -> Batch:
-        return receive(next(batches))
-
-    for _ in range(3):
-        step(fetch())
-    wait()
-    kept = fetch()
-    with SyncCounter() as counter:
-        step(kept)
-
-    timer, spare = ComponentTimer(device), ComponentTimer(device)
+def measure(step: TrainingStep, kept: Batch, steps: int) -> Times:
+    """Time steps by component, and steps with and without the timer on a preloaded batch."""
+    timer, spare = ComponentTimer(step.device), ComponentTimer(step.device)
     plain: list[float] = []
     timed: list[float] = []
+    model = step.run.model
     for _ in range(steps):
-        # With and without the timer in turns: its own cost is part of the answer.
+        # With and without the timer in turns: its own cost is part of the result.
         started = time.perf_counter()
-        step(kept)
-        wait()
+        step.take(kept)
+        step.wait()
         plain.append(time.perf_counter() - started)
-        with instrumented(setup, timer), timer.step():
+        with watched(model, timer), timer.step():
             with timer.region("data wait"):
-                batch = next(batches)
-            # A raw batch is changed where it arrives.
+                batch = next(step.batches)
+            # A raw batch is changed on the device.
             with timer.region("augment" if isinstance(batch, RawBatch) else "copy"):
-                arrived = receive(batch)
-            training_step.train_step(setup, [arrived], meter)
-            wait()
-        with instrumented(setup, spare):
+                arrived = step.receive(batch)
+            step.take(arrived)
+            step.wait()
+        with watched(model, spare):
             started = time.perf_counter()
             with spare.step():
-                step(kept)
-                wait()
+                step.take(kept)
+                step.wait()
             timed.append(time.perf_counter() - started)
-    cost = statistics.median(timed) / statistics.median(plain) - 1
-
-    table = timer.table(device=device.type == "cuda")
-    experts = [name for name in table if name.startswith("expert")]
-    order = [*ORDER, *sorted(experts), *LATER]
-    images = stage.batch_size
-    peak = arithmetic_peak(device, setup.precision.dtype)
-    use = 3 * 2e9 * setup.gmacs * images / statistics.median(plain) / peak
-    workload = Workload(fetch, step, _doubled, wait)
-    diagnosis = diagnose(workload, rounds=max(3, steps // 2), syncs=counter.syncs, utilisation=use)
-    suggestions = advice(
-        diagnosis,
-        table,
-        batch_size=images,
-        num_workers=setup.data.num_workers,
-        accelerator=device.type == "cuda",
+    return Times(
+        components=timer.table(device=step.device.type == "cuda"),
+        host=sum(timer.table().values()),
+        plain=statistics.median(plain),
+        cost=statistics.median(timed) / statistics.median(plain) - 1,
     )
 
-    say(f"one training step, {images} images of {setup.config.data.img_size} px:")
-    for line in text_rows(table, order):
-        say(f"  {line}")
-    host = sum(timer.table().values())
-    say(
-        f"{setup.parameters / 1e6:.2f} M parameters, {setup.gmacs:.2f} GMACs an image; "
-        f"{images / diagnosis.seconds:.1f} images/s; {use:.1%} of the {peak / 1e12:.2f} TFLOP/s "
-        "that a matrix product reaches here"
-    )
-    say(f"{counter.syncs} host syncs and {counter.operators} operators in a step")
-    say(f"{diagnosis.verdict}-bound: {diagnosis.evidence}")
-    for gain, text in suggestions:
-        say(f"  up to {gain:.2f} times as fast: {text}")
-    if not suggestions:
-        say("  nothing to gain from data, batch size or EMA")
-    say(f"the timer itself costs {max(cost, 0):.1%} of a step")
-    if trace is not None:
-        write_trace(trace, device, lambda: step(kept))
-        say(f"trace of three steps: {trace} (chrome://tracing, ui.perfetto.dev)")
-    settings = {
-        "backbone": setup.config.model.backbone,
-        "img_size": setup.config.data.img_size,
-        "batch_size": images,
-        "num_workers": setup.data.num_workers,
-        "precision": setup.precision.name,
-        "steps": steps,
-        "device": device_name(device),
-    }
-    return heading("profile", settings) | {
-        "milliseconds": {name: 1e3 * table[name] for name in order if name in table},
-        "step_milliseconds": 1e3 * sum(table.values()),
-        "host_milliseconds": 1e3 * host,
-        "images_per_second": images / diagnosis.seconds,
-        "parameters": setup.parameters,
-        "gmacs": setup.gmacs,
-        "peak_tflops": peak / 1e12,
-        "model_flops_utilisation": use,
-        "host_syncs": counter.syncs,
-        "operators": counter.operators,
-        "verdict": diagnosis.verdict,
-        "evidence": diagnosis.evidence,
-        "interventions_milliseconds": {
+
+def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int) -> Profile:
+    """Diagnose the step and put all figures together."""
+    run = step.run
+    peak = arithmetic_peak(step.device, run.precision.dtype)
+    use = 3 * 2e9 * run.gmacs * step.images / times.plain / peak
+    workload = Workload(step.fetch, step.take, _doubled, step.wait)
+    diagnosis = diagnose(workload, rounds=rounds, syncs=counter.syncs, utilisation=use)
+    return Profile(
+        milliseconds={name: 1e3 * times.components[name] for name in _ordered(times.components)},
+        step_milliseconds=1e3 * sum(times.components.values()),
+        host_milliseconds=1e3 * times.host,
+        images_per_second=step.images / diagnosis.seconds,
+        parameters=run.parameters,
+        gmacs=run.gmacs,
+        peak_tflops=peak / 1e12,
+        model_flops_utilisation=use,
+        host_syncs=counter.syncs,
+        operators=counter.operators,
+        verdict=diagnosis.verdict,
+        evidence=diagnosis.evidence,
+        interventions_milliseconds={
             "as it is": 1e3 * diagnosis.seconds,
             "batch at hand": 1e3 * diagnosis.without_data,
             "twice the images": 1e3 * diagnosis.doubled,
         },
-        "advice": [{"gain": gain, "text": text} for gain, text in suggestions],
-        "timer_cost": cost,
-    }
+        advice=advice(
+            diagnosis,
+            times.components,
+            batch_size=step.images,
+            num_workers=run.data.loading.num_workers,
+            accelerator=step.device.type == "cuda",
+        ),
+        timer_cost=times.cost,
+    )
 
 
-@contextmanager
-def instrumented(setup: Setup, timer: ComponentTimer) -> Iterator[None]:
-    """Charge every part of the training step to its component for the time of the block."""
-    model = setup.model
-    timer.watch(model.backbone, "backbone")
-    timer.watch(model.decoder, "decoder")
-    for level in model.decoder.levels:
-        timer.watch(level.head, "heads")  # type: ignore[arg-type]
-    if model.decoder.detail is not None:
-        timer.watch(model.decoder.detail, "heads")
-    with ExitStack() as stack:
-        for moe in model.moe_levels:
-            timer.watch(moe.router, "router")
-            if isinstance(moe.experts, torch.nn.ModuleList):
-                for kind, expert in zip(moe.kinds, moe.experts, strict=True):
-                    timer.watch(expert, f"expert {kind}")
-            else:
-                for name in ("gathered", "run"):
-                    original = getattr(moe.experts, name)
-                    timed = timer.wrap(original, f"experts ({name})")
-                    stack.enter_context(mock.patch.object(moe.experts, name, timed))
-            if moe.shared is not None:
-                timer.watch(moe.shared, "expert shared")
-        parts: list[tuple[Any, str, str]] = [
-            (training_step, "total_loss", "loss"),
-            (torch.Tensor, "backward", "backward"),
-            (torch.nn.utils, "clip_grad_norm_", "clip"),
-            (setup.optimizer, "step", "optimizer"),
-            (setup.optimizer, "zero_grad", "optimizer"),
-        ]
-        if setup.ema is not None:
-            parts.append((setup.ema, "update", "EMA"))
-        for owner, name, component in parts:
-            function = timer.wrap(getattr(owner, name), component)
-            stack.enter_context(mock.patch.object(owner, name, function))
-        try:
-            yield
-        finally:
-            timer.close()
+def show(profile: Profile, step: TrainingStep) -> None:
+    """Print a profile."""
+    size = step.run.config.data.img_size
+    console.say(f"one training step, {text.count(step.images, 'image')} of {size} px:")
+    total = profile.step_milliseconds
+    rows = [[n, f"{ms:.2f} ms", f"{ms / total:.1%}"] for n, ms in profile.milliseconds.items()]
+    show_table([*rows, ["step", f"{total:.2f} ms"]])
+    console.say(
+        f"{profile.parameters / 1e6:.2f} M parameters, {profile.gmacs:.2f} GMACs an image; "
+        f"{profile.images_per_second:.1f} images/s; {profile.model_flops_utilisation:.1%} of the "
+        f"{profile.peak_tflops:.2f} TFLOP/s that a matrix product reaches here"
+    )
+    syncs = text.count(profile.host_syncs, "host sync")
+    console.say(f"{syncs} and {profile.operators} operators in a step")
+    console.say(f"{profile.verdict}-bound: {profile.evidence}")
+    for found in profile.advice:
+        console.say(f"  up to {found['gain']:.2f} times as fast: {found['text']}")
+    if not profile.advice:
+        console.say("  nothing to gain from data, batch size or EMA")
+    console.say(f"the timer itself costs {max(profile.timer_cost, 0):.1%} of a step")
 
 
 def arithmetic_peak(device: torch.device, dtype: torch.dtype | None) -> float:
@@ -226,12 +250,10 @@ def arithmetic_peak(device: torch.device, dtype: torch.dtype | None) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype or torch.float32) for _ in range(2))
     seconds = []
     for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         started = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)
 
@@ -241,11 +263,18 @@ def write_trace(path: Path, device: torch.device, step: Callable[[], object]) ->
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    recorded = torch.profiler.profile(activities=activities)
+    with listening(torch.profiler.record_function), recorded:
         for _ in range(3):
             step()
     path.parent.mkdir(parents=True, exist_ok=True)
-    profile.export_chrome_trace(str(path))
+    recorded.export_chrome_trace(str(path))
+
+
+def _ordered(components: Iterable[str]) -> list[str]:
+    """Sort components by their place in a step; experts by name between FIRST and LAST."""
+    order = [*FIRST, *sorted(name for name in components if name.startswith("expert")), *LAST]
+    return sorted(components, key=order.index)
 
 
 def _doubled(batch: Batch) -> Batch:
@@ -259,8 +288,8 @@ def _doubled(batch: Batch) -> Batch:
     )
 
 
-def _endless(loader: Batches) -> Iterator[Batch | RawBatch]:
-    """Yield full batches for ever, epoch after epoch."""
+def _full_batches(loader: Batches) -> Iterator[Batch | RawBatch]:
+    """Yield full batches, epoch after epoch, without end."""
     epoch, size = 0, 0
     while True:
         loader.set_epoch(epoch)

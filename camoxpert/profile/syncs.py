@@ -1,22 +1,21 @@
 """Counting host syncs: the moments at which the program waits for a number from the device.
 
-One of them in every step is enough to keep a fast device from running ahead. They can be counted
-without
-a device: what would wait there is known by name.
+One of them per step is enough to keep a fast device from running ahead. They can be counted without
+a device, because it is known which calls would wait there.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators whose result's shape or value the host must know.
+# Operators that need a value on the host for their result's shape or value.
 WAITING = (
     "_local_scalar_dense",
     "nonzero",
@@ -28,22 +27,26 @@ WAITING = (
     "equal",
     "repeat_interleave.Tensor",
 )
-READERS = ("tolist", "numpy")
+# Reading a whole tensor is one sync, but on a CPU it dispatches once per element or not at all.
+READERS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 
 
-class SyncCounter(TorchDispatchMode):
-    """Counts operators and host syncs in its block; ``places`` says where the syncs come from.
+class SyncCounter:
+    """Counts operators and host syncs in its block, and where the syncs come from.
 
     Counts what would wait on a CUDA device, on any device: reading a value (``item``, ``tolist``,
     ``bool``), copying to the host, and operators whose result's size depends on values.
+
+    Attributes:
+        operators: number of operators.
+        places: source line -> number of its syncs.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.operators = 0
         self.places: Counter[str] = Counter()
-        self._inside_reader = False
-        self._originals: dict[str, Callable[..., Any]] = {}
+        self.reading = False
+        self._modes = ExitStack()
 
     @property
     def syncs(self) -> int:
@@ -51,52 +54,63 @@ class SyncCounter(TorchDispatchMode):
         return sum(self.places.values())
 
     def __enter__(self) -> SyncCounter:
-        # Reading a whole tensor is one sync, but on a CPU it dispatches once per element or not at
-        # all: these methods are counted by name.
-        for name in READERS:
-            original = getattr(torch.Tensor, name)
-            self._originals[name] = original
-            setattr(torch.Tensor, name, self._counted(original))
-        super().__enter__()
+        # torch does not annotate the constructor of its dispatch modes.
+        operators = _Operators()  # type: ignore[no-untyped-call]
+        readers = _Readers()
+        operators.counter = readers.counter = self
+        self._modes.enter_context(operators)
+        self._modes.enter_context(readers)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for name, original in self._originals.items():
-            setattr(torch.Tensor, name, original)
+    def __exit__(self, *error: object) -> None:
+        self._modes.close()
+
+    def note(self) -> None:
+        """Count one sync, at the innermost line outside of torch."""
+        for frame in reversed(traceback.extract_stack(limit=40)):
+            if "/torch/" not in frame.filename and frame.filename != __file__:
+                self.places[f"{frame.filename}:{frame.lineno} {frame.line}"] += 1
+                return
+        self.places["torch"] += 1
+
+
+class _Operators(TorchDispatchMode):
+    """Counts every operator, and those that wait as a sync."""
+
+    counter: SyncCounter
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Count one operator."""
-        self.operators += 1
+        self.counter.operators += 1
         name = str(func).removeprefix("aten.")
-        if not self._inside_reader and (
+        if not self.counter.reading and (
             any(name == waiting or name.startswith(f"{waiting}.") for waiting in WAITING)
             or _to_host(func, args, kwargs or {})
             or _selects_by_mask(name, args)
         ):
-            self._note()
+            self.counter.note()
         return func(*args, **(kwargs or {}))
 
-    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._inside_reader:
-                self._note()
-            inside, self._inside_reader = self._inside_reader, True
-            try:
-                return original(tensor, *args, **kwargs)
-            finally:
-                self._inside_reader = inside
 
-        return read
+class _Readers(TorchFunctionMode):
+    """Counts the methods that read a whole tensor as one sync each."""
 
-    def _note(self) -> None:
-        for frame in reversed(traceback.extract_stack(limit=40)):
-            if "/torch/" not in frame.filename and not frame.filename.endswith("syncs.py"):
-                self.places[f"{frame.filename}:{frame.lineno} {frame.line}"] += 1
-                return
-        self.places["torch"] += 1
+    counter: SyncCounter
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch; count it if it reads a whole tensor."""
+        if func not in READERS:
+            return func(*args, **(kwargs or {}))
+        self.counter.note()
+        self.counter.reading = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.counter.reading = False
 
 
 def _to_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -110,15 +124,8 @@ def _to_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _selects_by_mask(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether an index holds a mask: the number of its ones is the result's size."""
+    """Return whether an index is a mask: the result's size is the number of its ones."""
     if not name.startswith(("index.Tensor", "index_put")):
         return False
     masks = (torch.bool, torch.uint8)
     return any(isinstance(i, torch.Tensor) and i.dtype in masks for i in args[1])
-
-
-@contextmanager
-def count_syncs() -> Iterator[SyncCounter]:
-    """Count the host syncs of a block."""
-    with SyncCounter() as counter:
-        yield counter

@@ -29,6 +29,10 @@ class Precision:
         """fp32, bf16 or fp16."""
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the autocast context of this format; without a dtype it changes nothing."""
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
 
 def choose_device(name: str, *, index: int = 0) -> torch.device:
     """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
@@ -59,6 +63,19 @@ def choose_device(name: str, *, index: int = 0) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("--device mps: this machine has no Metal device. Use --device cpu.")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the number of threads on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def check_architecture(device: torch.device) -> None:

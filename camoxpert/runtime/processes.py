@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from camoxpert import console
+from camoxpert import console, stop
 from camoxpert.errors import CamoXpertError, ConfigError, PeerError, Stopped
 
 T = TypeVar("T")
@@ -110,6 +110,16 @@ class World:
             self._raise_together(fault)
         return value  # type: ignore[return-value]
 
+    def agree_to_stop(self) -> int:
+        """Return the exit code that all processes stop with because one was asked to, or 0."""
+        request = stop.current()
+        return request.agree(self.gather(request.code()))
+
+    def check_stop(self) -> None:
+        """Raise Stopped on all processes if one of them was asked to stop."""
+        if self.agree_to_stop():
+            raise stop.current().stopped()
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the module whose backward pass averages gradients over the processes.
 
@@ -137,7 +147,9 @@ class World:
 
     def _try(self, call: Callable[[], T]) -> tuple[T | None, CamoXpertError | Stopped | None]:
         try:
-            return call(), None
+            # Between the exchanges a signal may end this process's part: the others learn of it.
+            with stop.current().undeferred():
+                return call(), None
         except (CamoXpertError, Stopped) as error:
             return None, error
 

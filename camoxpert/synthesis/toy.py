@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from camoxpert import console
 from camoxpert.data.files.image_io import write_jpeg, write_png
 
 Field = np.ndarray
@@ -88,10 +89,14 @@ def generate_toy(
     difficulty: float = 0.5,
     seed: int = 0,
 ) -> None:
-    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/toy/{Imgs,GT}`` under ``root``."""
+    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/toy/{Imgs,GT}`` under ``root``.
+
+    Raises:
+        Stopped: Ctrl-C, SIGTERM or the deadline.
+    """
     root = Path(root)
     folders = [root / "TrainDataset"] * num_train + [root / "TestDataset" / "toy"] * num_test
-    for index, folder in enumerate(folders):
+    for index, folder in console.track(enumerate(folders), "generating", total=len(folders)):
         image, mask = toy_pair(seed, index, size=size, difficulty=difficulty)
         write_jpeg(folder / "Imgs" / f"{toy_name(index)}.jpg", image, quality=95)
         write_png(folder / "GT" / f"{toy_name(index)}.png", mask)

@@ -1,39 +1,29 @@
-"""How many images a step takes at once, and whether it recomputes: decided from the memory that a
-step takes.
+"""How many images a step takes at once, and whether it recomputes activations.
 
-A step's peak is a straight line over the size of the micro-batch: weights, gradients and optimizer
-state are there once, activations per image. Two sizes give the line; the line gives the largest
-micro-batch that fits. On CUDA the two points are measured and the choice is measured again;
-elsewhere they are counted on tensors without values (``predicted_bytes``), which costs seconds and
-no memory.
+A step's peak memory is a straight line over the size of the micro-batch: weights, gradients and
+optimizer state are there once, activations per image. On CUDA two measured sizes give the line, the
+line gives the largest micro-batch that fits, and the choice is measured again. On a CPU nothing
+counts memory before it is used: ``--batch-size auto`` takes the default there and says so.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
 
-from camoxpert.config import TrainConfig
+from camoxpert.config import Config, TrainConfig
 from camoxpert.errors import ConfigError
+from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.runtime.device import Precision
+from camoxpert.runtime.processes import World
+from camoxpert.training.trial import measured_bytes, measured_rate, trial_step, unchanged
 
 # Above this share of the device's free memory a run is one fragmented batch away from failing.
 COMFORTABLE = 0.85
-# On a CPU the count misses what kernels borrow and the allocator keeps: the process grew by 1.2
-# times the count without and 1.8 times with recomputation (edgenext_small, 4 images of 352 px). And
-# where a GPU raises an error, a host kills the process.
-COMFORTABLE_HOST = 0.45
 DEFAULT_EFFECTIVE = 16
 # Sizes of the two points; small ones, because they are tried before anything is known.
 POINTS = (2, 4)
@@ -45,7 +35,7 @@ Rate = Callable[[int, bool], float]
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class Batching:
     """How an optimizer step is taken.
 
     Attributes:
@@ -136,13 +126,13 @@ def asked_for(train: TrainConfig) -> tuple[int | None, ...]:
     )
 
 
-def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: int) -> MicroBatch:
+def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: int) -> Batching:
     """Return the micro-batch with which another number of processes takes the steps of a stopped
     run.
 
     Args:
         train: settings, the same as those of the run.
-        continued: what the run did (see ``MicroBatch``).
+        continued: what the run did (see ``Batching``).
         processes: of the run that goes on.
 
     Raises:
@@ -166,7 +156,7 @@ def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: 
     )
     setting = train.gradient_checkpointing
     recompute = bool(continued["checkpointing"]) if setting == "auto" else setting == "on"
-    return MicroBatch(
+    return Batching(
         size // parts,
         slots // shared,
         recompute,
@@ -177,7 +167,7 @@ def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: 
     )
 
 
-def plan_micro_batch(
+def plan_batching(
     effective: int,
     sizes: Sequence[int],
     *,
@@ -186,8 +176,7 @@ def plan_micro_batch(
     free: int,
     comfortable: float = COMFORTABLE,
     rate: Rate | None = None,
-    verify: bool = False,
-) -> MicroBatch:
+) -> Batching:
     """Choose the micro-batch, and with ``checkpointing`` auto whether to recompute.
 
     Recomputation is a last resort: it is considered only where the largest size does not fit
@@ -198,12 +187,11 @@ def plan_micro_batch(
         effective: images per optimizer step.
         sizes: candidates, largest first, each a divisor of ``effective``.
         checkpointing: auto, on or off.
-        measure: peak bytes of a step; called with the sizes of POINTS (or 1 and 2), and with the
-            choice where ``verify``.
-        free: bytes the step may use.
+        measure: peak bytes of a step; called with the sizes of POINTS (or 1 and 2), then with the
+            choice, which shrinks while it does not fit.
+        free: free bytes of the device.
         comfortable: share of ``free`` that may be filled.
         rate: speed of a step, called for two candidates at most.
-        verify: measure the choice, too, and go down while it does not fit.
     """
     modes = {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]
     room = comfortable * free
@@ -233,11 +221,10 @@ def plan_micro_batch(
         mode = modes[-1]
     remaining = [size for size in sizes if size <= fits.get(mode, sizes[-1])]
     size, measured = remaining[0], None
-    if verify:
-        for size in remaining:
-            measured = measure(size, mode)
-            if measured is not None:
-                break
+    for size in remaining:
+        measured = measure(size, mode)
+        if measured is not None:
+            break
     predicted = lines[mode].at(size) if mode in lines else None
     words = f"{size} images"
     words += f" x {effective // size} per step" if effective != size else " per step"
@@ -249,7 +236,115 @@ def plan_micro_batch(
         words += f"; {sizes[0]} at once would take {lines[mode].at(sizes[0]) / 1e9:.1f}"
     elif mode and checkpointing == "auto" and False in lines:
         words += f"; without it {lines[False].at(size) / 1e9:.1f}"
-    return MicroBatch(size, effective // size, mode, words + why, predicted, measured)
+    return Batching(size, effective // size, mode, words + why, predicted, measured)
+
+
+def agree_on_batching(
+    config: Config,
+    model: CamoXpert,
+    device: torch.device,
+    precision: Precision,
+    continued: Mapping[str, Any] | None,
+    world: World,
+) -> Batching:
+    """Choose as ``choose_batching`` does, for all processes: what fits the fullest device.
+
+    The steps of a stopped run stay what they were while nobody asks for others, whatever the number
+    of processes.
+    """
+    asked = asked_for(config.train)
+    if continued and tuple(continued.get("asked") or ()) == asked:
+        before = int(continued["size"]) * int(continued["steps"]) * int(continued["processes"])
+        if before != world.size * effective_batch(config.train, world.size):
+            return keep_effective(config.train, continued, world.size)
+    own = choose_batching(config, model, device, precision, continued, processes=world.size)
+    chosen = min(world.gather(own), key=lambda other: (other.size, not other.checkpointing))
+    chosen = replace(chosen, processes=world.size, asked=asked)
+    if world.size == 1:
+        return chosen
+    shared = f"; {chosen.effective} images per step over {world.size} processes"
+    return replace(chosen, reason=chosen.reason + shared)
+
+
+def choose_batching(
+    config: Config,
+    model: CamoXpert,
+    device: torch.device,
+    precision: Precision,
+    continued: Mapping[str, Any] | None = None,
+    *,
+    processes: int = 1,
+) -> Batching:
+    """Choose micro-batch, accumulation and recomputation; leaves no gradients behind.
+
+    On CUDA always from measured steps, elsewhere from the settings.
+
+    Args:
+        config, model, device, precision: of the run.
+        continued: batching of the stopped run that this one continues.
+        processes: that train together.
+    """
+    train = config.train
+    wanted, sizes = effective_batch(train, processes), micro_batch_sizes(train, processes)
+    if train.batch_size is None and continued and wanted % int(continued["size"]) == 0:
+        size, recompute = int(continued["size"]), bool(continued["checkpointing"])
+        reason = f"{size} images x {wanted // size} per step, as in the run being continued"
+        return Batching(size, wanted // size, recompute, reason)
+    if device.type == "cuda":
+        return _measured_batching(config, model, device, precision, wanted, sizes)
+    auto = train.batch_size is None
+    size = next(size for size in sizes if size <= DEFAULT_EFFECTIVE) if auto else sizes[0]
+    recompute = train.gradient_checkpointing == "on"
+    why = "as asked"
+    if train.gradient_checkpointing == "auto":
+        why = f"memory is not scarce on {device.type}"
+    if auto:
+        why = f"--batch-size auto measures memory on CUDA only; the default on {device.type}"
+    reason = f"{size} images"
+    reason += f" x {wanted // size} per step" if wanted != size else " per step"
+    reason += f", recomputation {'on' if recompute else 'off'}: {why}"
+    return Batching(size, wanted // size, recompute, reason)
+
+
+def _measured_batching(
+    config: Config,
+    model: CamoXpert,
+    device: torch.device,
+    precision: Precision,
+    wanted: int,
+    sizes: Sequence[int],
+) -> Batching:
+    train = config.train
+    largest = max(sizes[0], train.stage2_batch_size or 0)
+    # AdamW's two moments come with the first step, in the parameters' own format.
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def step(images: int) -> None:
+        with unchanged(model, device):
+            trial_step(model, config, device, precision, images)
+
+    def measure(images: int, recompute: bool) -> int | None:
+        model.set_gradient_checkpointing(recompute)
+        peak = measured_bytes(step, images, device)
+        return None if peak is None else peak + moments
+
+    def rate(images: int, recompute: bool) -> float:
+        model.set_gradient_checkpointing(recompute)
+        try:
+            return measured_rate(step, images, device)
+        except torch.OutOfMemoryError:
+            return 0.0
+
+    # With sizes asked for, stage 2's may be the larger: what fits it fits both.
+    chosen = plan_batching(
+        wanted // sizes[0] * largest if train.batch_size else wanted,
+        [largest] if train.batch_size else sizes,
+        checkpointing=train.gradient_checkpointing,
+        measure=measure,
+        free=torch.cuda.mem_get_info(device)[0],
+        rate=rate,
+    )
+    return replace(chosen, size=sizes[0]) if train.batch_size else chosen
 
 
 def fit_line(measure: Measure, checkpointing: bool) -> Line | None:
@@ -269,84 +364,3 @@ def _needs(predicted: int | None, measured: int | None, free: int) -> str:
         return f"two images at once do not fit in {free / 1e9:.1f} GB free"
     words = f"predicted {predicted / 1e9:.1f} of {free / 1e9:.1f} GB free"
     return words if measured is None else f"{words}, measured {measured / 1e9:.1f}"
-
-
-def measured_bytes(step: Callable[[int], None], images: int, device: torch.device) -> int | None:
-    """Run ``step`` on a CUDA device; return what it took beyond what was there, or None if it did
-    not fit."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    try:
-        step(images)
-        peak = torch.cuda.max_memory_allocated(device) - before
-    except torch.OutOfMemoryError:
-        peak = None
-    # After the handler: the traceback holds the tensors that did not fit.
-    torch.cuda.empty_cache()
-    return peak
-
-
-def measured_rate(step: Callable[[int], None], images: int, device: torch.device) -> float:
-    """Return the images per second of three steps after one that does not count."""
-    step(images)
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(3):
-        step(images)
-    torch.cuda.synchronize(device)
-    return 3 * images / (time.perf_counter() - started)
-
-
-def predicted_bytes(model: nn.Module, step: Callable[[nn.Module], None]) -> int:
-    """Count the peak bytes of the tensors that ``step`` makes, without computing or storing one.
-
-    The model is copied to tensors that have a shape and no values; ``step`` is called with the
-    copy and must make its own inputs. What kernels borrow inside themselves is not counted.
-    ``torch.distributed``'s MemTracker counts the same, module by module: 4 images of 352 px through
-    edgenext_small took it 71 s, and this 6 s, on one busy core.
-    """
-    mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        fake = copy.deepcopy(model)
-    with mode, PeakCounter([*fake.parameters(), *fake.buffers()]) as counter:
-        step(fake)
-    return counter.peak
-
-
-class PeakCounter(TorchDispatchMode):
-    """Counts the bytes of every storage made inside it while it lives.
-
-    Args:
-        existing: tensors that are there already; views of them are nothing new.
-
-    Attributes:
-        live, peak: bytes now, and at most.
-    """
-
-    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known = WeakIdKeyDictionary()
-        for tensor in existing:
-            self._known[tensor.untyped_storage()] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and look at what came out."""
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage())
-        return out
-
-    def _add(self, storage: Any) -> None:
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._remove, size)
-
-    def _remove(self, size: int) -> None:
-        self.live -= size

@@ -1,104 +1,231 @@
-"""When a run's checkpoints are written, and when they are not."""
+"""What a run's checkpoints hold, when they are written, and how one is put back."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from camoxpert.runs.checkpoint import CheckpointFolder
-from camoxpert.runs.log import RunLog
-from camoxpert.training.meters import RoutingMeter
-from camoxpert.training.prepare import Setup
-from camoxpert.training.snapshot import require_finite, shipped, snapshot, state_bytes
-from camoxpert.training.state import TrainState
-from camoxpert.training.steplog import note_event
+from camoxpert.config import to_dict
+from camoxpert.errors import CheckpointError, NumericError, Stopped
+from camoxpert.runs.checkpoint import FORMAT, Checkpoint
+from camoxpert.runs.store import CheckpointFolder
+from camoxpert.training.run import Run, TrainState
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """Return everything a run needs to continue; tensors and plain Python only.
+
+    Every rank calls this; what the first one returns is to be kept.
+    """
+    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if run.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(run.device)
+    rngs = run.world.gather(rng)
+    run.meter.merge(run.world.sum, first=run.world.first)
+    batching = run.batching
+    return {
+        "format": FORMAT,
+        "config": to_dict(run.config),
+        "data_hash": run.data.data_hash,
+        "model": run.model.state_dict(),
+        "ema": run.ema.state_dict() if run.ema else None,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "state": run.state.to_dict(),
+        "routing": run.meter.state_dict(),
+        "rng": rngs[0],
+        "other_rngs": rngs[1:],
+        "batch": {
+            "size": batching.size,
+            "steps": batching.steps,
+            "processes": batching.processes,
+            "effective": images_per_step(run),
+        },
+    }
+
+
+def images_per_step(run: Run) -> dict[str, int]:
+    """Return the images of an optimizer step over all processes, by the name of the stage."""
+    slots = run.batching.steps * run.batching.processes
+    return {f"stage {stage.number}": stage.batch_size * slots for stage in run.plan.stages}
+
+
+def evaluated_weights(run: Run, scores: dict[str, float]) -> dict[str, Any]:
+    """Return what evaluation and prediction need: the evaluated weights and the settings."""
+    return {
+        "format": FORMAT,
+        "config": to_dict(run.config),
+        "data_hash": run.data.data_hash,
+        "model": run.evaluated_model.state_dict(),
+        "ema": None,
+        "state": run.state.to_dict(),
+        "scores": scores,
+    }
+
+
+def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) -> None:
+    """Put a snapshot back: weights, optimizer, scaler, EMA, state, and the random state last.
+
+    Args:
+        run: freshly prepared.
+        checkpoint: of this run.
+        restart_epoch: repeat the epoch in progress from its start, because its order of samples is
+            another one now.
+
+    Raises:
+        CheckpointError: weights only, or weights of another model.
+    """
+    values = checkpoint.values
+    if "optimizer" not in values:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights only and cannot be continued. Use a step_*.pt file "
+            f"or the run folder; to start a new run from these weights give them with --weights."
+        )
+    try:
+        run.model.load_state_dict(values["model"])
+        # The moments are the checkpoint's; weight decay, betas and scales are the current ones, or
+        # a change of them would be printed and not made.
+        groups = run.optimizer.param_groups
+        now = [{k: g[k] for k in ("weight_decay", "betas", "scale")} for g in groups]
+        run.optimizer.load_state_dict(values["optimizer"])
+        for group, settings in zip(run.optimizer.param_groups, now, strict=True):
+            group.update(settings)
+        run.scaler.load_state_dict(values["scaler"])
+        if run.ema is not None:
+            # An average that begins now begins at the current weights.
+            fresh = {"weights": values["model"], "updates": 0}
+            run.ema.load_state_dict(values["ema"] or fresh)
+        run.state = TrainState.from_dict(values["state"])
+        if restart_epoch:
+            run.state.position = 0
+        elif "routing" in values:
+            # Counts of an epoch that was stopped midway: the first rank keeps them for all.
+            run.meter.load_state_dict(values["routing"], run.device)
+            run.meter.merge(lambda counts: counts, first=run.world.first)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+    rngs = [values["rng"], *values.get("other_rngs", [])]
+    if run.world.rank < len(rngs):
+        # Ranks that the stopped run did not have begin with their seeds.
+        rng = rngs[run.world.rank]
+        torch.set_rng_state(rng["cpu"])
+        if run.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], run.device)
+
+
+def require_finite(run: Run) -> None:
+    """Raise NumericError where weights have become useless: not finite, or too large to add up.
+
+    One look at the device; for use before weights are kept.
+    """
+    weights = [p.detach() for p in run.model.parameters()]
+    if run.ema is not None:
+        weights += list(run.ema.module.parameters())
+    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+        raise NumericError(
+            f"The weights are no longer finite after step {run.state.step} (epoch "
+            f"{run.state.epoch + 1}): training diverged. They are not saved; the last checkpoint "
+            f"is intact. Lower --lr, or keep --clip-grad-norm on."
+        )
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Return the size of a checkpoint: weights, their average, and AdamW's two moments."""
+    weights = sum(t.numel() * t.element_size() for t in run.model.state_dict().values())
+    return weights * (4 if run.ema else 3)
 
 
 class Saver:
-    """Writes the checkpoints of a run: on the first process, with what all of them know.
+    """Writes the checkpoints of a run: on the first rank, with what all of them know.
 
     A state whose last step was skipped is not written: where a run diverges, the newest checkpoint
-    is of before. It is owed until the next step that works. At the end of an epoch one or two
+    is from before. It is owed until the next step that works. At the end of an epoch one or two
     overflows of fp16 are no such sign. Weights that are no longer finite are never written.
 
-    Attributes:
-        owed: a save is due as soon as a step works.
+    Args:
+        run: whose folder exists; every rank makes a Saver.
+
+    Raises:
+        CheckpointError: its disk has no room for the checkpoints.
     """
 
     ROUTINE_OVERFLOWS = 2
 
-    def __init__(
-        self, setup: Setup, run_dir: Path, state: TrainState, meter: RoutingMeter, log: RunLog
-    ) -> None:
-        self.setup, self.run_dir, self.state, self.meter, self.log = (
-            setup,
-            run_dir,
-            state,
-            meter,
-            log,
-        )
-        self.saved_step = state.step if state.step else None
-        self.owed = self._owed_stays = False
-        self.started, self.seconds_before = time.monotonic(), state.seconds
-        self.folder: CheckpointFolder | None = None
-        setup.world.from_first(self._open)
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.saved_step = run.state.step or None
+        self._owed = self._owed_stays = False
+        self._started, self._seconds_before = time.monotonic(), run.state.seconds
+        self._folder: CheckpointFolder | None = None
+        run.world.from_first(self._open)
 
     def _open(self) -> None:
-        self.folder = CheckpointFolder(self.run_dir / "checkpoints")
-        keep_every = self.setup.config.run.keep_every
-        others = self.setup.plan.epochs // keep_every if keep_every else 0
-        self.folder.require_space(state_bytes(self.setup), others=others)
+        self._folder = CheckpointFolder(self.run.folder / "checkpoints")
+        keep_every = self.run.config.run.keep_every
+        others = self.run.plan.epochs // keep_every if keep_every else 0
+        self._folder.require_space(checkpoint_bytes(self.run), others=others)
+
+    def is_due(self) -> bool:
+        """Return whether to save after the step that was just taken."""
+        every = self.run.config.run.save_every
+        return self._owed or bool(every and self.run.state.step % every == 0)
 
     def save(self, *, stays: bool = False, epoch_done: bool = False) -> bool:
-        """Write where the run stands; returns whether it was written."""
-        state = self.state
-        routine = epoch_done and self.setup.scaler.is_enabled()
+        """Write where the run stands; return whether it was written.
+
+        Args:
+            stays: never forget this one.
+            epoch_done: at the end of an epoch.
+        """
+        run, state = self.run, self.run.state
+        routine = epoch_done and run.scaler.is_enabled()
         if state.skipped_in_a_row > (self.ROUTINE_OVERFLOWS if routine else 0):
-            if not self.owed:
-                text = f"not saved at step {state.step}: its last step was skipped"
-                note_event(self.log, state, text)
-            self.owed, self._owed_stays = True, self._owed_stays or stays
+            if not self._owed:
+                run.note_event(f"not saved at step {state.step}: its last step was skipped")
+            self._owed, self._owed_stays = True, self._owed_stays or stays
             return False
         stays = stays or self._owed_stays
-        self.owed = self._owed_stays = False
-        require_finite(self.setup, state)
-        state.seconds = self.seconds_before + time.monotonic() - self.started
-        with self.log.phase("checkpoints"):
-            values = snapshot(self.setup, state, self.meter)
-            if self.folder is not None:
-                self.folder.save(values, step=state.step, stays=stays, about=self._about())
+        self._owed = self._owed_stays = False
+        require_finite(run)
+        state.seconds = self._seconds_before + time.monotonic() - self._started
+        with run.log.phase("checkpoints"):
+            values = snapshot(run)
+            if self._folder is not None:
+                self._folder.save(values, step=state.step, stays=stays, about=self._about())
         self.saved_step = state.step
         return True
 
     def save_best(self, scores: dict[str, float]) -> None:
-        """Write the evaluated weights."""
-        if self.folder is not None:
-            values = shipped(self.setup, self.state, scores)
-            self.folder.save_best(values, step=self.state.step, about=self._about())
+        """Write the evaluated weights with their validation scores ({} without a validation)."""
+        if self._folder is not None:
+            values = evaluated_weights(self.run, scores)
+            self._folder.save_best(values, step=self.run.state.step, about=self._about())
 
-    def leave(self) -> str:
-        """Save if the state is good; returns what to tell the user."""
+    def saved_and_stopped(self) -> Stopped:
+        """Save if the state is good; return the exception that ends the run."""
         self.save()
-        return self.where()
+        return self.stopped()
 
-    def where(self) -> str:
-        """Return where the run can be continued from, in words."""
+    def stopped(self) -> Stopped:
+        """Return the exception that ends the run, with the place it can be continued from."""
+        run = self.run
         if self.saved_step is None:
-            return f"Nothing was worth saving yet in {self.run_dir}. The same command starts anew."
-        return (
-            f"Saved at step {self.saved_step} of {self.setup.plan.steps} in {self.run_dir}. Run "
-            f"the same command again to continue."
+            return run.stop.stopped(
+                f"Nothing was worth saving yet in {run.path}. The same command restarts it."
+            )
+        return run.stop.stopped(
+            f"Saved at step {self.saved_step} of {run.plan.steps} in {run.path}. Run the same "
+            f"command again to continue."
         )
 
     def _about(self) -> dict[str, Any]:
         return {
-            "epoch": self.state.epoch,
-            "best": self.state.best,
-            "data_hash": self.setup.data.data_hash,
+            "epoch": self.run.state.epoch,
+            "best": self.run.state.best,
+            "data_hash": self.run.data.data_hash,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "processes": self.setup.world.size,
+            "processes": self.run.world.size,
         }

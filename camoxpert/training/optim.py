@@ -1,170 +1,14 @@
-"""The plan of a run (stages, epochs, steps), its schedules as pure functions of the step, and
-AdamW.
-
-There is no scheduler object to save: the learning rate of step n is ``lr_at(plan, config, n)``,
-before and after a resume.
-"""
+"""AdamW with a learning rate of its own for the backbone and the routers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from camoxpert.config import OptimConfig, TrainConfig
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of epochs with one set of trained parameters.
-
-    Attributes:
-        number: 1 (decoder only) or 2 (everything).
-        first_epoch, epochs: position and length.
-        first_step: optimizer step at which it begins.
-        batch_size: images per micro-batch.
-        batches: micro-batches per epoch.
-        steps: optimizer steps per epoch; the last window of an epoch may be short.
-        lr: peak learning rate of the decoder.
-    """
-
-    number: int
-    first_epoch: int
-    epochs: int
-    first_step: int
-    batch_size: int
-    batches: int
-    steps: int
-    lr: float
-
-    @property
-    def last_epoch(self) -> int:
-        """First epoch after the stage."""
-        return self.first_epoch + self.epochs
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All stages of a run in order."""
-
-    stages: tuple[Stage, ...]
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of all stages."""
-        return self.stages[-1].last_epoch
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of all stages."""
-        last = self.stages[-1]
-        return last.first_step + last.epochs * last.steps
-
-    def stage_of_epoch(self, epoch: int) -> Stage:
-        """Return the stage that ``epoch`` (from 0) belongs to."""
-        return next(stage for stage in self.stages if epoch < stage.last_epoch)
-
-    def step_of(self, epoch: int, done: int) -> int:
-        """Return the optimizer step that follows ``done`` steps of an epoch."""
-        stage = self.stage_of_epoch(epoch)
-        return stage.first_step + (epoch - stage.first_epoch) * stage.steps + done
-
-    def stage_of_step(self, step: int) -> Stage:
-        """Return the stage that optimizer step ``step`` (from 0) belongs to."""
-        for stage in self.stages:
-            if step < stage.first_step + stage.epochs * stage.steps:
-                return stage
-        return self.stages[-1]
-
-
-def stage1_epochs(config: TrainConfig, *, has_weights: bool) -> tuple[int, str]:
-    """Return how many epochs train only the decoder, and why.
-
-    A frozen backbone is only worth something when it has learned something: without weights there
-    is no stage 1 unless asked for.
-    """
-    if config.stage1_epochs is not None:
-        return config.stage1_epochs, "as asked"
-    if not has_weights:
-        return 0, "a backbone without weights is not worth freezing"
-    return config.epochs // 4, "a quarter of the epochs"
-
-
-def make_plan(
-    train: TrainConfig,
-    optim: OptimConfig,
-    *,
-    num_images: int,
-    has_weights: bool,
-    batch_size: int | None = None,
-    accumulation_steps: int | None = None,
-    stage2_batch_size: int | None = None,
-) -> Plan:
-    """Lay out stages and steps for ``num_images`` training images, those of one process.
-
-    ``batch_size``, ``accumulation_steps`` and ``stage2_batch_size`` are those chosen, where they
-    are not those of the settings.
-    """
-    chosen = batch_size or train.batch_size
-    accumulation = accumulation_steps or train.accumulation_steps
-    if chosen is None:
-        raise ValueError("The micro-batch must be chosen before the plan is made.")
-    first, _ = stage1_epochs(train, has_weights=has_weights)
-    stages: list[Stage] = []
-    wanted = (
-        (1, first, chosen, optim.lr),
-        (2, train.epochs - first, stage2_batch_size or train.stage2_batch_size, optim.stage2_lr),
-    )
-    epoch = step = 0
-    for number, epochs, asked, lr in wanted:
-        if not epochs:
-            continue
-        batch = asked or chosen
-        batches = math.ceil(num_images / batch)
-        steps = math.ceil(batches / accumulation)
-        stages.append(
-            Stage(number, epoch, epochs, step, batch, batches, steps, lr if lr else optim.lr)
-        )
-        epoch, step = epoch + epochs, step + epochs * steps
-    return Plan(tuple(stages))
-
-
-def decay_factor(scheduler: str, progress: float) -> float:
-    """Return how much of the peak is left, 1 at ``progress`` 0; see ``config.SCHEDULERS``.
-
-    ``step`` is x0.1 at one half and at three quarters; ``poly`` has power 0.9 (PraNet, PFNet);
-    ``onecycle`` is a cosine after its own longer rise (see ``lr_at``).
-    """
-    progress = min(max(progress, 0.0), 1.0)
-    if scheduler in ("cosine", "onecycle"):
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if scheduler == "poly":
-        return (1 - progress) ** 0.9
-    if scheduler == "linear":
-        return 1 - progress
-    if scheduler == "step":
-        return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
-    return 1.0
-
-
-def lr_at(plan: Plan, config: OptimConfig, step: int) -> float:
-    """Return the decoder's learning rate at an optimizer step: warm-up, peak, decay to
-    ``min_lr``."""
-    stage = plan.stage_of_step(step)
-    total = stage.epochs * stage.steps
-    done = step - stage.first_step
-    warmup = min(config.warmup_epochs * stage.steps, total / 2)
-    if config.scheduler == "onecycle":
-        # The rise of OneCycle (Smith and Topin, 2018) takes 30 % of the way.
-        warmup = max(warmup, 0.3 * total)
-    if done < warmup:
-        return stage.lr * (done + 1) / (math.floor(warmup) + 1)
-    progress = (done - warmup) / max(total - warmup, 1)
-    return config.min_lr + (stage.lr - config.min_lr) * decay_factor(config.scheduler, progress)
+from camoxpert.config import OptimConfig
 
 
 def backbone_scale(config: OptimConfig, *, has_weights: bool) -> float:
@@ -180,7 +24,7 @@ def build_optimizer(
     """Build AdamW; each group carries ``scale``, its learning rate over the decoder's.
 
     All parameters are in it from the start; those of a frozen backbone have no gradient and are
-    passed over. Vectors (norms, biases) are not decayed.
+    skipped. Vectors (norms, biases) are not decayed.
 
     Args:
         model: all of it is trained.

@@ -1,33 +1,90 @@
-"""What a run tells its log: steps, skipped steps with their images, routing, events."""
+"""What a run tells of its steps: the bar, the log, skipped steps with their images.
+
+Numbers are read one step late, so that the host never waits for the device.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from camoxpert.config import Config
+import torch
+from torch import Tensor
+
+from camoxpert import console
+from camoxpert.console import TrainingBar
 from camoxpert.data.samples.batches import Batch
+from camoxpert.data.unreadable import Unreadable
 from camoxpert.errors import NumericError
-from camoxpert.runs.log import RunLog
 from camoxpert.runtime.gpu import GpuMonitor
-from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import RoutingMeter, Speed, collapse_alarm
-from camoxpert.training.optim import Stage
-from camoxpert.training.prepare import Setup
-from camoxpert.training.state import TrainState
+from camoxpert.training.plan import Stage
+from camoxpert.training.routing import active_experts, collapse_alarm
+from camoxpert.training.run import Run
+from camoxpert.training.step import peak_memory
 
 # Below this fp16 cannot hold the gradients whatever the scale: every step would be skipped.
 SMALLEST_SCALE = 1.0
 NOT_TERMS = ("loss", "grad_norm", "skipped")
 
 
+class LateReader:
+    """Hands out the numbers of a step one step later, so that reading never stalls the device."""
+
+    def __init__(self) -> None:
+        self._waiting: tuple[list[str], Tensor, StepNote] | None = None
+
+    def push(
+        self, values: dict[str, Tensor], note: StepNote
+    ) -> tuple[dict[str, float], StepNote] | None:
+        """Queue this step's scalars; return the previous step's as floats with its note, if any."""
+        previous = self.flush()
+        stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
+        self._waiting = (list(values), stacked, note)
+        return previous
+
+    def flush(self) -> tuple[dict[str, float], StepNote] | None:
+        """Return what is queued, waiting for the device if it must."""
+        if self._waiting is None:
+            return None
+        names, stacked, note = self._waiting
+        self._waiting = None
+        return dict(zip(names, stacked.tolist(), strict=True)), note
+
+
+class Speed:
+    """Images per second and the share of time spent waiting for data, since the epoch's start."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.images = 0
+        self.waited = 0.0
+
+    def add(self, images: int, waited: float) -> None:
+        """Count a step."""
+        self.images += images
+        self.waited += waited
+
+    def images_per_second(self) -> float:
+        """Return the mean rate."""
+        return self.images / max(time.monotonic() - self.started, 1e-9)
+
+    def data_wait(self) -> float:
+        """Return the share of time spent waiting, 0..1."""
+        return min(self.waited / max(time.monotonic() - self.started, 1e-9), 1.0)
+
+
 @dataclass
-class Step:
-    """What is known of a step on the host, kept until its numbers arrive.
+class StepNote:
+    """What the host knows of a step, kept until its numbers arrive.
 
     Attributes:
-        number: from 1; ``epoch`` from 1, too.
-        window: its micro-batches, for a word about their images where the step is skipped.
+        number, epoch: both from 1.
+        stage: number of the stage.
+        lr: learning rate of the decoder.
+        window: its micro-batches, to name their images if the step is skipped.
     """
 
     number: int
@@ -37,60 +94,140 @@ class Step:
     window: list[Batch]
 
 
-def inspect(
-    late: tuple[dict[str, float], Step] | None,
-    setup: Setup,
-    state: TrainState,
-    log: RunLog,
-    gpu: GpuMonitor,
-    speed: Speed,
-    stop: StopFlag,
-) -> None:
-    """Log a finished step where it is due; note who wants to stop.
+class StepLog:
+    """Bar and log of a run's steps.
 
-    Raises:
-        NumericError: too many non-finite steps in a row.
+    Args:
+        run: what is trained.
+
+    Attributes:
+        unreadable: images that could not be read so far.
     """
-    if late is None:
-        return
-    values, step = late
-    stop.agree(values)
-    values = {name: value for name, value in values.items() if not name.startswith("stop ")}
-    config = setup.config
-    if values["skipped"]:
-        note_skipped(setup, state, log, step, values)
-    else:
-        state.skipped_in_a_row = 0
-    if step.number % config.run.log_every and step.number != 1:
-        return
-    parts = {k: v for k, v in values.items() if k not in NOT_TERMS}
-    rates = {"images_per_second": speed.images_per_second(), "data_wait": speed.data_wait()}
-    record = {"kind": "train", "step": step.number, "epoch": step.epoch, "stage": step.stage}
-    record |= {"loss": values["loss"], "terms": parts, "lr": step.lr}
-    record |= {"grad_norm": values["grad_norm"], **rates}
-    memory = gpu.memory()
-    record |= {"gpu": gpu.utilisation(), "memory": memory[0] if memory else None}
-    log.write(record)
-    log.scalars(step.number, {"train/loss": values["loss"], "train/lr": step.lr})
-    log.scalars(step.number, {f"train/{name}": value for name, value in parts.items()})
-    log.scalars(step.number, {f"speed/{name}": value for name, value in rates.items()})
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.unreadable = Unreadable(len(run.data.train), run.config.data.max_unreadable)
+        self._reader, self._speed = LateReader(), Speed()
+        self._gpu: GpuMonitor | None = None
+        self._bar: TrainingBar | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Watch the GPU and write warnings to the run's log inside the block."""
+        note = lambda text: self.run.note_event(text, coming=True)  # noqa: E731
+        with GpuMonitor(str(self.run.device)) as self._gpu, console.heard_by(note):
+            yield
+
+    @contextmanager
+    def epoch(self, epoch: int, stage: Stage, done: int) -> Iterator[None]:
+        """Show the bar of an epoch and count its time.
+
+        Args:
+            epoch: from 0.
+            stage: that it belongs to.
+            done: its micro-batches that are done.
+        """
+        plan = self.run.plan
+        self._speed = Speed()
+        with (
+            TrainingBar(
+                total=stage.batches,
+                epoch=epoch + 1,
+                epochs=plan.epochs,
+                stage=f"stage {stage.number}" if len(plan.stages) > 1 else "",
+                initial=done,
+            ) as self._bar,
+            self.run.log.phase("training"),
+        ):
+            yield
+
+    def push(
+        self, values: dict[str, Tensor], window: list[Batch], *, lr: float, waited: float
+    ) -> None:
+        """Queue the numbers of a finished step; log those of the step before.
+
+        Args:
+            values: scalars on the device, from ``train_step``.
+            window: micro-batches of the step.
+            lr: learning rate of the decoder.
+            waited: seconds the host waited for the data.
+
+        Raises:
+            NumericError: too many non-finite steps in a row.
+        """
+        state, device = self.run.state, self.run.device
+        self._speed.add(self.run.world.size * sum(len(b.names) for b in window), waited)
+        stage = self.run.plan.stage_of_epoch(state.epoch)
+        note = StepNote(state.step, stage.number, state.epoch + 1, lr, window)
+        late = self._reader.push(values, note)
+        self._log(late)
+        if self._bar is not None:
+            self._bar.update(
+                len(window),
+                loss=late[0]["loss"] if late is not None else None,
+                gpu=self._gpu.text() if self._gpu is not None else "",
+                memory=peak_memory(device) if late is not None else None,
+                data_wait=self._speed.data_wait() if late is not None else None,
+            )
+
+    def flush(self) -> None:
+        """Log the last step, waiting for the device; raises NumericError as ``push``."""
+        self._log(self._reader.flush())
+
+    def note_unreadable(self, window: list[Batch]) -> None:
+        """Warn of images of these micro-batches for which others stand in."""
+        for batch in window:
+            for line in self.unreadable.note(batch.replaced):
+                console.warn(line)
+
+    def share_unreadable(self) -> None:
+        """Count the unreadable images of all ranks; every rank calls this."""
+        for seen in self.run.world.gather(self.unreadable.seen):
+            for line in self.unreadable.note(seen.items()):
+                console.warn(line)
+
+    def _log(self, late: tuple[dict[str, float], StepNote] | None) -> None:
+        if late is None:
+            return
+        values, step = late
+        run = self.run
+        requests = {name: value for name, value in values.items() if name.startswith("stop ")}
+        run.stop.agree(int(name.removeprefix("stop ")) for name, n in requests.items() if n)
+        if values["skipped"]:
+            note_skipped(run, step, values)
+        else:
+            run.state.skipped_in_a_row = 0
+        if step.number % run.config.run.log_every and step.number != 1:
+            return
+        terms = {k: v for k, v in values.items() if k not in NOT_TERMS and k not in requests}
+        speed = self._speed
+        rates = {"images_per_second": speed.images_per_second(), "data_wait": speed.data_wait()}
+        record = {"kind": "train", "step": step.number, "epoch": step.epoch, "stage": step.stage}
+        record |= {"loss": values["loss"], "terms": terms, "lr": step.lr}
+        record |= {"grad_norm": values["grad_norm"], **rates}
+        memory = self._gpu.memory() if self._gpu is not None else None
+        utilisation = self._gpu.utilisation() if self._gpu is not None else None
+        record |= {"gpu": utilisation, "memory": memory[0] if memory else None}
+        run.log.write(record)
+        run.log.scalars(step.number, {"train/loss": values["loss"], "train/lr": step.lr})
+        run.log.scalars(step.number, {f"train/{name}": value for name, value in terms.items()})
+        run.log.scalars(step.number, {f"speed/{name}": value for name, value in rates.items()})
 
 
-def note_skipped(
-    setup: Setup, state: TrainState, log: RunLog, step: Step, values: dict[str, float]
-) -> None:
-    """Count and log a skipped step with its images; every process takes part.
+def note_skipped(run: Run, step: StepNote, values: dict[str, float]) -> None:
+    """Count and log a skipped step with its images; every rank takes part.
 
     Raises:
         NumericError: too many in a row, or gradients that fp16 cannot hold.
     """
+    state = run.state
     state.skipped += 1
     state.skipped_in_a_row += 1
-    images = [about for part in setup.world.gather(about_images(step.window)) for about in part]
+    images = [about for part in run.world.gather(describe_images(step.window)) for about in part]
     shown = ", ".join(about["name"] for about in images[:8]) + ("..." if len(images) > 8 else "")
-    scale = setup.scaler.get_scale() if setup.scaler.is_enabled() else None
+    scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
     text = f"step {step.number} skipped: non-finite loss or gradient; images {shown}"
-    log.write(
+    run.log.write(
         {"kind": "event", "step": step.number, "epoch": step.epoch, "text": text}
         | {"loss": values["loss"], "grad_norm": values["grad_norm"], "lr": step.lr}
         | {"scale": scale, "images": images}
@@ -105,14 +242,14 @@ def note_skipped(
             f"{state.skipped_in_a_row} skipped steps (last: step {step.number}, epoch "
             f"{step.epoch}). {advice}"
         )
-    if state.skipped_in_a_row > setup.config.train.max_skipped_steps:
+    if state.skipped_in_a_row > run.config.train.max_skipped_steps:
         raise NumericError(
             f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient "
             f"(last: step {step.number}, epoch {step.epoch}). {advice}"
         )
 
 
-def about_images(window: list[Batch]) -> list[dict[str, Any]]:
+def describe_images(window: list[Batch]) -> list[dict[str, Any]]:
     """Return name, mean grey value (0..255) and share of object pixels of every image."""
     return [
         {
@@ -125,50 +262,30 @@ def about_images(window: list[Batch]) -> list[dict[str, Any]]:
     ]
 
 
-def note_event(log: RunLog, state: TrainState, text: str, *, coming: bool = False) -> None:
-    """Log something worth a line in the report.
+def log_routing(run: Run, stage: Stage, epoch: int) -> None:
+    """Log which experts the epoch's images used on all ranks, and warn of a collapse once.
 
-    Args:
-        log, state: of the run.
-        text: one sentence.
-        coming: it belongs to the step that comes next, and is told again by a run that resumes
-            before it.
+    Logs nothing where a resumed run had no step left to do. Every rank calls this.
     """
-    # From 1: the epoch in progress, or between epochs the one that is done.
-    epoch = state.epoch + bool(state.position or coming)
-    log.write({"kind": "event", "step": state.step + coming, "epoch": epoch, "text": text})
-
-
-def write_routing(
-    meter: RoutingMeter, log: RunLog, state: TrainState, stage: Stage, epoch: int, config: Config
-) -> str:
-    """Log which experts the epoch's images used; nothing where a resume had no step left to do.
-
-    Returns:
-        What is wrong with the router, or "".
-    """
+    meter, log, step = run.meter, run.log, run.state.step
+    meter.merge(run.world.sum, first=run.world.first)
     levels = meter.summary()
     if not levels:
-        return ""
-    record = {"kind": "routing", "step": state.step, "epoch": epoch + 1, "stage": stage.number}
-    log.write({**record, "experts": meter.experts, "levels": levels})
-    for name, level in levels.items():
-        log.scalars(state.step, {f"routing/entropy {name}": level["entropy"]})
-        log.scalars(state.step, {f"routing/max violation {name}": level["max_violation"]})
-        usage = zip(meter.experts, level["usage"], strict=True)
-        log.scalars(state.step, {f"routing {name}/{expert}": share for expert, share in usage})
-    alarm = collapse_alarm(
-        levels, meter.experts, images=meter.images, top_k=active_experts(config, epoch)
+        return
+    log.write(
+        {"kind": "routing", "step": step, "epoch": epoch + 1, "stage": stage.number}
+        | {"experts": meter.experts, "levels": levels}
     )
+    for name, level in levels.items():
+        log.scalars(step, {f"routing/entropy {name}": level["entropy"]})
+        log.scalars(step, {f"routing/max violation {name}": level["max_violation"]})
+        usage = zip(meter.experts, level["usage"], strict=True)
+        log.scalars(step, {f"routing {name}/{expert}": share for expert, share in usage})
+    top_k = active_experts(run.config, epoch)
+    alarm = collapse_alarm(levels, meter.experts, images=meter.images, top_k=top_k)
     if alarm:
-        log.write({"kind": "event", "step": state.step, "epoch": epoch + 1, "text": alarm})
-    return alarm
-
-
-def active_experts(config: Config, epoch: int) -> int:
-    """Return how many experts an image uses in an epoch: all of them during router warm-up.
-
-    The evaluated weights (the EMA's copy of the model) are always routed as they will ship.
-    """
-    warm = epoch < config.train.router_warmup
-    return config.model.num_experts if warm else config.model.top_k
+        log.write({"kind": "event", "step": step, "epoch": epoch + 1, "text": alarm})
+        if not meter.alarmed:
+            # Once: the report and metrics.jsonl have every epoch's.
+            console.note(f"warning     {alarm}")
+        meter.alarmed = True

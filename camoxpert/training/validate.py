@@ -9,50 +9,82 @@ from typing import Any
 
 import numpy as np
 
+from camoxpert import console
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
+from camoxpert.errors import Stopped
 from camoxpert.inference.score import Item, score
-from camoxpert.metrics import Evaluator
+from camoxpert.metrics import Evaluator, is_better
 from camoxpert.pages.plots import panel
-from camoxpert.runs.log import RunLog
-from camoxpert.training.guards import StopFlag
-from camoxpert.training.prepare import Setup, autocast
-from camoxpert.training.state import TrainState
-
-Report = Callable[[str], None]
+from camoxpert.training.checkpoints import Saver, require_finite
+from camoxpert.training.run import Run
 
 
-class ValidationStopped(Exception):
-    """A process was asked to stop in the middle of a validation."""
+def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
+    """Score the weights at the end of an epoch, log the scores, and keep them if they are best.
+
+    Raises:
+        Stopped: a stop was requested; the state is saved, and the epoch's end is repeated as a
+            whole when the run continues.
+        NumericError: the weights are not finite.
+    """
+    state, config = run.state, run.config.train
+    require_finite(run)
+    try:
+        with run.log.phase("validation"):
+            scores, left_out = validate(run)
+    except Stopped:
+        run.log.truncate_after(state.step, epoch_done=False)
+        raise saver.saved_and_stopped() from None
+    state.epoch, state.position = epoch + 1, 0
+    measure = scores[config.select]
+    better = state.best is None or is_better(config.select, measure, state.best)
+    if better:
+        state.best, state.best_epoch, state.stale = measure, state.epoch, 0
+        saver.save_best(scores)
+    else:
+        state.stale += 1
+    record = {
+        "kind": "validation",
+        "step": state.step,
+        "epoch": state.epoch,
+        "stage": run.plan.stage_of_epoch(epoch).number,
+        "scores": scores,
+        "best": better,
+        "weights": "ema" if run.ema else "model",
+    }
+    run.log.write({**record, "unreadable": left_out} if left_out else record)
+    if left_out and state.epoch == config.validate_every:
+        text = f"{len(left_out)} validation images are left out, for example {left_out[0]}"
+        run.note_event(text)
+        console.note(f"warning     {text}")
+    run.log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
+    console.say(
+        f"epoch {state.epoch:>3}/{run.plan.epochs}  S {scores['Smeasure']:.3f}  wF "
+        f"{scores['wFmeasure']:.3f}  E {scores['meanEm']:.3f}  IoU {scores['IoU']:.3f}  MAE "
+        f"{scores['MAE']:.3f}{'  best so far' if better else ''}"
+    )
 
 
-def validate(
-    setup: Setup, log: RunLog, state: TrainState, stop: StopFlag, report: Report | None = None
-) -> tuple[dict[str, float], list[str]]:
+def validate(run: Run) -> tuple[dict[str, float], list[str]]:
     """Score the evaluated weights on the validation split at original size.
 
-    Every process scores its share of the images; the scores are those of one process, exactly.
+    Every rank scores its share of the images; the scores are exactly those of one process.
 
     Returns:
         The scores; what was left out because it cannot be read (``--unreadable skip``).
 
     Raises:
-        ValidationStopped: a process was asked to stop; raised on all of them.
+        Stopped: any rank was asked to stop; raised on all of them.
     """
-    data, count, world = setup.config.data, setup.config.run.num_images, setup.world
+    world, whole, count = run.world, run.data.validation, run.config.run.num_images
     evaluator = Evaluator()
-    whole = setup.data.validation
     loader = build_eval_loader(
         replace(whole, pairs=whole.pairs[world.rank :: world.size]),
-        img_size=data.img_size,
-        batch_size=setup.plan.stages[0].batch_size,
-        num_workers=setup.data.num_workers,
-        max_pixels=data.max_pixels,
-        keep_images=count > 0 and setup.config.run.tensorboard and world.first,
-        start_method=data.start_method,
-        worker_timeout=data.worker_timeout,
-        unreadable=data.unreadable,
-        report=report,
+        run.config.data,
+        batch_size=run.plan.stages[0].batch_size,
+        num_workers=run.data.loading.num_workers,
+        keep_images=count > 0 and run.config.run.tensorboard and world.first,
     )
     left_out: list[str] = []
 
@@ -66,34 +98,30 @@ def validate(
     def show(item: Item, prediction: Callable[[], np.ndarray], row: dict[str, Any]) -> None:
         if item.original is not None and next(shown) < count:
             picture = panel(item.original, item.mask, prediction() / np.float32(255))
-            log.image(f"validation/{row['name']}", picture, state.step)
+            run.log.image(f"validation/{row['name']}", picture, run.state.step)
 
-    def check_stop() -> None:
-        if stop.code():
-            raise ValidationStopped
-
-    # What is saved is the first process's: that is what all of them score.
-    world.share_buffers(setup.evaluated_model)
-    setup.evaluated_model.set_active_experts(setup.config.model.top_k)
+    # The first rank's buffers are saved: all ranks score those.
+    world.share_buffers(run.evaluated_model)
+    run.evaluated_model.set_active_experts(run.config.model.top_k)
     found: dict[str, Any] | None = None
     try:
-        score(
-            setup.evaluated_model,
-            read(),
-            device=setup.device,
-            evaluator=evaluator,
-            context=lambda: autocast(setup),
-            seen=show,
-            check_stop=check_stop,
-        )
-        found = evaluator.state_dict()
-    except ValidationStopped:
+        with run.stop.undeferred():
+            score(
+                run.evaluated_model,
+                read(),
+                device=run.device,
+                evaluator=evaluator,
+                precision=run.precision,
+                seen=show,
+            )
+            found = evaluator.state_dict()
+    except Stopped:
         pass
-    # Shares may take longer than a step: a process that is slow is not lost.
-    parts = world.gather((found, stop.code(), left_out), patiently=True)
+    # Shares may take longer than a step: a slow rank is not lost.
+    parts = world.gather((found, run.stop.code(), left_out), patiently=True)
     if any(part is None for part, _, _ in parts):
-        stop.agree({f"stop {code}": 1.0 for _, code, _ in parts})
-        raise ValidationStopped
+        run.stop.agree(code for _, code, _ in parts)
+        raise run.stop.stopped()
     merged = Evaluator()
     for part, _, _ in parts:
         one = Evaluator()

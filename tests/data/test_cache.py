@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from camoxpert.config import AugmentConfig
-from camoxpert.data.cache.build import build as cache_module
+from camoxpert.data.cache import build as cache_module
 from camoxpert.data.cache.build import (
     cache_name,
     choose_cache,

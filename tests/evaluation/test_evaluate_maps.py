@@ -333,7 +333,7 @@ class TestWritten:
     def test_the_page_is_self_contained_and_escapes(self, world: Path) -> None:
         (world / "maps/good").rename(world / "maps/<b>good")
         assert evaluate("--predictions", "maps", "--gt", "data") == 0
-        page = Path("evaluation/report.html").read_text()
+        page = Path("evaluation/index.html").read_text()
         assert "<b>good" not in page and "&lt;b&gt;good" in page
         assert "src='http" not in page and "<script" not in page
         assert page.count("data:image/jpeg") == len(summary()["gallery"])
@@ -358,9 +358,9 @@ class TestWritten:
         (world / "out").mkdir(mode=0o2775)
         mode = (world / "out").stat().st_mode
         assert evaluate("--predictions", "maps", "--gt", "data", "-o", "out") == 0
-        (world / "out/gallery/mine.txt").write_text("x")
+        (world / "out/images/mine.txt").write_text("x")
         assert evaluate(*CAMO, "-o", "out", "--gallery", "0") == 0
-        assert listing(world / "out/gallery") == {"mine.txt"}
+        assert listing(world / "out/images") == {"mine.txt"}
         assert listing(world / "out/per_image") == {"good"}
         assert len(summary("out")["results"]) == 1
         assert (world / "out").stat().st_mode == mode
@@ -398,7 +398,7 @@ class TestWritten:
         for protocol in ("pysod", "raw"):
             picks = ("--predictions", "maps/faint", *words, protocol, "--protocol", protocol)
             assert evaluate(*picks) == 0
-            panel = cv2.imread(f"{protocol}/gallery/CAMO_best_1.jpg").astype(int)
+            panel = cv2.imread(f"{protocol}/images/CAMO_best_1.jpg").astype(int)
             last = panel[20:, panel.shape[1] * 2 // 3 :]
             blue[protocol] = ((last[..., 0] - last[..., 1]) > 60).mean()
         assert blue["pysod"] < 0.01 < blue["raw"]

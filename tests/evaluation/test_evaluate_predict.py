@@ -15,12 +15,13 @@ from camoxpert.cli import main
 from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.errors import DataError
-from camoxpert.evaluation.model import Gallery, score_table
-from camoxpert.evaluation.results import safe_name
-from camoxpert.inference.photos import find_photos
+from camoxpert.evaluation.model import Gallery
+from camoxpert.evaluation.output import safe_name
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.inference.score import score
+from camoxpert.inference.sources import find_photos
 from camoxpert.metrics import RESULT_KEYS, Evaluator
+from camoxpert.pages.tables import text_table
 
 
 @pytest.fixture
@@ -40,6 +41,11 @@ def read(path: Path) -> np.ndarray:
     return image
 
 
+def scores_of(folder: Path) -> dict[str, float]:
+    (result,) = json.loads((folder / "scores.json").read_text())["results"]
+    return result["scores"]
+
+
 class TestEvaluate:
     def test_table_json_and_per_image_rows_agree(
         self, tiny_run: Path, toy_data: Path, tmp_path: Path, capsys
@@ -47,8 +53,9 @@ class TestEvaluate:
         words = ["evaluate", str(tiny_run), "--data", str(toy_data), "-o", str(tmp_path)]
         assert main(words) == 0
         out = capsys.readouterr().out
-        result = json.loads((tmp_path / "evaluation" / "toy.json").read_text())
-        with (tmp_path / "evaluation" / "toy.csv").open() as file:
+        content = json.loads((tmp_path / "scores.json").read_text())
+        (result,) = content["results"]
+        with (tmp_path / "per_image" / "tiny" / "toy.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert set(RESULT_KEYS) == set(result["scores"])
         assert len(rows) == result["num_images"] == 8
@@ -56,9 +63,10 @@ class TestEvaluate:
             mean = float(np.mean([float(row[key]) for row in rows]))
             assert mean == pytest.approx(result["scores"][key], abs=1e-9)
             assert f"{result['scores'][key]:.3f}" in out
-        for entry in result["gallery"]["best"] + result["gallery"]["worst"]:
+        for entry in content["gallery"]:
             assert (tmp_path / entry["panel"]).is_file()
-        best = [entry["wFmeasure"] for entry in result["gallery"]["best"]]
+        assert {entry["kind"] for entry in content["gallery"]} == {"best", "worst"}
+        best = [e["values"]["tiny"] for e in content["gallery"] if e["kind"] == "best"]
         assert best == sorted(best, reverse=True)
 
     def test_it_is_what_the_run_reported(
@@ -66,8 +74,8 @@ class TestEvaluate:
     ) -> None:
         words = ["evaluate", str(tiny_run), "--data", str(toy_data), "-o", str(tmp_path)]
         assert main([*words, "--batch-size", "8"]) == 0
-        own = json.loads((tiny_run / "evaluation" / "toy.json").read_text())["scores"]
-        again = json.loads((tmp_path / "evaluation" / "toy.json").read_text())["scores"]
+        own = scores_of(tiny_run / "evaluation")
+        again = scores_of(tmp_path)
         assert again == own
 
     @pytest.mark.parametrize("batch_size", [1, 3])
@@ -76,10 +84,11 @@ class TestEvaluate:
     ) -> None:
         words = ["evaluate", str(tiny_run), "--data", str(toy_data), "-o", str(tmp_path)]
         assert main([*words, "--batch-size", str(batch_size)]) == 0
-        own = json.loads((tiny_run / "evaluation" / "toy.json").read_text())["scores"]
-        again = json.loads((tmp_path / "evaluation" / "toy.json").read_text())["scores"]
+        own = scores_of(tiny_run / "evaluation")
+        again = scores_of(tmp_path)
         assert again == own  # to the last bit
-        mine, theirs = (folder / "evaluation" / "toy.csv" for folder in (tmp_path, tiny_run))
+        folders = (tmp_path, tiny_run / "evaluation")
+        mine, theirs = (folder / "per_image" / "tiny" / "toy.csv" for folder in folders)
         assert mine.read_text() == theirs.read_text()
 
     def test_the_torch_path_gives_the_same_scores(self, tiny_run: Path, toy_data: Path) -> None:
@@ -131,7 +140,7 @@ class TestEvaluate:
             for measure in measures.values():
                 measure.step(pred=prediction, gt=read(mask))
         keys = {"Smeasure": "sm", "wFmeasure": "wfm", "MAE": "mae"}
-        own = json.loads((tiny_run / "evaluation" / "toy.json").read_text())["scores"]
+        own = scores_of(tiny_run / "evaluation")
         for name, measure in measures.items():
             assert own[name] == pytest.approx(float(measure.get_results()[keys[name]]), abs=2e-3)
 
@@ -145,8 +154,46 @@ class TestEvaluate:
         broken = tmp_path / "data"
         shutil.copytree(toy_data, broken)
         next((broken / "TestDataset" / "toy" / "GT").iterdir()).unlink()
-        assert main(["evaluate", str(tiny_run), "--data", str(broken), "-o", str(tmp_path)]) == 3
-        assert not (tmp_path / "evaluation").exists()
+        out = tmp_path / "out"
+        assert main(["evaluate", str(tiny_run), "--data", str(broken), "-o", str(out)]) == 3
+        assert not out.exists()
+        out.mkdir()
+        (out / "mine.txt").write_text("x")
+        assert main(["evaluate", str(tiny_run), "--data", str(toy_data), "-o", str(out)]) == 2
+
+    def test_checkpoints_and_maps_are_written_alike(
+        self, tiny_run: Path, toy_data: Path, tmp_path: Path, monkeypatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        test = toy_data / "TestDataset" / "toy"
+        assert main(["evaluate", str(tiny_run), "--data", str(toy_data), "-o", "a"]) == 0
+        assert main(["predict", str(tiny_run), str(test / "Imgs"), "-o", "p", "--save", "map"]) == 0
+        maps = ["--predictions", "p/maps", "--gt", str(test / "GT"), "--method", "tiny"]
+        assert main(["evaluate", *maps, "-o", "b"]) == 0
+        trees = [
+            {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()}
+            for folder in ("a", "b")
+        ]
+        assert trees[0] == trees[1] and "images/toy_best_1.jpg" in trees[0]
+        assert {p.split("/")[0] for p in trees[0]} == {
+            "scores.json", "scores.csv", "scores.md", "scores.tex",
+            "per_image", "curves", "images", "index.html",
+        }  # fmt: skip
+        one, other = (json.loads(Path(folder, "scores.json").read_text()) for folder in "ab")
+        assert set(one) == set(other)
+        own = {"checkpoint", "img_size", "precision", "baseline"}
+        assert set(one["results"][0]) - own == set(other["results"][0]) - {
+            "num_missing", "num_extra", "resize", "gt_threshold",
+        }  # fmt: skip
+
+    def test_files_of_the_first_release_are_replaced(
+        self, tiny_run: Path, toy_data: Path, tmp_path: Path
+    ) -> None:
+        for name in ("toy.json", "toy.csv", "toy.png", "scores.csv", "scores.md", "scores.tex"):
+            (tmp_path / name).write_text("{}")
+        words = ["--gallery", "0", "--no-intervals", "-o", str(tmp_path)]
+        assert main(["evaluate", str(tiny_run), "--data", str(toy_data), *words]) == 0
+        assert not (tmp_path / "toy.json").exists() and (tmp_path / "scores.json").is_file()
 
 
 class TestPredict:
@@ -240,11 +287,11 @@ def test_gallery_keeps_the_extremes_only() -> None:
 
 
 def test_table_is_aligned() -> None:
-    results = [
-        {"dataset": "CAMO", "num_images": 250, "scores": {"MAE": 0.05}},
-        {"dataset": "a long name", "num_images": 7, "scores": {"MAE": 0.5}},
+    rows = [
+        {"dataset": "CAMO", "method": "m", "num_images": 250, "scores": {"MAE": 0.05}},
+        {"dataset": "a long name", "method": "m", "num_images": 7, "scores": {"MAE": 0.5}},
     ]
-    lines = score_table(results, ("MAE",)).splitlines()
+    lines = text_table(rows, ("MAE",)).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[2].endswith("0.050")
 

@@ -15,8 +15,9 @@ import cv2
 import pytest
 from helpers.maps import CAMO, evaluate, listing, pair, write
 
+from camoxpert import stop
 from camoxpert.cli import main
-from camoxpert.errors import DataError
+from camoxpert.errors import Stopped
 from camoxpert.evaluation import ledger
 from camoxpert.evaluation.maps.evaluate import evaluate_maps
 from camoxpert.evaluation.maps.find import MapTask, find_maps, find_masks
@@ -36,12 +37,11 @@ class TestWorkers:
             ),
         )  # fmt: skip
         options = MapOptions(keys=RESULT_KEYS)
-        finished: list[int] = []
         single = score_task(many, options, num_workers=0)
-        double = score_task(many, options, num_workers=2, done=finished.append)
+        double = score_task(many, options, num_workers=2)
         assert repr(single.results()) == repr(double.results())
         assert single.rows() == double.rows() and single.data_hash() == double.data_hash()
-        assert sum(finished) == len(many.jobs)
+        assert double.num_images == len(many.jobs)
 
     def test_the_number_of_processes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_map_workers(3) == 3 and choose_map_workers(0) == 0
@@ -50,22 +50,20 @@ class TestWorkers:
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
         assert choose_map_workers(None) == 0
 
-    def test_stopped_it_leaves_nothing(self, world: Path) -> None:
+    def test_stopped_it_leaves_nothing(self, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sets = find_masks([world / "data"])
         tasks = find_maps([world / "maps"], sets)
-        seen = []
+        seen: list[int] = []
 
-        def stop() -> None:
+        def code() -> int:
             seen.append(1)
-            if len(seen) == 4:
-                raise DataError("stopped")
+            return 143 if len(seen) >= 4 else 0
 
         before = listing(world)
-        with pytest.raises(DataError, match="stopped"), OutputFolder(world / "out") as folder:
-            evaluate_maps(
-                tasks, MapOptions(keys=RESULT_KEYS), output=folder, num_workers=0,
-                gallery=2, intervals=True, command=(), check_stop=stop,
-            )  # fmt: skip
+        with stop.watch() as asked:
+            monkeypatch.setattr(asked, "code", code)
+            with pytest.raises(Stopped, match="SIGTERM"), OutputFolder(world / "out") as folder:
+                evaluate_maps(tasks, MapOptions(gallery=2), num_workers=0, output=folder)
         assert listing(world) == before
 
     def test_workers_end_with_their_parent(self, world: Path, tmp_path: Path) -> None:

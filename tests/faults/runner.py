@@ -30,7 +30,8 @@ import torch.utils.flop_counter
 import camoxpert.data.samples.augment
 import camoxpert.training.trainer
 from camoxpert.cli import main
-from camoxpert.runs import checkpoint
+from camoxpert.runs import store
+from camoxpert.training import prepare, session
 
 torch.set_num_threads(1)
 camoxpert.data.samples.augment.Operators()
@@ -44,7 +45,7 @@ def slow_saves() -> None:
         time.sleep(0.03)
         honest(handle)
 
-    checkpoint.os.fsync = slow
+    store.os.fsync = slow
 
 
 def before_steps(call: Callable[[int], object]) -> None:
@@ -84,12 +85,12 @@ def three_seconds_a_step() -> None:
 
 def clock_of_steps() -> None:
     """Give the deadline a clock that ticks once a step."""
-    from camoxpert.training import guards
+    from camoxpert.stop import Stop
 
     steps: list[int] = []
     before_steps(steps.append)
-    start = guards.StopFlag.__init__
-    guards.StopFlag.__init__ = lambda flag, hours=None: start(flag, hours, lambda: len(steps))
+    start = Stop.__init__
+    Stop.__init__ = lambda stop, hours=None: start(stop, hours, lambda: len(steps))
 
 
 def a_worker_dies() -> None:
@@ -129,15 +130,14 @@ def folder_vanishes() -> None:
     """Let somebody delete the run's folder in the middle of the run."""
     import shutil
 
-    trainer = camoxpert.training.trainer
-    honest = trainer.train
+    honest = session.train
     folders: list[Path] = []
 
-    def train(setup, run_dir, *arguments, **options):
-        folders.append(run_dir)
-        return honest(setup, run_dir, *arguments, **options)
+    def train(run):
+        folders.append(run.path)
+        return honest(run)
 
-    trainer.train = train
+    session.train = train
     before_steps(lambda number: shutil.rmtree(folders[0]) if number == 4 else None)
 
 
@@ -175,9 +175,7 @@ def rank_1_hangs() -> None:
 
 def rank_1_sees_nan() -> None:
     """Give rank 1 a loss that is not a number in its second step."""
-    from camoxpert.training import step
-
-    honest = step.total_loss
+    honest = prepare.total_loss
     calls = []
 
     def broken(*arguments, **options):
@@ -187,7 +185,7 @@ def rank_1_sees_nan() -> None:
             loss = loss * float("nan")
         return loss, parts
 
-    step.total_loss = broken
+    prepare.total_loss = broken
 
 
 def slow_validation() -> None:
@@ -206,20 +204,18 @@ def slow_validation() -> None:
 
 def slow_start() -> None:
     """Make building the model take long enough to be interrupted."""
-    from camoxpert.training import prepare as setup
-
-    honest = setup.build_model
+    honest = prepare.build_model
 
     def slow(*arguments, **options):
         time.sleep(0.5)
         return honest(*arguments, **options)
 
-    setup.build_model = slow
+    prepare.build_model = slow
 
 
 def slow_decoding() -> None:
     """Make building a cache take long enough to be interrupted."""
-    from camoxpert.data.cache.build import build as cache
+    from camoxpert.data.cache import build as cache
 
     honest = cache.read_pair
 

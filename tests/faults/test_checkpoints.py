@@ -10,27 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import Runner, command, digest_of, ending
+from helpers.runs import Runner, command, digest_of, ending, train_in
 
 from camoxpert.cli import main
 from camoxpert.config import Config, load_config, to_dict
 from camoxpert.errors import CheckpointError, NumericError
+from camoxpert.files import read_jsonl
+from camoxpert.losses import total_loss
 from camoxpert.runs import checkpoint as checkpoints
+from camoxpert.runs import store
 from camoxpert.runs.checkpoint import (
     BEST,
     FORMAT,
-    CheckpointFolder,
     load_checkpoint,
     read_index,
     resolve_checkpoint,
 )
-from camoxpert.runs.log import RunLog, read_jsonl
 from camoxpert.runs.share import write_shared
-from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import RoutingMeter
+from camoxpert.runs.store import CheckpointFolder
+from camoxpert.training.checkpoints import restore, snapshot
 from camoxpert.training.prepare import prepare
-from camoxpert.training.snapshot import restore, snapshot
-from camoxpert.training.trainer import train as run_training
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -126,7 +125,7 @@ class TestFolder:
         folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(
-            checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000)
+            store.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000)
         )
         folder.require_space(3_000_000)
         with pytest.raises(CheckpointError, match="needs 13 MB and has 10 MB"):
@@ -138,7 +137,7 @@ class TestFolder:
         folder = CheckpointFolder(tmp_path / "checkpoints")
         folder.save(values(1), step=1)
         usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=399))
+        monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=399))
         with pytest.raises(CheckpointError, match=r"needs 0\.0 MB and 0\.0 MB are free"):
             folder.save(values(2), step=2)
         assert sorted(p.name for p in folder.folder.iterdir()) == ["index.json", "step_00000001.pt"]
@@ -188,15 +187,14 @@ class TestState:
         assert checkpoint.values["state"]["step"] == 14
         return out / "r", copy.deepcopy(checkpoint.values)
 
-    def continued(self, run: Path, state: dict[str, Any], folder: Path) -> str:
+    def continued(self, run: Path, state: dict[str, Any], folder: Path, loss=None) -> str:
         """Go on from a checkpoint; return a digest of the end."""
-        folder.mkdir()
         config = load_config(file=run / "config.yaml")
-        setup = prepare(config, lambda text: None)
         resume = checkpoints.Checkpoint(Path("step.pt"), config, copy.deepcopy(state))
-        log = RunLog(folder, tensorboard=False)
-        run_training(setup, folder, log, stop=StopFlag(), say=lambda text: None, resume=resume)
-        log.close()
+        prepared = prepare(config)
+        if loss is not None:
+            prepared.loss = loss
+        train_in(prepared, folder, resume=resume)
         newest, _ = CheckpointFolder(folder / "checkpoints").newest()
         assert newest is not None
         end = {k: v for k, v in newest.values.items() if k != "config"}
@@ -245,21 +243,17 @@ class TestState:
             folder = tmp_path / part.replace(" ", "_")
             assert self.continued(run, changed(part), folder) != same, part
 
-    def test_skipped_steps_go_on_being_counted(self, stopped_run, tmp_path, monkeypatch) -> None:
-        from camoxpert.training import step
-
+    def test_skipped_steps_go_on_being_counted(self, stopped_run, tmp_path) -> None:
         run, state = stopped_run
-        honest = step.total_loss
 
         def broken(*args: Any, **options: Any):
-            loss, parts = honest(*args, **options)
+            loss, parts = total_loss(*args, **options)
             return loss * float("nan"), parts
 
-        monkeypatch.setattr(step, "total_loss", broken)
         state = copy.deepcopy(state)
         state["state"]["skipped_in_a_row"] = 10
         with pytest.raises(NumericError, match="11 optimizer steps in a row"):
-            self.continued(run, state, tmp_path / "x")
+            self.continued(run, state, tmp_path / "x", broken)
 
     def test_the_average_may_come_and_go(self, stopped_run) -> None:
         """With the average switched off and on between sessions weights stay what they are."""
@@ -268,21 +262,21 @@ class TestState:
         without = load_config(file=run / "config.yaml", flags={"train.use_ema": False})
 
         def loaded(config: Config, state: dict[str, Any]):
-            setup = prepare(config, lambda text: None)
-            meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+            setup = prepare(config)
             resume = checkpoints.Checkpoint(Path("step.pt"), config, copy.deepcopy(state))
-            return setup, restore(setup, resume, meter), meter
+            restore(setup, resume)
+            return setup
 
-        setup, position, meter = loaded(without, state)
-        assert setup.ema is None
-        second, _, _ = loaded(config, snapshot(setup, position, meter))
+        first = loaded(without, state)
+        assert first.ema is None
+        second = loaded(config, snapshot(first))
         assert second.ema is not None and int(second.ema.updates) == 0
         for name, weight in second.ema.module.state_dict().items():
             assert torch.equal(weight, state["model"][name]), name
 
     def test_compiling_leaves_the_names_alone(self, stopped_run) -> None:
         run, state = stopped_run
-        setup = prepare(load_config(file=run / "config.yaml"), lambda text: None)
+        setup = prepare(load_config(file=run / "config.yaml"))
         setup.model.compile(backend="eager")
         assert list(setup.model.state_dict()) == list(state["model"])
 
@@ -338,7 +332,7 @@ class TestChanges:
         said = " ".join(capsys.readouterr().err.split())
         assert f"(1 missing: {picture.stem})" in said and "--allow-data-change" in said
         assert train(*self.WORDS, "--allow-data-change", data=own, out=out) == 0
-        assert "epoch 1 starts anew, as allowed" in capsys.readouterr().out
+        assert "epoch 1 restarts, as allowed" in capsys.readouterr().out
 
 
 class TestShared:
@@ -395,11 +389,11 @@ class TestFirstFormat:
         saved = load_checkpoint(GOLDEN / "format_1_step.pt")
         assert saved.values["format"] == 1
         setup = prepare_golden(saved.config, tmp_path)
-        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
-        state = restore(setup, saved, meter)
+        restore(setup, saved)
+        state = setup.state
         assert (state.step, state.epoch, state.position) == (3, 1, 8)
         assert setup.ema is not None and int(setup.ema.updates) == 3
-        again = snapshot(setup, state, meter)
+        again = snapshot(setup)
         for part in ("model", "ema", "optimizer", "state", "routing"):
             assert digest_of(again[part]) == digest_of(saved.values[part]), part
 
@@ -408,8 +402,7 @@ class TestFirstFormat:
         setup = prepare_golden(saved.config, tmp_path)
         for group in setup.optimizer.param_groups:
             group |= {"weight_decay": 0.5, "betas": (0.5, 0.6), "scale": 0.7}
-        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
-        restore(setup, saved, meter)
+        restore(setup, saved)
         for group in setup.optimizer.param_groups:
             assert (group["weight_decay"], group["betas"], group["scale"]) == (0.5, (0.5, 0.6), 0.7)
         kept = setup.optimizer.state_dict()["state"]
@@ -417,7 +410,7 @@ class TestFirstFormat:
 
     @pytest.mark.parametrize("name", ["format_1_step.pt", "format_1.safetensors"])
     def test_its_weights_say_the_same(self, name: str) -> None:
-        from camoxpert.models.build import build_model
+        from camoxpert.models.camoxpert import build_model
 
         saved = load_checkpoint(GOLDEN / name)
         expected = json.loads((GOLDEN / "format_1.json").read_text())
@@ -439,4 +432,4 @@ def prepare_golden(config: Config, folder: Path):
     own = dataclasses.replace(
         config.data, roots=(str(folder / "data"),), cache_dir=str(folder / "cache")
     )
-    return prepare(dataclasses.replace(config, data=own), lambda text: None)
+    return prepare(dataclasses.replace(config, data=own))

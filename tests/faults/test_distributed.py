@@ -19,15 +19,14 @@ from helpers.runs import KILLED, Runner, command, ending, events, weights_of
 
 from camoxpert.config import load_config
 from camoxpert.errors import ConfigError
-from camoxpert.runs.checkpoint import CheckpointFolder, load_checkpoint
-from camoxpert.runs.log import SilentLog, read_jsonl
+from camoxpert.files import read_jsonl
+from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime import processes as distributed
 from camoxpert.runtime.processes import begin_life, is_peer_loss, join
 from camoxpert.synthesis.toy import generate_toy
-from camoxpert.training.batching import MicroBatch, keep_effective
-from camoxpert.training.guards import StopFlag
+from camoxpert.training.batching import Batching, keep_effective
 from camoxpert.training.prepare import prepare
-from camoxpert.training.state import TrainState
 from camoxpert.training.validate import validate
 
 PEER_GONE = 6
@@ -141,11 +140,11 @@ class TestSameAsOne:
         records = read_jsonl(tmp_path / "r" / "metrics.jsonl")
         logged = [r["scores"] for r in records if r["kind"] == "validation"][-1]
         config = load_config(file=tmp_path / "r" / "config.yaml")
-        setup = prepare(config, lambda text: None)
+        setup = prepare(config)
         newest, _ = CheckpointFolder(tmp_path / "r" / "checkpoints").newest()
         assert newest is not None
         setup.evaluated_model.load_state_dict(newest.evaluated_weights)
-        own, _ = validate(setup, SilentLog(), TrainState(), StopFlag())
+        own, _ = validate(setup)
         assert json.loads(json.dumps(own)) == logged
 
     def test_one_goes_on_where_two_stopped_and_back(
@@ -281,24 +280,24 @@ class TestFaults:
         assert ending(tmp_path / "r") == whole
 
 
-def test_gradients_are_shared_once_per_step(toy_data: Path, monkeypatch) -> None:
+def test_gradients_are_shared_once_per_step(toy_data: Path) -> None:
     """Of three micro-batches only the last one's backward pass talks to the others."""
     from camoxpert.config import build_config
+    from camoxpert.losses import total_loss
     from camoxpert.training import step
-    from camoxpert.training.prepare import training_loader
+    from camoxpert.training.stages import training_loader
 
     settings = {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
     settings |= {"model.num_experts": 3, "data.img_size": 32, "data.num_workers": 0}
     settings |= {"train.batch_size": 4, "data.roots": [str(toy_data)]}
-    setup = prepare(build_config(settings), lambda text: None)
+    setup = prepare(build_config(settings))
     shared: list[bool] = []
-    honest = step.total_loss
 
     def watched(*args: Any, **options: Any):
         shared.append(setup.forward.require_backward_grad_sync)
-        return honest(*args, **options)
+        return total_loss(*args, **options)
 
-    monkeypatch.setattr(step, "total_loss", watched)
+    setup.loss = watched
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -401,4 +400,4 @@ def test_the_images_of_a_step_are_shared_anew(size, steps, before, processes, ex
     assert made.effective == size * steps * before
     with pytest.raises(ConfigError, match="cannot share them equally"):
         keep_effective(TrainConfig(), was | {"size": 7}, 16)
-    assert MicroBatch(4, 2, False, "", processes=3).effective == 24
+    assert Batching(4, 2, False, "", processes=3).effective == 24

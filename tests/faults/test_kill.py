@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.runs import KILLED, Runner, command, ending, events
 
-from camoxpert.runs.checkpoint import CheckpointFolder
+from camoxpert.runs.store import CheckpointFolder
 
 
 @pytest.fixture(scope="module")

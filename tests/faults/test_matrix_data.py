@@ -268,5 +268,13 @@ def test_tiny_and_extreme_pictures_train_and_predict(
     assert main(["predict", *words]) == 0
     head = probe(out / "maps" / "i.png")
     assert (head.height, head.width) == size
-    words = [str(tiny_run), "--data", str(tmp_path / "d"), "-o", str(out), "--gallery", "1"]
+    words = [
+        str(tiny_run),
+        "--data",
+        str(tmp_path / "d"),
+        "-o",
+        str(tmp_path / "e"),
+        "--gallery",
+        "1",
+    ]
     assert main(["evaluate", *words]) == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import TINY_SETTINGS
+from helpers.runs import TINY_SETTINGS, train_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,21 +24,24 @@ from camoxpert.config import build_config
 from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import device_batches
 from camoxpert.errors import CheckpointError
-from camoxpert.evaluation.model import evaluate_set
+from camoxpert.evaluation.model import evaluate_model
+from camoxpert.evaluation.options import ScoringOptions
+from camoxpert.evaluation.output import OutputFolder
+from camoxpert.files import read_jsonl
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.losses import total_loss
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE
 from camoxpert.models.router import choose
 from camoxpert.runs import log as runlog
-from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runs.log import RunLog
 from camoxpert.runtime import gpu
 from camoxpert.runtime.gpu import GpuMonitor
 from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training import trainer
-from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import LateReader, RoutingMeter
-from camoxpert.training.prepare import compile_model, prepare, training_loader
+from camoxpert.training.prepare import compile_model, prepare
+from camoxpert.training.stages import training_loader
+from camoxpert.training.steplog import LateReader
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -50,7 +53,7 @@ TINY = {
 
 def tiny(data: Path, **values: object):
     named = {key.replace("__", "."): value for key, value in values.items()}
-    return prepare(build_config({**TINY, "data.roots": [str(data)], **named}), lambda text: None)
+    return prepare(build_config({**TINY, "data.roots": [str(data)], **named}))
 
 
 class TestLeaks:
@@ -81,10 +84,7 @@ class TestLeaks:
             return values
 
         monkeypatch.setattr(trainer, "train_step", watched)
-        folder.mkdir()
-        log = RunLog(folder, tensorboard=True)
-        trainer.train(setup, folder, log, stop=StopFlag(), say=lambda text: None)
-        log.close()
+        train_in(setup, folder, tensorboard=True)
         return seen
 
     @pytest.fixture
@@ -166,20 +166,21 @@ def test_scores_depend_on_neither_batch_workers_nor_order(
 
     def scored(name: str, size: int, count: int, backwards: bool):
         pairs = manifest.pairs[::-1] if backwards else manifest.pairs
-        result = evaluate_set(
-            predictor,
-            "toy",
-            replace(manifest, pairs=pairs),
-            output=tmp_path / name,
-            batch_size=size,
-            num_workers=count,
-            gallery=0,
-            intervals=False,
-        )
-        rows = (tmp_path / name / "evaluation" / "toy.csv").read_text().splitlines()
+        options = ScoringOptions(gallery=0, intervals=False)
+        with OutputFolder(tmp_path / name) as folder:
+            (result,) = evaluate_model(
+                predictor,
+                {"toy": replace(manifest, pairs=pairs)},
+                options,
+                batch_size=size,
+                num_workers=count,
+                output=folder,
+            )
+            folder.finish()
+        rows = (tmp_path / name / "per_image" / "tiny" / "toy.csv").read_text().splitlines()
         seen = tuple(sizes)
         sizes.clear()
-        return result["scores"], result["data_hash"], sorted(rows), seen
+        return result.scores, result.data_hash, sorted(rows), seen
 
     expected = scored("a", 2, 0, False)
     assert sum(expected[3]) == len(manifest)
@@ -229,11 +230,10 @@ def test_the_uniform_family_compiles_once_and_learns_the_same(toy_data: Path, mo
         )
         if compiled:
             compile_model(setup.model)
-        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
         loader = training_loader(setup, 6)
         loader.set_epoch(0)
         batches = device_batches(loader, setup.device)
-        losses.append([float(trainer.train_step(setup, [b], meter)["loss"]) for b, _ in batches])
+        losses.append([float(trainer.train_step(setup, [b])["loss"]) for b, _ in batches])
         loader.close()
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -271,7 +271,7 @@ def test_any_routing_gives_the_loops_output_and_gradients(
     for name in DISPATCH if family == "uniform" else ("loop", "sorted", "dense"):
         moe.zero_grad()
         leaf, gates = x.clone().requires_grad_(), routing.gates_BK.clone().requires_grad_()
-        y = DISPATCH[name](moe.experts, leaf, gates, routing.experts_BK)
+        y = DISPATCH[name](moe.experts, leaf, routing._replace(gates_BK=gates), None)
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         own = [p.grad for p in moe.experts.parameters()]
         found[name] = [y.detach(), leaf.grad, gates.grad, *own]
@@ -370,7 +370,7 @@ class TestOptionalParts:
         said = [str(w.message) for w in seen if "TensorBoard" in str(w.message)]
         assert len(said) == 1 and "not available" in said[0]
         assert "No chart of training loss" in (tmp_path / "r" / "report.html").read_text()
-        assert (tmp_path / "r" / "evaluation" / "toy.json").is_file()
+        assert (tmp_path / "r" / "evaluation" / "scores.json").is_file()
         assert not list((tmp_path / "r").glob("events*"))
 
     def test_a_disk_that_fills_up_under_tensorboard(self, tmp_path: Path) -> None:

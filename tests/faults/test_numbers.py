@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import TINY_SETTINGS, weights_of
+from helpers.runs import TINY_SETTINGS, train_in, weights_of
 
 from camoxpert.config import build_config
 from camoxpert.errors import ConfigError, NumericError
-from camoxpert.runs.checkpoint import CheckpointFolder
-from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.files import read_jsonl
+from camoxpert.losses import total_loss
+from camoxpert.runs.store import CheckpointFolder
 from camoxpert.training import step, trainer
-from camoxpert.training.guards import StopFlag
-from camoxpert.training.prepare import Setup, prepare
-from camoxpert.training.trainer import train as run_training
+from camoxpert.training.prepare import prepare
+from camoxpert.training.run import Run
 
 SETTINGS = {
     **TINY_SETTINGS,
@@ -33,38 +33,30 @@ SETTINGS = {
 
 
 @pytest.fixture
-def setup(toy_data: Path) -> Setup:
+def setup(toy_data: Path) -> Run:
     config = build_config({**SETTINGS, "data.roots": [str(toy_data)]})
-    return prepare(config, lambda text: None)
+    return prepare(config)
 
 
-def go(setup: Setup, folder: Path) -> Any:
-    folder.mkdir(exist_ok=True)
-    log = RunLog(folder, tensorboard=False)
-    try:
-        return run_training(setup, folder, log, stop=StopFlag(), say=lambda text: None)
-    finally:
-        log.close()
+def go(setup: Run, folder: Path) -> Any:
+    return train_in(setup, folder)
 
 
-def break_steps(monkeypatch, chosen: Callable[[int], bool], factor: float) -> list[int]:
-    """Multiply the loss of chosen steps (from 1) by a factor that is no number."""
-    honest = step.total_loss
+def break_steps(setup: Run, chosen: Callable[[int], bool], factor: float) -> list[int]:
+    """Multiply the loss of chosen steps (from 1) by NaN or infinity."""
     seen: list[int] = []
 
     def broken(*args: Any, **options: Any):
-        loss, parts = honest(*args, **options)
+        loss, parts = total_loss(*args, **options)
         seen.append(1)
         return (loss * factor if chosen(len(seen)) else loss), parts
 
-    monkeypatch.setattr(step, "total_loss", broken)
+    setup.loss = broken
     return seen
 
 
-def test_a_skipped_step_names_its_images_and_what_they_are_like(
-    setup: Setup, tmp_path: Path, monkeypatch
-) -> None:
-    break_steps(monkeypatch, lambda number: number == 3, float("nan"))
+def test_a_skipped_step_names_its_images_and_what_they_are_like(setup: Run, tmp_path: Path) -> None:
+    break_steps(setup, lambda number: number == 3, float("nan"))
     summary = go(setup, tmp_path / "run")
     assert summary.state.skipped == 1 and summary.state.skipped_in_a_row == 0
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
@@ -82,8 +74,8 @@ def test_a_save_that_was_owed_follows_the_next_good_step(
 ) -> None:
     """Steps 2 to 4 are skipped, 2 was to be saved: 5 is."""
     values = {**SETTINGS, "data.roots": [str(toy_data)], "run.save_every": 2, "train.epochs": 1}
-    setup = prepare(build_config(values), lambda text: None)
-    break_steps(monkeypatch, lambda number: number in (2, 3, 4), float("nan"))
+    setup = prepare(build_config(values))
+    break_steps(setup, lambda number: number in (2, 3, 4), float("nan"))
     saved = []
     honest = CheckpointFolder.save
 
@@ -99,14 +91,14 @@ def test_a_save_that_was_owed_follows_the_next_good_step(
 class TestHalfPrecision:
     """fp16's loss scale, on a CPU: it falls at every overflow, and the weights stay."""
 
-    def scaled(self, setup: Setup, scale: float) -> Setup:
+    def scaled(self, setup: Run, scale: float) -> Run:
         setup.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         return setup
 
     def test_an_overflow_halves_the_scale_and_moves_nothing(
-        self, setup: Setup, tmp_path: Path, monkeypatch
+        self, setup: Run, tmp_path: Path, monkeypatch
     ) -> None:
-        break_steps(monkeypatch, lambda number: number <= 3, float("inf"))
+        break_steps(setup, lambda number: number <= 3, float("inf"))
         self.scaled(setup, 65536.0)
         before = copy.deepcopy(setup.model.state_dict())
         average = copy.deepcopy(setup.evaluated_model.state_dict())
@@ -133,38 +125,33 @@ class TestHalfPrecision:
         records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
         assert [r["scale"] for r in records if "scale" in r] == [32768.0, 16384.0, 8192.0]
 
-    def test_an_infinite_loss_with_finite_gradients(self, setup: Setup, monkeypatch) -> None:
+    def test_an_infinite_loss_with_finite_gradients(self, setup: Run) -> None:
         """The scaler looks at gradients alone; weights and their average must not part."""
-        from camoxpert.training.meters import RoutingMeter
-        from camoxpert.training.prepare import training_loader
+        from camoxpert.training.stages import training_loader
 
         self.scaled(setup, 1024.0)
-        honest = step.total_loss
 
         def infinite(*args: Any, **options: Any):
-            loss, parts = honest(*args, **options)
+            loss, parts = total_loss(*args, **options)
             return loss + float("inf"), parts
 
-        monkeypatch.setattr(step, "total_loss", infinite)
+        setup.loss = infinite
         before = copy.deepcopy(setup.model.state_dict())
         loader = training_loader(setup, 8)
         loader.set_epoch(0)
-        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
-        values = step.train_step(setup, [next(iter(loader))], meter)
+        values = step.train_step(setup, [next(iter(loader))])
         assert float(values["skipped"]) == 1 and setup.scaler.get_scale() == 512
         for name, weight in setup.model.state_dict().items():
             assert torch.equal(weight, before[name]), name
 
-    def test_an_epoch_that_ends_on_an_overflow_is_kept(
-        self, setup: Setup, tmp_path: Path, monkeypatch
-    ) -> None:
-        break_steps(monkeypatch, lambda number: number in (5, 10), float("inf"))
+    def test_an_epoch_that_ends_on_an_overflow_is_kept(self, setup: Run, tmp_path: Path) -> None:
+        break_steps(setup, lambda number: number in (5, 10), float("inf"))
         go(self.scaled(setup, 65536.0), tmp_path / "run")
         newest, _ = CheckpointFolder(tmp_path / "run" / "checkpoints").newest()
         assert newest is not None and newest.values["state"]["epoch"] == 2
 
-    def test_gradients_that_no_scale_saves(self, setup: Setup, tmp_path: Path, monkeypatch) -> None:
-        break_steps(monkeypatch, lambda number: True, float("inf"))
+    def test_gradients_that_no_scale_saves(self, setup: Run, tmp_path: Path) -> None:
+        break_steps(setup, lambda number: True, float("inf"))
         with pytest.raises(NumericError, match=r"the loss scale fell to 0\.5 after 3 skipped"):
             go(self.scaled(setup, 4.0), tmp_path / "run")
 
@@ -189,7 +176,7 @@ class TestDivergence:
             assert torch.equal(weight, before[name]) and bool(weight.isfinite().all())
         assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
 
-    def test_steps_without_the_protection_poison_the_weights(self, setup: Setup) -> None:
+    def test_steps_without_the_protection_poison_the_weights(self, setup: Run) -> None:
         """The control: one such update and the norm of the weights is infinite."""
         optimizer = torch.optim.AdamW(setup.model.parameters(), lr=1e20)
         sum(p.square().sum() for p in setup.model.parameters()).backward()
@@ -209,7 +196,7 @@ class TestOutOfMemory:
         assert train("--epochs", "1", "--no-test", "--no-report") == 2
         assert "Out of memory on cpu: 8 images of 32 px" in capsys.readouterr().err
 
-    def test_in_the_validation(self, setup: Setup, tmp_path: Path, monkeypatch) -> None:
+    def test_in_the_validation(self, setup: Run, tmp_path: Path, monkeypatch) -> None:
         from camoxpert.inference import score as validation
 
         def full(*args: Any, **options: Any) -> None:
@@ -221,28 +208,25 @@ class TestOutOfMemory:
         newest, _ = CheckpointFolder(tmp_path / "run" / "checkpoints").newest()
         assert newest is not None and newest.values["state"]["position"] > 0
 
-    def test_what_did_not_fit_is_let_go(self, setup: Setup, monkeypatch) -> None:
+    def test_what_did_not_fit_is_let_go(self, setup: Run) -> None:
         """No reference cycle and no traceback keeps the graph while smaller parts are tried."""
         import weakref
 
-        from camoxpert.training.meters import RoutingMeter
-        from camoxpert.training.prepare import training_loader
+        from camoxpert.training.stages import training_loader
 
         kept: list[weakref.ref[torch.Tensor]] = []
         alive: list[bool] = []
-        honest = step.total_loss
 
         def cramped(output: Any, *args: Any, **options: Any):
             alive.append(any(ref() is not None for ref in kept))
             if len(output.logits_B1HW) > 2:
                 kept.append(weakref.ref(output.logits_B1HW))
                 raise torch.OutOfMemoryError("injected")
-            return honest(output, *args, **options)
+            return total_loss(output, *args, **options)
 
-        monkeypatch.setattr(step, "total_loss", cramped)
+        setup.loss = cramped
         loader = training_loader(setup, 8)
         loader.set_epoch(0)
-        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
-        values = step.train_step(setup, [next(iter(loader))], meter)
+        values = step.train_step(setup, [next(iter(loader))])
         assert setup.split == 4 and len(kept) == 2 and not any(alive)
         assert float(values["skipped"]) == 0

@@ -20,9 +20,11 @@ from camoxpert.cli import main
 from camoxpert.config import Config, to_dict
 from camoxpert.errors import DataError
 from camoxpert.files import append_here, leads_outside
-from camoxpert.inference.photos import KINDS, find_photos, output_path
-from camoxpert.runs.checkpoint import FORMAT, CheckpointFolder
+from camoxpert.inference.prediction import KINDS, output_path
+from camoxpert.inference.sources import find_photos
+from camoxpert.runs.checkpoint import FORMAT
 from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runs.store import CheckpointFolder
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = ("../secret/{}", "{absolute}", "link.{end}", "folder/{}", "in/../../secret/{}")
@@ -178,21 +180,29 @@ class TestLinksAmongResults:
         out, victim, elsewhere = tmp_path / "out", tmp_path / "victim", tmp_path / "elsewhere"
         victim.write_text("precious")
         elsewhere.mkdir()
-        (out / "evaluation").mkdir(parents=True)
-        names = ("toy.json", "toy.csv", "toy.png", "scores.csv", "scores.md", "scores.tex")
-        for name in names:
-            (out / "evaluation" / name).symlink_to(victim)
         words = ["evaluate", str(tiny_run), "--data", str(toy_data), "--gallery", "1"]
         words += ["--no-intervals", "-o"]
         assert main([*words, str(out)]) == 0
+        names = [path for path in out.rglob("*") if path.is_file() and path.name != "scores.json"]
+        for path in names:
+            path.unlink()
+            path.symlink_to(victim)
+        assert len(names) >= 7 and main([*words, str(out)]) == 0
         assert victim.read_text() == "precious"
-        assert not [name for name in names if (out / "evaluation" / name).is_symlink()]
-        for linked in ("evaluation", "images/toy"):
-            other = tmp_path / linked.replace("/", "-")
-            (other / linked).parent.mkdir(parents=True)
-            (other / linked).symlink_to(elsewhere)
-            assert main([*words, str(other)]) == 3
+        assert not [path for path in out.rglob("*") if path.is_symlink()]
+        for linked in ("per_image", "images"):
+            (out / linked).rename(tmp_path / linked)
+            (out / linked).symlink_to(elsewhere)
+            assert main([*words, str(out)]) == 2
             assert "is a link" in " ".join(capsys.readouterr().err.split())
+            (out / linked).unlink()
+            (tmp_path / linked).rename(out / linked)
+        run = tmp_path / "run"
+        shutil.copytree(tiny_run, run)
+        shutil.rmtree(run / "evaluation")
+        (run / "evaluation").symlink_to(elsewhere)
+        assert main(["evaluate", str(run), "--data", str(toy_data)]) == 3
+        assert "is a link that leads out" in " ".join(capsys.readouterr().err.split())
         assert not list(elsewhere.iterdir())
 
     def test_maps_are_scored_into_no_linked_folder(self, tmp_path: Path, monkeypatch) -> None:
@@ -258,7 +268,7 @@ def test_pages_show_hostile_file_names_as_text(tmp_path: Path, monkeypatch) -> N
     assert evaluate(*words, "--images", "d/Imgs") == 0
     (tmp_path / "d" / "Imgs" / f"{names[0]}.jpg").write_bytes(b"broken")
     main(["doctor", "d", "-o", "doctor"])
-    for page in ("e/report.html", "doctor/doctor.html"):
+    for page in ("e/index.html", "doctor/doctor.html"):
         text = (tmp_path / page).read_text()
         assert active_parts(text) == []
         assert "onerror=alert(1)&gt;" in text

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import signal
-import textwrap
 from pathlib import Path
 
 import pytest
 from helpers.runs import Runner, command, ending
-
-from camoxpert.errors import Stopped
-from camoxpert.training import guards
-from camoxpert.training.guards import StopFlag
 
 
 @pytest.fixture(scope="module")
@@ -130,36 +123,3 @@ def test_evaluation_stops_and_goes_on(runner: Runner, data: Path, tmp_path: Path
     assert "Stopped (SIGTERM)" in runner.said()
     assert runner.said().count("[scoring]") < 2, "the second of two images was not waited for"
     assert runner.run(words) == [0], runner.said()
-
-
-class TestFlag:
-    """What the signal handler does, and what the flag answers."""
-
-    def test_the_handler_does_nothing_but_set_a_flag(self) -> None:
-        """A handler runs in the middle of anything: files, locks and collectives are forbidden."""
-        tree = ast.parse(textwrap.dedent(inspect.getsource(guards.StopFlag.handle)))
-        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        assert calls == ["os._exit"]
-        control = ast.parse("def handle(self):\n    print('stopping')\n    self.save()")
-        assert len([n for n in ast.walk(control) if isinstance(n, ast.Call)]) == 2
-
-    def test_codes(self) -> None:
-        now = [0.0]
-        flag = StopFlag(1.0, clock=lambda: now[0])
-        assert flag.code() == 0
-        now[0] = 3599.9
-        assert flag.code() == 0
-        now[0] = 3600.0
-        assert flag.code() == 75
-        flag.handle(signal.SIGTERM, None)
-        assert flag.code() == 143
-
-    def test_what_the_processes_want_together(self) -> None:
-        flag = StopFlag()
-        flag.agree({"stop 130": 0.0, "stop 143": 0.0, "stop 75": 0.0, "loss": 3.0})
-        assert not flag.agreed
-        flag.agree({"stop 75": 1.0, "stop 143": 2.0})
-        assert flag.agreed == 143
-        with pytest.raises(Stopped) as error:
-            raise flag.stopped("Saved.")
-        assert error.value.exit_code == 143

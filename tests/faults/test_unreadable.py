@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from camoxpert.training.data_setup import load_data, training_loader
 
 from camoxpert.config import AugmentConfig, build_config
 from camoxpert.data.cache.build import find_cache, open_cache
@@ -22,7 +23,6 @@ from camoxpert.data.samples.augment import SampleTransform
 from camoxpert.data.unreadable import Unreadable, allowed
 from camoxpert.errors import DataError
 from camoxpert.synthesis.toy import generate_toy
-from camoxpert.training.data_setup import load_data, training_loader
 
 STRONG = AugmentConfig(vflip=0.5, rotate=60)
 SIDE = 32
@@ -280,13 +280,13 @@ class TestStart:
     @pytest.mark.parametrize("mode", ["none", "disk"])
     def test_one_line_and_the_same_data(self, data: Path, tmp_path: Path, mode: str) -> None:
         train, validation = (
-            getattr(load_data(settings(data, tmp_path, cache="none"), lambda text: None), part)
+            getattr(load_data(settings(data, tmp_path, cache="none")), part)
             for part in ("train", "validation")
         )
         train.pairs[0].image.write_bytes(b"")
         hashes = {load_train([data]).content_hash()}
         with pytest.raises(DataError, match=r"(?s)1 of 16 pairs.*--unreadable skip"):
-            load_data(settings(data, tmp_path, cache=mode), lambda text: None)
+            load_data(settings(data, tmp_path, cache=mode))
         for _ in range(2):
             lines: list[str] = []
             config = settings(data, tmp_path, cache=mode, unreadable="skip")
@@ -302,15 +302,15 @@ class TestStart:
     @pytest.mark.parametrize("mode", ["none", "disk"])
     def test_more_than_the_bound_is_an_error(self, data: Path, tmp_path: Path, mode: str) -> None:
         config = settings(data, tmp_path, cache=mode, unreadable="skip")
-        pairs = load_data(settings(data, tmp_path, cache="none"), lambda text: None).train.pairs
+        pairs = load_data(settings(data, tmp_path, cache="none")).train.pairs
         # One shows in its header, the other only when it is decoded.
         pairs[0].image.write_bytes(b"")
         pairs[1].image.write_bytes(b"") if mode == "none" else flip(pairs[1].mask)
         with pytest.raises(DataError, match=r"2 of 12 training images.*allows 1") as caught:
-            load_data(config, lambda text: None)
+            load_data(config)
         assert pairs[1].name in str(caught.value)
         wider = settings(data, tmp_path, cache=mode, unreadable="skip", max_unreadable=0.2)
-        assert load_data(wider, lambda text: None).data_hash
+        assert load_data(wider).data_hash
 
     def test_a_missing_file_has_a_hash_too(self, data: Path) -> None:
         manifest = load_train([data])
@@ -335,7 +335,7 @@ class TestStopping:
         return check_stop
 
     def test_a_build_that_is_stopped_continues(self, data, tmp_path, monkeypatch) -> None:
-        from camoxpert.data.cache.build import build as cache_module
+        from camoxpert.data.cache import build as cache_module
 
         monkeypatch.setattr(cache_module, "usable_cores", lambda: 1)
         config = settings(data, tmp_path, cache="disk")

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from camoxpert.config import build_config
-from camoxpert.models.build import build_model
-from camoxpert.runs.checkpoint import FORMAT, Checkpoint, CheckpointFolder
+from camoxpert.models.camoxpert import build_model
+from camoxpert.runs.checkpoint import FORMAT, Checkpoint
 from camoxpert.runs.share import write_shared
+from camoxpert.runs.store import CheckpointFolder
 from camoxpert.synthesis.toy import generate_toy
-from camoxpert.training.meters import RoutingMeter
-from camoxpert.training.prepare import prepare, training_loader
-from camoxpert.training.snapshot import snapshot
-from camoxpert.training.state import TrainState
+from camoxpert.training.checkpoints import snapshot
+from camoxpert.training.prepare import prepare
+from camoxpert.training.run import TrainState
+from camoxpert.training.stages import training_loader
 from camoxpert.training.step import train_step
 
 SETTINGS = {
@@ -45,15 +46,14 @@ def main(scratch: Path) -> None:
     here = Path(__file__).parent
     generate_toy(scratch, num_train=8, num_test=0, size=32, difficulty=0.1, seed=0)
     config = build_config({**SETTINGS, "data.roots": [str(scratch)]})
-    setup = prepare(config, print)
-    meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
-    loader = training_loader(setup, 4)
+    run = prepare(config)
+    loader = training_loader(run, 4)
     loader.set_epoch(0)
     batches = list(loader)
     for number in range(3):
-        train_step(setup, [batches[number % 2]], meter)
-    state = TrainState(step=3, epoch=1, position=8, images=12, best=0.25, best_epoch=1)
-    values = snapshot(setup, state, meter)
+        train_step(run, [batches[number % 2]])
+    run.state = TrainState(step=3, epoch=1, position=8, images=12, best=0.25, best_epoch=1)
+    values = snapshot(run)
     values["config"]["data"]["roots"] = []
     path = CheckpointFolder(scratch / "checkpoints").save(values, step=3)
     (here / "format_1_step.pt").write_bytes(path.read_bytes())

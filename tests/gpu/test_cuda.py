@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; skipped, saying so, where there is none."""
+"""Tests that need a CUDA device; skipped without one."""
 
 import copy
 import warnings
@@ -7,21 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from camoxpert.config import AugmentConfig, build_config
+from camoxpert.config import AugmentConfig, DataConfig, build_config
 from camoxpert.data.cache.build import open_cache
 from camoxpert.data.files.manifest import load_train
-from camoxpert.data.loader import build_loader, device_batches
-from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.data.loader import LoaderPlan, build_loader, device_batches
 from camoxpert.data.samples.augment_device import apply_draws
 from camoxpert.data.samples.draw import draw
 from camoxpert.losses import total_loss
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE
 from camoxpert.runtime.device import Precision
 from camoxpert.synthesis.toy import generate_toy
+from camoxpert.training.batching import choose_batching
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.optim import build_optimizer, set_lr
-from camoxpert.training.prepare import choose_micro_batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,7 +119,7 @@ def test_skipped_step_leaves_weights_and_ema_alone() -> None:
     ("settings", "allowed"), [({}, 1), ({"model.expert_family": "uniform"}, 0)]
 )
 def test_host_syncs_of_the_forward_and_backward_pass(settings, allowed) -> None:
-    """The driver's own word: torch warns at every synchronising call."""
+    """Counted by torch, which warns at every synchronising call."""
     torch.manual_seed(0)
     values = {"model.backbone": "edgenext_xx_small", "model.pretrained": False, "model.width": 32}
     config = build_config(values | settings)
@@ -152,7 +151,7 @@ def test_memory_predicted_from_two_points_is_what_the_step_takes(setting) -> Non
     config = build_config(settings | {"train.gradient_checkpointing": setting})
     model = build_model(config.model).cuda()
     device, precision = torch.device("cuda"), Precision(torch.bfloat16, False, "bf16")
-    chosen = choose_micro_batch(config, model, device, precision)
+    chosen = choose_batching(config, model, device, precision)
     assert chosen.size == 32, chosen.reason
     assert chosen.predicted == pytest.approx(chosen.measured, rel=0.15), chosen.reason
 
@@ -163,10 +162,10 @@ def test_the_micro_batch_follows_the_free_memory() -> None:
     config = build_config(settings | {"train.gradient_checkpointing": "off"})
     model = build_model(config.model).cuda()
     device, precision = torch.device("cuda"), Precision(torch.bfloat16, False, "bf16")
-    needed = choose_micro_batch(config, model, device, precision).predicted
+    needed = choose_batching(config, model, device, precision).predicted
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - needed, dtype=torch.uint8, device=device)
-    chosen = choose_micro_batch(config, model, device, precision)
+    chosen = choose_batching(config, model, device, precision)
     del ballast
     assert 1 <= chosen.size < 32 and chosen.size * chosen.steps == 32, chosen.reason
     assert chosen.measured is not None, chosen.reason
@@ -193,28 +192,12 @@ def test_device_augmentation_is_the_same_on_the_gpu_and_waits_for_nothing() -> N
 def test_batches_straight_from_the_cache_arrive_on_the_gpu(tmp_path) -> None:
     generate_toy(tmp_path / "data", num_train=12, num_test=0, size=64, seed=0)
     manifest = load_train([tmp_path / "data"])
-    cache = open_cache(
-        manifest,
-        64,
-        mode="disk",
-        folder=tmp_path / "cache",
-        max_pixels=10**6,
-        say=lambda line: None,
-        track=lambda items, total, description: items,
-    )
+    data = DataConfig(img_size=64, cache_dir=str(tmp_path / "cache"))
+    cache = open_cache(manifest, data, mode="disk")
 
     def loader(pin_memory: bool):
-        return build_loader(
-            manifest,
-            SampleTransform(img_size=64, augment=AugmentConfig(), seed=0),
-            batch_size=4,
-            num_workers=0,
-            shuffle=True,
-            seed=0,
-            cache=cache,
-            on_device=True,
-            pin_memory=pin_memory,
-        )
+        plan = LoaderPlan(0, 2, cache, True, pin_memory=pin_memory)
+        return build_loader(manifest, data, plan, batch_size=4, seed=0)
 
     host = [b for b, _ in device_batches(loader(False), torch.device("cpu"))]
     batches = [b for b, _ in device_batches(loader(True), torch.device("cuda", 0))]

@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
-from camoxpert.runs.checkpoint import CheckpointFolder
-from camoxpert.runs.log import read_jsonl
+from camoxpert.runs.checkpoint import Checkpoint
+from camoxpert.runs.log import RunLog, read_jsonl
+from camoxpert.runs.store import CheckpointFolder
+from camoxpert.training.checkpoints import restore
+from camoxpert.training.run import Run
+from camoxpert.training.trainer import train
 
 RUNNER = Path(__file__).parents[1] / "faults" / "runner.py"
 KILLED = -signal.SIGKILL
@@ -123,3 +127,17 @@ def events(run: Path) -> list[str]:
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
     """Return a run's records of one kind."""
     return [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == kind]
+
+
+def train_in(run: Run, folder: Path, *, resume: Checkpoint | None = None, **options: Any) -> Run:
+    """Train a prepared run in a folder, as a session does; return it."""
+    folder.mkdir(exist_ok=True)
+    run.path = folder
+    if resume is not None:
+        restore(run, resume)
+    run.log = RunLog(folder, **{"tensorboard": False, **options})
+    try:
+        train(run)
+    finally:
+        run.log.close()
+    return run

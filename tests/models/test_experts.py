@@ -1,4 +1,4 @@
-"""Every expert contains what its name says."""
+"""Every expert computes what its name promises."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_shape_and_gradient(kind: str, shape: tuple[int, ...]) -> None:
     assert y.shape == x.shape
     y.sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
-    # The zero-sample call, too, gives every parameter a gradient (of zero): DDP needs it.
+    # Also the zero-sample call gives every parameter a gradient (of zero): DDP needs it.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in expert.parameters())
 
 
@@ -98,8 +98,7 @@ def test_local_mean_by_hand() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 def test_bf16_gradient_of_the_dilated_filters_is_sound() -> None:
-    """oneDNN reads uninitialised memory here for channels-last inputs; see
-    TextureExpert.forward."""
+    """oneDNN reads uninitialised memory for channels-last inputs: see TextureExpert.forward."""
     torch.manual_seed(0)
     expert = TextureExpert(32, 32)
     x = torch.randn(4, 32, 32, 32)

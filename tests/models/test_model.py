@@ -1,4 +1,4 @@
-"""One tester for every backbone in the table, and the contracts of the whole network."""
+"""Every backbone of the table in one test class, and the contracts of the whole network."""
 
 import copy
 from pathlib import Path
@@ -9,8 +9,10 @@ import torch
 from camoxpert.config import build_config
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.losses import total_loss
-from camoxpert.models.build import BACKBONES, build_model
-from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.models.backbone import BACKBONES
+from camoxpert.models.camoxpert import CamoXpert, build_model
+
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def small(**settings: object) -> CamoXpert:
@@ -28,7 +30,7 @@ def small(**settings: object) -> CamoXpert:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 class TestEveryBackbone:
-    """Each builds, keeps the output contract, trains one step and learns in all its levels."""
+    """Each builds, keeps the output contract, trains a step and has gradients in all levels."""
 
     def test_trains_a_step(self, backbone: str) -> None:
         model = small(backbone=backbone).train()
@@ -111,7 +113,7 @@ def test_keys_stay_clean_and_idle_experts_reduce_under_ddp(tmp_path: Path) -> No
         keys = list(model.state_dict())
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         mask = torch.ones(1, 1, 32, 32)
-        # Twice: a parameter without a gradient would make the second pass fail.
+        # Twice: a parameter without a gradient makes the second pass fail.
         for deep in (True, False):
             config = build_config({"loss.deep_supervision": deep}).loss
             total_loss(wrapped(torch.rand(1, 3, 32, 32)), mask, config)[0].backward()
@@ -190,7 +192,7 @@ class TestWeights:
     [({"model.expert_family": "uniform"}, True), ({"model.top_k": 7}, True), ({}, False)],
 )
 def test_what_compiles_as_one_graph(settings, whole, monkeypatch) -> None:
-    """Captured without a break, and with the keys and values of the plain model."""
+    """Without a graph break, with the keys and values of the plain model."""
     from camoxpert.training.prepare import compile_model
 
     compiled = []
@@ -241,18 +243,18 @@ def test_several_training_sizes_compile_once_each(monkeypatch) -> None:
             model(torch.zeros(2, 3, size, size, dtype=torch.uint8))
         seen.append(len(graphs))
     torch._dynamo.reset()
-    assert seen == [len(sizes)] * 3, "more sizes than torch's own limit, none compiled twice"
+    assert seen == [len(sizes)] * 3, "more sizes than torch's default limit, each compiled once"
 
 
 def test_without_a_connection_weights_are_refused_at_once(monkeypatch, tmp_path: Path) -> None:
-    """No retries over most of a minute; what is in the cache would still be found."""
+    """No retries for most of a minute; the hub client still looks into its cache."""
     import timm
     from huggingface_hub import constants
 
-    from camoxpert.models import backbone
-
     seen = []
-    monkeypatch.setattr(backbone, "hub_reachable", lambda: False)
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # refuses connections
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     original = timm.create_model
 
@@ -270,9 +272,9 @@ def test_without_a_connection_weights_are_refused_at_once(monkeypatch, tmp_path:
 def test_whether_the_hub_answers(monkeypatch) -> None:
     import socket
 
-    from camoxpert.models.backbone import hub_reachable
+    from camoxpert.models.weights import hub_reachable
 
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")

@@ -1,11 +1,11 @@
-"""Dispatch back ends agree in output and every gradient; the router does what it says."""
+"""Dispatch back ends agree in output and every gradient; the router decides as documented."""
 
 import pytest
 import torch
 
 from camoxpert.config import build_config, load_config
 from camoxpert.errors import ConfigError
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE, choose_dispatch, read_counts
 from camoxpert.models.router import Router, choose
 from camoxpert.models.stacked import FIELDS, UniformExperts
@@ -22,7 +22,7 @@ def run(
     leaf = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         y, _ = moe(leaf)
-    # Not a plain sum: a weighting that differs per element catches permuted outputs.
+    # A weight per element instead of a plain sum: permuted outputs are noticed.
     y = y.float()
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in moe.named_parameters()}
@@ -61,7 +61,7 @@ def test_back_ends_agree(family, batch, experts, top_k, width, size) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["specialist", "uniform"])
 def test_back_ends_agree_in_half_precision(family, dtype) -> None:
-    """2 % of the output's norm, 10 % of a gradient's: sums over pixels run in another order."""
+    """Within 2 % of the output's norm and 10 % of a gradient's: sums run in another order."""
     torch.manual_seed(0)
     moe = MoE(16, num_experts=4, top_k=2, family=family)
     x = torch.randn(6, 16, 8, 8)
@@ -79,9 +79,10 @@ def test_a_wrong_gate_is_noticed(family) -> None:
     moe = MoE(16, num_experts=4, top_k=2, family=family)
     x = torch.randn(4, 16, 4, 4)
     routing = moe.router(x)
-    right = DISPATCH["loop"](moe.experts, x, routing.gates_BK, routing.experts_BK)
+    right = DISPATCH["loop"](moe.experts, x, routing, None)
+    swapped = routing._replace(gates_BK=routing.gates_BK.flip(1))
     for name in BACK_ENDS[family][1:]:
-        wrong = DISPATCH[name](moe.experts, x, routing.gates_BK.flip(1), routing.experts_BK)
+        wrong = DISPATCH[name](moe.experts, x, swapped, None)
         assert not torch.allclose(right, wrong, atol=1e-4)
 
 
@@ -101,17 +102,17 @@ def test_all_images_to_one_expert_leaves_zero_not_missing_gradients(family) -> N
 
 
 def counted(moe: MoE, x: torch.Tensor, dispatch: str) -> SyncCounter:
-    """Forward and backward of the dispatch alone: the router and the norm are the same for all."""
+    """Count forward and backward of the dispatch alone: router and norm are the same for all."""
     routing = moe.router(x)
-    gates = routing.gates_BK.detach().requires_grad_()
+    routing = routing._replace(gates_BK=routing.gates_BK.detach().requires_grad_())
     leaf = x.clone().requires_grad_()
     with SyncCounter() as counter:
-        DISPATCH[dispatch](moe.experts, leaf, gates, routing.experts_BK).sum().backward()
+        DISPATCH[dispatch](moe.experts, leaf, routing, None).sum().backward()
     return counter
 
 
 def test_operators_and_host_syncs() -> None:
-    """B = 16, E = 4, k = 2, forward and backward: what the project exists for."""
+    """B = 16, E = 4, k = 2, forward and backward: the reason for this project."""
     torch.manual_seed(0)
     x = torch.randn(16, 16, 8, 8)
     uniform = MoE(16, num_experts=4, top_k=2, family="uniform")
@@ -195,21 +196,6 @@ def test_counts_of_several_levels_in_one_read() -> None:
     assert counter.syncs == 1
 
 
-def test_the_counter_sees_every_kind_of_sync() -> None:
-    x = torch.arange(4.0)
-    for read in (
-        lambda: x.sum().item(), lambda: bool(x.sum() > 0), lambda: float(x[0]), lambda: x.tolist(),
-        lambda: x.nonzero(), lambda: x[x > 1], lambda: x.long().bincount(), lambda: x.unique(),
-    ):  # fmt: skip
-        with SyncCounter() as counter:
-            read()
-        assert counter.syncs == 1, counter.places
-        assert "test_moe.py" in next(iter(counter.places))
-    with SyncCounter() as counter:
-        _ = (x * 2).sum().sqrt()
-    assert counter.syncs == 0
-
-
 def test_uniform_experts_keep_to_their_receptive_fields() -> None:
     torch.manual_seed(0)
     experts = UniformExperts(len(FIELDS), 8, 8)
@@ -265,7 +251,7 @@ def test_router_sees_content() -> None:
     torch.manual_seed(0)
     router = Router(16, 4, 1)
     noise = torch.randn(1, 16, 8, 8)
-    # Same mean, ten times the spread: a router on means alone could not tell these apart.
+    # Same mean, ten times the spread: a router that sees means alone cannot distinguish them.
     wild = noise.mean((2, 3), keepdim=True) + 10 * (noise - noise.mean((2, 3), keepdim=True))
     assert not torch.allclose(router(noise).logits_BE, router(wild).logits_BE, atol=1e-3)
 
@@ -276,7 +262,7 @@ def test_a_shared_expert_serves_every_image_beside_the_chosen_ones() -> None:
     x = torch.randn(4, 16, 5, 5)
     y, routing = moe(x)
     h = moe.norm(x)
-    routed = DISPATCH["loop"](moe.experts, h, routing.gates_BK, routing.experts_BK)
+    routed = DISPATCH["loop"](moe.experts, h, routing, None)
     torch.testing.assert_close(y, x + routed + moe.shared(h))
     assert MoE(16, num_experts=3, top_k=1).shared is None
 
@@ -295,7 +281,7 @@ def test_auto_dispatch_says_why() -> None:
 
 
 def test_auto_follows_the_active_experts() -> None:
-    """During router warm-up every expert is on: nothing to sort."""
+    """During router warm-up every expert is active: nothing to sort."""
     moe = MoE(16, num_experts=3, top_k=1)
     assert moe.dispatch == "sorted"
     moe.router.top_k = 3

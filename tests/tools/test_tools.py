@@ -1,4 +1,4 @@
-"""The maintainers' scripts run and say what they measured."""
+"""The maintainers' scripts run and report what they measured."""
 
 import importlib.util
 import json
@@ -22,7 +22,9 @@ def test_results_page_holds_the_scores_of_its_runs(tiny_run: Path) -> None:
     tool = load("results_table")
     runs = [tool.read_run(tiny_run)]
     page = tool.page(runs)
-    scores = json.loads((tiny_run / "evaluation" / "toy.json").read_text())["scores"]
+    scores = json.loads((tiny_run / "evaluation" / "scores.json").read_text())["results"][0][
+        "scores"
+    ]
     assert f"{scores['wFmeasure']:.3f}" in page and "camoxpert train" in page
     twins = [{**runs[0], "name": f"tiny-seed{n}"} for n in (1, 2)]
     twins[1] = json.loads(json.dumps(twins[1]))

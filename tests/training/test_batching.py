@@ -6,24 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from camoxpert.config import build_config, load_config
 from camoxpert.errors import ConfigError
-from camoxpert.models.build import build_model
+from camoxpert.models.camoxpert import build_model
 from camoxpert.runtime.device import Precision
-from camoxpert.training import batching as memory
-from camoxpert.training import prepare as setup
 from camoxpert.training.batching import (
     Line,
-    PeakCounter,
     effective_batch,
     fit_line,
-    measured_bytes,
     micro_batch_sizes,
-    plan_micro_batch,
-    predicted_bytes,
+    plan_batching,
 )
+from camoxpert.training.prepare import prepare
+from camoxpert.training.trial import measured_bytes, trial_step, unchanged
 
 CPU = torch.device("cpu")
 
@@ -77,7 +73,7 @@ class TestPlan:
     def plan(
         self, measure, *, free: float = 100, setting: str = "auto", sizes=(16, 8, 4, 2, 1), **k
     ):
-        return plan_micro_batch(
+        return plan_batching(
             16, sizes, checkpointing=setting, measure=measure, free=free, comfortable=0.5, **k
         )
 
@@ -135,81 +131,9 @@ class TestPlan:
         def honest(images: int, recompute: bool) -> int | None:
             return None if images > 8 else measure(images, recompute)
 
-        assert self.plan(honest).size == 16
-        chosen = self.plan(honest, verify=True)
+        assert self.plan(measure).size == 16
+        chosen = self.plan(honest)
         assert (chosen.size, chosen.steps, chosen.measured) == (8, 2, 17)
-
-
-class TestPrediction:
-    def test_live_bytes_by_hand(self) -> None:
-        with PeakCounter() as counter:
-            a = torch.zeros(100)
-            b = a * 2
-            view = b[:10]
-            assert (counter.live, counter.peak) == (800, 800)
-            del a
-            assert counter.live == 400
-            del b
-            assert counter.live == 400, "the view keeps its storage"
-            del view
-        assert (counter.live, counter.peak) == (0, 800)
-
-    def test_a_linear_layer_by_hand(self) -> None:
-        model = nn.Linear(10, 20, bias=False)
-
-        def step(copied: nn.Module) -> None:
-            y = copied(torch.zeros(8, 10))
-            z = y + 1
-            assert z.shape == (8, 20)
-
-        # The input (320 bytes) is gone when z (640) joins y (640).
-        with torch.no_grad():
-            assert predicted_bytes(model, step) == 1280
-        # The backward pass keeps it, and adds the gradients of the output and of the weight (800).
-        taken = predicted_bytes(model, lambda m: m(torch.zeros(8, 10)).sum().backward())
-        assert 320 + 800 <= taken <= 320 + 640 + 800 + 16
-        assert all(p.grad is None for p in model.parameters())
-
-    @pytest.mark.parametrize("recompute", [False, True])
-    @pytest.mark.parametrize("dispatch", ["sorted", "loop", "dense"])
-    def test_prediction_equals_the_count_on_real_tensors(self, recompute, dispatch) -> None:
-        config = build_config(
-            {"model.backbone": "tiny_test", "model.pretrained": False, "data.img_size": 64}
-            | {"model.width": 16, "model.num_experts": 4, "model.dispatch": dispatch}
-        )
-        torch.manual_seed(0)
-        model = build_model(config.model)
-        model.set_gradient_checkpointing(recompute)
-        precision = Precision(None, False, "fp32")
-
-        def step(copied: nn.Module, images: int = 8) -> None:
-            for level in copied.moe_levels:
-                level.dispatch = "sorted" if dispatch == "loop" else dispatch
-            setup.trial_step(copied, config, CPU, precision, images)
-
-        predicted = predicted_bytes(model, step)
-        with PeakCounter([*model.parameters(), *model.buffers()]) as counter:
-            step(model)
-        # The real router does not choose all experts equally often.
-        assert predicted == pytest.approx(counter.peak, rel=0.1)
-        # The line through 2 and 4 images meets the peak of 8.
-        line = fit_line(lambda n, r: predicted_bytes(model, lambda m: step(m, n)), recompute)
-        assert line.at(8) == pytest.approx(predicted, rel=0.02)
-
-    def test_recomputation_saves(self) -> None:
-        config = build_config(
-            {"model.backbone": "edgenext_xx_small", "model.pretrained": False}
-            | {"data.img_size": 64, "model.width": 16, "model.num_experts": 2}
-        )
-        model = build_model(config.model)
-        precision = Precision(None, False, "fp32")
-        peaks = []
-        for recompute in (False, True):
-            model.set_gradient_checkpointing(recompute)
-            peaks.append(
-                predicted_bytes(model, lambda m: setup.trial_step(m, config, CPU, precision, 4))
-            )
-        assert peaks[1] < 0.7 * peaks[0]
 
 
 def constant(value: object):
@@ -217,7 +141,7 @@ def constant(value: object):
 
 
 def test_out_of_memory_is_an_answer(monkeypatch) -> None:
-    cuda = memory.torch.cuda
+    cuda = torch.cuda
     values = {"memory_allocated": 10, "max_memory_allocated": 70}
     for name in ("empty_cache", "reset_peak_memory_stats", *values):
         monkeypatch.setattr(cuda, name, constant(values.get(name)))
@@ -232,27 +156,25 @@ def test_out_of_memory_is_an_answer(monkeypatch) -> None:
     assert measured_bytes(step, 8, torch.device("cuda", 0)) is None
 
 
-def test_auto_on_a_cpu_follows_the_memory(toy_data: Path, monkeypatch) -> None:
-    def prepared(free: int | None, **continued: object):
-        monkeypatch.setattr(setup, "available_memory", lambda: free)
+def test_auto_on_a_cpu_takes_the_default_and_says_so(toy_data: Path) -> None:
+    def prepared(effective: int, **continued: object):
         values = {"model.backbone": "tiny_test", "model.pretrained": False, "data.img_size": 32}
         values |= {"data.roots": [str(toy_data)], "model.width": 16, "data.num_workers": 0}
-        values |= {"train.batch_size": None, "train.effective_batch_size": 12}
-        ready = setup.prepare(build_config(values), lambda text: None, **continued)
+        values |= {"train.batch_size": None, "train.effective_batch_size": effective}
+        ready = prepare(build_config(values), **continued)
         assert all(p.grad is None for p in ready.model.parameters())
-        stage = ready.plan.stages[0]
-        assert stage.batch_size == ready.micro_batch.size
-        assert stage.steps == 3, "36 images, 12 per step"
-        return ready.micro_batch
+        assert ready.plan.stages[0].batch_size == ready.batching.size
+        assert ready.plan.stages[0].steps == -(-36 // effective)
+        return ready.batching
 
-    plenty = prepared(1 << 40)
-    assert (plenty.size, plenty.steps, plenty.checkpointing) == (12, 1, False)
-    tight = prepared(round((plenty.predicted - 1) / memory.COMFORTABLE_HOST))
-    assert tight.size * tight.steps == 12 and tight.size < 12
-    # A run goes on as it began, whatever is free that day.
-    again = prepared(1 << 40, continued={"batch": {"size": 3, "checkpointing": True}})
+    small = prepared(12)
+    assert (small.size, small.steps, small.checkpointing) == (12, 1, False)
+    assert "--batch-size auto measures memory on CUDA only" in small.reason
+    large = prepared(40)
+    assert (large.size, large.steps) == (10, 4), "the largest divisor up to the default of 16"
+    # A run continues as it began, whatever is free that day.
+    again = prepared(12, continued={"batch": {"size": 3, "checkpointing": True}})
     assert (again.size, again.steps, again.checkpointing) == (3, 4, True)
-    assert prepared(None).size == 12
 
 
 def test_micro_batches_do_not_change_what_is_learned(train, tmp_path: Path, monkeypatch) -> None:
@@ -281,7 +203,7 @@ def test_a_stopped_auto_run_goes_on_with_its_own_micro_batch(
     assert stopped(*words) == 75
     path = tmp_path / "auto" / "run.json"
     info = json.loads(path.read_text())
-    assert info["batch"]["size"] == 8 and info["batch"]["predicted"] > 0
+    assert info["batch"]["size"] == 8
     info["batch"] |= {"size": 4, "steps": 2}
     path.write_text(json.dumps(info))
     capsys.readouterr()
@@ -302,8 +224,8 @@ def test_trying_a_step_changes_nothing() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with setup.unchanged(model, CPU):
-        setup.trial_step(model, config, CPU, Precision(None, False, "fp32"), 2)
+    with unchanged(model, CPU):
+        trial_step(model, config, CPU, Precision(None, False, "fp32"), 2)
         torch.rand(5)
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -322,5 +244,5 @@ def test_running_out_of_memory_leaves_no_gradients(monkeypatch) -> None:
 
     last.register_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
-        setup.trial_step(model, config, CPU, Precision(None, False, "fp32"), 2)
+        trial_step(model, config, CPU, Precision(None, False, "fp32"), 2)
     assert all(p.grad is None for p in model.parameters())

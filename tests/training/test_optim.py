@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from camoxpert.config import SCHEDULERS, build_config
-from camoxpert.models.build import build_model
-from camoxpert.training.optim import (
-    backbone_scale,
-    build_optimizer,
-    decay_factor,
-    lr_at,
-    make_plan,
-    set_lr,
-    stage1_epochs,
-)
+from camoxpert.models.camoxpert import build_model
+from camoxpert.training.optim import backbone_scale, build_optimizer, set_lr
+from camoxpert.training.plan import decay_factor, lr_at, make_plan, stage1_epochs
 
 
 def plan_of(num_images: int = 100, *, has_weights: bool = True, **train: object):

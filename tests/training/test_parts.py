@@ -1,6 +1,4 @@
-"""EMA, precision, checkpointing choice, stop flag and meters, each on its own."""
-
-import signal
+"""EMA, precision, checkpointing choice and meters, each on its own."""
 
 import pytest
 import torch
@@ -11,8 +9,8 @@ from camoxpert.errors import ConfigError
 from camoxpert.models.router import choose
 from camoxpert.runtime.device import choose_device, choose_precision
 from camoxpert.training.ema import ModelEma, warmed_decay
-from camoxpert.training.guards import StopFlag, try_lock, watch
-from camoxpert.training.meters import LateReader, RoutingMeter
+from camoxpert.training.routing import RoutingMeter
+from camoxpert.training.steplog import LateReader
 
 CPU = torch.device("cpu")
 
@@ -103,31 +101,6 @@ class TestPrecision:
         with pytest.raises(ConfigError, match="sees no CUDA device"):
             choose_device("cuda")
         assert choose_device("auto") == CPU
-
-
-class TestStopFlag:
-    def test_deadline_with_a_fake_clock(self) -> None:
-        now = [100.0]
-        flag = StopFlag(2.0, clock=lambda: now[0])
-        assert flag.code() == 0
-        now[0] += 2 * 3600
-        assert flag.code() == 75
-        assert flag.stopped("x").exit_code == 75
-
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_signals(self, number: int, code: int) -> None:
-        flag = StopFlag()
-        before = signal.getsignal(number)
-        with watch(flag):
-            signal.raise_signal(number)
-            assert flag.code() == code
-        assert signal.getsignal(number) is before
-
-    def test_a_run_folder_has_one_owner(self, tmp_path) -> None:
-        first = try_lock(tmp_path)
-        assert first is not None and try_lock(tmp_path) is None
-        first.close()
-        assert try_lock(tmp_path) is not None
 
 
 class TestMeters:

@@ -11,13 +11,15 @@ import torch.multiprocessing as multiprocessing
 
 from camoxpert.config import build_config
 from camoxpert.data.samples.batches import Batch
-from camoxpert.losses import balance_loss, expert_counts, total_loss
-from camoxpert.models.build import build_model
+from camoxpert.losses import total_loss
+from camoxpert.models.balance import balance_loss, expert_counts
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.router import Routing, choose
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.processes import World
-from camoxpert.training.meters import RoutingMeter, StepCounts, collapse_alarm
-from camoxpert.training.prepare import Setup, prepare
+from camoxpert.training.prepare import prepare
+from camoxpert.training.routing import RoutingMeter, StepCounts, collapse_alarm
+from camoxpert.training.run import Run
 from camoxpert.training.step import train_step
 
 SETTINGS = {
@@ -135,10 +137,10 @@ def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
     torch.testing.assert_close(biased.probs_BE, choose(logits, 2).probs_BE)
 
 
-def setup_of(toy_data: Path, **settings: object) -> Setup:
+def setup_of(toy_data: Path, **settings: object) -> Run:
     values = {**SETTINGS, "data.roots": [str(toy_data)], "data.img_size": 32}
     values |= {"data.num_workers": 0, "train.batch_size": 8, "train.epochs": 1}
-    return prepare(build_config(values | settings), lambda text: None)
+    return prepare(build_config(values | settings))
 
 
 def batch_of(count: int = 8) -> Batch:
@@ -155,11 +157,11 @@ def test_bias_balancing_spreads_the_choices(toy_data: Path) -> None:
         )
         for level in setup.model.moe_levels:
             level.router.gate.bias.data[0] = 1.0  # the first expert is everybody's
-        meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
+        meter = setup.meter
         for step in range(40):
             if step == 30:
                 meter.reset()
-            train_step(setup, [batch_of()], meter)
+            train_step(setup, [batch_of()])
         usages.append([max(level["usage"]) for level in meter.summary().values()])
     assert min(usages[0]) > 0.9
     assert max(usages[1]) < 0.7
@@ -177,10 +179,9 @@ def test_bias_balancing_spreads_the_choices(toy_data: Path) -> None:
 def test_host_syncs_of_a_training_step(toy_data: Path, settings, syncs) -> None:
     """The whole step: forward, loss, backward, clipping, optimizer, EMA."""
     setup = setup_of(toy_data, **settings)
-    meter = RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
-    train_step(setup, [batch_of()], meter)  # the optimizer makes its state in the first step
+    train_step(setup, [batch_of()])  # the optimizer makes its state in the first step
     with SyncCounter() as counter:
-        train_step(setup, [batch_of()], meter)
+        train_step(setup, [batch_of()])
     assert counter.syncs == syncs, counter.places
 
 
@@ -225,7 +226,7 @@ def test_the_alarm_names_the_level_the_expert_and_what_helps() -> None:
 def test_the_alarm_reaches_the_log_and_the_console(toy_data: Path, tmp_path: Path, capsys) -> None:
     from camoxpert.cli import main
     from camoxpert.runs.log import read_jsonl
-    from camoxpert.training import meters
+    from camoxpert.training import routing
 
     words = [
         "train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(tmp_path), "--backbone",
@@ -234,9 +235,9 @@ def test_the_alarm_reaches_the_log_and_the_console(toy_data: Path, tmp_path: Pat
         "loss.balance=0",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meters, "ALARM_IMAGES", 10)
-        patch.setattr(meters, "LOW_ENTROPY", 1.1)
+        patch.setattr(routing, "ALARM_IMAGES", 10)
+        patch.setattr(routing, "LOW_ENTROPY", 1.1)
         assert main(words) == 0
-    assert "the router favours few experts" in capsys.readouterr().out
+    assert "the router favours few experts" in capsys.readouterr().err
     events = [r["text"] for r in read_jsonl(tmp_path / "ill" / "metrics.jsonl") if "text" in r]
     assert any("--router-warmup" in text for text in events)

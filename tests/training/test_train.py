@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import TINY_SETTINGS, records
+from helpers.runs import TINY_SETTINGS, records, train_in
 
 from camoxpert.config import build_config
 from camoxpert.errors import ConfigError, NumericError
+from camoxpert.losses import total_loss
 from camoxpert.runs.checkpoint import load_checkpoint
-from camoxpert.runs.log import RunLog
+from camoxpert.stop import Stop
 from camoxpert.synthesis.toy import generate_toy
-from camoxpert.training import step, trainer
-from camoxpert.training.guards import StopFlag
-from camoxpert.training.meters import RoutingMeter
-from camoxpert.training.prepare import Setup, prepare, training_loader
+from camoxpert.training import trainer
+from camoxpert.training.prepare import prepare
+from camoxpert.training.run import Run
+from camoxpert.training.stages import set_trainable, training_loader
 from camoxpert.training.step import train_step, windows
-from camoxpert.training.trainer import set_trainable, train
 
 BASE = {
     **TINY_SETTINGS,
@@ -30,27 +30,13 @@ BASE = {
 }
 
 
-def setup_of(data: Path, **settings: object) -> Setup:
+def setup_of(data: Path, **settings: object) -> Run:
     values = {**BASE, "data.roots": [str(data)]}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
-    return prepare(build_config(values), lambda text: None)
+    return prepare(build_config(values))
 
 
-def run(setup: Setup, folder: Path, *, stop: StopFlag | None = None, resume=None):
-    folder.mkdir(exist_ok=True)
-    log = RunLog(folder, tensorboard=False)
-    try:
-        stop = stop or StopFlag()
-        return train(setup, folder, log, stop=stop, say=lambda text: None, resume=resume)
-    finally:
-        log.close()
-
-
-def meter_of(setup: Setup) -> RoutingMeter:
-    return RoutingMeter(setup.model.level_names(), setup.model.moe_levels[0].kinds)
-
-
-def batches_of(setup: Setup) -> list:
+def batches_of(setup: Run) -> list:
     loader = training_loader(setup, setup.plan.stages[0].batch_size)
     loader.set_epoch(0)
     return list(loader)
@@ -83,8 +69,8 @@ def test_it_learns_and_the_control_does_not(tmp_path: Path) -> None:
             setup.data.train = setup.data.train.__class__(
                 **{**setup.data.train.__dict__, "pairs": tuple(swapped)}
             )
-        summary = run(setup, tmp_path / name)
-        scores[name] = summary.best_scores["wFmeasure"]
+        train_in(setup, tmp_path / name)
+        scores[name] = setup.state.best
     assert scores["right"] > scores["shuffled"] + 0.2
 
 
@@ -110,7 +96,7 @@ def test_settings_take_effect_in_what_is_built(toy_data: Path) -> None:
     assert setup.model.decoder.checkpointing and setup.device.type == "cpu"
     assert {g["weight_decay"] for g in setup.optimizer.param_groups} == {0.0, 0.07}
     assert setup.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    assert setup.data.num_workers == 1 and setup.plan.stages[0].batch_size == 4
+    assert setup.data.loading.num_workers == 1 and setup.plan.stages[0].batch_size == 4
     loader = training_loader(setup, 4)
     assert next(iter(loader)).images.shape == (4, 3, 64, 64)
     loader.close()
@@ -124,35 +110,28 @@ def test_out_of_memory_says_what_to_lower(toy_data: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(trainer, "train_step", full)
     with pytest.raises(ConfigError, match="--batch-size 4 --accumulation-steps 2"):
-        run(setup_of(toy_data), tmp_path / "run")
+        train_in(setup_of(toy_data), tmp_path / "run")
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
-    toy_data: Path, tmp_path: Path, monkeypatch
+    toy_data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """Room for two images: 8 are taken two by two, with the weights and records of all at once."""
-    honest = step.total_loss
     refused = []
 
     def cramped(output, *args: object, **counts: object):
         if len(output.logits_B1HW) > 2:
             refused.append(len(output.logits_B1HW))
             raise torch.OutOfMemoryError("injected")
-        return honest(output, *args, **counts)
+        return total_loss(output, *args, **counts)
 
     # In float64 nothing but the order of sums differs; balance apart, which sees the step so far.
     runs = {}
     for name in ("roomy", "cramped"):
-        if name == "cramped":
-            monkeypatch.setattr(step, "total_loss", cramped)
         setup = setup_of(toy_data, loss__balance=0.0, train__epochs=1, optim__lr=1e-4)
-        said: list[str] = []
-        folder = tmp_path / name
-        folder.mkdir()
-        log = RunLog(folder, tensorboard=False)
-        train(setup, folder, log, stop=StopFlag(), say=said.append)
-        log.close()
-        runs[name] = (setup, records(folder, "routing"), said)
+        setup.loss = cramped if name == "cramped" else total_loss
+        train_in(setup, tmp_path / name)
+        runs[name] = (setup, records(tmp_path / name, "routing"), capsys.readouterr().out)
     assert refused == [8, 4]  # learned once, kept for the rest of the run
     (roomy, routing, _), (small, small_routing, said) = runs["roomy"], runs["cramped"]
     for a, b in zip(roomy.model.parameters(), small.model.parameters(), strict=True):
@@ -162,7 +141,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     for name, level in routing[0]["levels"].items():
         own = small_routing[0]["levels"][name]["usage"]
         assert own == pytest.approx(level["usage"], abs=0.06)
-    assert any("in 4 parts from step 1 on" in line for line in said)
+    assert "in 4 parts from step 1 on" in said
     assert any("out of memory" in r["text"] for r in records(tmp_path / "cramped", "event"))
 
 
@@ -183,12 +162,12 @@ def test_stage_1_leaves_the_backbone_alone(toy_data: Path) -> None:
     setup = setup_of(toy_data, model__backbone="resnet18", train__stage1_epochs=1)
     assert set_trainable(setup, setup.plan.stages[0], 0).startswith("decoder only")
     before = copy.deepcopy(setup.model.state_dict())
-    train_step(setup, batches_of(setup)[:1], meter_of(setup))
+    train_step(setup, batches_of(setup)[:1])
     moved = {k for k, v in setup.model.state_dict().items() if not torch.equal(v, before[k])}
     # Batch norm statistics count: frozen means frozen.
     assert moved and not any(key.startswith("backbone.") for key in moved)
     assert set_trainable(setup, setup.plan.stages[1], 1) == "everything"
-    train_step(setup, batches_of(setup)[:1], meter_of(setup))
+    train_step(setup, batches_of(setup)[:1])
     moved = {k for k, v in setup.model.state_dict().items() if not torch.equal(v, before[k])}
     assert any(key.startswith("backbone.") and "running_mean" in key for key in moved)
 
@@ -230,7 +209,7 @@ def test_accumulated_micro_batches_equal_one_batch(toy_data: Path) -> None:
             kept.update({n: p.grad.clone() for n, p in setup.model.named_parameters()})
 
         original, setup.optimizer.step = setup.optimizer.step, keep
-        train_step(setup, window, meter_of(setup))
+        train_step(setup, window)
         setup.optimizer.step = original
         gradients.append(kept)
     for name, gradient in gradients[0].items():
@@ -242,47 +221,46 @@ def test_windows_keep_the_last_short_one() -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_step_changes_nothing(toy_data: Path, monkeypatch, where: str) -> None:
+def test_a_non_finite_step_changes_nothing(toy_data: Path, where: str) -> None:
     setup = setup_of(toy_data)
     window = batches_of(setup)[:1]
-    train_step(setup, window, meter_of(setup))
+    train_step(setup, window)
     before = copy.deepcopy(setup.model.state_dict())
     average = copy.deepcopy(setup.evaluated_model.state_dict())
-    honest = step.total_loss
 
     def broken(*args: object, **counts: object):
-        loss, parts = honest(*args, **counts)
+        loss, parts = total_loss(*args, **counts)
         if where == "loss":
             return loss * float("nan"), parts
         return loss + (loss - loss.detach()) * float("inf"), parts
 
-    monkeypatch.setattr(step, "total_loss", broken)
-    values = train_step(setup, window, meter_of(setup))
+    setup.loss = broken
+    values = train_step(setup, window)
     assert float(values["skipped"]) == 1
     for name, value in setup.model.state_dict().items():
         assert torch.equal(value, before[name]), name
         assert torch.equal(setup.evaluated_model.state_dict()[name], average[name]), name
-    monkeypatch.undo()
-    assert float(train_step(setup, window, meter_of(setup))["skipped"]) == 0
+    setup.loss = total_loss
+    assert float(train_step(setup, window)["skipped"]) == 0
     moved = any(not torch.equal(v, before[k]) for k, v in setup.model.state_dict().items())
     assert moved
 
 
-def test_endless_non_finite_steps_end_the_run(toy_data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_endless_non_finite_steps_end_the_run(toy_data: Path, tmp_path: Path) -> None:
     setup = setup_of(toy_data, train__max_skipped_steps=2, train__epochs=3)
-    honest = step.total_loss
-    monkeypatch.setattr(
-        step,
-        "total_loss",
-        lambda *a, **counts: (honest(*a, **counts)[0] * float("nan"), honest(*a, **counts)[1]),
-    )
+
+    def broken(*args: object, **counts: object):
+        loss, parts = total_loss(*args, **counts)
+        return loss * float("nan"), parts
+
+    setup.loss = broken
     with pytest.raises(NumericError, match="3 optimizer steps in a row"):
-        run(setup, tmp_path / "run")
+        train_in(setup, tmp_path / "run")
     events = [r["text"] for r in records(tmp_path / "run", "event")]
     assert sum("skipped" in text for text in events) == 3
 
 
-class StopAt(StopFlag):
+class StopAt(Stop):
     """Asks to stop after a number of looks."""
 
     def __init__(self, looks: int) -> None:
@@ -298,7 +276,7 @@ class StopAt(StopFlag):
 def test_stop_and_resume_is_bitwise_the_same(toy_data: Path, tmp_path: Path, workers: int) -> None:
     """Stopped in the middle of an epoch and continued: weights, EMA, optimizer and log agree."""
     from camoxpert.errors import Stopped
-    from camoxpert.runs.checkpoint import CheckpointFolder
+    from camoxpert.runs.store import CheckpointFolder
 
     settings = {
         "data__num_workers": workers,
@@ -307,13 +285,15 @@ def test_stop_and_resume_is_bitwise_the_same(toy_data: Path, tmp_path: Path, wor
         "train__accumulation_steps": 2,
         "run__log_every": 1,
     }
-    run(setup_of(toy_data, **settings), tmp_path / "whole")
+    train_in(setup_of(toy_data, **settings), tmp_path / "whole")
     with pytest.raises(Stopped) as stopped:
-        run(setup_of(toy_data, **settings), tmp_path / "parts", stop=StopAt(5))
+        setup = setup_of(toy_data, **settings)
+        setup.stop = StopAt(5)
+        train_in(setup, tmp_path / "parts")
     assert stopped.value.exit_code == 143
     checkpoint, _ = CheckpointFolder(tmp_path / "parts" / "checkpoints").newest()
     assert checkpoint is not None and checkpoint.values["state"]["position"] > 0
-    run(setup_of(toy_data, **settings), tmp_path / "parts", resume=checkpoint)
+    train_in(setup_of(toy_data, **settings), tmp_path / "parts", resume=checkpoint)
 
     last = [max((tmp_path / name / "checkpoints").glob("step_*.pt")) for name in ("whole", "parts")]
     assert last[0].name == last[1].name
@@ -327,7 +307,7 @@ def test_stop_and_resume_is_bitwise_the_same(toy_data: Path, tmp_path: Path, wor
     assert logs[0] == logs[1]
 
     # Negative control: another seed is another run.
-    other = run(setup_of(toy_data, **settings, train__seed=1), tmp_path / "other")
+    other = train_in(setup_of(toy_data, **settings, train__seed=1), tmp_path / "other")
     other_path = max((tmp_path / "other" / "checkpoints").glob("step_*.pt"))
     with pytest.raises(AssertionError):
         assert_same(whole["model"], load_checkpoint(other_path).values["model"])
@@ -358,8 +338,8 @@ def test_early_stopping_ends_a_stale_run(toy_data: Path, tmp_path: Path) -> None
         optim__min_lr=0.0,
         train__use_ema=False,
     )
-    summary = run(setup, tmp_path / "run")
-    assert summary.state.epoch == 3 and summary.state.best_epoch == 1
+    train_in(setup, tmp_path / "run")
+    assert setup.state.epoch == 3 and setup.state.best_epoch == 1
     assert any("early stopping" in r["text"] for r in records(tmp_path / "run", "event"))
 
 
@@ -367,8 +347,8 @@ def test_without_a_validation_split_the_last_weights_are_shipped(
     toy_data: Path, tmp_path: Path
 ) -> None:
     setup = setup_of(toy_data, data__val_fraction=0.0)
-    summary = run(setup, tmp_path / "run")
-    assert summary.best_scores is None
+    train_in(setup, tmp_path / "run")
+    assert setup.state.best is None
     best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
     assert_same(dict(best.values["model"]), dict(setup.evaluated_model.state_dict()))
 

@@ -24,7 +24,7 @@ class TestCommand:
         assert info["argv"][:2] == ["camoxpert", "train"]
         kinds = [r["kind"] for r in read_jsonl(tiny_run / "metrics.jsonl")]
         assert {"train", "validation", "routing", "event"} <= set(kinds)
-        result = json.loads((tiny_run / "evaluation" / "toy.json").read_text())
+        result = json.loads((tiny_run / "evaluation" / "scores.json").read_text())["results"][0]
         assert result["num_images"] == 8
         assert load_config(file=tiny_run / "config.yaml").train.epochs == 2
         stages = [r["text"] for r in records(tiny_run, "event") if "stage" in r["text"]]
@@ -80,7 +80,7 @@ class TestCommand:
             tmp_path / "other" / "deep" / "mine.pt"
         )
         assert train(*words, "--resume", str(copy)) == 4
-        assert "lies in no run folder" in " ".join(capsys.readouterr().err.split())
+        assert "is not in a run folder" in " ".join(capsys.readouterr().err.split())
         assert [p.name for p in (tmp_path / "other").iterdir()] == ["deep"]
 
     def test_dry_run_writes_nothing(self, train, tmp_path: Path, capsys) -> None:
@@ -120,7 +120,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew_in_its_folder(
     (tmp_path / "r" / "run.json").write_text('{"status": "running"}')
     (tmp_path / "r" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "epoch": 1}\n')
     assert train(*words) == 0
-    assert "had saved nothing yet and starts anew" in capsys.readouterr().out
+    assert "had saved nothing yet and restarts" in capsys.readouterr().out
     steps = [record["step"] for record in records(tmp_path / "r", "train")]
     assert steps == sorted(set(steps)) and not (tmp_path / "r-2").exists()
 

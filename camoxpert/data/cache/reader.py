@@ -50,11 +50,10 @@ class CacheReader:
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch to iterate next, from its ``start_batch``-th batch on."""
-        self._sampler.epoch = epoch
-        self._sampler.start = start_batch * self._sampler.batch_size
+        self._sampler.seek(epoch, start_batch)
 
     def close(self) -> None:
-        """Nothing to end: the thread ends with its iteration."""
+        """Do nothing: the thread ends with its iteration."""
 
     def __len__(self) -> int:
         return -(-len(self._sampler) // self._sampler.batch_size)
@@ -96,7 +95,7 @@ class CacheReader:
             thread.join()
 
     def _buffer(self, count: int) -> Tensor:
-        """Return memory for a batch: what earlier batches used, once nothing refers to it any more.
+        """Return memory for a batch, reusing that of earlier batches that nothing refers to.
 
         The kernel would otherwise clear megabytes of fresh pages for every batch, which takes
         longer than filling them. Page-locked memory is kept by torch itself.
@@ -107,7 +106,7 @@ class CacheReader:
         size = self._sampler.batch_size
         whole = self._free.pop() if self._free else np.empty((size, side, side, 4), np.uint8)
         lent = whole[:count]
-        # torch holds this very array as long as any tensor looks into it.
+        # torch keeps a reference to this array while any tensor is a view of it.
         weakref.finalize(lent, self._free.append, whole).atexit = False
         return torch.from_numpy(lent)
 

@@ -1,4 +1,4 @@
-"""What a disk cache consists of, and whether one can be trusted.
+"""The files of a disk cache, and whether one can be trusted.
 
 ``pixels.u8`` is one array of uint8 (N, S, S, 4), RGB and mask; ``sizes.npy`` holds the original
 sizes; ``table.json`` says from which files, with which settings and by which code the rows were
@@ -11,24 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import cv2
 import numpy as np
 import PIL
 
 from camoxpert.data.files.manifest import Manifest
-from camoxpert.data.unreadable import listed
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import usable_cores
+from camoxpert.text import bullet_list, shorten
 
-# Raise it when decoding or resizing changes: older caches are then stale.
+# Increase it when decoding or resizing changes: older caches are then stale.
 FORMAT = 2
 CHANNELS = 4
-# Rows whose checksums every start looks at, spread evenly; all of them in smaller sets.
+# Rows whose checksums every start verifies, spread evenly; all of them in smaller sets.
 VERIFIED_ROWS = 2048
 
 
@@ -76,13 +77,31 @@ class PixelCache:
         if bad:
             raise DataError(
                 f"{len(bad)} files could not be decoded when the cache was made with "
-                f"--unreadable skip:\n{listed(bad)}\nRepair, replace or remove them, or use "
+                f"--unreadable skip:\n{bullet_list(bad)}\nRepair, replace or remove them, or use "
                 f"--unreadable skip again."
             )
 
 
-def description(manifest: Manifest, side: int, max_pixels: int) -> dict[str, Any]:
-    """Return everything the pixels of a cache depend on."""
+class Description(TypedDict):
+    """Everything the pixels of a cache depend on.
+
+    Attributes:
+        format: of the cache.
+        side: of the rows, in pixels.
+        max_pixels: larger images were refused.
+        versions: of the decoders.
+        files: "data set/name" -> paths of image and mask, then the size and time of each.
+    """
+
+    format: int
+    side: int
+    max_pixels: int
+    versions: dict[str, str]
+    files: dict[str, list[Any]]
+
+
+def description(manifest: Manifest, side: int, max_pixels: int) -> Description:
+    """Return what a cache of these pairs depends on."""
     files = {}
     for pair in manifest.pairs:
         files[f"{pair.dataset}/{pair.name}"] = [
@@ -101,8 +120,8 @@ def description(manifest: Manifest, side: int, max_pixels: int) -> dict[str, Any
     }
 
 
-def judge(place: Path, wanted: dict[str, Any]) -> str:
-    """Say why the cache in ``place`` cannot be used (miss, stale or corrupt); "" where it can."""
+def judge(place: Path, wanted: Description) -> str:
+    """Return why the cache in ``place`` cannot be used: miss, stale or corrupt; "" where it can."""
     try:
         found = json.loads((place / "table.json").read_text())
     except FileNotFoundError:
@@ -119,8 +138,8 @@ def judge(place: Path, wanted: dict[str, Any]) -> str:
     return damage(place, found)
 
 
-def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Say what a table's description has other than the one wanted; "" where nothing."""
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return how a table differs from the description wanted; "" where it does not."""
     names = {
         "format": "made by another version of this program",
         "side": "another image size",
@@ -138,14 +157,14 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
         return ""
     parts = []
     gone = [name for name in old if name not in new]
-    for words, some in (("changed", changed), ("new", added), ("gone", gone)):
-        if some:
-            parts.append(f"{len(some)} {words} ({some[0]}{', ...' if len(some) > 1 else ''})")
+    for words, files in (("changed", changed), ("new", added), ("gone", gone)):
+        if files:
+            parts.append(f"{len(files)} {words} ({shorten(files, 1)})")
     return "files " + ", ".join(parts)
 
 
-def damage(place: Path, table: dict[str, Any]) -> str:
-    """Say how the pixels differ from their checksums; "" where they do not."""
+def damage(place: Path, table: Mapping[str, Any]) -> str:
+    """Return how the pixels differ from their checksums; "" where they do not."""
     checksums, side = table["checksums"], table["side"]
     row = side * side * CHANNELS
     path = place / "pixels.u8"
@@ -175,11 +194,21 @@ def checksum(row: np.ndarray) -> int:
 
 
 def map_cache(place: Path, digest: str = "") -> PixelCache:
-    """Map a cache that was judged sound; with ``digest`` only if it is still that very one."""
+    """Map a cache that was judged sound.
+
+    Args:
+        place: folder of the cache.
+        digest: of the table expected there; empty: any.
+
+    Raises:
+        DataError: the cache has been replaced.
+    """
     data = (place / "table.json").read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if digest and digest != found:
-        raise DataError(f"The cache in {place} was replaced by another run while this one used it.")
+        raise DataError(
+            f"The cache in {place} was replaced by another run while this one was using it."
+        )
     table = json.loads(data)
     names = list(table["files"])
     shape = (len(names), table["side"], table["side"], CHANNELS)
@@ -193,7 +222,7 @@ def map_cache(place: Path, digest: str = "") -> PixelCache:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Return a file's size and time; a missing one is a state, too."""
+    """Return a file's size and time; (-1, -1) for a missing one."""
     try:
         found = path.stat()
     except OSError:

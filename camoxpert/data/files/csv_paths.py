@@ -1,11 +1,24 @@
-"""Files that a CSV names: inside the CSV's own folder, unless the user said that they may lie
-elsewhere."""
+"""CSV files of users, and the files they name: inside the CSV's own folder unless allowed."""
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from camoxpert.errors import DataError
+
+
+@contextmanager
+def text_file(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
+    """Open a CSV; a bad encoding or a broken row raises DataError."""
+    with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
+        try:
+            yield file
+        except (UnicodeError, csv.Error) as error:
+            raise DataError(f"{path} is not a CSV in UTF-8: {error}. Save it as one.") from error
 
 
 def listed_file(
@@ -13,13 +26,13 @@ def listed_file(
 ) -> tuple[Path, str]:
     """Return the file that a row names, and a name for it that stays inside any folder.
 
-    Links are followed before the place is judged: a link that leads out of the folder is outside.
+    Symlinks are resolved first: one that leads out of the folder is outside.
 
     Args:
         table: the CSV; paths are relative to its folder.
         text: what the row says.
         line: number of the row in the file, for messages.
-        allow_outside: also take absolute paths, ``..`` and links that lead out.
+        allow_outside: also accept absolute paths, ``..`` and symlinks that lead out.
 
     Raises:
         DataError: the row names nothing, or a file outside.
@@ -29,14 +42,14 @@ def listed_file(
     try:
         file = (root / written).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        # Links in a circle, a zero byte.
-        raise DataError(f"{table}, line {line}: {text!r} is no path ({error}).") from error
+        # Circular symlinks, a zero byte.
+        raise DataError(f"{table}, line {line}: {text!r} is not a path ({error}).") from error
     inside = not written.is_absolute() and file.is_relative_to(root)
     if not text or file == root or not (inside or allow_outside):
         raise DataError(
             f"{table}, line {line}: {text!r} is not a path inside the CSV's own folder: paths are "
             f"relative to it and may not lead outside its own folder. Put the CSV beside the "
-            f"images, or say --allow-outside if you trust this CSV."
+            f"images, or use --allow-outside if you trust this CSV."
         )
     if inside:
         return file, file.relative_to(root).with_suffix("").as_posix()

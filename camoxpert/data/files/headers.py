@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from camoxpert import stop
 from camoxpert.data.files.image_io import MAX_PIXELS, pair_orientation, probe, require_whole
-from camoxpert.data.files.manifest import Manifest, Pair
-from camoxpert.data.unreadable import listed
+from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.pairing import Pair
 from camoxpert.errors import DataError
+from camoxpert.text import bullet_list
 
-# Pairs whose headers are read before somebody may stop it.
+# Pairs whose headers are read between two looks at the deadline.
 CHECKED_AT_ONCE = 256
 
 
-def unreadable_pairs(
-    manifest: Manifest,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    check_stop: Callable[[], None] = lambda: None,
-) -> list[tuple[Pair, str]]:
+def unreadable_pairs(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> list[tuple[Pair, str]]:
     """Check every header, the ends of the files and the sizes of each pair; decode nothing.
 
     Args:
         manifest: the pairs.
         max_pixels: larger images are refused.
-        check_stop: called often; raises to stop.
 
     Returns:
         The pairs that cannot be used, and why.
+
+    Raises:
+        Stopped: Ctrl-C, SIGTERM or the deadline.
     """
 
     def fault(pair: Pair) -> str | None:
@@ -43,9 +41,9 @@ def unreadable_pairs(
 
     found = []
     with ThreadPoolExecutor(max_workers=8) as pool:
-        # A part at a time: leaving the pool waits for all that it was given.
+        # A part at a time: leaving the pool waits for everything that was submitted.
         for start in range(0, len(manifest), CHECKED_AT_ONCE):
-            check_stop()
+            stop.check()
             part = manifest.pairs[start : start + CHECKED_AT_ONCE]
             found += [
                 (pair, text) for pair, text in zip(part, pool.map(fault, part), strict=True) if text
@@ -53,21 +51,17 @@ def unreadable_pairs(
     return found
 
 
-def require_readable(
-    manifest: Manifest,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    check_stop: Callable[[], None] = lambda: None,
-) -> None:
-    """Check files as ``unreadable_pairs`` does, before hours are spent.
+def require_readable(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Check files as ``unreadable_pairs`` does.
 
     Raises:
         DataError: one error that lists up to ten faulty files.
+        Stopped: Ctrl-C, SIGTERM or the deadline.
     """
-    faults = unreadable_pairs(manifest, max_pixels=max_pixels, check_stop=check_stop)
+    faults = unreadable_pairs(manifest, max_pixels=max_pixels)
     if faults:
         raise DataError(
             f"{len(faults)} of {len(manifest)} pairs of {manifest.dataset} cannot be used:\n"
-            f"{listed([text for _, text in faults])}\n"
+            f"{bullet_list([text for _, text in faults])}\n"
             "Repair, replace or remove these files (image and mask), or use --unreadable skip."
         )

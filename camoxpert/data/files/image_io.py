@@ -6,9 +6,7 @@ it, never a grey block or an all-zero mask.
 
 from __future__ import annotations
 
-import os
 import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from camoxpert.data.files.masks import binary_mask, encoding_of, mask_levels
+from camoxpert.data.files.png import png_exif, require_checksums
 from camoxpert.errors import DataError
 from camoxpert.files import write_bytes
 
@@ -24,7 +23,6 @@ MAX_PIXELS = 50_000_000
 # Our own limit is checked from the header; Pillow's warning would only repeat it.
 Image.MAX_IMAGE_PIXELS = None
 ORIENTATION_TAG = 0x0112
-PNG_SIGNATURE_BYTES = 8
 # OpenCV's names for "in colour at 1/n" include BGR; these do not.
 REDUCED = {
     1: 0,
@@ -115,6 +113,11 @@ def read_image(
             if pixels is not None:
                 return pixels
         return _as_rgb(_upright(_load(image, path), orientation))
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """Return the pixels of a Pillow image upright, uint8 RGB (H, W, 3), as ``read_image`` does."""
+    return _as_rgb(_upright(image, int(image.getexif().get(ORIENTATION_TAG, 1))))
 
 
 def read_mask(
@@ -290,7 +293,7 @@ def _header(image: Image.Image, path: Path) -> ImageHeader:
         # Pillow's PNG reader would decode the whole picture here, in search of a late EXIF block.
         exif = Image.Image.getexif(image)
         if image.format == "PNG" and not exif:
-            exif = _png_exif(path)
+            exif = png_exif(path)
         orientation = int(exif.get(ORIENTATION_TAG, 1))
     except (OSError, ValueError, TypeError, SyntaxError, struct.error):
         # A broken EXIF block is no reason to refuse sound pixels.
@@ -301,47 +304,14 @@ def _header(image: Image.Image, path: Path) -> ImageHeader:
     return ImageHeader(image.width, image.height, image.format or "", image.mode, orientation)
 
 
-def _png_exif(path: Path) -> Image.Exif:
-    """Walk a PNG's chunks, decoding none, to its EXIF block, which may stand after the pixels."""
-    exif = Image.Exif()
-    with path.open("rb") as file:
-        file.seek(PNG_SIGNATURE_BYTES)
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"eXIf":
-                exif.load(b"Exif\x00\x00" + file.read(length))
-                break
-            checksum_bytes = 4
-            file.seek(length + checksum_bytes, os.SEEK_CUR)
-    return exif
-
-
 def _load(image: Image.Image, path: Path) -> Image.Image:
     try:
         if image.format == "PNG":
-            _require_png_checksums(path)
+            require_checksums(path)
         image.load()
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise DataError(f"{path} is damaged or cut short: {error}. Copy it again.") from error
     return image
-
-
-def _require_png_checksums(path: Path) -> None:
-    """Raise ValueError where the pixels of a PNG do not match their checksums.
-
-    Pillow skips those: a third of all wrong bytes in a small mask would go unnoticed.
-    """
-    data = memoryview(path.read_bytes())
-    place = PNG_SIGNATURE_BYTES
-    while place + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        end = place + 8 + length
-        # Blocks in small letters are notes beside the picture; what is cut short Pillow sees.
-        if kind[:1].isupper() and end + 4 <= len(data):
-            (expected,) = struct.unpack_from(">I", data, end)
-            if zlib.crc32(data[place + 4 : end]) != expected:
-                raise ValueError(f"the checksum of its block {kind.decode('latin-1')} is wrong")
-        place = end + 4
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:

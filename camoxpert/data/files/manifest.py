@@ -1,48 +1,43 @@
-"""Which image belongs to which mask: pairing, splits and a content hash. Nothing is dropped
-silently."""
+"""Manifests: the pairs of a data set by split, with a content hash. Nothing is dropped silently."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import math
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
-from camoxpert.data.files.csv_paths import listed_file
-from camoxpert.data.files.layouts import (
-    CSV_LAYOUT,
-    LAYOUTS,
-    Found,
-    class_of,
-    image_files,
-    is_noncam,
-    recognise,
-)
+from camoxpert.data.files.csv_paths import listed_file, text_file
+from camoxpert.data.files.layouts import CSV_LAYOUT, LAYOUTS, class_of, recognise
+from camoxpert.data.files.pairing import Pair, Pairing, pair_files
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.text import free_name, shorten
+
+CleanList = Mapping[tuple[str, str, str], str]
+"""(data set, split, name) of each image to leave out -> reason."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An image and its mask.
+class Search:
+    """How the pairs of a data set are found.
 
     Attributes:
-        name: stem of the image, unique in its data set.
-        image, mask: files.
-        dataset: name of the data set.
-        group: class the name carries, or "".
+        layout: name of a known layout, or auto.
+        noncam: exclude or include COD10K images without a camouflaged object.
+        clean: pairs to leave out, as ``read_clean_list`` returns them.
+        allow_outside: a CSV may name files outside its own folder.
     """
 
-    name: str
-    image: Path
-    mask: Path
-    dataset: str
-    group: str
+    layout: str = "auto"
+    noncam: str = "exclude"
+    clean: CleanList = field(default_factory=dict)
+    allow_outside: bool = False
+
+
+USUAL = Search()
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,7 @@ class Manifest:
         return {(p.dataset, p.name): (_size(p.image), _size(p.mask)) for p in self.pairs}
 
     def content_hash(self) -> str:
-        """Return a sha256 over names and file sizes: moving the data keeps it, changing it does
-        not."""
+        """Return a sha256 over names and file sizes, not paths: it survives moving the data."""
         digest = hashlib.sha256()
         for (dataset, name), sizes in self.files().items():
             line = f"{dataset}/{name}\t{sizes[0]}\t{sizes[1]}\n"
@@ -84,78 +78,57 @@ class Manifest:
         return digest.hexdigest()
 
 
-def load_train(
-    roots: Sequence[str | Path],
-    *,
-    layout: str = "auto",
-    noncam: str = "exclude",
-    clean: CleanList | None = None,
-    allow_outside: bool = False,
-) -> Manifest:
+def load_train(roots: Sequence[str | Path], search: Search = USUAL) -> Manifest:
     """Find the training pairs of one or more data sets.
 
     Args:
         roots: folders or CSV files.
-        layout: name of a known layout, or auto.
-        noncam: exclude or include COD10K images without a camouflaged object.
-        clean: pairs to leave out, as ``read_clean_list`` gives them.
-        allow_outside: a CSV may name files outside its own folder.
+        search: how they are read.
 
     Raises:
-        DataError: nothing found, unknown layout, missing masks, doubled names.
+        DataError: nothing found, unknown layout, missing masks, duplicate names.
         ConfigError: no such layout name.
     """
-    manifests = []
-    for root in roots:
-        splits = _read(Path(root), layout, noncam, allow_outside)
-        chosen = [m for m in splits if m.split == "train"] or [
-            m for m in splits if m.split == "all"
-        ]
-        if not chosen:
-            names = ", ".join(sorted({m.split for m in splits}))
-            raise DataError(f"{root} has no training split (found: {names}).")
-        manifests += [without(m, clean or {}) for m in chosen]
+    manifests = [
+        without(manifest, search.clean)
+        for root in roots
+        for manifest in _of_split(root, search, "train", "training split (found: {}).")
+    ]
     whole = concat(manifests)
     if not whole.pairs:
         raise DataError("The clean list leaves no training images.")
     return whole
 
 
-def find_test_sets(
-    roots: Sequence[str | Path],
-    *,
-    layout: str = "auto",
-    noncam: str = "exclude",
-    clean: CleanList | None = None,
-    allow_outside: bool = False,
-) -> dict[str, Manifest]:
+def find_test_sets(roots: Sequence[str | Path], search: Search = USUAL) -> dict[str, Manifest]:
     """Return the test sets that come with training data, by name; {} where there are none."""
-    sets: dict[str, Manifest] = {}
-    for root in roots:
-        for manifest in _read(Path(root), layout, noncam, allow_outside):
-            if manifest.split == "test":
-                sets[_free_name(manifest.dataset, sets)] = without(manifest, clean or {})
-    return sets
+    found = [m for root in roots for m in _read(Path(root), search) if m.split == "test"]
+    return _by_name(found, search)
 
 
 def load_eval(
-    path: str | Path,
-    *,
-    layout: str = "auto",
-    noncam: str = "exclude",
-    split: str = "test",
-    clean: CleanList | None = None,
-    allow_outside: bool = False,
+    path: str | Path, search: Search = USUAL, *, split: str = "test"
 ) -> dict[str, Manifest]:
     """Return what to score of a data set: its test sets, or all of it where it has no splits."""
-    splits = _read(Path(path), layout, noncam, allow_outside)
-    chosen = [m for m in splits if m.split == split] or [m for m in splits if m.split == "all"]
-    if not chosen:
-        names = ", ".join(sorted({m.split for m in splits}))
-        raise DataError(f"{path} has no {split} split (found: {names}). --split chooses another.")
+    missing = f"{split} split (found: {{}}). --split chooses another."
+    return _by_name(_of_split(path, search, split, missing), search)
+
+
+def _of_split(root: str | Path, search: Search, split: str, missing: str) -> list[Manifest]:
+    """Return the manifests of a split, or of data without splits; ``missing`` ends the error."""
+    manifests = _read(Path(root), search)
+    for wanted in (split, "all"):
+        chosen = [m for m in manifests if m.split == wanted]
+        if chosen:
+            return chosen
+    names = ", ".join(sorted({m.split for m in manifests}))
+    raise DataError(f"{root} has no {missing.format(names)}")
+
+
+def _by_name(manifests: Sequence[Manifest], search: Search) -> dict[str, Manifest]:
     sets: dict[str, Manifest] = {}
-    for manifest in chosen:
-        sets[_free_name(manifest.dataset, sets)] = without(manifest, clean or {})
+    for manifest in manifests:
+        sets[free_name(manifest.dataset, sets)] = without(manifest, search.clean)
     return sets
 
 
@@ -182,7 +155,7 @@ def concat(manifests: Sequence[Manifest]) -> Manifest:
 def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
     """Set part of TRAIN aside for validation.
 
-    Each class gives its share (largest remainders first). Who is chosen depends on the seed and the
+    Each class gives its share (largest remainders first). The choice depends on the seed and the
     names alone, not on the order of files on disk.
 
     Returns:
@@ -225,18 +198,18 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _read(root: Path, layout: str, noncam: str, allow_outside: bool) -> list[Manifest]:
+def _read(root: Path, search: Search) -> list[Manifest]:
     """Return a manifest per split (and per test set) of one root."""
     known = [row.name for row in LAYOUTS] + [CSV_LAYOUT]
-    if layout != "auto" and layout not in known:
-        raise ConfigError(f"--layout {layout}: known layouts are auto, {', '.join(known)}.")
+    if search.layout not in ("auto", *known):
+        raise ConfigError(f"--layout {search.layout}: known layouts are auto, {', '.join(known)}.")
     if not root.exists():
         raise DataError(f"There is no file or folder {root}.")
     if root.is_file():
         if root.suffix.lower() != ".csv":
-            raise DataError(f"{root} is a file but no CSV. Give a data set folder or a CSV file.")
-        return _read_csv(root, allow_outside)
-    recognised = recognise(root, layout)
+            raise DataError(f"{root} is not a CSV. Give a data set folder or a CSV file.")
+        return _read_csv(root, search.allow_outside)
+    recognised = recognise(root, search.layout)
     if recognised is None:
         entries = ", ".join(sorted(p.name for p in root.iterdir())[:12]) or "nothing"
         raise DataError(
@@ -245,57 +218,11 @@ def _read(root: Path, layout: str, noncam: str, allow_outside: bool) -> list[Man
             f"with the same name."
         )
     row, _, found = recognised
-    return [_manifest_of(pair_files(source, row.name, noncam)) for source in found]
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """What two folders hold, matched by name; nothing is judged yet.
-
-    Attributes:
-        found: the folders.
-        layout: name of the layout.
-        pairs: images with a mask, by name.
-        missing: stems of images without a mask.
-        unused: stems of masks without an image.
-        doubled: files of one folder that share a stem.
-        left_out: images without a camouflaged object, excluded on purpose.
-    """
-
-    found: Found
-    layout: str
-    pairs: tuple[Pair, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-    doubled: tuple[tuple[Path, Path], ...]
-    left_out: int
-
-
-def pair_files(found: Found, layout: str, noncam: str = "exclude") -> Pairing:
-    """Match the images and masks of two folders by name."""
-    images, doubled = _by_stem(found.images)
-    masks, doubled_masks = _by_stem(found.masks)
-    kept = {s: p for s, p in images.items() if noncam == "include" or not is_noncam(s)}
-    of_image = {stem: found.source.mask_stem(stem) for stem in kept}
-    unused = sorted(set(masks) - {found.source.mask_stem(stem) for stem in images})
-    pairs = tuple(
-        Pair(stem, path, masks[of_image[stem]], found.dataset, class_of(stem))
-        for stem, path in sorted(kept.items())
-        if of_image[stem] in masks
-    )
-    return Pairing(
-        found,
-        layout,
-        pairs,
-        tuple(stem for stem, mask in of_image.items() if mask not in masks),
-        () if found.source.shared_masks else tuple(unused),
-        (*doubled, *doubled_masks),
-        len(images) - len(kept),
-    )
+    return [_manifest_of(pair_files(source, row.name, search.noncam)) for source in found]
 
 
 def _manifest_of(pairing: Pairing) -> Manifest:
-    """Judge a pairing: what is missing or doubled is an error, what is unused a note."""
+    """Return a pairing's manifest; missing or duplicate files are errors, unused masks a note."""
     found = pairing.found
     if pairing.doubled:
         first, second = pairing.doubled[0]
@@ -320,12 +247,12 @@ def _manifest_of(pairing: Pairing) -> Manifest:
         hint = f" {len(unused)} masks have no image, for example {unused[0]}." if unused else ""
         raise DataError(
             f"{len(missing)} of {total} images have no mask ({found.images} and {found.masks}): "
-            f"{_some(missing)}.{hint} A mask has its image's name; add the masks or take the "
+            f"{shorten(missing)}.{hint} A mask has its image's name; add the masks or take the "
             f"images out."
         )
     if unused:
         notes.append(
-            f"{found.dataset}: {len(unused)} masks have no image ({_some(unused)}); unused"
+            f"{found.dataset}: {len(unused)} masks have no image ({shorten(unused)}); unused"
         )
     return Manifest(
         pairing.pairs,
@@ -335,21 +262,6 @@ def _manifest_of(pairing: Pairing) -> Manifest:
         pairing.left_out,
         tuple(notes),
     )
-
-
-def _by_stem(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
-    files: dict[str, Path] = {}
-    doubled = []
-    for path in image_files(folder):
-        # macOS writes decomposed accents: the same name must compare equal.
-        stem = unicodedata.normalize("NFC", path.stem)
-        if stem in files:
-            doubled.append((files[stem], path))
-        files.setdefault(stem, path)
-    return files, doubled
-
-
-CleanList = Mapping[tuple[str, str, str], str]
 
 
 def without(manifest: Manifest, unwanted: CleanList) -> Manifest:
@@ -381,8 +293,9 @@ def unused_rows(clean: CleanList, manifests: Sequence[Manifest]) -> list[tuple[s
 
 
 def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
-    """Read a clean list (columns dataset, split, name and, optional, reason): what to leave out,
-    and why. An empty path is an empty list.
+    """Read a clean list: columns dataset, split, name and, optionally, reason.
+
+    An empty path is an empty list.
 
     Raises:
         DataError: no such file, or other columns.
@@ -392,7 +305,7 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"--clean-list: there is no file {path}. `camoxpert doctor` writes one.")
-    # Written by this program: names that are no UTF-8 come back as they went out.
+    # Written by this program: names that are not UTF-8 come back as they were written.
     with text_file(path, errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
@@ -401,16 +314,6 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
         return {
             (row["dataset"], row["split"], row["name"]): row.get("reason") or "" for row in reader
         }
-
-
-@contextmanager
-def text_file(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
-    """Open a CSV; what is no UTF-8 text is the user's mistake, not the program's."""
-    with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
-        try:
-            yield file
-        except (UnicodeError, csv.Error) as error:
-            raise DataError(f"{path} is not a CSV in UTF-8: {error}. Save it as one.") from error
 
 
 def _read_csv(path: Path, allow_outside: bool) -> list[Manifest]:
@@ -436,21 +339,9 @@ def _read_csv(path: Path, allow_outside: bool) -> list[Manifest]:
         raise DataError(f"{path} has no rows.")
     unknown = set(splits) - {"train", "test", "all"}
     if unknown:
-        raise DataError(f"{path}: split must be train or test, not {_some(sorted(unknown))}.")
+        raise DataError(f"{path}: split must be train or test, not {shorten(sorted(unknown))}.")
     manifests = []
     for split, pairs in splits.items():
         ordered = tuple(sorted(pairs, key=lambda pair: pair.name))
         manifests.append(concat([Manifest(ordered, path.stem, split, CSV_LAYOUT)]))
     return manifests
-
-
-def _free_name(name: str, taken: Iterable[str]) -> str:
-    used = set(taken)
-    candidate, number = name, 2
-    while candidate in used:
-        candidate, number = f"{name}-{number}", number + 1
-    return candidate
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -1,8 +1,7 @@
-"""What a mask file means: from whatever levels it holds to 0 and 255, or an error that says why
-not.
+"""From the levels of a mask file to 0 and 255, or an error that says why it is not a mask.
 
 Every rule here exists because a common encoding otherwise reads as all background or all object,
-and a run trains on it without a word.
+and a run trains on it without a warning.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from camoxpert.data.files.png import wide_planes
 from camoxpert.errors import DataError
 
 # A level under the first fraction of the full scale is dark, over the second one bright.
@@ -42,11 +42,11 @@ def mask_levels(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode == "P":
         return _palette_levels(image, path)
     if image.mode == "1":
-        # Pillow's own array holds 255 for True, which shows wherever it is looked at as bytes.
+        # Pillow's own array holds 255 for True, which shows in every view of it as bytes.
         return np.asarray(image.convert("L")) > 127
     if image.mode == "L" or image.mode.startswith(("I", "F")):
         return np.asarray(image)
-    planes = _wide_planes(path) if image.format == "PNG" else None
+    planes = wide_planes(path) if image.format == "PNG" else None
     if planes is None:
         has_alpha = image.mode in ("RGBA", "LA", "PA")
         planes = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
@@ -72,8 +72,7 @@ def cut_levels(levels: np.ndarray, path: Path, *, lossy: bool) -> np.ndarray:
 
 
 def _cut(levels: np.ndarray, counts: np.ndarray | None, path: Path, *, lossy: bool) -> np.ndarray:
-    """Cut levels of any shape; ``counts`` says how many pixels have each, where they are a
-    table."""
+    """Cut levels of any shape; ``counts``: pixels of each level, where the levels are a table."""
     values = np.unique(levels) if counts is None else np.flatnonzero(counts)
     if len(values) == 1 and (values[0] == 0 or values[0] in FULL_LEVELS):
         return np.full(levels.shape, 255 if values[0] else 0, np.uint8)
@@ -97,7 +96,7 @@ def _palette_levels(image: Image.Image, path: Path) -> np.ndarray:
     Grey palettes come from programs that reduce colours, in any order: white may well be entry 0.
     Coloured ones are label maps, whose background is black, or entry 0.
     """
-    indices = np.asarray(image)
+    indices: np.ndarray = np.asarray(image)
     used = np.unique(indices)
     table = np.zeros((256, 3), np.uint8)
     entries = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
@@ -106,38 +105,19 @@ def _palette_levels(image: Image.Image, path: Path) -> np.ndarray:
     if "transparency" in image.info and (colours == colours[0]).all():
         return _strongest(np.asarray(image.convert("RGBA")), path)
     if (colours == colours[:, :1]).all():
-        return table[indices][..., 0]
+        grey: np.ndarray = table[indices][..., 0]
+        return grey
     if len(used) > 2:
         return indices
     black = used[(colours == 0).all(axis=1)]
     if len(black) or used[0] == 0:
-        return (indices != (black[0] if len(black) else 0)).astype(np.uint8)
+        indices = (indices != (black[0] if len(black) else 0)).astype(np.uint8)
     return indices
 
 
-def _wide_planes(path: Path) -> np.ndarray | None:
-    """Return the channels of a 16-bit colour PNG, RGB or RGBA order, or None for other files.
-
-    Pillow keeps the high byte alone, so that a mask of 0 and 255 (or 1) would come out black.
-    """
-    data = np.fromfile(path, np.uint8)
-    depth, colour_type = (int(value) for value in data[24:26])
-    if depth != 16 or colour_type not in (2, 4, 6):
-        return None
-    try:
-        planes = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        # More pixels than OPENCV_IO_MAX_IMAGE_PIXELS.
-        planes = None
-    if planes is None or planes.ndim != 3:
-        raise DataError(f"The 16-bit mask {path} cannot be decoded. Save it with 8 bits.")
-    order = [2, 1, 0] if planes.shape[2] == 3 else [2, 1, 0, 3]
-    return np.ascontiguousarray(planes[..., order])
-
-
 def _strongest(planes: np.ndarray, path: Path) -> np.ndarray:
-    """Return the strongest colour channel, or alpha where only alpha has anything to say."""
-    colour = planes[..., :3].max(axis=2)
+    """Return the strongest colour channel, or alpha where only alpha varies."""
+    colour: np.ndarray = planes[..., :3].max(axis=2)
     if colour.min() < colour.max():
         return colour
     if planes.shape[2] == 4 and planes[..., 3].min() < planes[..., 3].max():

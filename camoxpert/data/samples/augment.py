@@ -14,10 +14,28 @@ from typing import Any
 import cv2
 import numpy as np
 
-from camoxpert.config import AugmentConfig
-from camoxpert.data.samples.draw import Draw, draw
+from camoxpert.config import AugmentConfig, DataConfig
+from camoxpert.data.samples.draw import Draw, draw, gaussian_kernel
 
-BLUR_RADIUS = 3
+
+def training_sides(data: DataConfig) -> tuple[int, ...]:
+    """Return the sides of the training images, in pixels, multiples of 32, ascending."""
+    if not data.multi_scale:
+        return (data.img_size,)
+    sides = {max(32, round(data.img_size * factor / 32) * 32) for factor in data.multi_scale}
+    return tuple(sorted(sides))
+
+
+def source_side(data: DataConfig) -> int:
+    """Return the side to which pairs are decoded before they are augmented."""
+    return data.source_size or max(training_sides(data))
+
+
+def sample_transform(data: DataConfig, seed: int) -> SampleTransform:
+    """Return how pairs become training samples."""
+    return SampleTransform(
+        img_size=data.img_size, augment=data.augment, seed=seed, source=source_side(data)
+    )
 
 
 class SampleTransform:
@@ -27,7 +45,7 @@ class SampleTransform:
         img_size: side of the square result, in pixels.
         augment: strengths, or None for evaluation (resize only).
         seed: seed of the run.
-        source: side to which pairs are decoded before they are changed; unset: ``img_size``.
+        source: side to which pairs are decoded before they are augmented; unset: ``img_size``.
     """
 
     def __init__(
@@ -43,14 +61,14 @@ class SampleTransform:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Transform uint8 (H, W, 3) and (H, W) to uint8 (T, T, 3) and (T, T) with 0 and 255.
 
-        Equal (seed, epoch, index) give equal results, in whatever process and order.
+        Equal (seed, epoch, index) give equal results in any process and order.
         """
         return self.change(square_pair(image, mask, self.source), epoch=epoch, index=index)
 
     def change(
         self, pixels: np.ndarray, *, epoch: int, index: int, target: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Change a pair that was decoded to uint8 (S, S, 4); ``target`` overrides ``img_size``."""
+        """Augment a pair that was decoded to uint8 (S, S, 4); ``target`` overrides ``img_size``."""
         side = target or self.img_size
         sample = self.draw(epoch=epoch, index=index, target=side)
         return self._operators.apply(pixels, sample, side)
@@ -68,8 +86,7 @@ class SampleTransform:
 
     @cached_property
     def _operators(self) -> Operators:
-        # Made by whoever uses it first, a data worker often: importing albumentations takes
-        # seconds.
+        # Made at the first use, often in a data worker: importing albumentations takes seconds.
         return Operators()
 
 
@@ -81,7 +98,7 @@ def square_pair(image: np.ndarray, mask: np.ndarray, side: int) -> np.ndarray:
 
 def resize_pair(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Resize a pair to a square; the mask is averaged, then cut at one half."""
-    # Judged apart: the decoder may have shrunk the image already.
+    # A filter each: the decoder may have shrunk the image already.
     small = cv2.resize(mask, (size, size), interpolation=_filter(mask, size))
     binary = np.where(small > 127, np.uint8(255), np.uint8(0))
     return cv2.resize(image, (size, size), interpolation=_filter(image, size)), binary
@@ -109,7 +126,7 @@ class Operators:
             self._noise: Any = A.GaussNoise()
 
     def apply(self, pixels: np.ndarray, sample: Draw, target: int) -> tuple[np.ndarray, np.ndarray]:
-        """Change uint8 (S, S, 4) to an image (T, T, 3) and a mask (T, T) of 0 and 255."""
+        """Augment uint8 (S, S, 4) to an image (T, T, 3) and a mask (T, T) of 0 and 255."""
         if sample.flips is not None:
             # Flips alone move whole pixels: nothing is resampled.
             axes = [axis for axis, flip in zip((1, 0), sample.flips, strict=True) if flip]
@@ -141,10 +158,3 @@ class Operators:
             noise = generator.standard_normal(image.shape, np.float32) * (255 * sample.noise)
             image = self._noise.apply(image, noise_map=noise)
         return image, mask
-
-
-def gaussian_kernel(sigma: float) -> np.ndarray:
-    """Return the weights of a Gaussian over ``2 * BLUR_RADIUS + 1`` pixels, summing to 1."""
-    offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
-    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
-    return kernel / kernel.sum()

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.data.samples.draw import GREY, Draw, linear_colour
-
-BLUR_RADIUS = 3
+from camoxpert.data.samples.draw import BLUR_RADIUS, GREY, Draw, gaussian_kernel, linear_colour
 
 
 def apply_draws(pixels_BHWC: Tensor, draws: Sequence[Draw], target: int) -> tuple[Tensor, Tensor]:
-    """Change a batch.
+    """Augment a batch.
 
     Nothing here waits for the device: what depends on a draw is decided on the host.
 
@@ -42,8 +40,9 @@ def apply_draws(pixels_BHWC: Tensor, draws: Sequence[Draw], target: int) -> tupl
 
 
 def warp(planes_BCHW: Tensor, matrices: Sequence[np.ndarray], target: int) -> Tensor:
-    """Resample bilinearly; beyond the edge the image is mirrored without repeating its last pixel
-    (OpenCV's BORDER_REFLECT_101).
+    """Resample bilinearly, with OpenCV's BORDER_REFLECT_101.
+
+    Beyond the edge the image is mirrored without repeating its last pixel.
 
     Args:
         planes_BCHW: float (B, C, S, S).
@@ -121,16 +120,14 @@ def _blur(images_BCHW: Tensor, draws: Sequence[Draw]) -> Tensor:
     if not chosen:
         return images_BCHW
     sigmas = np.array([draws[i].blur for i in chosen])
-    offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
-    kernel = np.exp(-0.5 * (offsets / sigmas[:, None]) ** 2)
-    weights = _upload(kernel / kernel.sum(1, keepdims=True), images_BCHW)
+    weights = _upload(gaussian_kernel(sigmas[:, None]), images_BCHW)
     rows = torch.cat([images_BCHW[i : i + 1] for i in chosen], 1)
     per_channel = weights.repeat_interleave(3, 0)[:, None]
     pad = BLUR_RADIUS
     rows = F.pad(rows, (pad, pad, pad, pad), mode="reflect")
     rows = F.conv2d(rows, per_channel[:, :, None], groups=rows.shape[1])
     rows = F.conv2d(rows, per_channel[:, :, :, None], groups=rows.shape[1])
-    return _replaced(images_BCHW, chosen, rows.split(3, 1))
+    return _replaced(images_BCHW, chosen, rows.chunk(len(chosen), 1))
 
 
 def _noise(images_BCHW: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -148,8 +145,8 @@ def _noise(images_BCHW: Tensor, draws: Sequence[Draw]) -> Tensor:
 def gaussian_noise(like: Tensor, seed: int) -> Tensor:
     """Return standard normal numbers of a tensor's shape, a pure function of seed and position.
 
-    A counter is hashed (the finaliser of MurmurHash3, 32 bits) and turned by Box and Muller's rule:
-    no generator has a state that a resumed run or another batch size could leave elsewhere.
+    A counter is hashed (the finaliser of MurmurHash3, 32 bits) and transformed by Box and Muller's
+    rule: there is no generator state that a resumed run or another batch size could change.
     """
     counter = torch.arange(like.numel(), device=like.device, dtype=torch.int64)
     first = _hashed(counter * 2 + seed * 0x9E3779B1)
@@ -168,7 +165,7 @@ def _hashed(x: Tensor) -> Tensor:
 
 
 def _replaced(images_BCHW: Tensor, chosen: Sequence[int], parts: Sequence[Tensor]) -> Tensor:
-    rows = list(images_BCHW.split(1))
+    rows = list(images_BCHW.chunk(len(images_BCHW)))
     for i, part in zip(chosen, parts, strict=True):
         rows[i] = part
     return torch.cat(rows)

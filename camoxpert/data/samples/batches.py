@@ -1,4 +1,4 @@
-"""What a step receives: batches of training samples, and of pairs to be scored."""
+"""Batches: of training samples, of decoded pairs, and of pairs to be scored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Batch:
         masks: uint8 (B, 1, S, S), 0 or 255.
         names: names of the pairs.
         sizes: original (height, width) of each.
-        indices: positions in the manifest of the samples that were due; their draws are used.
+        indices: positions in the manifest of the samples that were due, which give the draws.
         replaced: (name, reason) of every unreadable pair for which another one stands in.
     """
 
@@ -39,13 +39,14 @@ class Batch:
     replaced: list[Fault] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory, from which copies to the GPU run beside the
-        host."""
+        """Return the batch in page-locked memory: copies from it to the GPU are asynchronous."""
         return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
-        """Return the batch in up to so many parts of nearly equal size, in order, without copies;
-        the first part keeps ``replaced``."""
+        """Return at most ``parts`` parts of nearly equal size, in order, as views.
+
+        The first part keeps ``replaced``.
+        """
         size = -(-len(self.names) // parts)
         if size >= len(self.names):
             return [self]
@@ -60,6 +61,10 @@ class Batch:
             )
             for start in range(0, len(self.names), size)
         ]
+
+    def target(self) -> Tensor:
+        """Return the masks as 0/1 float targets (B, 1, H, W)."""
+        return (self.masks > 127).float()
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """Return the batch with its tensors on ``device``."""
@@ -92,7 +97,7 @@ class EvalBatch:
 
 @dataclass
 class RawBatch:
-    """Pairs as they were decoded; their draws are applied where the step runs.
+    """Decoded pairs whose draws are still to be applied, on the device of the step.
 
     Attributes:
         pixels: uint8 (B, S, S, 4), RGB and mask.
@@ -114,7 +119,7 @@ class RawBatch:
         return replace(self, pixels=self.pixels.pin_memory())
 
     def finish(self, transform: SampleTransform, device: torch.device) -> Batch:
-        """Copy the pixels to ``device`` and change them there by the samples' draws."""
+        """Copy the pixels to ``device`` and augment them there by the samples' draws."""
         draws = [
             transform.draw(epoch=self.epoch, index=index, target=self.target)
             for index in self.indices
@@ -158,8 +163,10 @@ def collate_raw(samples: list[Any]) -> RawBatch | DataError:
 
 
 def collate_eval(samples: Sequence[Any], *, img_size: int) -> EvalBatch | DataError:
-    """Stack the images and list the rest; the first fault wins, (name, reason) pairs of skipped
-    ones are set aside."""
+    """Stack the images and list the rest; the first fault wins.
+
+    (name, reason) pairs of skipped images become ``unreadable``.
+    """
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
@@ -174,14 +181,11 @@ def collate_eval(samples: Sequence[Any], *, img_size: int) -> EvalBatch | DataEr
     return EvalBatch(_planes(images), list(names), sizes, list(masks), kept, skipped)
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn uint8 images into normalised float32 on their device; mean and std for 0..1 images."""
-    return (images.float() / 255 - mean) / std
-
-
 def _planes(images: Sequence[np.ndarray]) -> Tensor:
-    """Stack uint8 (H, W, 3) images to (B, 3, H, W); OpenCV takes channels apart several times
-    faster than a transposing copy."""
+    """Stack uint8 (H, W, 3) images to (B, 3, H, W).
+
+    OpenCV splits channels several times faster than a transposing copy.
+    """
     height, width = images[0].shape[:2]
     stacked = np.empty((len(images), 3, height, width), np.uint8)
     for planes, image in zip(stacked, images, strict=True):

@@ -7,52 +7,53 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from camoxpert.config import DataConfig
 from camoxpert.data.cache.table import PixelCache
-from camoxpert.data.files.image_io import MAX_PIXELS, read_pair
+from camoxpert.data.files.image_io import read_pair
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
-from camoxpert.data.unreadable import first_readable
+from camoxpert.data.unreadable import first_readable, skippable
 from camoxpert.errors import DataError
 
 
 class PairDataset(Dataset[Any]):
-    """Reads pairs, from their files or from the cache, and changes them unless the device will.
+    """Reads pairs, from their files or from the cache, and augments them unless the device will.
 
     A fault is returned as a value: an exception raised in a worker reaches the main process as a
     traceback inside a message, and the readable text is lost.
 
     Args:
-        manifest, transform, max_pixels, cache: as ``build_loader`` takes them.
-        raw: samples are for ``collate_raw``, not changed yet.
-        skip: how many unreadable pairs in a row the next ones stand in for; 0: one is an error.
+        manifest: the pairs.
+        data: settings.
+        transform: how pairs become samples.
+        cache: decoded pairs to read instead of files.
+        raw: samples are for ``collate_raw``, not augmented yet.
     """
 
     def __init__(
         self,
         manifest: Manifest,
+        data: DataConfig,
         transform: SampleTransform,
         *,
-        max_pixels: int = MAX_PIXELS,
         cache: PixelCache | None = None,
         raw: bool = False,
-        skip: int = 0,
     ) -> None:
         self.pairs = manifest.pairs
         self.names = [pair.name for pair in manifest.pairs]
         self.transform = transform
-        self.max_pixels = max_pixels
+        self.max_pixels = data.max_pixels
         self.cache = cache
         self.rows = None if cache is None else cache.of(manifest)
         self.bad = {} if cache is None else cache.unreadable_of(manifest)
         self.raw = raw
-        self.skip = skip
+        self.skip = skippable(data, len(manifest))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int, int]) -> Any:
-        """Return sample (epoch, index, target) as ``collate`` or, raw, as ``collate_raw`` takes it;
-        or the DataError."""
+        """Return sample (epoch, index, target) for ``collate`` or ``collate_raw``, or DataError."""
         epoch, index, target = key
         try:
             place, (pixels, size), faults = first_readable(
@@ -81,27 +82,21 @@ class PairDataset(Dataset[Any]):
 class EvalDataset(Dataset[Any]):
     """Reads pairs for scoring: the image resized, the mask as it is."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        img_size: int,
-        max_pixels: int,
-        keep_images: bool,
-        skip: bool = False,
-    ) -> None:
+    def __init__(self, manifest: Manifest, data: DataConfig, *, keep_images: bool) -> None:
         self.pairs = manifest.pairs
-        self.img_size = img_size
-        self.max_pixels = max_pixels
+        self.img_size = data.img_size
+        self.max_pixels = data.max_pixels
         self.keep_images = keep_images
-        self.skip = skip
+        self.skip = data.unreadable == "skip"
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Any:
-        """Return (resized image, name, mask, original image or None); for an unreadable pair the
-        DataError or, with ``skip``, (name, reason)."""
+        """Return (resized image, name, mask, original image or None).
+
+        An unreadable pair gives the DataError or, with ``skip``, (name, reason).
+        """
         pair = self.pairs[index]
         try:
             image, mask = read_pair(pair.image, pair.mask, max_pixels=self.max_pixels)

@@ -1,4 +1,4 @@
-"""One random draw per sample, from (seed, epoch, index) and nothing else; both back ends apply it.
+"""One random draw per sample, from (seed, epoch, index) alone; both back ends apply it.
 
 A draw is a list of numbers, not a program: the CPU and the device move the object to the same
 pixels.
@@ -16,7 +16,10 @@ from camoxpert.config import AugmentConfig
 # Odds that a sample's colours change at all.
 COLOUR_PROBABILITY = 0.8
 BLUR_SIGMAS = (0.6, 1.2)
+BLUR_RADIUS = 3
 NOISE_RANGE = (0.01, 0.05)
+# Weights of red, green and blue in a grey (Rec. 601).
+GREY = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Draw:
     Attributes:
         matrix: (2, 3) float64; maps source pixels (x, y) to target pixels, centres at whole
             numbers.
-        flips: (left-right, up-down), where the matrix is nothing but flips of equal sizes;
+        flips: (left-right, up-down), where the matrix only flips and both sizes are equal;
             otherwise None.
         brightness, contrast, saturation: factors, 1 changes nothing.
         hue: shift, fraction of the circle.
@@ -57,7 +60,7 @@ def draw(
     """Draw what happens to sample ``index`` in ``epoch``.
 
     Every number has its own place in the random stream, so that switching one change off leaves the
-    others as they were.
+    others unchanged.
 
     Args:
         augment: strengths; None only resizes.
@@ -102,7 +105,15 @@ def linear_colour(sample: Draw) -> tuple[np.ndarray, float]:
     return sample.brightness * sample.contrast * saturation, pivot
 
 
-GREY = np.array([0.299, 0.587, 0.114])
+def gaussian_kernel(sigma: np.ndarray | float) -> np.ndarray:
+    """Return the weights of a Gaussian over ``2 * BLUR_RADIUS + 1`` pixels, summing to 1.
+
+    For sigmas (N, 1) the result is (N, 2 * BLUR_RADIUS + 1).
+    """
+    offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    kernel: np.ndarray = np.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel /= kernel.sum(-1, keepdims=True)
+    return kernel
 
 
 def _within(u: float, strength: float) -> float:

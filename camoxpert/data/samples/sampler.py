@@ -1,5 +1,4 @@
-"""Which sample comes when: a stateless sampler, the same for any worker count and after any
-resume."""
+"""Stateless samplers: the same order for any worker count and after any resume."""
 
 from __future__ import annotations
 
@@ -22,12 +21,12 @@ class BatchPlaces:
     batch_size: int
 
     def indices(self) -> Sequence[int]:
-        """Return the indices that are left from ``start`` on."""
+        """Return the indices from ``start`` on."""
         raise NotImplementedError
 
     @contextmanager
     def at_batch(self, batch: int) -> Iterator[None]:
-        """Start at the batch-th batch after ``start`` for the time of the context."""
+        """Start at the batch-th batch after ``start`` inside the block."""
         start = self.start
         self.start = start + batch * self.batch_size
         try:
@@ -44,12 +43,11 @@ class BatchPlaces:
 class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
     """Yields (epoch, index, target); the order is a pure function of (seed, epoch).
 
-    Every rank gets equally many: the order is filled up from its own beginning.
+    Every rank gets the same number: the order is padded from its own beginning.
 
     Args:
         num_samples: samples of the whole data set.
         seed: seed of the run.
-        shuffle: False keeps the manifest's order.
         rank, world_size: this process among those that share an epoch.
         batch_size: samples of a batch; they share a target.
         targets: sides of the training images in pixels; each batch draws one from (seed, epoch,
@@ -61,7 +59,6 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         num_samples: int,
         *,
         seed: int,
-        shuffle: bool,
         rank: int = 0,
         world_size: int = 1,
         batch_size: int = 1,
@@ -69,7 +66,6 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
     ) -> None:
         self.num_samples = num_samples
         self.seed = seed
-        self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
         self.batch_size = batch_size
@@ -77,17 +73,21 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         self.epoch = 0
         self.start = 0
 
+    def seek(self, epoch: int, batch: int) -> None:
+        """Draw an epoch next, from its ``batch``-th batch on."""
+        self.epoch = epoch
+        self.start = batch * self.batch_size
+
     def order(self, epoch: int) -> np.ndarray:
         """Return this rank's indices in an epoch."""
-        indices = np.arange(self.num_samples)
-        if self.shuffle:
-            indices = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        indices = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
         each = -(-self.num_samples // self.world_size)
         return np.resize(indices, each * self.world_size)[self.rank :: self.world_size]
 
     def indices(self) -> Sequence[int]:
-        """Return the indices that are left of this rank's epoch from ``start`` on."""
-        return self.order(self.epoch)[self.start :].tolist()
+        """Return this rank's indices of the epoch from ``start`` on."""
+        indices: list[int] = self.order(self.epoch)[self.start :].tolist()
+        return indices
 
     def target(self, epoch: int, batch: int) -> int:
         """Return the side of the images of an epoch's ``batch``-th batch."""
@@ -98,7 +98,7 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         return self.targets[int(generator.integers(len(self.targets)))]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        # Read once: whoever set them may set them back while the samples are drawn.
+        # Read once: at_batch may restore them while the samples are drawn.
         epoch, start = self.epoch, self.start
         target = self.targets[0]
         for position, index in enumerate(self.order(epoch)[start:], start=start):
@@ -120,7 +120,7 @@ class InOrderSampler(BatchPlaces, Sampler[int]):
         self.start = 0
 
     def indices(self) -> Sequence[int]:
-        """Return the indices that are left from ``start`` on."""
+        """Return the indices from ``start`` on."""
         return range(self.start, self.num_samples)
 
     def __iter__(self) -> Iterator[int]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from camoxpert import console
 from camoxpert.data.files.layouts import (
     IMAGE_FOLDERS,
     IMAGE_SUFFIXES,
@@ -22,10 +23,12 @@ from camoxpert.data.files.layouts import (
     is_noncam,
     recognise,
 )
-from camoxpert.data.files.manifest import load_eval
+from camoxpert.data.files.manifest import Search, load_eval
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.text import shorten
 
 SHOWN = 10
+"""Names listed of those that a message is about."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,64 @@ class MapTask:
     jobs: tuple[MapJob, ...]
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """What is scored of the maps and masks that were found.
+
+    Attributes:
+        noncam: exclude or include COD10K images without a camouflaged object.
+        allow_missing: masks without a map are left out, and counted.
+        allow_extra: maps without a mask are left out, and counted.
+        method: another name for the only method, or "".
+    """
+
+    noncam: str = "exclude"
+    allow_missing: bool = False
+    allow_extra: bool = False
+    method: str = ""
+
+
+def find_tasks(
+    predictions: Sequence[Path],
+    gt: Sequence[Path],
+    options: PairOptions,
+    *,
+    images: Sequence[Path] = (),
+) -> list[MapTask]:
+    """Find maps and masks and pair them; notes are printed.
+
+    Args:
+        predictions: see ``find_maps``.
+        gt, images: see ``find_masks``.
+        options: what to score of them.
+
+    Raises:
+        ConfigError: flags that contradict each other.
+        DataError: every fault of every folder in one list, or nothing found.
+    """
+    sets = find_masks(gt, images=images, noncam=options.noncam)
+    tasks = find_maps(
+        predictions,
+        sets,
+        allow_missing=options.allow_missing,
+        allow_extra=options.allow_extra,
+    )
+    return chosen_tasks(tasks, sets, options)
+
+
+def chosen_tasks(
+    tasks: Sequence[MapTask], sets: Mapping[str, MaskSet], options: PairOptions
+) -> list[MapTask]:
+    """Return the tasks under the method's other name, and print the notes of the data sets."""
+    names = sorted({task.method for task in tasks})
+    if options.method and len(names) > 1:
+        raise ConfigError(f"--method names one method; there are {', '.join(names)}.")
+    for mask_set in sets.values():
+        for note in mask_set.notes:
+            console.note(note)
+    return [replace(task, method=options.method or task.method) for task in tasks]
 
 
 def find_masks(
@@ -127,7 +188,7 @@ def _mask_sets(path: Path, images: Path | None, noncam: str) -> list[MaskSet]:
                 {pair.name: pair.image for pair in manifest.pairs},
                 manifest.notes,
             )
-            for name, manifest in load_eval(path, noncam=noncam).items()
+            for name, manifest in load_eval(path, Search(noncam=noncam)).items()
         ]
     folders = {sub: _mask_folder(sub) for sub in _subfolders(path)}
     bare = [sub.name for sub, masks in folders.items() if masks is None]
@@ -138,8 +199,8 @@ def _mask_sets(path: Path, images: Path | None, noncam: str) -> list[MaskSet]:
         )
     if bare:
         raise DataError(
-            f"--gt: these folders in {path} hold no masks: {shorten(bare)}. Name the others one by "
-            "one, or add the masks."
+            f"--gt: these folders in {path} hold no masks: {shorten(bare, SHOWN)}. Name the others "
+            "one by one, or add the masks."
         )
     return [plain_set(masks, None, noncam) for masks in folders.values() if masks is not None]
 
@@ -189,7 +250,6 @@ def find_maps(
     *,
     allow_missing: bool = False,
     allow_extra: bool = False,
-    say: Callable[[str], object] = lambda text: None,
 ) -> list[MapTask]:
     """Find the maps of every method for every data set.
 
@@ -201,7 +261,6 @@ def find_maps(
         sets: from ``find_masks``.
         allow_missing: masks without a map are left out, and counted.
         allow_extra: maps without a mask are left out, and counted.
-        say: prints a line about folders that belong to no data set.
 
     Raises:
         DataError: every fault of every folder in one list, or nothing found.
@@ -210,7 +269,7 @@ def find_maps(
     for path in paths:
         if not path.is_dir():
             raise DataError(f"--predictions: there is no folder {path}.")
-        for method, folders in _methods_in(path, sets, say).items():
+        for method, folders in _methods_in(path, sets).items():
             if method in methods:
                 raise DataError(
                     f"Two methods are called {method}; give names with --list FILE, or rename one."
@@ -239,12 +298,13 @@ def pair_maps(
             if task.missing and not allow_missing:
                 found.append(
                     f"{method} on {dataset}: {len(task.missing)} of {len(mask_set.masks)} masks "
-                    f"have no map: {shorten(task.missing)} (--allow-missing leaves them out)"
+                    f"have no map: {shorten(task.missing, SHOWN)} (--allow-missing leaves them "
+                    "out)"
                 )
             if task.extra and not allow_extra:
                 found.append(
                     f"{method} on {dataset}: {len(task.extra)} maps have no mask: "
-                    f"{shorten(task.extra)} (--allow-extra leaves them out)"
+                    f"{shorten(task.extra, SHOWN)} (--allow-extra leaves them out)"
                 )
             if not task.jobs and not found:
                 found.append(f"{method} on {dataset}: no map has the name of a mask")
@@ -263,7 +323,7 @@ def _pair_folder(method: str, mask_set: MaskSet, folder: Path) -> tuple[MapTask,
     if strangers:
         faults.append(
             f"{method} on {mask_set.name}: {len(strangers)} files in {folder} are no images: "
-            f"{shorten(strangers)}"
+            f"{shorten(strangers, SHOWN)}"
         )
     maps = _by_stem(folder)
     jobs = tuple(
@@ -276,9 +336,7 @@ def _pair_folder(method: str, mask_set: MaskSet, folder: Path) -> tuple[MapTask,
     return MapTask(method, mask_set.name, jobs, missing, extra), faults
 
 
-def _methods_in(
-    path: Path, sets: Mapping[str, MaskSet], say: Callable[[str], object]
-) -> dict[str, dict[str, Path]]:
+def _methods_in(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, dict[str, Path]]:
     place = absolute(path)
     name = place.name
     if image_files(path):
@@ -292,7 +350,7 @@ def _methods_in(
             return {place.parent.name: {own: path}}
         only = next(iter(sets))
         return {place.parent.name if _match(name, sets) else name: {only: path}}
-    folders = dataset_folders(path, sets, say)
+    folders = dataset_folders(path, sets)
     if folders:
         return {name: folders}
     methods: dict[str, dict[str, Path]] = {}
@@ -300,7 +358,7 @@ def _methods_in(
     for sub in _subfolders(path):
         if image_files(sub) and len(sets) == 1:
             methods[sub.name] = {next(iter(sets)): sub}
-        elif inner := dataset_folders(sub, sets, say):
+        elif inner := dataset_folders(sub, sets):
             methods[sub.name] = inner
         else:
             bare.append(sub.name)
@@ -312,15 +370,16 @@ def _methods_in(
     if bare:
         raise DataError(
             f"--predictions: these folders in {path} hold no maps for {', '.join(sets)}: "
-            f"{shorten(bare)}. Name the methods one by one, or take these folders out."
+            f"{shorten(bare, SHOWN)}. Name the methods one by one, or take these folders out."
         )
     return methods
 
 
-def dataset_folders(
-    path: Path, sets: Mapping[str, MaskSet], say: Callable[[str], object] = lambda text: None
-) -> dict[str, Path]:
-    """Return data set -> folder of maps for the subfolders that are named like one."""
+def dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
+    """Return data set -> folder of maps for the subfolders that are named like one.
+
+    Other subfolders are printed as a note.
+    """
     found: dict[str, Path] = {}
     other = []
     for folder in _subfolders(path):
@@ -332,7 +391,7 @@ def dataset_folders(
         else:
             found[name] = folder
     if found and other:
-        say(f"{path}: not scored, as --gt has no such data set: {shorten(other)}")
+        console.note(f"{path}: not scored, as --gt has no such data set: {shorten(other, SHOWN)}")
     return found
 
 
@@ -357,8 +416,8 @@ def _refuse_strangers(folder: Path, flag: str) -> None:
     strangers = _strangers(folder)
     if strangers:
         raise DataError(
-            f"{flag}: {len(strangers)} files in {folder} are no images: {shorten(strangers)}. "
-            "Remove them."
+            f"{flag}: {len(strangers)} files in {folder} are no images: "
+            f"{shorten(strangers, SHOWN)}. Remove them."
         )
 
 
@@ -376,9 +435,3 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 def absolute(path: Path) -> Path:
     """Return the path from the root, links kept: a link's name is the name its user gave."""
     return Path(os.path.abspath(path))
-
-
-def shorten(names: Sequence[str]) -> str:
-    """Join up to ten names, with how many more there are."""
-    more = f" ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

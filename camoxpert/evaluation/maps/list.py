@@ -1,4 +1,4 @@
-"""A YAML list that names methods and data sets, for maps that lie in no common tree."""
+"""A YAML list that names methods and data sets, for maps that do not lie in one tree of folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,24 @@ from typing import Any
 from camoxpert.config import read_yaml
 from camoxpert.data.files.layouts import image_files
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.evaluation.maps.find import MaskSet, dataset_folders, plain_set
+from camoxpert.evaluation.maps.find import (
+    MapTask,
+    MaskSet,
+    PairOptions,
+    chosen_tasks,
+    dataset_folders,
+    pair_maps,
+    plain_set,
+)
+
+
+def list_tasks(path: Path, options: PairOptions) -> list[MapTask]:
+    """Return what a YAML list says is to be scored; see ``read_list`` and ``find_tasks``."""
+    sets, methods = read_list(path, noncam=options.noncam)
+    tasks = pair_maps(
+        methods, sets, allow_missing=options.allow_missing, allow_extra=options.allow_extra
+    )
+    return chosen_tasks(tasks, sets, options)
 
 
 def read_list(

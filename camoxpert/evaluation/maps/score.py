@@ -16,13 +16,17 @@ from functools import partial
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
+from camoxpert import console, stop
 from camoxpert.data.files.image_io import MAX_PIXELS, read_levels, read_map
 from camoxpert.errors import DataError
 from camoxpert.evaluation.maps.find import MapJob, MapTask
+from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import ImageScore, score_image
 from camoxpert.runtime.host import usable_cores
+from camoxpert.text import bullet_list
 
 CHUNK = 8
 """Images per message to a worker."""
@@ -32,19 +36,15 @@ FULL_SCALE = (1, 255, 65535)
 
 
 @dataclass(frozen=True)
-class MapOptions:
+class MapOptions(ScoringOptions):
     """How maps are scored.
 
     Attributes:
-        protocol, empty_gt, keys: of the Evaluator.
         resize: "error", or "bilinear" for maps of another size than their mask.
         gt_threshold: masks' levels above it are object; None accepts two-level masks only.
         max_pixels: larger files are refused.
     """
 
-    protocol: str = "pysod"
-    empty_gt: str = "pysod"
-    keys: tuple[str, ...] = ()
     resize: str = "error"
     gt_threshold: int | None = None
     max_pixels: int = MAX_PIXELS
@@ -62,7 +62,7 @@ class GreyMaskError(DataError):
     """A mask with levels that could mean anything; its text is the file and its levels."""
 
 
-def read_truth(job: MapJob, options: MapOptions) -> np.ndarray:
+def read_truth(job: MapJob, options: MapOptions) -> NDArray[np.bool_]:
     """Return the mask of a job, bool (H, W).
 
     Raises:
@@ -89,8 +89,8 @@ def read_truth(job: MapJob, options: MapOptions) -> np.ndarray:
     return np.ascontiguousarray(levels > cut)
 
 
-def read_prediction(job: MapJob, shape: tuple[int, ...], options: MapOptions) -> np.ndarray:
-    """Return the map of a job, uint8, resized to the mask's shape where that is asked for."""
+def read_prediction(job: MapJob, shape: tuple[int, ...], options: MapOptions) -> NDArray[np.uint8]:
+    """Return the map of a job, uint8 (H, W), resized to the mask's shape if that was asked for."""
     prediction = read_map(job.map, max_pixels=options.max_pixels)
     if prediction.shape != shape and options.resize == "bilinear":
         size = (shape[1], shape[0])
@@ -105,7 +105,7 @@ def score_job(job: MapJob, options: MapOptions) -> ImageScore | Fault:
     except GreyMaskError as error:
         return Fault(
             "masks with other levels than 0 and 255, or 0 and 1 (--gt-threshold 128 takes the "
-            "levels above 128 for the object)",
+            "levels above 128 as object)",
             str(error),
         )
     except DataError as error:
@@ -142,46 +142,54 @@ def score_chunk(jobs: Sequence[MapJob], options: MapOptions) -> list[ImageScore 
     return [score_job(job, options) for job in jobs]
 
 
+def score_chunks(
+    task: MapTask, options: MapOptions, num_workers: int
+) -> Iterator[list[ImageScore | Fault]]:
+    """Yield the scores of a task's images in order, a chunk at a time, as they are done.
+
+    Args:
+        task: what to score.
+        options: how to score it.
+        num_workers: processes; 0 scores in this one, and so does any number for a few images.
+    """
+    work = partial(score_chunk, options=options)
+    chunks = [task.jobs[i : i + CHUNK] for i in range(0, len(task.jobs), CHUNK)]
+    parallel = num_workers > 0 and len(task.jobs) > FEW
+    yield from _in_workers(work, chunks, num_workers) if parallel else map(work, chunks)
+
+
 def score_task(
-    task: MapTask,
-    options: MapOptions,
-    *,
-    num_workers: int,
-    done: Callable[[int], object] = lambda count: None,
-    check_stop: Callable[[], None] = lambda: None,
-    max_faults: int = 100,
+    task: MapTask, options: MapOptions, *, num_workers: int, label: str = "", max_faults: int = 100
 ) -> Evaluator:
     """Score one method on one data set.
 
     Args:
         task: what to score.
-        options: how.
+        options: how to score it.
         num_workers: processes; 0 scores in this one.
-        done: called with the number of images just finished.
-        check_stop: called often; raises to stop.
-        max_faults: faults after which the rest is not looked at.
+        label: shown before the progress bar.
+        max_faults: faults after which the remaining images are not read.
 
     Raises:
         DataError: every fault found, by kind.
+        Stopped: the command was asked to stop.
     """
-    evaluator = Evaluator(protocol=options.protocol, empty_gt=options.empty_gt, keys=options.keys)
+    evaluator = options.evaluator()
     faults: list[Fault] = []
-    work = partial(score_chunk, options=options)
-    chunks = [task.jobs[i : i + CHUNK] for i in range(0, len(task.jobs), CHUNK)]
-    parallel = num_workers > 0 and len(task.jobs) > FEW
-    results = _in_workers(work, chunks, num_workers) if parallel else map(work, chunks)
-    for scores in results:
-        check_stop()
-        for score in scores:
-            if isinstance(score, Fault):
-                faults.append(score)
-            elif score.row["object_fraction"] == 0 and options.empty_gt == "skip":
-                evaluator.skip(score)
-            else:
-                evaluator.add_score(score)
-        done(len(scores))
-        if len(faults) >= max_faults:
-            break
+    results = score_chunks(task, options, num_workers)
+    with console.progress(label or task.method, total=len(task.jobs)) as bar:
+        for scores in results:
+            stop.check()
+            for score in scores:
+                if isinstance(score, Fault):
+                    faults.append(score)
+                elif score.row["object_fraction"] == 0 and options.empty_gt == "skip":
+                    evaluator.skip(score)
+                else:
+                    evaluator.add_score(score)
+            bar.update(len(scores))
+            if len(faults) >= max_faults:
+                break
     if faults:
         raise DataError(_fault_list(task, faults, stopped=len(faults) >= max_faults))
     return evaluator
@@ -213,7 +221,7 @@ def _in_workers(
             yield result
     except BrokenProcessPool as error:
         raise DataError(
-            "A scoring process died, most likely for want of memory. Use fewer --num-workers."
+            "A scoring process died, most likely out of memory. Use fewer --num-workers."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -252,6 +260,5 @@ def _fault_list(task: MapTask, faults: Sequence[Fault], *, stopped: bool) -> str
     ]
     for kind, names in kinds.items():
         lines.append(f"{len(names)} {kind}:")
-        lines += [f"  {name}" for name in names[:10]]
-        lines += [f"  ... and {len(names) - 10} more"] if len(names) > 10 else []
+        lines.append(bullet_list(names))
     return "\n".join(lines)

@@ -1,41 +1,17 @@
-"""Numbers that stay on the device until nobody has to wait for them."""
+"""Which experts are used: counts of a step, shares of an epoch, and the alarm when few are."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from camoxpert.losses import expert_counts
+from camoxpert.config import Config
+from camoxpert.models.balance import expert_counts
 from camoxpert.models.router import Routing
-
-
-class LateReader:
-    """Hands out the numbers of a step one step later, so that reading never stalls the device."""
-
-    def __init__(self) -> None:
-        self._waiting: tuple[list[str], Tensor, Any] | None = None
-
-    def push(
-        self, values: dict[str, Tensor], note: Any = None
-    ) -> tuple[dict[str, float], Any] | None:
-        """Queue this step's scalars; return the previous step's as floats with its note, if any."""
-        previous = self.flush()
-        stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
-        self._waiting = (list(values), stacked, note)
-        return previous
-
-    def flush(self) -> tuple[dict[str, float], Any] | None:
-        """Return what is queued, waiting for the device if it must."""
-        if self._waiting is None:
-            return None
-        names, stacked, note = self._waiting
-        self._waiting = None
-        return dict(zip(names, stacked.tolist(), strict=True)), note
 
 
 class StepCounts:
@@ -78,6 +54,9 @@ class RoutingMeter:
     Args:
         levels: names of the levels, in the order of the model's routing records.
         experts: kind of every expert; repeated kinds get a number.
+
+    Attributes:
+        alarmed: the user was warned that the router favours few experts.
     """
 
     def __init__(self, levels: Sequence[str], experts: Sequence[str]) -> None:
@@ -86,7 +65,7 @@ class RoutingMeter:
             f"{kind} {1 + list(experts[:i]).count(kind)}" if list(experts).count(kind) > 1 else kind
             for i, kind in enumerate(experts)
         ]
-        self.images = 0
+        self.alarmed = False
         self.reset()
 
     def reset(self) -> None:
@@ -100,7 +79,7 @@ class RoutingMeter:
         return {"chosen": self.chosen, "mass": self.mass, "images": self.images}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on counting from what ``state_dict`` returned."""
+        """Continue counting from what ``state_dict`` returned."""
         self.images = int(state["images"])
         self.chosen, self.mass = (
             None if state[name] is None else state[name].to(device) for name in ("chosen", "mass")
@@ -201,23 +180,10 @@ def collapse_alarm(
     )
 
 
-class Speed:
-    """Images per second and the share of time spent waiting for data, since the epoch's start."""
+def active_experts(config: Config, epoch: int) -> int:
+    """Return how many experts an image uses in an epoch: all of them during router warm-up.
 
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.images = 0
-        self.waited = 0.0
-
-    def add(self, images: int, waited: float) -> None:
-        """Count a step."""
-        self.images += images
-        self.waited += waited
-
-    def images_per_second(self) -> float:
-        """Return the mean rate."""
-        return self.images / max(time.monotonic() - self.started, 1e-9)
-
-    def data_wait(self) -> float:
-        """Return the share of time spent waiting, 0..1."""
-        return min(self.waited / max(time.monotonic() - self.started, 1e-9), 1.0)
+    The evaluated weights (the EMA's copy of the model) are always routed as they will ship.
+    """
+    warm = epoch < config.train.router_warmup
+    return config.model.num_experts if warm else config.model.top_k

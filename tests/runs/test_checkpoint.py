@@ -11,11 +11,11 @@ from camoxpert.errors import CheckpointError
 from camoxpert.runs.checkpoint import (
     BEST,
     FORMAT,
-    CheckpointFolder,
     load_checkpoint,
     read_index,
     resolve_checkpoint,
 )
+from camoxpert.runs.store import CheckpointFolder
 
 
 def values(number: float = 1.0) -> dict:

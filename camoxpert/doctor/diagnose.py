@@ -1,0 +1,54 @@
+"""The whole check: environment, a training step, the data; printed and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from camoxpert import console
+from camoxpert.config import DataConfig
+from camoxpert.doctor.dataset import examine_data, write_clean_list
+from camoxpert.doctor.environment import check_environment
+from camoxpert.doctor.report import print_findings, write_report
+from camoxpert.doctor.step import check_step
+
+
+def diagnose(
+    data: DataConfig, *, seed: int, copies: bool, device: str, output: Path, clean_list: str = ""
+) -> bool:
+    """Check everything and return whether training should start.
+
+    Args:
+        data: settings of the training that is planned; without roots only the environment is
+            checked.
+        seed: of that training.
+        copies: look for copies by content, not for identical files only.
+        device: of that training.
+        output: folder of the page.
+        clean_list: file for the images to leave out; empty: not written.
+
+    Raises:
+        Stopped: Ctrl-C, SIGTERM or the deadline.
+    """
+    console.say("environment")
+    findings = [*check_environment(device), check_step(device)]
+    print_findings(findings)
+    sound = all(finding.level != "error" for finding in findings)
+    if not data.roots:
+        console.say("\nNo data set given: `camoxpert doctor DIR` checks one.")
+        return sound
+    found = examine_data(data, seed=seed, copies=copies)
+    console.say("\ndata")
+    for line in found.layouts:
+        console.say(f"  {line}")
+    print_findings(found.findings)
+    page = write_report(output, data.roots, findings, found, data.max_pixels)
+    console.say(f"\npage        {page}")
+    if clean_list:
+        write_clean_list(Path(clean_list), found.clean_list)
+        console.say(
+            f"clean list  {clean_list}: {len(found.clean_list)} images to leave out "
+            f"(train and evaluate take it with --clean-list)"
+        )
+    sound = sound and all(finding.level != "error" for finding in found.findings)
+    console.say("verdict     " + ("ready to train" if sound else "training should not start"))
+    return sound

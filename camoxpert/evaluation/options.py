@@ -1,0 +1,62 @@
+"""How scores are computed, and which measures were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from camoxpert.errors import ConfigError
+from camoxpert.metrics import FAST_KEYS, KNOWN_KEYS, RESULT_KEYS, Evaluator
+from camoxpert.text import closest
+
+SETS = {"default": RESULT_KEYS, "fast": FAST_KEYS, "all": KNOWN_KEYS}
+"""Names for several measures at once."""
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How images are scored and what is reported of them.
+
+    Attributes:
+        protocol, empty_gt, keys: of the Evaluator.
+        intervals: also compute confidence intervals, and compare methods with each other.
+        gallery: pictures of the best and of the worst images, so many of each.
+    """
+
+    protocol: str = "pysod"
+    empty_gt: str = "pysod"
+    keys: tuple[str, ...] = RESULT_KEYS
+    intervals: bool = True
+    gallery: int = 6
+
+    def evaluator(self) -> Evaluator:
+        """Return an empty evaluator with these options."""
+        return Evaluator(protocol=self.protocol, empty_gt=self.empty_gt, keys=self.keys)
+
+
+def choose_measures(asked: Iterable[str]) -> tuple[str, ...]:
+    """Return the measures that names stand for, in the order of KNOWN_KEYS.
+
+    Args:
+        asked: measures in any case, ``default``, ``fast`` or ``all``; commas separate as well.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest one, or none at all.
+    """
+    wanted: list[str] = []
+    known = {name.lower(): name for name in KNOWN_KEYS}
+    for name in (part for text in asked for part in text.split(",") if part):
+        if name in SETS:
+            wanted += SETS[name]
+        elif name.lower() in known:
+            wanted.append(known[name.lower()])
+        else:
+            near = closest(name.lower(), [*SETS, *known])
+            hint = f" Did you mean {known.get(near, near)}?" if near else ""
+            raise ConfigError(
+                f"--measures: unknown measure {name!r}.{hint} Known: default, fast, all, "
+                f"{', '.join(KNOWN_KEYS)}."
+            )
+    if not wanted:
+        raise ConfigError("--measures names none. Leave it out for the usual ones.")
+    return tuple(key for key in KNOWN_KEYS if key in wanted)

@@ -1,0 +1,122 @@
+"""What a model says about one image, and the pictures made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camoxpert.data.files.image_io import write_jpeg, write_png
+from camoxpert.errors import ConfigError, DataError
+from camoxpert.files import leads_outside
+from camoxpert.inference.score import to_uint8
+from camoxpert.pages import plots
+from camoxpert.text import did_you_mean
+
+FOLDERS = {"map": "maps", "mask": "masks", "cutout": "cutouts", "overlay": "overlays"}
+KINDS = tuple(FOLDERS)
+"""Pictures of a prediction: probability map (grey), mask (0 or 255), RGBA cut-out, overlay."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model says about one image.
+
+    Attributes:
+        name: of the image; its files are named after it.
+        image_HWC: the image, uint8 RGB (H, W, 3).
+        probability_HW: probability that a pixel belongs to a hidden object, float32 (H, W) in 0..1,
+            at the image's own size.
+        seconds: time of the forward pass, an equal share of its batch's.
+        threshold: probability above which a pixel counts as object.
+        presence: probability that anything is hidden in the image; None: the model has no head for
+            it.
+    """
+
+    name: str
+    image_HWC: NDArray[np.uint8] = field(repr=False)
+    probability_HW: NDArray[np.float32] = field(repr=False)
+    seconds: float
+    threshold: float = 0.5
+    presence: float | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image in pixels."""
+        height, width = self.probability_HW.shape
+        return height, width
+
+    @property
+    def mask_HW(self) -> NDArray[np.bool_]:
+        """True on the object, bool (H, W)."""
+        mask_HW: NDArray[np.bool_] = self.probability_HW > self.threshold
+        return mask_HW
+
+    @property
+    def object_fraction(self) -> float:
+        """Share of the image that the object covers, 0..1."""
+        return float(self.mask_HW.mean())
+
+    @property
+    def confidence(self) -> float:
+        """Mean probability inside the mask, 0..1; 0 where nothing was found."""
+        inside = self.mask_HW
+        return float(self.probability_HW[inside].mean()) if inside.any() else 0.0
+
+    def cutout(self) -> NDArray[np.uint8]:
+        """Return the image with the probability as its alpha channel, uint8 RGBA (H, W, 4)."""
+        return plots.cutout(self.image_HWC, self.probability_HW)
+
+    def overlay(self) -> NDArray[np.uint8]:
+        """Return the image with the object tinted and outlined, uint8 RGB (H, W, 3)."""
+        return plots.overlay(self.image_HWC, self.mask_HW)
+
+    def save(self, folder: str | Path, kinds: Sequence[str] = KINDS) -> list[Path]:
+        """Write pictures under ``folder``, as ``camoxpert predict -o folder`` does.
+
+        Args:
+            folder: gets ``maps/NAME.png``, ``masks/NAME.png``, ``cutouts/NAME.png`` and
+                ``overlays/NAME.jpg``.
+            kinds: of ``map``, ``mask``, ``cutout`` and ``overlay``.
+
+        Returns:
+            The files, in the order of ``kinds``; each is written whole or not at all.
+
+        Raises:
+            ConfigError: an unknown kind.
+            DataError: a file would lie outside of ``folder``, or cannot be written.
+        """
+        paths = [output_path(Path(folder), kind, self.name) for kind in kinds]
+        for kind, path in zip(kinds, paths, strict=True):
+            if kind == "map":
+                write_png(path, to_uint8(self.probability_HW))
+            elif kind == "mask":
+                write_png(path, np.where(self.mask_HW, np.uint8(255), np.uint8(0)))
+            elif kind == "cutout":
+                write_png(path, self.cutout())
+            else:
+                write_jpeg(path, self.overlay())
+        return paths
+
+
+def output_path(output: Path, kind: str, name: str) -> Path:
+    """Return the place of one picture of an image; always inside ``output``.
+
+    Raises:
+        ConfigError: an unknown kind.
+        DataError: the name, or a symlink in ``output``, leads out of it.
+    """
+    if kind not in FOLDERS:
+        hint = did_you_mean(kind, KINDS)
+        raise ConfigError(f"Unknown picture {kind!r}.{hint} There are {', '.join(KINDS)}.")
+    suffix = ".jpg" if kind == "overlay" else ".png"
+    path = output / FOLDERS[kind] / f"{name}{suffix}"
+    if leads_outside(output / FOLDERS[kind], path) or leads_outside(output, path):
+        raise DataError(
+            f"{path} would be written outside of {output}: {path.parent} is a link or leads out. "
+            f"Remove it, or name another folder with -o."
+        )
+    return path

@@ -1,0 +1,201 @@
+"""Which folder a run writes to, and which stopped run it continues.
+
+The same command finds its own stopped run again; a finished run is never touched, and a new one
+gets the next free name beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from camoxpert.config import Config, get_setting, leaves
+from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.files import read_json, try_lock
+from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
+from camoxpert.runs.store import CheckpointFolder
+
+# Settings that say how long, how fast or where, not what is trained.
+FREE = (
+    "data.num_workers",
+    "data.persistent_workers",
+    "data.prefetch_factor",
+    "data.pin_memory",
+    "data.start_method",
+    "data.worker_timeout",
+    "data.allow_outside",
+    "data.unreadable",
+    "data.max_unreadable",
+    "data.cache",
+    "data.cache_dir",
+    "data.strict_cache",
+    "train.device",
+    "train.max_hours",
+    "train.resume",
+    "train.resume_from",
+    "train.allow_data_change",
+    "train.process_timeout",
+)
+
+
+@dataclass
+class RunFolder:
+    """The folder of a run, owned by this process for as long as ``lock`` is open.
+
+    Attributes:
+        path: the folder; None until ``create`` for a new run.
+        checkpoint: verified checkpoint to continue from, or None to start from step 0.
+        info: ``run.json`` of the run that is continued, {} for a new one.
+        notes: what the search found, a line each.
+        lock: open handle of the folder's lock.
+    """
+
+    path: Path | None = None
+    checkpoint: Checkpoint | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    lock: IO[str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Sent to the other ranks of a run; the lock stays with the process that took it.
+        return {**self.__dict__, "lock": None}
+
+    def create(self, config: Config) -> Path:
+        """Make the folder of a new run unless there is one; remove what killed writes left in it.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        while self.path is None:
+            path = create_run_dir(Path(config.run.dir), run_name(config))
+            self.lock = try_lock(path / ".lock")
+            # Otherwise the same command, started at the same moment, took the new folder.
+            self.path = path if self.lock is not None else None
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return self.path
+
+    def close(self) -> None:
+        """Release the folder for other processes."""
+        if self.lock is not None:
+            self.lock.close()
+
+
+def what_is_trained(config: Config) -> dict[str, Any]:
+    """Return the settings that decide what a run learns, by dotted path."""
+    return {
+        leaf.path: get_setting(config, leaf.path)
+        for leaf in leaves()
+        if leaf.path not in FREE and not leaf.path.startswith("run.")
+    }
+
+
+def run_name(config: Config) -> str:
+    """Name a run after its settings: equal settings, equal name."""
+    if config.run.name:
+        return config.run.name
+    text = json.dumps(what_is_trained(config), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{config.model.backbone}-{config.data.img_size}-{digest}"
+
+
+def create_run_dir(parent: Path, name: str) -> Path:
+    """Create ``parent/name``, or name-2, name-3, ...: a run never overwrites another.
+
+    Raises:
+        ConfigError: a folder cannot be created there.
+    """
+    number = 1
+    while True:
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise ConfigError(
+                f"--checkpoint-dir: the run folder {path} cannot be created: {error}."
+            ) from error
+        else:
+            return path
+
+
+def find_run(config: Config) -> RunFolder:
+    """Find the stopped run that these settings continue and lock it, or say that there is none.
+
+    Changes no file but the lock's; ``RunFolder.create`` makes the folder of a new run.
+
+    Raises:
+        CheckpointError: the run to continue has no usable checkpoint.
+        ConfigError: the run folder that was named is in use by a live process.
+    """
+    wanted = config.train.resume_from or config.train.resume
+    if wanted not in ("auto", "never"):
+        return _named_run(Path(wanted))
+    notes: list[str] = []
+    for folder in _candidates(config) if wanted == "auto" else ():
+        info = read_json(folder / "run.json")
+        if info.get("status") == "finished":
+            notes.append(f"run         {folder} is finished and stays as it is")
+            continue
+        if not _is_run(folder):
+            continue
+        lock = _locked(folder)
+        if lock is None:
+            notes.append(f"run         {folder} is being trained by another process")
+            continue
+        checkpoint, problems = CheckpointFolder(folder / "checkpoints").newest()
+        if checkpoint is None:
+            notes.append(f"run         {folder} had saved nothing yet and restarts")
+        return RunFolder(folder, checkpoint, info, notes + problems, lock)
+    return RunFolder(notes=notes)
+
+
+def _named_run(path: Path) -> RunFolder:
+    if not path.exists():
+        raise CheckpointError(f"--resume: there is no checkpoint or run folder {path}.")
+    folder = path.parent.parent if path.is_file() else path
+    if not (folder / "run.json").is_file():
+        raise CheckpointError(
+            f"--resume: {path} is not in a run folder, and a continued run writes into its own. "
+            f"Give RUN or RUN/checkpoints/step_*.pt."
+        )
+    # Before the folder is looked into: a live run's half-written file is not a leftover.
+    lock = _locked(folder)
+    if lock is None:
+        raise ConfigError(f"--resume: {folder} is being trained by another process.")
+    problems: list[str] = []
+    if path.is_file():
+        checkpoint = load_checkpoint(path)
+    else:
+        newest, problems = CheckpointFolder(path / "checkpoints").newest()
+        if newest is None:
+            raise CheckpointError(f"--resume: {path} holds no checkpoint to continue from.")
+        checkpoint = newest
+    return RunFolder(folder, checkpoint, read_json(folder / "run.json"), problems, lock)
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    try:
+        return try_lock(folder / ".lock")
+    except OSError as error:
+        raise CheckpointError(f"The run folder {folder} cannot be used: {error}.") from error
+
+
+def _candidates(config: Config) -> list[Path]:
+    """Return name, name-2, name-3, ... as far as they exist, newest first."""
+    parent, name = Path(config.run.dir), run_name(config)
+    found, folder = [], parent / name
+    while folder.is_dir():
+        found.append(folder)
+        folder = parent / f"{name}-{len(found) + 1}"
+    return found[::-1]
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a run made this folder, and not somebody who keeps other things in it."""
+    begun = {".lock", "config.yaml"}
+    return (folder / "run.json").is_file() or {p.name for p in folder.iterdir()} <= begun

@@ -1,0 +1,253 @@
+"""Decisions about the data of a run: what is trained on, cached where, augmented where, by how many
+workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from camoxpert import console
+from camoxpert.config import Config, DataConfig
+from camoxpert.data.cache.build import find_cache, open_cache
+from camoxpert.data.cache.choice import choose_cache
+from camoxpert.data.cache.table import PixelCache
+from camoxpert.data.files.headers import require_readable, unreadable_pairs
+from camoxpert.data.files.image_io import read_mask_as
+from camoxpert.data.files.manifest import (
+    Manifest,
+    Pair,
+    Search,
+    find_test_sets,
+    load_train,
+    read_clean_list,
+    split_validation,
+    unused_rows,
+)
+from camoxpert.data.loader import LoaderPlan, seconds_per_sample
+from camoxpert.data.samples.augment import sample_transform, training_sides
+from camoxpert.data.samples.datasets import PairDataset
+from camoxpert.data.unreadable import require_few
+from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
+from camoxpert.doctor.inspect import identical_files
+from camoxpert.errors import DataError
+from camoxpert.runtime.host import free_shared_memory
+from camoxpert.runtime.processes import World
+from camoxpert.text import shorten
+from camoxpert.training.batching import effective_batch
+
+MASKS_LOOKED_AT = 16
+
+
+@dataclass
+class RunData:
+    """The data of a run.
+
+    Attributes:
+        train, validation: parts of TRAIN; test sets never choose anything.
+        tests: test sets found beside the training data, by name; scored once, at the end.
+        data_hash: content hash of train and validation together.
+        loading: workers and cache of the training loader.
+    """
+
+    train: Manifest
+    validation: Manifest
+    tests: dict[str, Manifest]
+    data_hash: str
+    loading: LoaderPlan
+
+
+def find_data(config: Config, world: World, *, device: str = "cpu", write: bool = True) -> RunData:
+    """Find, pair, check, split and decode the data, printing each decision.
+
+    Args:
+        config: settings.
+        world: processes that train together; the first one alone looks for what is only worth a
+            remark, and those of a machine share its cores and memory.
+        device: type of the device on which the step runs.
+        write: False leaves a cache that is not there unbuilt.
+
+    Raises:
+        DataError: anything wrong with the data or its cache.
+        Stopped: a cache that is half built continues next time.
+    """
+    data = config.data
+    clean = read_clean_list(data.clean_list)
+    search = Search(data.layout, data.noncam, clean, data.allow_outside)
+    whole = load_train(data.roots, search)
+    cache, verdict = find_cache(whole, data) if data.cache in ("auto", "disk") else (None, "")
+    # A cache that fits its files was made from files that could be read.
+    faults = unreadable_in(cache, whole) if cache is not None else _look_for_faults(whole, data)
+    train, validation = split_validation(whole, data.val_fraction, config.train.seed)
+    tests = find_test_sets(data.roots, search)
+    console.decide(
+        "data",
+        f"{len(train)} training and {len(validation)} validation images ({whole.layout}), "
+        f"validation carved from TRAIN",
+    )
+    for note in whole.notes:
+        console.decide("", note)
+    sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
+    console.decide(
+        "test sets", f"{sizes or 'none found'}; they choose nothing and are scored at the end"
+    )
+    parts = {"training": train, "validation": validation}
+    require_few_faults(parts, faults, data.max_unreadable)
+    if world.first:
+        _quick_checks({**parts, **tests}, data, faults)
+    unmatched = unused_rows(clean, [whole, *tests.values()])
+    if unmatched:
+        console.decide(
+            "warning",
+            f"{len(unmatched)} of {len(clean)} rows of the clean list name no image here, for "
+            f"example {'/'.join(unmatched[0])}",
+        )
+    cache = _decide_cache(cache, verdict, whole, config, world, write=write)
+    if cache is not None:
+        # Decoding finds more than headers show.
+        faults = unreadable_in(cache, whole)
+        require_few_faults(parts, faults, data.max_unreadable)
+    if faults:
+        console.decide(
+            "warning",
+            f"{len(faults)} of {len(whole)} images cannot be read and are skipped "
+            f"(--unreadable skip): {shorten(pair.name for pair in faults)}",
+        )
+    loading = _decide_loading(config, train, cache, world, device)
+    return RunData(train, validation, tests, whole.content_hash(), loading)
+
+
+def unreadable_in(cache: PixelCache, manifest: Manifest) -> dict[Pair, str]:
+    """Return the pairs of a manifest that could not be decoded into a cache, and why."""
+    return {manifest.pairs[i]: why for i, why in cache.unreadable_of(manifest).items()}
+
+
+def require_few_faults(
+    parts: Mapping[str, Manifest], faults: Mapping[Pair, str], share: float
+) -> None:
+    """Raise DataError where more than a share of the images of a part is unreadable."""
+    for name, manifest in parts.items():
+        found = [(pair.name, faults[pair]) for pair in manifest.pairs if pair in faults]
+        require_few(found, len(manifest), share, what=f"{name} images")
+
+
+def _look_for_faults(whole: Manifest, data: DataConfig) -> dict[Pair, str]:
+    """Read the headers of all files; return the unreadable pairs, or raise DataError for them."""
+    if data.unreadable == "skip":
+        return dict(unreadable_pairs(whole, max_pixels=data.max_pixels))
+    require_readable(whole, max_pixels=data.max_pixels)
+    return {}
+
+
+def _quick_checks(
+    parts: Mapping[str, Manifest], data: DataConfig, unreadable: Collection[Pair]
+) -> None:
+    """Print the cheap part of ``doctor``: how masks are stored, identical images between splits.
+
+    Pairs known to be ``unreadable`` are left alone; under ``--unreadable skip`` so are masks that
+    prove to be.
+    """
+    sound = [pair for pair in parts["training"].pairs if pair not in unreadable]
+    looked_at = sound[:: max(1, len(sound) // MASKS_LOOKED_AT)][:MASKS_LOOKED_AT]
+    kinds: Counter[str] = Counter()
+    for pair in looked_at:
+        try:
+            kinds[read_mask_as(pair.mask, max_pixels=data.max_pixels)[1]] += 1
+        except DataError:
+            if data.unreadable != "skip":
+                raise
+    words = ", ".join(kind for kind, _ in kinds.most_common())
+    console.decide("masks", f"stored as {words} ({len(looked_at)} looked at)")
+    items = [
+        (pair.image, part)
+        for part, manifest in parts.items()
+        for pair in manifest.pairs
+        if pair not in unreadable
+    ]
+    groups = [
+        group
+        for group in identical_files([path for path, _ in items])
+        if len({items[i][1] for i in group}) > 1
+    ]
+    if groups:
+        a = groups[0][0]
+        b = next(i for i in groups[0] if items[i][1] != items[a][1])
+        console.decide(
+            "warning",
+            f"identical images in different splits: {len(groups)}, for example "
+            f"{items[a][0].name} ({items[a][1]}) and {items[b][0].name} ({items[b][1]}); "
+            f"`camoxpert doctor` writes a --clean-list",
+        )
+
+
+def _decide_cache(
+    found: PixelCache | None,
+    verdict: str,
+    whole: Manifest,
+    config: Config,
+    world: World,
+    *,
+    write: bool,
+) -> PixelCache | None:
+    data = config.data
+    mode, why = "disk", "made by an earlier run"
+    if found is None:
+        mode, why = choose_cache(
+            whole,
+            data,
+            epochs=config.train.epochs,
+            forks=choose_start_method(data.start_method)[0] == "fork",
+            processes=world.local_size,
+        )
+    console.decide("cache", f"{mode}: {why}")
+    if found is not None:
+        where = found.path.parent if found.path else "in memory"
+        console.decide("", f"hit: {where}")
+    elif mode != "none" and not write and not data.strict_cache:
+        console.decide("", f"{verdict or 'in memory'}; training would decode into it first")
+    elif mode != "none":
+        return open_cache(whole, data, mode=mode)
+    return found
+
+
+def _decide_loading(
+    config: Config, train: Manifest, cache: PixelCache | None, world: World, device: str
+) -> LoaderPlan:
+    data, sides = config.data, training_sides(config.data)
+    on_device = data.augment_on == "device" or (data.augment_on == "auto" and device == "cuda")
+    where = "where the step runs" if on_device else "in the data workers"
+    reason = "as asked" if data.augment_on != "auto" else f"the default on {device}"
+    words = f"{where}: {reason}"
+    if len(sides) > 1:
+        words += f"; training sizes {', '.join(map(str, sides))} px, one a batch"
+    console.decide("augment", words)
+    if cache is not None and on_device and data.num_workers is None:
+        workers, reason = 0, "batches are read straight from the cache, a thread ahead of the step"
+    else:
+        seconds = 0.0
+        if data.num_workers is None:
+            transform = sample_transform(data, config.train.seed)
+            sample = PairDataset(train, data, transform, cache=cache, raw=on_device)
+            seconds = seconds_per_sample(sample, data.img_size)
+        workers, reason = choose_num_workers(
+            data.num_workers, seconds=seconds, device=device, processes=world.local_size
+        )
+    if workers:
+        method, how = choose_start_method(data.start_method)
+        reason += f"; started by {method} ({how})"
+    batch = config.train.batch_size or -(-effective_batch(config.train) // world.size)
+    prefetch, fewer = choose_prefetch(
+        data.prefetch_factor,
+        num_workers=workers,
+        batch_bytes=batch * max(sides) ** 2 * 4,
+        shared=free_shared_memory(),
+        processes=world.local_size,
+    )
+    console.decide("workers", f"{workers}: {reason}" + (f"; {fewer}" if fewer else ""))
+    return LoaderPlan(
+        num_workers=workers,
+        prefetch=prefetch,
+        cache=cache,
+        on_device=on_device,
+        pin_memory=data.pin_memory and device == "cuda",
+    )

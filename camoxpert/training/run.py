@@ -1,0 +1,161 @@
+"""The record of what is trained: everything decided and built, and where the run stands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camoxpert.config import Config
+from camoxpert.data.samples.batches import Batch
+from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.runs.log import RunLog, SilentLog
+from camoxpert.runtime.device import Precision
+from camoxpert.runtime.processes import World
+from camoxpert.stop import Stop
+from camoxpert.training.batching import Batching
+from camoxpert.training.data import RunData
+from camoxpert.training.ema import ModelEma
+from camoxpert.training.plan import Plan
+from camoxpert.training.routing import RoutingMeter, StepCounts
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, saved with every checkpoint; every field is a plain number or None.
+
+    Attributes:
+        step: optimizer steps taken (windows finished, skipped ones included).
+        epoch: epoch in progress, from 0.
+        position: images of the epoch's order that are done, over all processes, always at the end
+            of an optimizer step; 0 between epochs.
+        images: training images seen.
+        best: best validation score, or None before the first validation.
+        best_epoch: epoch of the best score, from 1; 0 before the first validation.
+        stale: validations since the best score.
+        skipped: optimizer steps skipped for non-finite values, in total.
+        skipped_in_a_row: the same since the last good step.
+        seconds: wall time spent training, over all sessions.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    images: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    stale: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as a dictionary."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """Rebuild from ``to_dict``; raises TypeError for unknown fields."""
+        return cls(**values)
+
+
+@dataclass
+class Run:
+    """A run: ``prepare`` builds it, ``session`` gives it a folder and a log, ``train`` trains it.
+
+    Attributes:
+        config: checked settings.
+        data: training, validation and test sets, and how they are read.
+        device, precision: where and in which number format the step runs.
+        model: the network, without wrappers; its names are those of checkpoints.
+        ema: the moving average that is evaluated, or None.
+        optimizer, scaler: AdamW, and the loss scaling of fp16.
+        plan, batching: stages and steps; micro-batches of a step.
+        world, stop: the processes that train together; whether to stop.
+        meter, step_counts: experts used, per epoch and per step.
+        gmacs: billions of multiply-adds of one image's forward pass.
+        forward: what a forward pass goes through: the model, wrapped for several processes.
+        loss: loss function, ``(output, masks, config, counts_LE=) -> (loss, terms)``.
+        state: where the run stands.
+        path, log: its folder and its records; without a folder nothing is written.
+        split: parts that each micro-batch is taken in since the device ran out of memory.
+    """
+
+    config: Config
+    data: RunData
+    device: torch.device
+    precision: Precision
+    model: CamoXpert
+    ema: ModelEma | None
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    plan: Plan
+    batching: Batching
+    world: World
+    stop: Stop
+    meter: RoutingMeter
+    step_counts: StepCounts
+    gmacs: float
+    forward: nn.Module
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    state: TrainState = field(default_factory=TrainState)
+    path: Path | None = None
+    log: RunLog = field(default_factory=SilentLog)
+    split: int = 1
+
+    @property
+    def evaluated_model(self) -> CamoXpert:
+        """The model that validation scores: the EMA where there is one."""
+        if self.ema is None:
+            return self.model
+        assert isinstance(self.ema.module, CamoXpert)
+        return self.ema.module
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder; for code that runs after it was opened."""
+        assert self.path is not None
+        return self.path
+
+    def stop_code(self) -> int:
+        """Return the exit code to stop with after this step, or 0.
+
+        Several processes act on what all of them know, in the same step.
+        """
+        return self.stop.code() if self.world.size == 1 else self.stop.agreed
+
+    def count_window(self, window: list[Batch]) -> None:
+        """Count a finished optimizer step: its position in the epoch and the images of all ranks.
+
+        The position counts whole micro-batches, in a short last one too.
+        """
+        batch_size = self.plan.stage_of_epoch(self.state.epoch).batch_size
+        slots = batch_size * self.world.size
+        done = -(-self.state.position // slots)
+        self.state.position = (done + len(window)) * slots
+        self.state.images += self.world.size * sum(len(batch.names) for batch in window)
+        self.state.step += 1
+
+    def note_event(self, text: str, *, coming: bool = False) -> None:
+        """Log something worth a line in the report.
+
+        Args:
+            text: one sentence.
+            coming: it belongs to the next step, and is logged again by a run that resumes before
+                it.
+        """
+        # From 1: the epoch in progress, or between epochs the one that is done.
+        epoch = self.state.epoch + bool(self.state.position or coming)
+        self.log.write(
+            {"kind": "event", "step": self.state.step + coming, "epoch": epoch, "text": text}
+        )

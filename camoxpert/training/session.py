@@ -1,0 +1,268 @@
+"""The life of a run: folder, preparation, training, shared weights, test scores, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from camoxpert import console, stop
+from camoxpert.config import Config, to_yaml
+from camoxpert.errors import CamoXpertError, CheckpointError, ConfigError, NumericError, Stopped
+from camoxpert.files import read_json, write_bytes
+from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
+from camoxpert.runs.folder import RunFolder, find_run
+from camoxpert.runs.log import RunLog, update_run_json, write_run_json
+from camoxpert.runs.share import write_shared
+from camoxpert.runtime.processes import World, join, named_faults
+from camoxpert.training.checkpoints import restore
+from camoxpert.training.prepare import prepare
+from camoxpert.training.resume import Changes, changes_since, write_samples
+from camoxpert.training.run import Run
+from camoxpert.training.trainer import train
+from camoxpert.training.trial import trial_step
+
+NOTHING_YET = "Nothing was trained yet; the same command starts again."
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training left behind.
+
+    Attributes:
+        path: the run folder.
+        scores: measures by name of each test set; empty without test sets.
+    """
+
+    path: Path
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
+    """Train, score the test sets with the best weights, and write the report.
+
+    Continues the stopped run of the same settings where there is one.
+
+    Args:
+        config: checked settings.
+        argv: the command, for ``run.json``.
+
+    Raises:
+        Stopped: a stop was requested; the same call continues.
+        CamoXpertError: anything expected that went wrong.
+    """
+    started = time.monotonic()
+    with joined(config) as world:
+        with contextlib.ExitStack() as stack:
+            with stop.outcome(NOTHING_YET), console.remembering() as decisions:
+                folder = world.from_first(lambda: find_run(config))
+                stack.callback(folder.close)
+                prepared = prepare(config, continued=folder.info, world=world)
+                changes = open_folder(prepared, folder)
+                open_log(prepared, folder.checkpoint, changes, argv, decisions)
+            prepared.log.add_phase("start", time.monotonic() - started)
+            scores = train_and_score(prepared)
+        if world.first:
+            _say_done(prepared, time.monotonic() - started)
+        return Result(prepared.folder, scores)
+
+
+def dry_run(config: Config) -> None:
+    """Check settings and data, build everything, take one step; write nothing."""
+    with joined(config) as world, stop.outcome(NOTHING_YET):
+        folder = world.from_first(lambda: find_run(config))
+        folder.close()
+        run = prepare(config, continued=folder.info, write=False, world=world)
+        largest = max(stage.batch_size for stage in run.plan.stages)
+        trial_step(run.model, config, run.device, run.precision, largest)
+        console.say("dry run     one step forward and back worked; nothing was written")
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[World]:
+    """Join the processes of the run; stop together, and let one of them say what went wrong."""
+    # Before signals are watched: ranks waiting here can be killed safely.
+    world = join(config.train.device, timeout=config.train.process_timeout)
+    try:
+        with contextlib.ExitStack() as stack:
+            request = stack.enter_context(stop.watch(config.train.max_hours))
+            stack.enter_context(named_faults(world))
+            if world.size > 1:
+                # Ranks stop together, where all of them look: see World.check_stop.
+                stack.enter_context(request.deferred())
+            yield world
+    except (Stopped, NumericError) as error:
+        error.quiet = not world.first
+        raise
+    except ConfigError as error:
+        # All processes of a machine find the same, except memory that ran out on one.
+        error.quiet = error.quiet or (world.local_rank > 0 and error.__cause__ is None)
+        raise
+    finally:
+        world.close()
+
+
+def open_folder(run: Run, folder: RunFolder) -> Changes:
+    """Give a run its folder, and put back the checkpoint it continues from.
+
+    Nothing in the folder of a stopped run has changed when this refuses to continue it.
+
+    Raises:
+        CheckpointError: the stopped run cannot be continued with these settings or data, or the
+            folder cannot be used.
+    """
+    checkpoint = folder.checkpoint
+
+    def claim() -> tuple[Path, Changes]:
+        changes = Changes()
+        if checkpoint is not None and folder.path is not None:
+            changes = changes_since(checkpoint, run, folder.path)
+        try:
+            path = folder.create(run.config)
+        except OSError as error:
+            raise CheckpointError(
+                f"The run folder in {run.config.run.dir} cannot be used: {error}."
+            ) from error
+        for note in folder.notes:
+            console.say(note)
+        for change in changes.lines:
+            console.say(f"changed     {change}")
+        console.say(f"run         {path}")
+        return path, changes
+
+    run.path, changes = run.world.from_first(claim)
+    if checkpoint is not None:
+        restore(run, checkpoint, restart_epoch=changes.data)
+        state = run.state
+        name = checkpoint.path.name
+        console.say(f"resumed     {name}: epoch {state.epoch + 1}, step {state.step}")
+    return changes
+
+
+def open_log(
+    run: Run,
+    checkpoint: Checkpoint | None,
+    changes: Changes,
+    argv: Sequence[str],
+    decisions: Sequence[str],
+) -> None:
+    """Write what is known of a run before it begins, and open its log; on the first rank."""
+
+    def opening() -> None:
+        folder, config = run.folder, run.config
+        step = checkpoint.values["state"]["step"] + 1 if checkpoint else None
+        try:
+            write_bytes(folder / "config.yaml", to_yaml(config).encode())
+            write_samples(folder, run.data)
+            write_run_json(
+                folder,
+                argv=argv,
+                device=str(run.device),
+                data_hash=run.data.data_hash,
+                phases=read_json(folder / "run.json").get("phases", {}),
+                extra={
+                    "decisions": list(decisions),
+                    "precision": run.precision.name,
+                    "parameters": run.parameters,
+                    "gmacs": run.gmacs,
+                    "batch": dataclasses.asdict(run.batching),
+                },
+            )
+            run.log = RunLog(folder, tensorboard=config.run.tensorboard, resume_step=step)
+        except OSError as error:
+            raise CheckpointError(f"The run folder {folder} cannot be written: {error}.") from error
+
+    run.world.from_first(opening)
+    for change in changes.lines:
+        run.log.write({"kind": "event", "text": f"changed     {change}"})
+
+
+def train_and_score(run: Run) -> dict[str, dict[str, float]]:
+    """Train; on the first rank share the weights and score the test sets; close the run."""
+    status, scores = "failed", {}
+    try:
+        train(run)
+        if run.world.first:
+            # The first rank scores and reports alone; the others do not wait for it.
+            with run.stop.undeferred():
+                scores = share_and_score(run)
+        status = "finished"
+    except Stopped:
+        status = "stopped"
+        raise
+    except CamoXpertError as error:
+        # Unless the log itself is what failed.
+        with contextlib.suppress(CamoXpertError, OSError, ValueError):
+            run.log.write({"kind": "event", "text": str(error)})
+        raise
+    except MemoryError as error:
+        raise ConfigError(
+            "The host ran out of memory. Lower --batch-size or --num-workers, or use --cache disk; "
+            "the checkpoints already written are intact."
+        ) from error
+    finally:
+        run.log.close()
+        if run.world.first:
+            close_run(run, status)
+    return scores
+
+
+def share_and_score(run: Run) -> dict[str, dict[str, float]]:
+    """Write the best weights for sharing, score them on every test set, and print the table."""
+    from camoxpert.evaluation.model import evaluate_run
+    from camoxpert.evaluation.options import ScoringOptions
+    from camoxpert.inference.predictor import Predictor
+    from camoxpert.pages.tables import text_table
+
+    best = run.folder / "checkpoints" / "best.pt"
+    outcome = f"Training is done and saved in {run.path}; the same command scores it."
+    with stop.outcome(outcome):
+        if best.is_file():
+            write_shared(run.folder / "model", load_checkpoint(best))
+        if not (run.config.run.test and run.data.tests):
+            return {}
+        predictor = Predictor(load_checkpoint(best), device=run.device, precision=run.precision)
+        with run.log.phase("testing"):
+            results = evaluate_run(
+                predictor,
+                run.data.tests,
+                ScoringOptions(gallery=run.config.run.num_images),
+                batch_size=run.plan.stages[-1].batch_size,
+            )
+    rows = [result.to_dict() for result in results]
+    console.say(text_table(rows, tuple(results[0].scores)))
+    return {result.dataset: result.scores for result in results}
+
+
+def close_run(run: Run, status: str) -> None:
+    """Write how a run ended and its report; a fault in here must not hide how training ended."""
+    info = run.folder / "run.json"
+    try:
+        phases = dict(read_json(info).get("phases", {}))
+        for name, seconds in run.log.phases.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+        update_run_json(run.folder, status=status, phases=phases)
+    except (OSError, ValueError) as error:
+        console.note(f"warning: {info} could not be updated: {error}")
+        return
+    if run.config.run.report:
+        from camoxpert.pages.report import write_report
+
+        try:
+            write_report(run.folder)
+        except Exception as error:
+            console.note(f"warning: the report could not be written: {error}")
+
+
+def _say_done(run: Run, seconds: float) -> None:
+    if run.state.skipped:
+        console.say(
+            f"skipped     {run.state.skipped} optimizer steps (non-finite); see metrics.jsonl"
+        )
+    console.say(f"done        {seconds:.0f} s; weights {run.folder / 'checkpoints' / 'best.pt'}")
+    if run.config.run.report:
+        console.say(f"report      {run.folder / 'report.html'}")

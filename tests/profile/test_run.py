@@ -1,0 +1,51 @@
+"""The command, on a real training step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from camoxpert.cli import main
+
+
+@pytest.mark.parametrize("family", ["specialist", "uniform"])
+def test_the_command_takes_a_real_step_apart(
+    toy_data: Path, tmp_path: Path, capsys, family: str
+) -> None:
+    file, trace = tmp_path / "profile.json", tmp_path / "trace.json"
+    words = [
+        "profile", "--dataset-path", str(toy_data), "--backbone", "tiny_test", "--no-pretrained",
+        "--img-size", "32", "--batch-size", "8", "--num-workers", "0", "--num-experts", "3",
+        "model.width=16", "--steps", "2", "-o", str(file), "--trace", str(trace),
+        "--expert-family", family,
+    ]  # fmt: skip
+    before = set(tmp_path.iterdir())
+    assert main(words) == 0
+    result = json.loads(file.read_text())
+    rows = result["milliseconds"]
+    # The rest is "other": the rows add up to the wall time of the step.
+    assert sum(rows.values()) == pytest.approx(result["step_milliseconds"], rel=1e-6)
+    parts = {"data wait", "copy", "backbone", "router", "decoder", "heads", "loss", "backward"}
+    assert parts | {"clip", "optimizer", "EMA", "other"} <= set(rows)
+    experts = {name for name in rows if name.startswith("expert")}
+    if family == "uniform":
+        assert experts == {"experts (gathered)"}
+    else:
+        assert experts == {"expert texture", "expert attention", "expert hybrid"}
+    assert all(value > 0 for name, value in rows.items() if name != "copy")
+    assert result["host_syncs"] == (0 if family == "uniform" else 1)
+    assert result["verdict"] in ("data", "launch", "sync", "compute", "memory")
+    assert 0 < result["model_flops_utilisation"] < 1
+    assert "traceEvents" in json.loads(trace.read_text())
+    out = capsys.readouterr().out
+    assert f"{result['verdict']}-bound: " in out and "of a step" in out
+    assert set(tmp_path.iterdir()) - before == {file, trace}
+
+
+def test_profile_refuses_what_it_cannot_do(toy_data: Path, tmp_path: Path) -> None:
+    assert main(["profile"]) == 2
+    assert main(["profile", "--dataset-path", str(tmp_path / "none")]) == 3
+    assert main(["profile", "--dataset-path", str(toy_data), "--steps", "0"]) == 2
+    assert main(["profile", "--dataset-path", str(toy_data), "-o", str(tmp_path)]) == 2

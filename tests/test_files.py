@@ -1,0 +1,75 @@
+"""Locks and JSON of the lowest layer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from camoxpert.files import finite, lock, read_json, read_jsonl, try_lock, write_json
+
+
+def test_a_lock_has_one_owner(tmp_path: Path) -> None:
+    first = try_lock(tmp_path / ".lock")
+    assert first is not None and try_lock(tmp_path / ".lock") is None
+    first.close()
+    second = try_lock(tmp_path / ".lock")
+    assert second is not None
+    second.close()
+
+
+def test_waiting_is_told_once(tmp_path: Path) -> None:
+    held = try_lock(tmp_path / ".lock")
+    assert held is not None
+    waited = []
+
+    def waiting() -> None:
+        waited.append(1)
+        held.close()
+
+    with lock(tmp_path / ".lock", waiting=waiting):
+        assert try_lock(tmp_path / ".lock") is None
+    assert waited == [1]
+
+
+def test_a_planted_symlink_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("keep")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError):
+        try_lock(tmp_path / ".lock")
+    assert (tmp_path / "precious").read_text() == "keep"
+
+
+def test_a_forked_child_lets_go(tmp_path: Path) -> None:
+    """A data worker that outlives its parent does not keep the run locked."""
+    held = try_lock(tmp_path / ".lock")
+    assert held is not None
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    os.close(held.fileno())  # As the kernel does when the owner is killed.
+    again = try_lock(tmp_path / ".lock")
+    os.write(go[1], b"x")
+    os.waitpid(child, 0)
+    assert again is not None
+
+
+def test_json_holds_no_nan_and_survives_damage(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", {"x": float("nan"), "y": np.float32(2.0), "z": (1,)})
+    assert read_json(path) == {"x": None, "y": 2.0, "z": [1]}
+    assert finite(np.int64(3)) == 3 and finite([float("inf")]) == [None]
+    path.write_text('{"x": ')
+    assert read_json(path) == {} and read_json(tmp_path / "none.json") == {}
+    path.write_text("[1]")
+    assert read_json(path) == {}
+
+
+def test_a_torn_record_ends_the_file(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert read_jsonl(tmp_path / "r.jsonl") == [{"a": 1}, {"a": 2}]
