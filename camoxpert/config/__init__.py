@@ -4,14 +4,16 @@
 overrides (``optim.lr=3e-4``), and returns frozen dataclasses.
 """
 
-from camoxpert.config.checks import check_conflicts, nearest
+from camoxpert.config.aliases import ALIASES
+from camoxpert.config.checks import check_conflicts
 from camoxpert.config.load import (
     build_config,
     config_from_dict,
     load_config,
-    parse_text,
     read_yaml,
+    to_yaml,
 )
+from camoxpert.config.schema import Leaf, get_setting, to_dict
 from camoxpert.config.tree import (
     DISPATCH_NAMES,
     EXPERT_KINDS,
@@ -20,20 +22,17 @@ from camoxpert.config.tree import (
     AugmentConfig,
     Config,
     DataConfig,
-    Leaf,
     LossConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
     changed_settings,
-    get_setting,
     leaves,
-    to_dict,
-    to_yaml,
 )
 
 __all__ = [
+    "ALIASES",
     "DISPATCH_NAMES",
     "EXPERT_KINDS",
     "SCHEDULERS",
@@ -54,8 +53,6 @@ __all__ = [
     "get_setting",
     "leaves",
     "load_config",
-    "nearest",
-    "parse_text",
     "read_yaml",
     "to_dict",
     "to_yaml",

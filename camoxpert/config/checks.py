@@ -1,23 +1,133 @@
-"""Settings that contradict each other, and the nearest name to a typo."""
+"""What a setting may be: its type, its range, and settings that contradict each other."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
 
-from camoxpert.config.tree import EXPERT_KINDS, Config
+from camoxpert.config.schema import Leaf
+from camoxpert.config.tree import EXPERT_KINDS, Config, DataConfig, ModelConfig, TrainConfig
 from camoxpert.errors import ConfigError
+from camoxpert.text import did_you_mean
+
+TYPE_NAMES: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+}
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return `` Did you mean X?`` for the closest known name, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
+def check_value(value: Any, leaf: Leaf) -> Any:
+    """Return ``value`` in the type of the setting, or raise ConfigError with what is allowed."""
+    value = coerce(value, leaf.type, leaf.path)
+    name = f"{leaf.path} ({leaf.flag})" if leaf.flag else leaf.path
+    if leaf.choices and value not in leaf.choices:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(leaf.choices)}; got {value}."
+            f"{did_you_mean(str(value), leaf.choices)}"
+        )
+    if value is None or isinstance(value, (str, tuple)):
+        return value
+    if leaf.minimum is not None and value < leaf.minimum:
+        raise ConfigError(f"{name} must be at least {leaf.minimum:g}; got {value:g}.")
+    if leaf.maximum is not None and value > leaf.maximum:
+        raise ConfigError(f"{name} must be at most {leaf.maximum:g}; got {value:g}.")
+    if leaf.above is not None and value <= leaf.above:
+        raise ConfigError(f"{name} must be above {leaf.above:g}; got {value:g}.")
+    return value
+
+
+def coerce(value: Any, kind: Any, path: str) -> Any:
+    """Convert ``value`` to the declared type if nothing is lost, or raise ConfigError."""
+    origin = get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        # The program chooses what is unset: "auto" is a word for that.
+        return None if value in (None, "auto") else coerce(value, get_args(kind)[0], path)
+    if origin is tuple:
+        members = get_args(kind)
+        any_length = members[-1] is Ellipsis
+        items = [value] if any_length and isinstance(value, (str, int, float)) else value
+        if isinstance(items, (list, tuple)) and (any_length or len(items) == len(members)):
+            return tuple(coerce(item, members[0], path) for item in items)
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif kind is float:
+        number = _as_float(value)
+        if number is not None:
+            return number
+    elif kind is str:
+        # YAML 1.1 reads off and on as booleans, and some settings have these words as choices.
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if isinstance(value, (str, int)):
+            return str(value)
+    raise ConfigError(f"{path} must be {_type_name(kind)}, got {value!r}.")
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, str):
+        # YAML 1.1 reads 3e-4 (no dot) as text; people write it all the time.
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) in (types.UnionType, typing.Union):
+        return f"{_type_name(get_args(kind)[0])} or auto"
+    if get_origin(kind) is tuple:
+        return f"a list ({_type_name(get_args(kind)[0])} each)"
+    return TYPE_NAMES.get(kind, str(kind))
 
 
 def check_conflicts(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other."""
-    data, model, train, optim = config.data, config.model, config.train, config.optim
+    train, optim, loss = config.train, config.optim, config.loss
+    _check_data(config.data)
+    _check_model(config.model)
+    _check_batches(train)
+    if train.stage1_epochs is not None and train.stage1_epochs > train.epochs:
+        raise ConfigError(
+            f"--stage1-epochs {train.stage1_epochs} is more than --epochs {train.epochs}; "
+            f"--epochs counts both stages together. Lower the first or raise the second."
+        )
+    for name, low_lr in (("--lr", optim.lr), ("--stage2-lr", optim.stage2_lr)):
+        if low_lr is not None and optim.min_lr > low_lr:
+            raise ConfigError(
+                f"--min-lr {optim.min_lr:g} is above {name} {low_lr:g}; the schedule ends at "
+                f"--min-lr."
+            )
+    if not (loss.structure or loss.bce or loss.iou or loss.dice):
+        raise ConfigError(
+            "All segmentation losses have weight 0 (loss.structure, .bce, .iou, .dice). Give one a "
+            "weight."
+        )
+    if train.early_stopping and config.data.val_fraction == 0:
+        raise ConfigError(
+            "--early-stopping needs a validation split; --val-fraction 0 leaves none."
+        )
+    if (
+        train.device not in ("auto", "cpu", "cuda", "mps")
+        and not train.device.removeprefix("cuda:").isdigit()
+    ):
+        raise ConfigError(f"--device {train.device}: use auto, cpu, cuda, cuda:N or mps.")
+
+
+def _check_data(data: DataConfig) -> None:
     if data.img_size % 32:
         low = data.img_size // 32 * 32
         raise ConfigError(
@@ -47,6 +157,9 @@ def check_conflicts(config: Config) -> None:
             f"data.source_size {data.source_size} is less than --img-size {data.img_size}: pairs "
             f"would be shrunk and enlarged again."
         )
+
+
+def _check_model(model: ModelConfig) -> None:
     for name, value in (("model.width", model.width), ("model.detail_width", model.detail_width)):
         if value % 8:
             raise ConfigError(f"{name} must be a multiple of 8; {value} is not.")
@@ -58,7 +171,7 @@ def check_conflicts(config: Config) -> None:
     for kind in (*model.experts, *([model.shared_expert] if model.shared_expert else [])):
         if kind not in EXPERT_KINDS:
             raise ConfigError(
-                f"model: unknown expert kind {kind!r}.{nearest(kind, EXPERT_KINDS)} Known: "
+                f"model: unknown expert kind {kind!r}.{did_you_mean(kind, EXPERT_KINDS)} Known: "
                 f"{', '.join(EXPERT_KINDS)}."
             )
     if len(model.experts) > model.num_experts:
@@ -69,7 +182,7 @@ def check_conflicts(config: Config) -> None:
         )
     if model.dispatch == "gathered" and model.expert_family != "uniform":
         raise ConfigError(
-            "--dispatch gathered needs like experts in stacked weights: add --expert-family "
+            "--dispatch gathered needs experts of one kind in stacked weights: add --expert-family "
             "uniform, or leave the dispatch to auto."
         )
     if model.experts and model.expert_family == "uniform":
@@ -77,50 +190,20 @@ def check_conflicts(config: Config) -> None:
             "model.experts names specialist kinds, but --expert-family is uniform. Give one of "
             "them."
         )
-    if train.stage1_epochs is not None and train.stage1_epochs > train.epochs:
+
+
+def _check_batches(train: TrainConfig) -> None:
+    if train.batch_size is not None and train.effective_batch_size is None:
+        return
+    asked = "--batch-size auto" if train.batch_size is None else "--effective-batch-size"
+    if train.accumulation_steps != 1:
         raise ConfigError(
-            f"--stage1-epochs {train.stage1_epochs} is more than --epochs {train.epochs}; "
-            f"--epochs counts both stages together. Lower the first or raise the second."
+            f"{asked} chooses the accumulation itself; --accumulation-steps "
+            f"{train.accumulation_steps} contradicts it. Set the images per optimizer step with "
+            f"--effective-batch-size, and leave --accumulation-steps at 1."
         )
-    if train.batch_size is None or train.effective_batch_size is not None:
-        asked = "--batch-size auto" if train.batch_size is None else "--effective-batch-size"
-        if train.accumulation_steps != 1:
-            raise ConfigError(
-                f"{asked} chooses the accumulation itself; --accumulation-steps "
-                f"{train.accumulation_steps} contradicts it. Say how many images an optimizer step "
-                f"takes with --effective-batch-size, and leave --accumulation-steps at 1."
-            )
-        if train.stage2_batch_size is not None:
-            raise ConfigError(
-                f"{asked} holds for both stages; --stage2-batch-size {train.stage2_batch_size} "
-                f"contradicts it. Give one of them."
-            )
-    if not train.amp and train.precision in ("bf16", "fp16"):
+    if train.stage2_batch_size is not None:
         raise ConfigError(
-            f"--no-amp and --precision {train.precision} contradict each other. Give one of them."
+            f"{asked} holds for both stages; --stage2-batch-size {train.stage2_batch_size} "
+            f"contradicts it. Give one of them."
         )
-    if train.resume_from and train.resume == "never":
-        raise ConfigError(
-            "--resume never and --resume-from contradict each other. Give one of them."
-        )
-    for name, low_lr in (("--lr", optim.lr), ("--stage2-lr", optim.stage2_lr)):
-        if low_lr is not None and optim.min_lr > low_lr:
-            raise ConfigError(
-                f"--min-lr {optim.min_lr:g} is above {name} {low_lr:g}; the schedule ends at "
-                f"--min-lr."
-            )
-    loss = config.loss
-    if not (loss.structure or loss.bce or loss.iou or loss.dice):
-        raise ConfigError(
-            "All segmentation losses have weight 0 (loss.structure, .bce, .iou, .dice). Give one a "
-            "weight."
-        )
-    if train.early_stopping and data.val_fraction == 0:
-        raise ConfigError(
-            "--early-stopping needs a validation split; --val-fraction 0 leaves none."
-        )
-    if (
-        train.device not in ("auto", "cpu", "cuda", "mps")
-        and not train.device.removeprefix("cuda:").isdigit()
-    ):
-        raise ConfigError(f"--device {train.device}: use auto, cpu, cuda, cuda:N or mps.")

@@ -1,29 +1,34 @@
 """Filling the settings tree: defaults < file < flags < dotted overrides, everything checked.
 
-OmegaConf and YAML stay in this module; everything below sees frozen dataclasses.
+OmegaConf parses files and resolves ``${other.setting}``. It does not merge: importing it and a
+structured merge take 0.15 s where this module takes 0.01 s, and it changes what was typed
+(``run.name=007`` becomes 7, ``gradient_checkpointing=on`` becomes True), accepts ``lr=.nan``, refuses
+one name where a list belongs, resolves ``run.name=${oc.env:HOME}``, and answers with class names.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import re
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from camoxpert.config.checks import check_conflicts, nearest
-from camoxpert.config.tree import Config, Leaf, leaves
+from camoxpert.config.aliases import accepted, merge
+from camoxpert.config.checks import check_conflicts, check_value
+from camoxpert.config.schema import to_dict
+from camoxpert.config.tree import Config, leaves
 from camoxpert.errors import ConfigError
+from camoxpert.text import closest
 
 REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
 DEEPEST = 20
 """Levels of nesting that a settings file may have."""
 LONGEST = 200
 """Characters of a value that others may refer to."""
+LARGEST = 1_000_000
+"""Bytes of a settings file."""
 
 
 def load_config(
@@ -42,30 +47,26 @@ def load_config(
     Raises:
         ConfigError: unknown name (with the nearest one), wrong type, out of range, or a conflict.
     """
-    merged = read_yaml(Path(file)) if file is not None else {}
-    source = f" (in {file})" if file is not None else ""
-    values = _flatten(merged, source)
-    values.update(flags or {})
-    table = {leaf.path: leaf for leaf in leaves()}
-    for override in overrides:
-        path, value = _parse_override(override, table)
-        values[path] = value
-    config = build_config(values)
+    merged: dict[str, Any] = {}
+    if file is not None:
+        merge(merged, _flatten(read_yaml(Path(file)), f" (in {file})"))
+    merge(merged, {**(flags or {}), **dict(_parse_override(text) for text in overrides)})
+    config = build_config(merged)
     check_conflicts(config)
     return config
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
     """Return the defaults with ``values`` (dotted path -> value) over them, each checked."""
+    merged: dict[str, Any] = {}
+    merge(merged, values)
     table = {leaf.path: leaf for leaf in leaves()}
-    for path in values:
+    for path in merged:
         if path not in table:
-            raise ConfigError(_unknown(path, list(table)))
-    checked = {
-        path: _check_range(_coerce(value, table[path].type, path), table[path])
-        for path, value in values.items()
-    }
-    return _construct(Config, "", checked)
+            raise _unknown(path)
+    checked = {path: check_value(value, table[path]) for path, value in merged.items()}
+    config: Config = _construct(Config, "", checked)
+    return config
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
@@ -73,15 +74,43 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
     return build_config(_flatten(tree, ""))
 
 
+def to_yaml(config: Config) -> str:
+    """Return the whole tree as YAML that ``load_config(file=...)`` reads back to an equal tree."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def parse_text(text: str, kind: Any, path: str) -> Any:
+    """Turn what was typed for a setting of type ``kind`` into a value; text is not interpreted.
+
+    Raises:
+        ConfigError: not readable as YAML.
+    """
+    if kind is str:
+        return text
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a date that does not exist, a number of 5000 digits.
+        shown = text if len(text) <= 80 else f"{text[:80]}..."
+        raise ConfigError(f"The value of {path} cannot be read: {shown!r}.") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a settings file: mappings, lists and scalars only, nothing resolved from outside the
-    file."""
+    """Read a settings file: mappings, lists and scalars; references to its own settings resolved.
+
+    Raises:
+        ConfigError: no such file, not YAML, or with parts that a settings file never needs.
+    """
     if not path.is_file():
         raise ConfigError(
             f"--config: there is no file {path}. Recipes that come with the project are in "
             f"configs/."
         )
-    if path.stat().st_size > 1_000_000:
+    if path.stat().st_size > LARGEST:
         raise ConfigError(f"{path} is larger than 1 MB: that is not a settings file.")
     import yaml
     from omegaconf import OmegaConf
@@ -90,25 +119,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         _check_tokens(text, path)
-        # Never resolved by OmegaConf: its resolvers could copy the environment into saved files.
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        read = OmegaConf.create(text)
+        _check_references(OmegaConf.to_container(read, resolve=False), path)
+        tree = OmegaConf.to_container(read, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        # ValueError: text in another encoding, a date that is none, a number of 5000 digits.
+        # ValueError: another encoding, a date that does not exist, a number of 5000 digits.
         raise ConfigError(
             f"{path} cannot be read as YAML: {' '.join(str(error).split())[:300]}"
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of settings such as 'optim: {{lr: 3e-4}}'.")
-    plain = {key: value for key, value in _walk(tree) if isinstance(value, (str, int, float))}
-    return typing.cast("dict[str, Any]", _substitute(tree, plain, path))
+    return typing.cast("dict[str, Any]", tree)
 
 
 def _check_tokens(text: str, path: Path) -> None:
-    """Refuse what a settings file never needs and a hostile one is made of, before it is built.
+    """Refuse what settings never need and hostile files are made of, before anything is built.
 
     Raises:
-        ConfigError: an alias (tiny files expand without bound), a tag (objects), a resolver (the
-            environment), or brackets nested without end.
+        ConfigError: an alias (a tiny file can expand to gigabytes), a tag (objects), a resolver
+            (it can copy the environment into saved files), or deep nesting.
         yaml.YAMLError: not YAML.
     """
     import yaml
@@ -132,62 +161,32 @@ def _check_tokens(text: str, path: Path) -> None:
             )
 
 
-def _substitute(node: Any, plain: Mapping[str, Any], path: Path) -> Any:
-    """Return a copy with every ${other.setting} replaced by that setting's own value."""
-    if isinstance(node, dict):
-        return {key: _substitute(value, plain, path) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_substitute(value, plain, path) for value in node]
-    if not isinstance(node, str) or "${" not in node:
-        return node
-
-    def value_of(name: str) -> Any:
-        value = plain.get(name)
-        # References to references could double a value a hundred times over.
-        if value is None or len(str(value)) > LONGEST or "${" in str(value):
-            raise ConfigError(
-                f"{path}: ${{{name}}} must name a setting of this file that has a short plain "
-                f"value."
-            )
-        return value
-
-    whole = REFERENCE.fullmatch(node)
-    if whole:
-        return value_of(whole[1])
-    return REFERENCE.sub(lambda match: str(value_of(match[1])), node)
+def _check_references(tree: Any, path: Path) -> None:
+    """Raise ConfigError unless every ${other.setting} names a short plain value of the file."""
+    scalars = dict(_scalars(tree))
+    for value in scalars.values():
+        for name in REFERENCE.findall(value) if isinstance(value, str) else ():
+            named = scalars.get(name)
+            # A reference to a reference could double a value a hundred times over.
+            if named is None or len(str(named)) > LONGEST or "${" in str(named):
+                raise ConfigError(
+                    f"{path}: ${{{name}}} must name a setting of this file that has a short plain "
+                    f"value."
+                )
 
 
-def _construct(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        path = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = _construct(
-                typing.cast("type", hints[field.name]), f"{path}.", values
-            )
-        elif path in values:
-            arguments[field.name] = values[path]
-    return cls(**arguments)
-
-
-def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = (
-        tree.items()
-        if isinstance(tree, dict)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else ()
-    )
-    for key, value in items:
-        yield f"{prefix}{key}", value
-        yield from _walk(value, f"{prefix}{key}.")
+def _scalars(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted path -> value of everything that is neither a mapping nor a list."""
+    if isinstance(node, (dict, list)):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _scalars(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
 
 
 def _flatten(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Turn nested mappings into dotted paths; a mapping where a value belongs is reported by its
-    path."""
-    known = {leaf.path for leaf in leaves()}
+    """Turn nested mappings into dotted paths; ``source`` ends the text of an error."""
+    known = accepted().keys()
     groups = {path.rsplit(".", 1)[0] for path in known} | {path.split(".", 1)[0] for path in known}
     flat: dict[str, Any] = {}
 
@@ -203,127 +202,42 @@ def _flatten(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
             elif path in known:
                 flat[path] = value
             else:
-                raise ConfigError(_unknown(path, sorted(known | groups)) + source)
+                raise _unknown(path, groups, source)
 
     descend(tree, "")
     return flat
 
 
-def parse_text(text: str, leaf: Leaf) -> Any:
-    """Turn what was typed for a setting into a value; text settings are taken as they stand.
-
-    Raises:
-        ConfigError: not readable as YAML.
-    """
-    if leaf.type is str:
-        return text
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: a date that is none, a number of 5000 digits.
-        shown = text if len(text) <= 80 else f"{text[:80]}..."
-        raise ConfigError(f"The value of {leaf.path} cannot be read: {shown!r}.") from error
-
-
-def _parse_override(text: str, table: Mapping[str, Leaf]) -> tuple[str, Any]:
+def _parse_override(text: str) -> tuple[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path or path.startswith("-"):
         raise ConfigError(
             f"Cannot understand the argument {text!r}. Overrides are written group.name=value, "
             "for example optim.lr=3e-4."
         )
-    if path not in table:
-        raise ConfigError(_unknown(path, list(table)))
-    return path, parse_text(value, table[path])
+    types = accepted()
+    if path not in types:
+        raise _unknown(path)
+    return path, parse_text(value, types[path], path)
 
 
-def _unknown(path: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    if not close:
-        # People remember the last word and forget its group.
-        last = path.rsplit(".", 1)[-1]
-        tails = {name.rsplit(".", 1)[-1]: name for name in known}
-        close = [
-            tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
-        ]
-    hint = f" Did you mean {close[0]}?" if close else " `train --print-config` lists every setting."
-    return f"Unknown setting {path}.{hint}"
+def _unknown(path: str, groups: Iterable[str] = (), source: str = "") -> ConfigError:
+    """Return the error about a name that is not a setting, with the nearest one that is."""
+    known = sorted({*(leaf.path for leaf in leaves()), *groups})
+    # People remember the last word and forget its group.
+    tails = {name.rpartition(".")[2]: name for name in known}
+    near = closest(path, known) or tails.get(closest(path.rpartition(".")[2], tails) or "")
+    hint = f" Did you mean {near}?" if near else " `train --print-config` lists every setting."
+    return ConfigError(f"Unknown setting {path}.{hint}{source}")
 
 
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if get_origin(kind) in (types.UnionType, typing.Union):
-        return f"{_type_name(get_args(kind)[0])} or auto"
-    if get_origin(kind) is tuple:
-        return f"a list ({_type_name(get_args(kind)[0])} each)"
-    return names.get(kind, str(kind))
-
-
-def _coerce(value: Any, kind: Any, path: str) -> Any:
-    """Convert ``value`` to the declared type where nothing is lost, or say what was expected."""
-    origin = get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
-        # What is unset is chosen by the program: "auto" says the same in a word.
-        return None if value in (None, "auto") else _coerce(value, get_args(kind)[0], path)
-    if origin is tuple:
-        members = get_args(kind)
-        items = (
-            [value] if isinstance(value, (str, int, float)) and members[-1] is Ellipsis else value
-        )
-        if isinstance(items, (list, tuple)) and (
-            members[-1] is Ellipsis or len(items) == len(members)
-        ):
-            return tuple(_coerce(item, members[0], path) for item in items)
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    elif kind is float:
-        number = _as_float(value)
-        if number is not None:
-            return number
-    elif kind is str:
-        # YAML 1.1 reads off and on as booleans; the choices of some settings are exactly these
-        # words.
-        if isinstance(value, bool):
-            return "on" if value else "off"
-        if isinstance(value, (str, int)):
-            return str(value)
-    raise ConfigError(f"{path} must be {_type_name(kind)}, got {value!r}.")
-
-
-def _as_float(value: Any) -> float | None:
-    if isinstance(value, str):
-        # YAML 1.1 reads 3e-4 (no dot) as text; people write it all the time.
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
-
-
-def _check_range(value: Any, leaf: Leaf) -> Any:
-    metadata = leaf.metadata
-    name = f"{leaf.path} ({metadata['flag']})" if metadata["flag"] else leaf.path
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise ConfigError(
-            f"{name} must be one of {', '.join(metadata['choices'])}; got {value}."
-            f"{nearest(str(value), metadata['choices'])}"
-        )
-    if value is None or isinstance(value, (str, tuple)):
-        return value
-    if metadata["minimum"] is not None and value < metadata["minimum"]:
-        raise ConfigError(f"{name} must be at least {metadata['minimum']:g}; got {value:g}.")
-    if metadata["maximum"] is not None and value > metadata["maximum"]:
-        raise ConfigError(f"{name} must be at most {metadata['maximum']:g}; got {value:g}.")
-    if metadata["above"] is not None and value <= metadata["above"]:
-        raise ConfigError(f"{name} must be above {metadata['above']:g}; got {value:g}.")
-    return value
+def _construct(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        path = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            arguments[field.name] = _construct(hints[field.name], f"{path}.", values)
+        elif path in values:
+            arguments[field.name] = values[path]
+    return cls(**arguments)

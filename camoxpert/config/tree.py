@@ -1,15 +1,13 @@
-"""The settings tree: every setting with its type, default, range, flag and help text.
-
-It imports neither torch nor numpy, so that a typo is answered at once.
-"""
+"""The settings tree: every setting with its type, default, range, flag and help text."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+import functools
 from dataclasses import dataclass
 from typing import Any
+
+from camoxpert.config.schema import Leaf, get_setting, setting, walk
 
 EXPERT_KINDS = ("texture", "attention", "hybrid", "frequency", "edge", "semantic", "contrast")
 DISPATCH_NAMES = ("auto", "loop", "sorted", "gathered", "dense")
@@ -17,32 +15,9 @@ SCHEDULERS = ("cosine", "poly", "linear", "step", "constant", "onecycle")
 SELECTION_MEASURES = ("wFmeasure", "Smeasure", "meanEm", "meanFm", "IoU", "Dice", "MAE")
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    flag: str | None = None,
-    choices: Sequence[str] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """Declare one leaf of the tree: default, help text, its ``train`` flag if it has one, and its
-    range."""
-    metadata = {
-        "help": help,
-        "flag": flag,
-        "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training samples. Probabilities and strengths; 0 switches one off."""
+    """Augmentation of training samples: probabilities and strengths; 0 switches one off."""
 
     hflip: float = setting(0.5, "probability of a left-right flip", minimum=0, maximum=1)
     vflip: float = setting(0.0, "probability of an up-down flip", minimum=0, maximum=1)
@@ -82,7 +57,7 @@ class DataConfig:
     )
     allow_outside: bool = setting(
         False,
-        "a CSV of pairs may name files outside its own folder; only for a CSV you trust",
+        "a CSV may name files outside its own folder; only for a CSV you trust",
         flag="--allow-outside",
     )
     val_fraction: float = setting(
@@ -107,14 +82,13 @@ class DataConfig:
     )
     worker_timeout: float = setting(
         300.0,
-        "seconds without a batch after which data workers are taken for hung and started anew; 0: "
-        "never",
+        "seconds without a batch until data workers count as hung and are restarted; 0: never",
         minimum=0,
     )
     unreadable: str = setting(
         "error",
-        "what an unreadable image or mask is: an error, or replaced by the next readable pair "
-        "(left out in validation)",
+        "unreadable images and masks: an error, or skip: replaced by the next readable pair (left "
+        "out in validation)",
         flag="--unreadable",
         choices=("error", "skip"),
     )
@@ -126,7 +100,7 @@ class DataConfig:
     )
     cache: str = setting(
         "auto",
-        "decoded training pairs: kept on disk, in memory, or nowhere (none)",
+        "where decoded training pairs are kept: on disk, in memory, or nowhere (none)",
         flag="--cache",
         choices=("auto", "none", "ram", "disk"),
     )
@@ -141,20 +115,19 @@ class DataConfig:
     )
     augment_on: str = setting(
         "auto",
-        "where samples are changed: in the data workers (cpu) or in batches where the step runs "
-        "(device); auto: device on CUDA",
+        "where samples are augmented: in the data workers (cpu) or in batches on the training "
+        "device (device); auto: device on CUDA",
         flag="--augment-on",
         choices=("auto", "cpu", "device"),
     )
     multi_scale: tuple[float, ...] = setting(
         (),
-        "training sizes over --img-size, one drawn per batch, for example 0.75 1.0 1.25; empty: "
-        "one size",
+        "training sizes as factors of --img-size, one drawn per batch, for example 0.75 1.0 1.25",
         flag="--multi-scale",
     )
     source_size: int | None = setting(
         None,
-        "side to which pairs are decoded before they are changed; more than the training size "
+        "side to which pairs are decoded before they are augmented; more than the training size "
         "leaves detail to zoom into; unset: the largest training size",
         minimum=32,
     )
@@ -166,7 +139,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network: backbone, decoder and its experts."""
+    """The network: backbone, decoder and experts."""
 
     backbone: str = setting(
         "edgenext_base", "any timm backbone with a four-level pyramid", flag="--backbone"
@@ -188,8 +161,8 @@ class ModelConfig:
     top_k: int = setting(2, "experts each image uses per level", flag="--top-k", minimum=1)
     expert_family: str = setting(
         "specialist",
-        "specialist: unlike experts, one for each cue; uniform: like experts in stacked weights "
-        "that differ in receptive field, without a host sync and compiled as one graph",
+        "specialist: experts of different kinds, one for each cue; uniform: experts of one kind "
+        "that differ in receptive field, in stacked weights: no host sync, compiled as one graph",
         flag="--expert-family",
         choices=("specialist", "uniform"),
     )
@@ -289,7 +262,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The course of a run."""
+    """Length, batches, precision and memory of a run, and when it stops."""
 
     epochs: int = setting(120, "epochs of both stages together", flag="--epochs", minimum=1)
     stage1_epochs: int | None = setting(
@@ -298,10 +271,9 @@ class TrainConfig:
         flag="--stage1-epochs",
         minimum=0,
     )
-    skip_stage1: bool = setting(False, "train everything from the start", flag="--skip-stage1")
     progressive_unfreeze: bool = setting(
         False,
-        "stage 2 frees the backbone level by level, deepest first",
+        "stage 2 unfreezes the backbone level by level, deepest first",
         flag="--progressive-unfreeze",
     )
     batch_size: int | None = setting(
@@ -324,10 +296,9 @@ class TrainConfig:
     accumulation_steps: int = setting(
         1, "micro-batches per optimizer step", flag="--accumulation-steps", minimum=1
     )
-    amp: bool = setting(True, "mixed precision where the hardware gains from it", flag="--amp")
     precision: str = setting(
         "auto",
-        "number format of the forward pass",
+        "number format of the forward pass; auto: what the hardware gains from",
         flag="--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
@@ -339,6 +310,7 @@ class TrainConfig:
         "recompute activations to save memory; bare flag = on; auto decides from measured memory",
         flag="--gradient-checkpointing",
         choices=("auto", "on", "off"),
+        bare="on",
     )
     router_warmup: int = setting(
         0,
@@ -385,22 +357,19 @@ class TrainConfig:
         "auto: continue a stopped run of the same command; never; or a checkpoint or run folder",
         flag="--resume",
     )
-    resume_from: str = setting(
-        "", "checkpoint or run folder to continue from", flag="--resume-from"
-    )
     allow_data_change: bool = setting(
         False,
-        "continue a run although its training data changed; the epoch in progress starts anew",
+        "continue a run although its training data changed; the epoch in progress restarts",
         flag="--allow-data-change",
     )
     process_timeout: float = setting(
-        600.0, "seconds that the processes of torchrun wait for each other", above=0
+        600.0, "seconds that the ranks of torchrun wait for each other", above=0
     )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where results go and how much is told."""
+    """Output folder, logging and what is written at the end."""
 
     dir: str = setting("runs", "folder that holds the run folders", flag="--checkpoint-dir")
     name: str = setting(
@@ -415,7 +384,7 @@ class RunConfig:
     )
     keep_every: int = setting(
         0,
-        "keep the checkpoint of every this many epochs for ever; 0: the last two and the best",
+        "keep the checkpoint of every this many epochs permanently; 0: the last two and the best",
         flag="--keep-every",
         minimum=0,
     )
@@ -441,46 +410,10 @@ class Config:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """One setting of the tree: its dotted path, type and declaration."""
-
-    path: str
-    type: Any
-    default: Any
-    metadata: Mapping[str, Any]
-
-
-def leaves(cls: type = Config, prefix: str = "") -> Iterator[Leaf]:
-    """Yield every setting of the tree in declaration order."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        path = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from leaves(hints[field.name], f"{path}.")
-        else:
-            yield Leaf(path, hints[field.name], field.default, field.metadata)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return the tree as nested plain dictionaries, lists and scalars."""
-    return {
-        field.name: (
-            to_dict(value)
-            if dataclasses.is_dataclass(value := getattr(config, field.name))
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
-        for field in dataclasses.fields(config)
-    }
-
-
-def to_yaml(config: Config) -> str:
-    """Return the whole tree as YAML that ``load_config(file=...)`` reads back to an equal tree."""
-    import yaml
-
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+@functools.cache
+def leaves() -> tuple[Leaf, ...]:
+    """Return every setting of the tree in declaration order."""
+    return tuple(walk(Config))
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
@@ -490,11 +423,3 @@ def changed_settings(config: Config) -> dict[str, Any]:
         for leaf in leaves()
         if (value := get_setting(config, leaf.path)) != leaf.default
     }
-
-
-def get_setting(config: Config, path: str) -> Any:
-    """Return the value at a dotted path."""
-    value: Any = config
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

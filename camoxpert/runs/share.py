@@ -19,7 +19,7 @@ from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
 # Settings that say where the maker's files lie, which nobody else needs to know.
 PRIVATE = (
     *("data.roots", "data.cache_dir", "data.clean_list", "model.weights", "run.dir", "run.name"),
-    *("train.resume", "train.resume_from"),
+    "train.resume",
 )
 
 

@@ -105,8 +105,6 @@ def check_architecture(device: torch.device) -> None:
 
 def choose_precision(config: TrainConfig, device: torch.device) -> Precision:
     """Choose the number format from the settings and the hardware."""
-    if not config.amp:
-        return Precision(None, False, "fp32: --no-amp")
     if config.precision == "fp32":
         return Precision(None, False, "fp32: as asked")
     if config.precision == "bf16":
