@@ -132,9 +132,9 @@ def test_round_trips(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_documented_and_flags_are_unique() -> None:
-    flags = [leaf.metadata["flag"] for leaf in leaves() if leaf.metadata["flag"]]
+    flags = [leaf.flag for leaf in leaves() if leaf.flag]
     assert len(flags) == len(set(flags))
-    assert all(len(leaf.metadata["help"]) > 10 for leaf in leaves())
+    assert all(len(leaf.help) > 10 for leaf in leaves())
 
 
 def test_expert_kinds_match_the_table() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from camoxpert import console, stop
 from camoxpert.cli import no_overrides
-from camoxpert.errors import ConfigError
+from camoxpert.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from camoxpert.evaluation.results import EvaluationResult
@@ -195,6 +195,10 @@ def _check(options: argparse.Namespace, typed: Sequence[str]) -> None:
             )
     if options.gt_threshold is not None and not 0 <= options.gt_threshold <= 254:
         raise ConfigError("--gt-threshold must be in 0..254.")
+    for path in options.data or ():
+        # Here, before torch is imported and a model is built.
+        if not Path(path).exists():
+            raise DataError(f"--data: there is no file or folder {path}.")
 
 
 def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[EvaluationResult], Path]:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from camoxpert.cli.benchmark import check_output, write_figures
-from camoxpert.cli.train import add_setting_flags, check_data_given, read_config
+from camoxpert.cli.train import check_data_given
+from camoxpert.config.flags import add_setting_flags, read_config
 from camoxpert.errors import ConfigError
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from pathlib import Path
-from typing import Any
 
-from camoxpert.config import Config, Leaf, leaves, load_config, parse_text, to_yaml
+from camoxpert.config import Config, to_yaml
+from camoxpert.config.flags import add_setting_flags, read_config
 from camoxpert.errors import CamoXpertError, ConfigError, DataError, Stopped
 
-OVERRIDE = re.compile(r"(data|model|loss|optim|train|run)\.[\w.]+=.*", re.DOTALL)
+EXAMPLES = """examples:
+  camoxpert train --dataset-path COD10K-v3 --backbone edgenext_base --epochs 120 --lr 0.00025
+  camoxpert train --config configs/steel.yaml --dataset-path DATA optim.lr=1e-3 --dry-run"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--config`` and one flag for every setting that declares one."""
     parser.usage = "camoxpert train --dataset-path DIR [DIR ...] [flags] [group.name=value ...]"
+    parser.epilog = EXAMPLES
     parser.add_argument(
-        "--print-config", action="store_true", help="print the whole settings tree and leave"
+        "--print-config", action="store_true", help="print the whole settings tree and exit"
     )
     parser.add_argument(
         "--dry-run",
@@ -26,54 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check settings and data, build everything, take one step, write nothing",
     )
     add_setting_flags(parser)
-
-
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config`` and the flags of all settings."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings (see configs/)")
-    for leaf in leaves():
-        if leaf.metadata["flag"]:
-            add_flag(parser, leaf)
-
-
-def add_flag(parser: argparse.ArgumentParser, leaf: Leaf) -> None:
-    """Add one setting's flag; its value arrives under the dotted path, only if typed."""
-    shown = "unset" if leaf.default is None else leaf.default
-    shown = {True: "on", False: "off", "": "none", (): "none"}.get(shown, shown)
-    options: dict[str, Any] = {
-        "dest": leaf.path,
-        "default": argparse.SUPPRESS,
-        "help": f"{leaf.metadata['help']} [{shown}]".replace("%", "%%"),
-    }
-    flag = leaf.metadata["flag"]
-    if leaf.type is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        return
-    if leaf.path == "train.gradient_checkpointing":
-        options |= {"nargs": "?", "const": "on"}
-    if leaf.path == "data.multi_scale":
-        options |= {"nargs": "+"}
-    if leaf.path == "data.roots":
-        options |= {"nargs": "+", "action": "extend"}
-    choices = leaf.metadata["choices"]
-    name = "{" + ",".join(choices) + "}" if choices else flag.removeprefix("--").upper()
-    parser.add_argument(flag, metavar=name.replace("-", "_") if not choices else name, **options)
-
-
-def read_config(options: argparse.Namespace, rest: list[str]) -> Config:
-    """Merge defaults, file, flags and overrides of one command line."""
-    table = {leaf.path: leaf for leaf in leaves()}
-    typed = {path: value for path, value in vars(options).items() if path in table}
-    if "data.roots" in typed:
-        # `--dataset-path A B optim.lr=3e-4`: the list of folders swallows the override.
-        roots = typed["data.roots"]
-        rest = [*rest, *(root for root in roots if OVERRIDE.fullmatch(root))]
-        typed["data.roots"] = [root for root in roots if not OVERRIDE.fullmatch(root)]
-    flags = {
-        path: parse_text(value, table[path]) if isinstance(value, str) else value
-        for path, value in typed.items()
-    }
-    return load_config(file=options.config, flags=flags, overrides=rest)
 
 
 def check_data_given(config: Config) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from camoxpert.config.aliases import ALIASES, accepted
 from camoxpert.config.load import load_config
-from camoxpert.config.tree import Config, leaves, to_dict
+from camoxpert.config.schema import to_dict
+from camoxpert.config.tree import Config, leaves
 from camoxpert.errors import ConfigError
 from camoxpert.text import did_you_mean
 
@@ -36,13 +38,14 @@ def config_from_keywords(
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return dotted path -> value; flag names at the top count as the settings they stand for."""
-    paths = {leaf.path for leaf in leaves()}
+    paths = set(accepted())
     groups = {path.rpartition(".")[0] for path in paths}
     flags = {
-        leaf.metadata["flag"].removeprefix("--").replace("-", "_"): leaf.path
-        for leaf in leaves()
-        if leaf.metadata["flag"]
+        known.flag.removeprefix("--").replace("-", "_"): known.path
+        for known in leaves()
+        if known.flag
     }
+    flags |= {old.flag.removeprefix("--").replace("-", "_"): old.path for old in ALIASES}
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}".replace("__", ".")

@@ -2,8 +2,9 @@
 
 OmegaConf parses files and resolves ``${other.setting}``. It does not merge: importing it and a
 structured merge take 0.15 s where this module takes 0.01 s, and it changes what was typed
-(``run.name=007`` becomes 7, ``gradient_checkpointing=on`` becomes True), accepts ``lr=.nan``, refuses
-one name where a list belongs, resolves ``run.name=${oc.env:HOME}``, and answers with class names.
+(``run.name=007`` becomes 7, ``gradient_checkpointing=on`` becomes True), accepts ``lr=.nan``,
+refuses one name where a list belongs, resolves ``run.name=${oc.env:HOME}``, and answers with class
+names.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from camoxpert.config import Config, get_setting, leaves
+from camoxpert.config import ALIASES, Config, get_setting, leaves
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import read_json, try_lock
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
@@ -35,7 +35,6 @@ FREE = (
     "train.device",
     "train.max_hours",
     "train.resume",
-    "train.resume_from",
     "train.allow_data_change",
     "train.process_timeout",
 )
@@ -97,7 +96,10 @@ def run_name(config: Config) -> str:
     """Name a run after its settings: equal settings, equal name."""
     if config.run.name:
         return config.run.name
-    text = json.dumps(what_is_trained(config), sort_keys=True)
+    settings = what_is_trained(config)
+    # Settings of the first version count with their defaults: a name stays what it was.
+    settings |= {old.path: old.neutral for old in ALIASES if old.target not in FREE}
+    text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{config.model.backbone}-{config.data.img_size}-{digest}"
 
@@ -132,7 +134,7 @@ def find_run(config: Config) -> RunFolder:
         CheckpointError: the run to continue has no usable checkpoint.
         ConfigError: the run folder that was named is in use by a live process.
     """
-    wanted = config.train.resume_from or config.train.resume
+    wanted = config.train.resume
     if wanted not in ("auto", "never"):
         return _named_run(Path(wanted))
     notes: list[str] = []

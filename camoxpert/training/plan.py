@@ -81,8 +81,6 @@ def stage1_epochs(config: TrainConfig, *, has_weights: bool) -> tuple[int, str]:
     A frozen backbone is only worth something when it has learned something: without weights there
     is no stage 1 unless asked for.
     """
-    if config.skip_stage1:
-        return 0, "--skip-stage1"
     if config.stage1_epochs is not None:
         return config.stage1_epochs, "as asked"
     if not has_weights:

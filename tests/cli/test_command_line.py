@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from camoxpert.cli import COMMANDS, Parser, main
-from camoxpert.cli.train import add_arguments, read_config
+from camoxpert.cli.train import add_arguments
 from camoxpert.config import Config, get_setting
+from camoxpert.config.flags import read_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +54,7 @@ FLAGS = [
     ("--gradient-checkpointing off", "train.gradient_checkpointing", "off"),
     ("--gradient-checkpointing auto", "train.gradient_checkpointing", "auto"),
     ("--compile", "train.compile", True),
-    ("--no-amp", "train.amp", False),
+    ("--no-amp", "train.precision", "fp32"),
     ("--scheduler poly", "optim.scheduler", "poly"),
     ("--min-lr 1e-7", "optim.min_lr", 1e-7),
     ("--warmup-epochs 2.5", "optim.warmup_epochs", 2.5),
@@ -61,8 +62,8 @@ FLAGS = [
     ("--stage2-batch-size 4", "train.stage2_batch_size", 4),
     ("--progressive-unfreeze", "train.progressive_unfreeze", True),
     ("--resume never", "train.resume", "never"),
-    ("--resume-from runs/x", "train.resume_from", "runs/x"),
-    ("--skip-stage1", "train.skip_stage1", True),
+    ("--resume-from runs/x", "train.resume", "runs/x"),
+    ("--skip-stage1", "train.stage1_epochs", 0),
     ("--device cpu", "train.device", "cpu"),
     ("--seed 7", "train.seed", 7),
     ("--no-pretrained", "model.pretrained", False),
