@@ -25,7 +25,7 @@ def test_comparison_has_three_colours() -> None:
     predicted[5:25, 12:28] = True
     picture = pictures.compare(image, predicted, truth)
     assert picture[15, 15].argmax() == 1  # both: green
-    assert picture[15, 24].argmax() == 0  # invented: red
+    assert picture[15, 24].argmax() == 0  # false alarm: red
     assert picture[15, 6].argmax() == 2  # missed: blue
 
 
