@@ -1,4 +1,5 @@
-# make demo: generate camouflage, train on it, score it, write a report.  make test: every check.
+# make demo: generate camouflage, train on it, score it, write a report.
+# make test: every check.  make test-fast: the checks of daily work, in about two minutes.
 # Each sets itself up on a fresh machine with Python 3.10 to 3.13; nothing is installed outside VENV.
 
 PYTHON ?= python3
@@ -6,36 +7,49 @@ VENV   ?= .venv
 DEMO   ?= runs/demo
 BIN     = $(VENV)/bin
 # A changed dependency list or a moved checkout makes a new stamp, and with it a new install.
-SPEC   := $(shell (cat setup.cfg pyproject.toml; pwd) | cksum | cut -d ' ' -f 1)
-STAMP   = $(VENV)/installed-$(SPEC)
+SPEC   := $(shell (cat pyproject.toml; pwd) | cksum | cut -d ' ' -f 1)
+PRODUCT = $(VENV)/product-$(SPEC)
+TESTS   = $(VENV)/tests-$(SPEC)
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope \
+	--no-loadscope-reorder
 
-.PHONY: demo test lint types unit format clean
+.PHONY: demo environment test test-fast lint types unit format clean
 
-demo: $(STAMP)
+demo: $(PRODUCT)
 	$(BIN)/python tools/demo.py --output $(DEMO)
+
+environment: $(TESTS)
 
 test: lint types unit
 
-lint: $(STAMP)
+test-fast: lint types
+	$(PYTEST) -m "not slow" --ignore tests/faults --ignore tests/tools \
+		--ignore tests/frozen/test_digests.py
+
+lint: $(TESTS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 
-types: $(STAMP)
+types: $(TESTS)
 	$(BIN)/mypy
 
-unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+unit: $(TESTS)
+	$(PYTEST)
 
-format: $(STAMP)
+format: $(TESTS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(STAMP): setup.cfg pyproject.toml
+$(PRODUCT): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	rm -f $(VENV)/product-* && touch $@
+
+$(TESTS): $(PRODUCT)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	rm -f $(VENV)/installed-*
-	touch $@
+	rm -f $(VENV)/tests-* && touch $@
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -203,12 +203,12 @@ def device_batches(loader: Batches, device: torch.device) -> Iterator[tuple[Batc
         for batch, waited in _timed(iter(loader)):
             yield finish(loader, batch, device), waited
         return
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
+    side = torch.cuda.Stream(device)
     ahead: tuple[Batch, float, torch.cuda.Event] | None = None
     for batch, waited in _timed(iter(loader)):
         with torch.cuda.stream(side):
             arriving = finish(loader, batch, device)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # as above
+            done = torch.cuda.Event()
             done.record(side)
         if ahead is not None:
             yield _arrived(*ahead, device)

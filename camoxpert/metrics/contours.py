@@ -87,7 +87,7 @@ def human_correction_effort(
 
 def _filtered(operation: object, mask_HW: Mask, *, iterations: int = 1) -> Mask:
     done = operation(mask_HW.view(np.uint8), CROSS, iterations=iterations)  # type: ignore[operator]
-    return done.view(np.bool_)  # type: ignore[no-any-return]
+    return done.view(np.bool_)
 
 
 def _regrow(seed_HW: Mask, allowed_HW: Mask, steps: int) -> Mask:

@@ -11,6 +11,7 @@ Shape letters: H, W height and width; L 256 grey levels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class DeviceScorer:
         self.evaluator = evaluator
         self._pending: list[_Pending] = []
 
-    def add(self, name: str, prediction_HW: Tensor, mask: NDArray, *, group: str = "") -> None:
+    def add(self, name: str, prediction_HW: Tensor, mask: NDArray[Any], *, group: str = "") -> None:
         """Queue one image.
 
         Args:

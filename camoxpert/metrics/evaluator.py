@@ -107,7 +107,9 @@ class Evaluator:
         """Number of images left out because they have no object."""
         return len(self._skipped)
 
-    def add(self, name: str, prediction: NDArray, mask: NDArray, *, group: str = "") -> Row:
+    def add(
+        self, name: str, prediction: NDArray[Any], mask: NDArray[Any], *, group: str = ""
+    ) -> Row:
         """Score one image. Threads may call this at the same time, with different names.
 
         Args:

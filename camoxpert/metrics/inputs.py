@@ -6,6 +6,8 @@ Strict on purpose: a mask of 0 and 1, thresholded at 128 as published masks are,
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +90,7 @@ def check_same_size(name: str, shape: tuple[int, ...], mask_HW: NDArray[np.bool_
         )
 
 
-def _checked_shape(name: str, role: str, array: object) -> NDArray:
+def _checked_shape(name: str, role: str, array: object) -> NDArray[Any]:
     if not isinstance(array, np.ndarray):
         raise DataError(
             f"{name}: the {role} is a {type(array).__name__}. Give a numpy array of shape (H, W)."

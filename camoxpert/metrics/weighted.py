@@ -6,6 +6,8 @@ and a false alarm counts more, up to twice, the farther it is from the object.
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +72,7 @@ def weighted_fmeasure(
     wrong_HW = wrong_HW[part]
     background_HW = object_HW ^ 1
     if num_foreground == object_HW.size:
-        distance_HW: NDArray = np.zeros(object_HW.shape, np.float32)
+        distance_HW: NDArray[Any] = np.zeros(object_HW.shape, np.float32)
     else:
         # Exact but for the float32 root; its square is rounded to the integer that it was.
         distance_HW = cv2.distanceTransform(background_HW, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)

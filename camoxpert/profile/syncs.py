@@ -55,7 +55,7 @@ class SyncCounter:
 
     def __enter__(self) -> SyncCounter:
         # torch does not annotate the constructor of its dispatch modes.
-        operators = _Operators()  # type: ignore[no-untyped-call]
+        operators = _Operators()
         readers = _Readers()
         operators.counter = readers.counter = self
         self._modes.enter_context(operators)

@@ -4,7 +4,6 @@ code, reach outside their folder or carry a secret away."""
 from __future__ import annotations
 
 import ast
-import configparser
 import inspect
 import pickle
 import re
@@ -90,11 +89,8 @@ def test_the_check_sees_each_danger(source: str) -> None:
 
 def test_torch_is_new_enough_to_read_weights_safely() -> None:
     """CVE-2026-24747 is a hole in the weights_only reader itself, closed in 2.10."""
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    wanted = setup["options"]["install_requires"].split()
-    least = next(w for w in wanted if re.match(r"torch\b(?!vision)", w))
-    assert [int(n) for n in least.removeprefix("torch>=").split(".")] >= [2, 10]
+    least = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert least is not None and [int(n) for n in least[1].split(".")] >= [2, 10]
     assert [int(n) for n in torch.__version__.split(".")[:2]] >= [2, 10]
 
 
