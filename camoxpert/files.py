@@ -144,9 +144,9 @@ def try_lock(path: Path) -> IO[str] | None:
     """Lock a file for this process; return the handle that holds the lock, None if another has it.
 
     The kernel drops the lock when the process dies, however it dies. Forked children let go of it
-    at once: data workers outlive a killed parent by seconds. (``filelock`` keeps its handle open in
-    them, so the same command would find its own dead run locked.) On a file system without locks
-    nobody can claim anything, and everybody gets a handle.
+    at once: data workers outlive a killed parent by seconds. (So does ``filelock`` 4.3. With 3.20,
+    which torch accepts, they keep the lock, and a repeated command finds its dead run locked.)
+    On a file system without locks nobody can claim anything, and everybody gets a handle.
 
     Raises:
         OSError: the file cannot be created, or is a symlink somebody planted.

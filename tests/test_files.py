@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -73,3 +74,10 @@ def test_json_holds_no_nan_and_survives_damage(tmp_path: Path) -> None:
 def test_a_torn_record_ends_the_file(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a"')
     assert read_jsonl(tmp_path / "r.jsonl") == [{"a": 1}, {"a": 2}]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}

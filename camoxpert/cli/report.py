@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from camoxpert import console
 from camoxpert.cli import no_overrides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
     from camoxpert.pages.report import write_report
 
-    print(write_report(path))
+    console.say(str(write_report(path)))
     return 0
 
 
@@ -58,5 +59,5 @@ def _ledger(path: Path, options: argparse.Namespace) -> int:
     if unknown:
         raise ConfigError(f"--measures: no row has {unknown[0]}; there are {', '.join(keys)}.")
     make = tables.FORMATS[options.format]
-    print(make(rows, tuple(options.measures or keys)).rstrip("\n"))
+    console.say(make(rows, tuple(options.measures or keys)).rstrip("\n"))
     return 0

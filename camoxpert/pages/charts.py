@@ -1,7 +1,7 @@
-"""Pictures: overlays and panels of predictions, and the charts of a run.
+"""Charts of runs, evaluations and data sets as PNG.
 
-Charts are made with matplotlib's figure objects, never its global state, on a transparent ground
-with mid-grey text, so that they read on a light and on a dark page.
+They are made with matplotlib's figure objects, never its global state, on a transparent background
+with mid-grey text, so that they are readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
     figure, axes = _figure(3, width=9.6)
     threshold = np.arange(255, -1, -1)
     for index, (name, curve) in enumerate(curves.items()):
-        # Colours come round again with another dash.
+        # After the last colour the first returns, with another dash pattern.
         style: dict[str, Any] = {
             "color": COLOURS[index % len(COLOURS)],
             "linestyle": ("-", "--", ":", "-.")[index // len(COLOURS) % 4],

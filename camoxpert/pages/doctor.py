@@ -92,23 +92,23 @@ class DoctorPage:
     parts: list[_Part]
 
 
-def write_doctor_page(path: Path, report: DoctorReport) -> Path:
+def write_doctor_page(path: Path, found: DoctorReport) -> Path:
     """Write the page."""
-    number = {level: sum(f.level == level for f in report.findings) for level in LEVELS}
+    number = {level: sum(f.level == level for f in found.findings) for level in LEVELS}
     page = DoctorPage(
         verdict="Training should not start" if number["error"] else "Ready to train",
-        roots=", ".join(report.roots),
+        roots=", ".join(found.roots),
         tiles=[
-            (sum(part.pairs for part in report.parts), "sound pairs"),
+            (sum(part.pairs for part in found.parts), "sound pairs"),
             (number["error"], "errors"),
             (number["warning"], "warnings"),
-            (len(report.copies), "pairs of copies"),
+            (len(found.copies), "pairs of copies"),
         ],
-        layouts=report.layouts,
-        findings=sorted(report.findings, key=lambda f: LEVELS.index(f.level)),
-        num_copies=len(report.copies),
-        copies=[_side_by_side(pair) for pair in report.copies if pair.pictures],
-        parts=[_part(part) for part in report.parts],
+        layouts=found.layouts,
+        findings=sorted(found.findings, key=lambda f: LEVELS.index(f.level)),
+        num_copies=len(found.copies),
+        copies=[_side_by_side(pair) for pair in found.copies if pair.pictures],
+        parts=[_part(part) for part in found.parts],
     )
     return write_page(path, "doctor.html.j2", page)
 

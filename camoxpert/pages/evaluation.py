@@ -201,7 +201,7 @@ def _breakdown(results: Sequence[Result], division: str, measures: Sequence[str]
     shown = _short(measures)
     parts = []
     for label, first in results[0]["breakdown"][division].items():
-        # Sizes start with their rank, "0 empty".
+        # Size classes start with the digit that sorts them.
         text = label[2:] if division == "object size" else label
         lead = f"{text} ({count(int(first['images']), 'image')})"
         for number, result in enumerate(results):

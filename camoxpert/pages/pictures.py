@@ -47,7 +47,7 @@ def cutout(image_HWC: np.ndarray, probability_HW: np.ndarray) -> np.ndarray:
 
 
 def compare(image_HWC: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Show prediction against truth (bool, H, W): green found, red invented, blue missed."""
+    """Show prediction against truth (bool, H, W): green found, red false alarm, blue missed."""
     result = overlay(image_HWC, predicted & truth, colour=TRUE_POSITIVE)
     result = overlay(result, predicted & ~truth, colour=FALSE_POSITIVE, alpha=0.6)
     return overlay(result, truth & ~predicted, colour=FALSE_NEGATIVE, alpha=0.6)

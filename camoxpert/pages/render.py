@@ -1,6 +1,6 @@
 """HTML pages from jinja2 templates: each is one file without scripts or external resources.
 
-Templates escape every value, so names, settings and records of other people stay text.
+Templates escape every value, so names, settings and records from elsewhere stay text.
 """
 
 from __future__ import annotations

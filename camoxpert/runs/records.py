@@ -1,7 +1,7 @@
 """What a run records about itself, typed: the lines of ``metrics.jsonl`` and ``run.json``.
 
-A number that was NaN or infinite is null in the files. A file may also come from somebody else, so
-readers must expect missing keys and values of another type.
+A number that was NaN or infinite is null in the files. A file may come from elsewhere, so readers
+must expect missing keys and values of another type.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report: one page, everything on it, nothing from elsewhere, nothing executed."""
+"""The report: one complete page that loads and runs nothing."""
 
 from __future__ import annotations
 
