@@ -54,7 +54,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bo
 
 
 def append_here(path: Path) -> IO[str]:
-    """Open a text file at its end, never through a link: one that lies in its place goes.
+    """Open a text file at its end, without following a symlink; replace one if found.
 
     A link somebody left in a folder of results would otherwise lead the lines into another file.
     """

@@ -115,7 +115,7 @@ def find_sets(
 
 
 def run_folder(predictor: Predictor) -> Path | None:
-    """Return the run folder that the checkpoint lies in, or None for a file on its own."""
+    """Return the run folder that holds the checkpoint, or None for a file on its own."""
     folder = predictor.checkpoint.path.parent.parent
     return folder if (folder / "config.yaml").is_file() else None
 

@@ -39,7 +39,7 @@ def boundary_iou(prediction_HW: Mask, mask_HW: Mask, *, dilation_ratio: float = 
 
 def _boundary_band(mask_HW: Mask, width: int) -> Mask:
     """Return the object's pixels within ``width`` of its outline; the image's border is outline."""
-    # A border of background, so that an object that leaves the image has an outline there, too.
+    # A border of background, so that an object cut off by the image border has an outline there.
     padded = cv2.copyMakeBorder(mask_HW.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=width)
     return mask_HW & (inner[1:-1, 1:-1] == 0)

@@ -31,7 +31,7 @@ RESULT_KEYS = (
 """What is computed unless asked otherwise, in the order in which papers print it."""
 
 EXTRA_KEYS = ("Precision", "Recall", "Specificity", "BER", "BoundaryIoU", "HCE")
-"""Computed where asked for: at the threshold 0.5; BER and HCE are errors, HCE is no fraction."""
+"""Computed where asked for: at the threshold 0.5; BER and HCE are errors, HCE is not a fraction."""
 
 FAST_KEYS = tuple(key for key in RESULT_KEYS if key != "wFmeasure")
 """What the histogram alone gives: an image in a millisecond."""
@@ -174,7 +174,7 @@ def count_objects(mask_HW: NDArray[np.bool_], box: Slices | None = None) -> int:
         return 0
     outer = hierarchy[0, :, 3] < 0
     # Pick's theorem gives the number of pixels that an outline encloses, itself included; the
-    # outline of a single pixel is no polygon.
+    # outline of a single pixel is not a polygon.
     areas = [
         cv2.contourArea(contour) + (len(contour) / 2 if len(contour) > 1 else 0) + 1
         for contour, is_outer in zip(contours, outer, strict=True)

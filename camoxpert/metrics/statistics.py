@@ -91,7 +91,7 @@ def confidence_intervals(
     Args:
         scores: of one method on one data set.
         level: coverage, 0..1.
-        resamples: how often the images are drawn anew, with replacement.
+        resamples: how often the images are drawn, with replacement.
         seed: equal seeds give equal intervals.
     """
     rng = np.random.default_rng(seed)

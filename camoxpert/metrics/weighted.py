@@ -143,7 +143,7 @@ def _with_margin(distance_HW: NDArray[np.float32], box: tuple[slice, slice]) -> 
 
 
 def _grown(part: slice, length: int) -> tuple[int, slice, int]:
-    """Grow a slice by PAD within 0..length; return what is missing before and behind it, too."""
+    """Grow a slice by PAD within 0..length; also return what is missing on either side."""
     low, high = part.start - PAD, part.stop + PAD
     inside = slice(max(low, 0), min(high, length))
     return inside.start - low, inside, high - inside.stop

@@ -198,6 +198,6 @@ def _candidates(config: Config) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Return whether a run made this folder, and not somebody who keeps other things in it."""
+    """Return whether a run made this folder, rather than a user for other files."""
     begun = {".lock", "config.yaml"}
     return (folder / "run.json").is_file() or {p.name for p in folder.iterdir()} <= begun

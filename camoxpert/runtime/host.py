@@ -66,7 +66,7 @@ def _cgroup_available() -> int | None:
             used = int((CGROUP / used_name).read_text())
             stat = dict(line.split() for line in (CGROUP / stat_name).read_text().splitlines())
         except (OSError, ValueError):
-            # "max" is no number: there is no limit.
+            # "max" is not a number: there is no limit.
             continue
         # Version 1 writes an absurdly large number for "no limit".
         if limit < 1 << 60:

@@ -138,11 +138,11 @@ def checkpoint_bytes(run: Run) -> int:
 
 
 class Saver:
-    """Writes the checkpoints of a run: on the first rank, with what all of them know.
+    """Writes the checkpoints of a run, on rank 0, with the state of all ranks.
 
     A state whose last step was skipped is not written: where a run diverges, the newest checkpoint
     is from before. It is owed until the next step that works. At the end of an epoch one or two
-    overflows of fp16 are no such sign. Weights that are no longer finite are never written.
+    overflows of fp16 are routine. Weights that are no longer finite are never written.
 
     Args:
         run: whose folder exists; every rank makes a Saver.

@@ -130,7 +130,7 @@ class Run:
     def stop_code(self) -> int:
         """Return the exit code to stop with after this step, or 0.
 
-        Several processes act on what all of them know, in the same step.
+        Several processes stop in the same step, by what they agreed on.
         """
         return self.stop.code() if self.world.size == 1 else self.stop.agreed
 

@@ -322,7 +322,7 @@ def _pair_folder(method: str, mask_set: MaskSet, folder: Path) -> tuple[MapTask,
     strangers = _strangers(folder)
     if strangers:
         faults.append(
-            f"{method} on {mask_set.name}: {len(strangers)} files in {folder} are no images: "
+            f"{method} on {mask_set.name}: {len(strangers)} files in {folder} are not images: "
             f"{shorten(strangers, SHOWN)}"
         )
     maps = _by_stem(folder)
@@ -416,7 +416,7 @@ def _refuse_strangers(folder: Path, flag: str) -> None:
     strangers = _strangers(folder)
     if strangers:
         raise DataError(
-            f"{flag}: {len(strangers)} files in {folder} are no images: "
+            f"{flag}: {len(strangers)} files in {folder} are not images: "
             f"{shorten(strangers, SHOWN)}. Remove them."
         )
 

@@ -1,4 +1,4 @@
-"""A YAML list that names methods and data sets, for maps that do not lie in one tree of folders."""
+"""A YAML list that names methods and data sets, for maps that are not in one folder tree."""
 
 from __future__ import annotations
 
