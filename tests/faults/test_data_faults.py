@@ -181,7 +181,8 @@ class TestDeath:
         step_in_which_a_worker_dies()
         assert signal.getsignal(signal.SIGCHLD) is before
         # The control: with torch's watch left in place the step is interrupted.
-        monkeypatch.setattr(supervise, "signal", SimpleNamespace())
+        deaf = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIG_IGN", "signal")}
+        monkeypatch.setattr(supervise, "signal", SimpleNamespace(**deaf))
         try:
             with pytest.raises(RuntimeError, match="is killed by signal"):
                 step_in_which_a_worker_dies()
