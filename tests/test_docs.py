@@ -14,7 +14,8 @@ def named_tests(text: str) -> list[tuple[str, str]]:
     for word in re.findall(r"`([^`]*test_[^`]*)`", text):
         path, _, name = word.rpartition("::")
         file = path or file
-        found.append((file if "/" in file else f"faults/{file}", name))
+        place = file.removeprefix("tests/") if "/" in file else f"faults/{file}"
+        found.append((place, name))
     return found
 
 

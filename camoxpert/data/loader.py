@@ -1,7 +1,7 @@
 """From pairs to batches on the device.
 
-A sample is a pure function of (seed, epoch, index). So any number of workers, persistent or not,
-cached or not, and any resume give the same batches bit for bit.
+A sample is a pure function of (seed, epoch, index). The batches are therefore bit-for-bit the same
+for any number of workers, persistent or not, with or without a cache, and after any resume.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class LoaderPlan:
         num_workers: data worker processes.
         prefetch: batches each worker prepares ahead.
         cache: decoded pairs to read instead of files, or None.
-        on_device: samples are augmented where the step runs: batches are RawBatch. With a cache
-            and no workers they are read straight from it.
-        pin_memory: batches lie in page-locked memory.
+        on_device: samples are augmented on the device of the step; batches are RawBatch. With a
+            cache and no workers, batches are read straight from the cache.
+        pin_memory: batches are in page-locked memory.
     """
 
     num_workers: int = 0
@@ -66,7 +66,7 @@ class Loader(Supervised[Batch | RawBatch]):
 
     Args:
         make, names, timeout: see ``Supervised``.
-        sampler: of the DataLoader.
+        sampler: sampler of the DataLoader.
         transform: how samples are augmented.
     """
 
@@ -84,7 +84,7 @@ class Loader(Supervised[Batch | RawBatch]):
         self._order = sampler
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch to iterate next, from its ``start_batch``-th batch on."""
+        """Set the epoch to iterate next, starting at batch ``start_batch``."""
         self._order.seek(epoch, start_batch)
 
 
@@ -108,9 +108,9 @@ def build_loader(
         data: settings. Images are augmented by ``data.augment``; with several training sizes one
             is drawn per batch.
         plan: workers and cache.
-        batch_size: samples of a batch of this process.
-        seed: of the order and of the draws.
-        rank, world_size: this process among those that share an epoch.
+        batch_size: samples per batch in this process.
+        seed: seed of the order and of the augmentation.
+        rank, world_size: rank of this process, and number of processes that share an epoch.
     """
     transform = sample_transform(data, seed)
     sampler = EpochSampler(
@@ -156,10 +156,11 @@ def build_eval_loader(
 
     Args:
         manifest: the pairs.
-        data: settings. With ``unreadable`` skip, such pairs are left out and listed in the batch.
-        batch_size: images of a batch.
+        data: settings. With ``unreadable`` skip, unreadable pairs are left out and listed in the
+            batch.
+        batch_size: images per batch.
         num_workers: data worker processes.
-        keep_images: batches hold the original images.
+        keep_images: also keep the original images in the batches.
     """
     dataset = EvalDataset(manifest, data, keep_images=keep_images)
     sampler = InOrderSampler(len(manifest), batch_size)
@@ -188,7 +189,7 @@ def _worker_options(
 
 
 def finish(loader: Batches, batch: Batch | RawBatch, device: torch.device) -> Batch:
-    """Return a loader's batch on ``device``, its draws applied."""
+    """Return a loader's batch on ``device``, augmented."""
     if isinstance(batch, RawBatch):
         return batch.finish(loader.transform, device)
     return batch.to(device)
@@ -218,7 +219,7 @@ def device_batches(loader: Batches, device: torch.device) -> Iterator[tuple[Batc
 
 
 def seconds_per_sample(dataset: PairDataset, target: int, *, samples: int = 8) -> float:
-    """Return the median time of a sample in this process, without the first, which imports."""
+    """Return the median seconds per sample in this process; the first one imports: left out."""
     count = min(samples, len(dataset))
     if not count:
         return 0.0

@@ -1,9 +1,9 @@
-"""Data workers that die or hang are restarted; the batches of an epoch stay the same.
+"""Restart data workers that die or hang; the batches of an epoch stay the same.
 
-torch's own watch raises wherever the main process happens to be, even in the middle of an optimizer
-step. Here a death is noticed only while waiting for a batch. The workers are then restarted, once
-per epoch, from the first batch that was not delivered; samples are pure functions of their place,
-so nothing else changes. No other file touches the private parts of torch's DataLoader.
+torch's SIGCHLD handler raises wherever the main process happens to be, even in the middle of an
+optimizer step. Here a death is noticed only while waiting for a batch. The workers are then
+restarted, once per epoch, from the first batch that was not delivered. Samples are pure functions
+of their position, so nothing else changes. Only this file uses private parts of torch's DataLoader.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from camoxpert.text import shorten
 
 B = TypeVar("B")
 
-# How often torch checks its workers while it waits; also the DataLoader's ``timeout``, which
-# would otherwise keep it from checking.
+# Interval at which torch checks its workers while it waits. It is also the DataLoader's
+# ``timeout``, which would otherwise prevent these checks.
 POLL_SECONDS = 5.0
-# A restart helps against a process that was killed, not against a sample that kills.
+# A restart helps if a process was killed, not if a sample crashes it.
 RESTARTS = 1
 TIMED_OUT = "DataLoader timed out"
 
 
 def start_worker(worker: int) -> None:
-    """Prepare a worker: one thread, and deaf to signals meant for the main process."""
+    """Prepare a worker: use one thread, ignore signals meant for the main process."""
     import cv2
 
     cv2.setNumThreads(0)
@@ -45,7 +45,7 @@ def start_worker(worker: int) -> None:
 def loader_options(
     num_workers: int, *, start_method: str, persistent: bool, prefetch: int, timeout: float
 ) -> dict[str, Any]:
-    """Return the DataLoader's options about workers; ``timeout`` as ``Supervised`` takes it."""
+    """Return the DataLoader's worker options; ``timeout`` as in ``Supervised``."""
     # A private generator: iter(DataLoader) otherwise draws from torch's global one.
     options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
     if num_workers:
@@ -54,7 +54,7 @@ def loader_options(
             "prefetch_factor": prefetch,
             "worker_init_fn": start_worker,
             "multiprocessing_context": start_method,
-            # torch looks for dead workers at this interval; ``Supervised`` decides about hangs.
+            # torch looks for dead workers at this interval; ``Supervised`` detects hangs.
             "timeout": min(POLL_SECONDS, timeout or POLL_SECONDS),
         }
     return options
@@ -64,14 +64,14 @@ class Supervised(Generic[B]):
     """A DataLoader that survives one death or hang of its workers per epoch.
 
     Args:
-        make: builds the DataLoader; called again when its workers died.
-        sampler: of that DataLoader.
-        names: of all samples.
+        make: builds the DataLoader; called again after its workers died.
+        sampler: sampler of that DataLoader.
+        names: names of all samples.
         timeout: seconds without a batch after which workers count as hung; 0 waits without limit.
 
     Attributes:
         loader: the DataLoader.
-        running: the iterator whose workers live now; empty when none do.
+        running: the iterator whose workers are running; empty if there is none.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Supervised(Generic[B]):
         return len(self.loader)
 
     def __iter__(self) -> Iterator[B]:
-        """Yield batches; raise faults that came as values.
+        """Yield batches; raise a DataError that a worker returned as a value.
 
         Raises:
-            DataError: a fault, or workers that died or hung again after a restart.
+            DataError: a sample cannot be read, or workers died or hung again after a restart.
         """
         delivered, failures, finished = 0, 0, False
         iterator: Iterator[Any] | None = None
@@ -129,15 +129,15 @@ class Supervised(Generic[B]):
                 yield batch
         finally:
             if self.loader.num_workers and not (finished and self.loader.persistent_workers):
-                # Left early: what kept workers prepared ahead must not reach the next epoch.
+                # Left early: batches that workers read ahead must not reach the next epoch.
                 end_workers(self.running)
                 self.loader = self._make()
 
     def _begin(self, delivered: int) -> Iterator[Any]:
-        """Start the workers at a batch, without torch's watch."""
+        """Start the workers at batch ``delivered``, without torch's SIGCHLD handler."""
         previous = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         try:
-            # Workers that start while Stopped is raised would be nobody's, and hang the exit.
+            # Workers started while Stopped is raised would never be ended and would hang the exit.
             with self._sampler.at_batch(delivered), stop.current().deferred():
                 iterator = iter(self.loader)
                 self.running[:] = [iterator]
@@ -149,21 +149,21 @@ class Supervised(Generic[B]):
                 and threading.current_thread() is threading.main_thread()
                 and signal.getsignal(signal.SIGCHLD) is not previous
             ):
-                # A signal handler that raises would end an optimizer step half way.
+                # A signal handler that raises would interrupt an optimizer step.
                 signal.signal(signal.SIGCHLD, previous)
 
     def _failed(self, error: BaseException) -> bool:
-        """Whether the workers failed; a fault of our own code in one keeps its traceback.
+        """Return whether the workers failed; errors of our own code in one keep their traceback.
 
-        How a death shows depends on what the worker was doing: a closed pipe, a message that ends
-        early, or torch's own words.
+        A dead worker appears as a closed pipe, a truncated message or torch's own error, depending
+        on what it was doing.
         """
         return is_timeout(error) or is_worker_death(error) or any_dead(self.running)
 
     def _end_failed(self, error: Exception, delivered: int, *, last: bool) -> None:
         """End the workers and warn that new ones will start; raise DataError if ``last``."""
         kill_workers(self.running)
-        # Persistent workers belong to their loader, which would ask the dead again.
+        # Persistent workers belong to their loader, which would use the dead ones again.
         self.loader = self._make()
         waited_for = shorten(self._names[i] for i in self._sampler.batch_indices(delivered))
         hung = is_timeout(error)
@@ -171,17 +171,17 @@ class Supervised(Generic[B]):
             raise worker_hang(self._timeout, waited_for) from error
         if last:
             raise worker_death(error, waited_for) from error
-        what = "gave no answer in time" if hung else f"died ({_reason(error)})"
+        what = "did not answer in time" if hung else f"died ({_reason(error)})"
         console.warn(
             f"A data worker {what}; waited for: {waited_for}. The workers are restarted, which is "
             f"allowed once per epoch; no batch is lost or changed."
         )
 
     def _next(self, iterator: Iterator[Any]) -> Any:
-        """Wait for a batch.
+        """Wait for a batch and return it.
 
-        Waits are counted, not timed: a process that was suspended for an hour finds its workers as
-        they were.
+        Waits are counted, not timed: a process that was suspended for an hour does not take its
+        workers for hung.
         """
         waits = 0
         while True:
@@ -195,39 +195,39 @@ class Supervised(Generic[B]):
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether an exception is how torch reports that no batch came in time."""
+    """Return whether torch raised the error because no batch came in time."""
     return TIMED_OUT in str(error)
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Whether an exception is how torch reports the death of a data worker."""
+    """Return whether torch raised the error because a data worker died."""
     text = str(error)
-    # The last one: /dev/shm is full, and the worker that filled it could still say so.
+    # The last one: /dev/shm is full, and the worker that filled it could still report it.
     signs = ("DataLoader worker (pid", "shared memory", "write to file </torch_")
     return any(sign in text for sign in signs)
 
 
 def worker_death(error: BaseException, waited_for: str = "") -> DataError:
-    """Return the readable form of a data worker's death."""
+    """Return the error that reports a dead data worker."""
     samples = f"; waited for: {waited_for}" if waited_for else ""
     return DataError(
-        f"A data worker died ({_reason(error)}){samples}. Often the machine ran out of memory or "
+        f"A data worker died ({_reason(error)}){samples}. Often the machine is out of memory or "
         "shared memory: lower --num-workers or data.prefetch_factor, or use --num-workers 0."
     )
 
 
 def worker_hang(seconds: float, waited_for: str) -> DataError:
-    """Return the readable form of data workers that no longer answer."""
+    """Return the error that reports data workers that no longer answer."""
     return DataError(
         f"No data worker delivered a batch for {seconds:g} s, twice in one epoch; waited for: "
-        f"{waited_for}. Is the disk or network that holds these files alive? Raise "
-        "data.worker_timeout where it is only slow (0 waits without limit), or use --num-workers 0."
+        f"{waited_for}. Check the disk or network that holds these files. If it is only slow, "
+        "raise data.worker_timeout (0 waits without limit) or use --num-workers 0."
     )
 
 
 def any_dead(running: Sequence[Any]) -> bool:
-    """Whether a worker process of running iterators has ended."""
-    # The end of its pipe is seen a moment before the process is gone.
+    """Return whether a worker process of running iterators has ended."""
+    # Its pipe closes a moment before the process has ended.
     return any(worker.join(timeout=0.2) or not worker.is_alive() for worker in _workers(running))
 
 
@@ -244,7 +244,7 @@ def end_workers(running: list[Any]) -> None:
 
 
 def kill_workers(running: list[Any]) -> None:
-    """Kill worker processes of which one died or hangs."""
+    """Kill all workers of running iterators after one died or hung."""
     for worker in _workers(running):
         worker.kill()
     _ask_to_end(list(running), seconds=1.0)
@@ -252,10 +252,10 @@ def kill_workers(running: list[Any]) -> None:
 
 
 def _ask_to_end(iterators: list[Any], *, seconds: float) -> None:
-    """Let torch shut its workers down, and wait no longer than that.
+    """Let torch shut down its workers, and wait at most ``seconds``.
 
     A worker that was killed may hold a lock that torch's shutdown waits for without limit. So a
-    thread calls it, and is abandoned if it does not return.
+    thread calls the shutdown and is abandoned if it does not return.
     """
 
     def ask() -> None:

@@ -1,8 +1,8 @@
-"""Samples that cannot be read: an error by default, or skipped within a bound.
+"""Unreadable samples: an error by default, or skipped up to a limit.
 
-Under ``skip`` sample i is replaced by the next readable one, i+1, i+2, ... around the data set,
-augmented by the draw of i. That depends on the files alone, so any number of workers, cached or
-not, gives the same batches.
+Under ``skip`` sample i is replaced by the next readable one (i+1, i+2, ..., wrapping around),
+augmented by the draw of i. This depends only on the files, so the batches are the same for any
+number of workers, with or without a cache.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ def allowed(count: int, share: float) -> int:
 
 
 def skippable(data: DataConfig, count: int) -> int:
-    """Return how many unreadable samples in a row of ``count`` are stepped over; 0: none."""
+    """Return how many unreadable samples in a row are skipped, of ``count``; 0: none."""
     return allowed(count, data.max_unreadable) if data.unreadable == "skip" else 0
 
 
 def require_few(faults: Sequence[Fault], count: int, share: float, *, what: str) -> None:
-    """Raise DataError where more than the allowed share of ``count`` images is unreadable."""
+    """Raise DataError if more than the allowed share of ``count`` images is unreadable."""
     if len(faults) > allowed(count, share):
         raise DataError(
-            f"{len(faults)} of {count} {what} cannot be read, and data.max_unreadable={share:g} "
-            f"allows {allowed(count, share)}:\n{bullet_list([reason for _, reason in faults])}\n"
+            f"{len(faults)} of {count} {what} cannot be read, but data.max_unreadable={share:g} "
+            f"allows only {allowed(count, share)}:\n"
+            f"{bullet_list([reason for _, reason in faults])}\n"
             "Repair, replace or remove these files (image and mask), or raise data.max_unreadable."
         )
 
 
 class Unreadable:
-    """Counts the unreadable images of a run, in the process that trains.
+    """Counts the unreadable images of a run, in the training process.
 
     Args:
-        count: training images.
+        count: number of training images.
         share: data.max_unreadable.
     """
 
@@ -54,10 +55,10 @@ class Unreadable:
         self.seen: dict[str, str] = {}
 
     def note(self, replaced: Iterable[Fault]) -> list[str]:
-        """Record a batch's ``replaced``; return a line for every name seen for the first time.
+        """Record a batch's ``replaced``; return a line for every new name.
 
         Raises:
-            DataError: more names than the bound allows; it lists them.
+            DataError: more names than allowed; it lists them.
         """
         lines = []
         for name, reason in replaced:
@@ -74,16 +75,16 @@ def first_readable(
     """Read sample ``index``, or the next one that can be read.
 
     Args:
-        index: the sample that is due.
-        names: of all samples.
+        index: the sample to read.
+        names: names of all samples.
         read: reads a sample, or raises DataError.
-        skip: number of consecutive unreadable samples to step over; 0: raise at the first.
+        skip: number of unreadable samples in a row to skip; 0: raise at the first.
 
     Returns:
-        The index and what was read there; the faults met on the way.
+        The index of the sample read, the sample, and the faults of those skipped.
 
     Raises:
-        DataError: what ``read`` raised, or the list of all that cannot be read.
+        DataError: the error of ``read``, or one that lists the samples that cannot be read.
     """
     faults: list[Fault] = []
     while True:
@@ -94,10 +95,11 @@ def first_readable(
             if not skip:
                 raise
             faults.append((names[place], str(error)))
-            # The bound is broken whatever the others are: do not try thousands.
+            # Too many already: do not try thousands more.
             if len(faults) > skip or len(faults) == len(names):
                 reasons = [reason for _, reason in faults]
                 raise DataError(
-                    f"{len(faults)} samples in a row cannot be read, more than are skipped:\n"
-                    f"{bullet_list(reasons)}"
+                    f"{len(faults)} samples in a row cannot be read, which is too many to skip:\n"
+                    f"{bullet_list(reasons)}\n"
+                    "Repair, replace or remove these files (image and mask)."
                 ) from None

@@ -1,4 +1,4 @@
-"""Decisions about data worker processes: how many, how far ahead, and how they start."""
+"""Choose the number of data workers, how far they read ahead, and how they start."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 from camoxpert.runtime.host import usable_cores
 
 MAX_WORKERS = 8
-# Images per second that keep a device busy with a small backbone; what a CPU trains is a tenth.
+# Images per second that keep a device busy with a small backbone; a CPU trains a tenth of that.
 WANTED_RATE = {"cuda": 2000.0, "cpu": 200.0}
-# A sample that takes less costs more to hand over than to make.
+# A sample that takes less time costs more to pass between processes than to make.
 HAND_OVER_SECONDS = 2e-4
-# Of the free shared memory that batches may wait in.
+# Share of the free shared memory that batches read ahead may take.
 SHARED_MEMORY_SHARE = 0.5
 
 
@@ -23,9 +23,9 @@ def choose_num_workers(
     """Return the number of worker processes and why.
 
     Args:
-        wanted: as asked, or None.
-        seconds: measured time that one sample takes one process.
-        device: where the step runs.
+        wanted: number set by the user, or None to choose.
+        seconds: measured time of one sample in one process.
+        device: type of the device that trains.
         processes: training processes that share this machine's cores.
     """
     made = f"a sample takes {1e3 * seconds:.2g} ms"
@@ -34,9 +34,9 @@ def choose_num_workers(
     cores = max(1, usable_cores() // processes)
     shared = f" (the share of each of {processes} processes)" if processes > 1 else ""
     if cores == 1:
-        return 0, f"a single core gains nothing from workers{shared}"
+        return 0, f"workers do not help on a single core{shared}"
     if seconds < HAND_OVER_SECONDS:
-        return 0, f"{made}, less than handing it over would"
+        return 0, f"{made}, less than passing it between processes"
     rate = WANTED_RATE.get(device, WANTED_RATE["cpu"])
     workers = max(1, min(cores, MAX_WORKERS, math.ceil(rate * seconds)))
     rate = workers / seconds
@@ -46,14 +46,15 @@ def choose_num_workers(
 def choose_prefetch(
     wanted: int, *, num_workers: int, batch_bytes: int, shared: int | None, processes: int = 1
 ) -> tuple[int, str]:
-    """Return the batches each worker prepares ahead, and why where they are fewer than asked for.
+    """Return how many batches each worker prepares ahead, and why if fewer than wanted.
 
-    They wait in shared memory, of which containers have little: a worker that fills it dies.
+    The batches are kept in shared memory, which is small in containers: a worker that fills it
+    dies.
 
     Args:
-        wanted: as the settings say.
-        num_workers, batch_bytes: what is prepared.
-        shared: free bytes of shared memory; None where there is no limit.
+        wanted: number in the settings.
+        num_workers, batch_bytes: number of workers, and size of one batch.
+        shared: free bytes of shared memory; None if there is no limit.
         processes: training processes that share it.
     """
     if not num_workers or shared is None:
@@ -65,18 +66,18 @@ def choose_prefetch(
     free = f"{shared / 1e6:.1f} MB of shared memory are free"
     if one > shared:
         return 1, (
-            f"warning: {one / 1e6:.1f} MB of shared memory are needed for one batch ahead in each "
-            f"worker, and {free}; a worker that fills it dies. Use --num-workers 0, or give the "
+            f"warning: {one / 1e6:.1f} MB of shared memory are needed for one batch per worker, "
+            f"but {free}; a worker that fills it dies. Use --num-workers 0, or give the "
             f"container more (docker: --shm-size)"
         )
     return max(1, fitting), f"{max(1, fitting)} batches ahead instead of {wanted}: {free}"
 
 
 def choose_start_method(wanted: str) -> tuple[str, str]:
-    """Return how worker processes start, and why."""
+    """Return the start method of worker processes, and why."""
     known = multiprocessing.get_all_start_methods()
     if wanted != "auto":
         return wanted, "as asked"
     if "fork" in known and sys.platform == "linux":
-        return "fork", "workers share what is loaded already, and start immediately"
-    return "spawn", f"the only safe way on {sys.platform}"
+        return "fork", "workers share loaded memory and start immediately"
+    return "spawn", f"the only safe start method on {sys.platform}"

@@ -1,11 +1,11 @@
-"""Duplicate pictures: re-encoded, resized, cropped or flipped copies, found by content.
+"""Find duplicate pictures by content: re-encoded, resized, cropped or flipped copies.
 
-Two steps. A small contrast picture of every image is compared with those of 19 windows of every
-other (whole, nine tenths, four fifths of the side), in four flips: one matrix product proposes
-candidates. A candidate is then laid over its partner at all offsets and a grid of scales, both
-locally normalised, so that fine structure counts everywhere and light and contrast nowhere; the
-correlation where it fits best is the similarity. Among 1 800 real and generated images 199 of 200
-planted copies reached 0.87 or more, and no two other pictures that were not copies passed 0.80.
+There are two steps. First, a small contrast picture of every image is compared with those of 19
+windows of every other (whole, nine tenths, four fifths of the side), in four flips: one matrix
+product proposes candidates. Then a candidate is laid over its partner at all offsets and a grid of
+scales, both locally normalised, so that fine structure counts everywhere and light and contrast do
+not. The correlation at the best fit is the similarity. Among 1 800 real and generated images, 199
+of 200 planted copies reached 0.87 or more, and no pair that was not a copy passed 0.80.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from camoxpert.data.files.image_io import MAX_PIXELS, read_image
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import usable_cores
 
-# From this similarity on, two pictures show the same.
+# Two pictures with at least this similarity are copies.
 COPY = 0.8
 FINE, COARSE, TINY = 96, 48, 12
 WINDOWS = (1.0, 0.9, 0.8)
 # Candidates per picture and flip that are compared closely.
 CANDIDATES = 2
-# Below this similarity at the coarse size a closer look is not worth its time.
+# Below this similarity at the coarse size, the fine size is not compared.
 WORTH_A_LOOK = 0.4
 SMALLEST_CROP = 0.76
 # Spread of a locally normalised picture that has no structure; photographs have 15 and more.
@@ -38,7 +38,7 @@ SCALES = (
     *((s, s) for s in (1.0, 0.95, 0.9, 0.85, 0.8)),
     *((1.0, 0.9), (0.9, 1.0), (1.0, 0.8), (0.8, 1.0), (0.9, 0.8), (0.8, 0.9)),
 )
-FLIPS = ("", "flipped left-right", "flipped upside down", "turned by half")
+FLIPS = ("", "flipped left-right", "flipped upside down", "rotated by 180 degrees")
 # Similarities held at once, 4 bytes each.
 PRODUCT_SIZE = 50_000_000
 # Locally normalised values are kept in bytes.
@@ -47,7 +47,7 @@ BYTE_SCALE = 32.0
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is kept of a picture.
+    """What is kept of a picture to compare it with others.
 
     Attributes:
         fine, coarse: int8 squares, locally normalised.
@@ -61,7 +61,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Match:
-    """Two pictures that show the same.
+    """Two pictures that are copies of each other.
 
     Attributes:
         a, b: positions in the list searched, a < b.
@@ -109,11 +109,11 @@ def fingerprints(
 
 
 def find_copies(prints: Sequence[Fingerprint | None], *, at_least: float = COPY) -> list[Match]:
-    """Return the pairs of pictures that show the same, most similar first.
+    """Return the pairs of pictures that are copies, most similar first.
 
     Args:
-        prints: of every picture; None is skipped.
-        at_least: similarity from which a pair counts.
+        prints: fingerprint of every picture; None is skipped.
+        at_least: smallest similarity of a copy.
     """
     known = [index for index, value in enumerate(prints) if value is not None]
     found = [prints[index] for index in known]
@@ -158,7 +158,7 @@ def candidates(prints: Sequence[Fingerprint]) -> list[tuple[int, int, int]]:
             best = np.argpartition(-score, take - 1, axis=1)[:, :take]
             for a, others in zip(own.tolist(), best.tolist(), strict=True):
                 for b in others:
-                    # A flip undoes itself: unless one is a crop of the other, (b, a) is the same.
+                    # A flip is its own inverse: (b, a) differs only if one is a crop of the other.
                     chosen[a, b, flip] = None
     return list(chosen)
 
@@ -167,10 +167,10 @@ def similarity(first: Fingerprint, second: Fingerprint, flip: int) -> tuple[floa
     """Lay one picture, flipped, over another at all offsets and a grid of scales.
 
     Returns:
-        The correlation where it fits best, and what was done to one of them, in words.
+        The correlation at the best fit, and what was done to one of them, in words.
     """
     if min(first.fine.std(), second.fine.std()) < FLAT:
-        # A plain colour: there is nothing to compare.
+        # A plain colour: nothing to compare.
         return 0.0, ""
     template = _flipped(first.coarse.astype(np.float32)[None], flip)[0]
     ground = second.coarse.astype(np.float32)
@@ -209,7 +209,8 @@ def _normalised(grey: np.ndarray, sigma: float) -> np.ndarray:
     spread = np.sqrt(_blurred(contrast * contrast, sigma))
     # Two grey levels of spread are noise and compression.
     value = contrast / (spread + 2.0)
-    return np.clip(np.round(value * BYTE_SCALE), -127, 127).astype(np.int8)
+    levels: np.ndarray = np.clip(np.round(value * BYTE_SCALE), -127, 127)
+    return levels.astype(np.int8)
 
 
 def _blurred(grey: np.ndarray, sigma: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Checks of every file of a data set; nothing is changed and nothing is dropped."""
+"""Check every file of a data set; nothing is changed and nothing is dropped."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from camoxpert.metrics.groups import SIZES
 from camoxpert.text import count
 
 MORE_ROUNDS = 4
-# Pictures of every split on its contact sheet.
+# Number of pictures on the contact sheet of a split.
 SHEET_PICTURES = 48
 PARTS = ("training", "validation", "test")
 
 
 @dataclass
 class Examination:
-    """All that was found out about the data.
+    """Everything that was found out about the data.
 
     Attributes:
         findings: in the order of the checks.
@@ -55,11 +55,11 @@ class Examination:
 
 
 def examine_data(data: DataConfig, *, seed: int = 42, copies: bool = True) -> Examination:
-    """Examine every file of the data sets.
+    """Examine every file of the data sets and return what was found.
 
     Args:
-        data: settings of the training that is planned.
-        seed: of that training.
+        data: settings of the planned training.
+        seed: seed of the planned training.
         copies: also look for duplicate pictures by content.
 
     Raises:
@@ -123,7 +123,7 @@ def _find_pairs(root: Path, search: Search, found: Examination) -> list[tuple[Pa
                 "error",
                 "pairing",
                 f"{source.dataset} {split}: images without a mask: {len(pairing.missing)} "
-                f"({where}). Add the masks or take the images out.",
+                f"({where}). Add the masks or remove the images.",
                 pairing.missing,
             )
         if pairing.unused:
@@ -197,7 +197,8 @@ def _check_masks(found: Examination) -> None:
             found.add(
                 "warning",
                 "masks",
-                f"{dataset} {split}: {len(inverted)} masks look inverted (the object is the rim).",
+                f"{dataset} {split}: {len(inverted)} masks look inverted (the object is along the "
+                f"border).",
                 [facts.pair.mask for facts in inverted],
             )
 
@@ -222,7 +223,7 @@ def _check_objects(found: Examination) -> None:
 def _check_copies(
     found: Examination, validation: set[tuple[str, str]], copies: bool, max_pixels: int
 ) -> None:
-    """Look for duplicate pictures, and say where they matter."""
+    """Look for duplicate pictures, and report the splits that they are in."""
     sound = [facts for facts in found.facts if not facts.faults]
     if copies:
         matches = _find_all_copies(sound, max_pixels)
@@ -241,13 +242,13 @@ def _check_copies(
 
     left_out = {row[:3] for row in found.clean_list}
     for members in _families(matches):
-        # One of a family stays. Test sets are never cleaned, so that scores stay comparable;
-        # validation comes before training.
+        # Keep one of each family. Test sets are never cleaned, so that scores stay comparable;
+        # validation takes precedence over training.
         ranked = sorted(members, key=lambda i: (-PARTS.index(part(sound[i])), i))
         keeper = sound[ranked[0]]
         for loser in (sound[index] for index in ranked[1:]):
             if part(loser) != "test" and _key(loser) not in left_out:
-                reason = f"shows the same as {keeper.pair.name} ({part(keeper)})"
+                reason = f"a copy of {keeper.pair.name} ({part(keeper)})"
                 found.clean_list.append((*_key(loser), reason))
     groups: dict[str, list[str]] = {}
     for match, a, b in found.matches:
@@ -260,22 +261,21 @@ def _check_copies(
         found.add(
             "warning",
             "copies",
-            f"{count(len(names), 'pair')} of images show the same, "
-            f"{'across' if across else 'within'} {where}. "
+            f"{count(len(names), 'pair')} of copies {'across' if across else 'within'} {where}. "
             f"{advice}--clean-list FILE writes what to leave out.",
             names,
         )
     if not found.matches:
         sought = "re-encoded, resized, cropped or flipped copies" if copies else "identical files"
-        found.add("note", "copies", f"No {sought} seen among {len(sound)} images.")
+        found.add("note", "copies", f"No {sought} found among {len(sound)} images.")
 
 
 def _find_all_copies(sound: Sequence[PairFacts], max_pixels: int) -> list[Match]:
-    """Return the duplicate pictures, also those of families with more members than candidates."""
+    """Return the duplicate pictures, including families with more members than candidates."""
     prints = fingerprints([facts.pair.image for facts in sound], max_pixels=max_pixels)
     matches = find_copies(prints)
     for _ in range(MORE_ROUNDS):
-        # A picture has few candidates: a large family may hide its matches with another one.
+        # A picture has few candidates: in a large family they may hide a match with another family.
         large = [family for family in _families(matches) if len(family) > CANDIDATES]
         if not large:
             break
@@ -318,7 +318,7 @@ def _check_training(
     except DataError as error:
         tests_only = found.facts and all(facts.split == "test" for facts in found.facts)
         if tests_only and not any(finding.check == "pairing" for finding in found.findings):
-            text = "Only test images are here: there is nothing to train on, only to evaluate."
+            text = "Only test images were found: there is nothing to train on, only to evaluate."
             found.add("warning", "training", text)
         elif not any(finding.level == "error" for finding in found.findings):
             found.add("error", "training", f"Training would stop here: {error}")
@@ -341,6 +341,6 @@ def _key(facts: PairFacts) -> tuple[str, str, str]:
 
 
 def write_clean_list(path: Path, rows: Sequence[tuple[str, str, str, str]]) -> None:
-    """Write what to leave out, for ``--clean-list`` of train and evaluate."""
+    """Write the images to leave out, for ``--clean-list`` of train and evaluate."""
     columns = ("dataset", "split", "name", "reason")
     write_rows(path, [dict(zip(columns, row, strict=True)) for row in rows], columns)

@@ -1,4 +1,4 @@
-"""The whole check: environment, a training step, the data; printed and written."""
+"""Run all checks (environment, a training step, the data); print and write the results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ def diagnose(
     """Check everything and return whether training should start.
 
     Args:
-        data: settings of the training that is planned; without roots only the environment is
-            checked.
-        seed: of that training.
-        copies: look for copies by content, not for identical files only.
-        device: of that training.
-        output: folder of the page.
+        data: settings of the planned training; without roots only the environment is checked.
+        seed: seed of the planned training.
+        copies: look for copies by content, not only for identical files.
+        device: device of the planned training.
+        output: folder for the page and its files.
         clean_list: file for the images to leave out; empty: not written.
 
     Raises:
@@ -34,7 +33,7 @@ def diagnose(
     print_findings(findings)
     sound = all(finding.level != "error" for finding in findings)
     if not data.roots:
-        console.say("\nNo data set given: `camoxpert doctor DIR` checks one.")
+        console.say("\nNo data set given. Use `camoxpert doctor DIR` to check one.")
         return sound
     found = examine_data(data, seed=seed, copies=copies)
     console.say("\ndata")

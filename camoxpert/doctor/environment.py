@@ -1,4 +1,4 @@
-"""Checks of interpreter, packages, devices, memory and disk."""
+"""Check interpreter, packages, devices, memory and disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from camoxpert.doctor.finding import Finding
 from camoxpert.runtime.host import available_memory, free_shared_memory, usable_cores
 
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "opencv-python-headless", "numpy")
-# A worker hands over batches through shared memory; containers often give 64 MB.
+# Workers pass batches through shared memory; containers often have only 64 MB.
 SMALL_SHARED_MEMORY = 1 << 28
 SMALL_DISK = 5 << 30
 
@@ -45,7 +45,7 @@ def check_environment(device: str = "auto") -> list[Finding]:
         add(
             "warning",
             "host",
-            f"/dev/shm has {shared / 1e6:.0f} MB free: data workers hand over batches through it "
+            f"/dev/shm has {shared / 1e6:.0f} MB free: data workers pass batches through it "
             f"and die when it is full. Start the container with --shm-size=1g, or use "
             f"--num-workers 0.",
         )
@@ -77,15 +77,15 @@ def _check_devices(add: Callable[[str, str, str], None], device: str) -> None:
         why = f" CUDA_VISIBLE_DEVICES is {visible!r}." if visible is not None else ""
         reason = "the driver is too old or the device is blocked"
         if torch.version.cuda is None:
-            reason = "this build is for CPUs only"
+            reason = "this build of PyTorch is for CPUs only"
         add(
             "error" if device.startswith("cuda") else "warning",
             "devices",
-            f"The driver reports {len(driver)} GPUs ({', '.join(driver)}) and PyTorch sees none: "
+            f"The driver reports {len(driver)} GPUs ({', '.join(driver)}), but PyTorch sees none: "
             f"{reason}.{why}",
         )
     elif len(driver) > seen:
-        add("warning", "devices", f"PyTorch sees {seen} of the driver's {len(driver)} GPUs.")
+        add("warning", "devices", f"PyTorch sees only {seen} of the driver's {len(driver)} GPUs.")
     if not seen:
         add("note", "devices", "No CUDA device: training runs on the CPU.")
     for index in range(seen):
@@ -101,7 +101,7 @@ def _check_devices(add: Callable[[str, str, str], None], device: str) -> None:
 
 
 def _driver_devices() -> list[str]:
-    """Return the names of the GPUs that the driver reports, [] without one."""
+    """Return the names of the GPUs that the driver reports; [] without a driver."""
     try:
         import pynvml
 
@@ -115,7 +115,7 @@ def _driver_devices() -> list[str]:
         finally:
             pynvml.nvmlShutdown()
     except Exception:
-        # No library, no driver, no permission: there is nothing to compare with.
+        # No library, no driver or no permission: there is nothing to compare with.
         return []
 
 

@@ -11,7 +11,7 @@ class Finding:
 
     Attributes:
         level: error, warning or note.
-        check: what was looked at, in a word or two.
+        check: what was checked, in a word or two.
         text: what is wrong, and what to do.
         files: the files concerned.
     """

@@ -1,4 +1,4 @@
-"""One pair examined closely: whether it is sound, its mask, and the objects in it."""
+"""Examine one pair closely: its faults, its mask and the objects in it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PairFacts:
     Attributes:
         pair: its files.
         split: train, test or all.
-        faults: sentences; a pair with one cannot be used.
+        faults: sentences; a pair with any cannot be used.
         image_format: format and mode of the image file.
         encoding: how the mask is stored.
         oddities: what is unusual but read correctly.
@@ -52,7 +52,7 @@ class PairFacts:
         share: share of the pixels that are object, 0..1.
         border: share of the pixels at the edge of the image that are object.
         objects: connected objects, specks left out.
-        thumb, thumb_mask: small copies for pictures.
+        thumb, thumb_mask: small copies for the contact sheet.
     """
 
     pair: Pair
@@ -77,7 +77,7 @@ class PairFacts:
 def inspect_pair(
     pair: Pair, split: str, *, max_pixels: int = MAX_PIXELS, picture: bool = True
 ) -> PairFacts:
-    """Decode a pair strictly and describe it; faults of the files are listed, never raised.
+    """Decode a pair strictly and describe it; faults are listed, not raised.
 
     Args:
         pair: its files.
@@ -104,7 +104,9 @@ def inspect_pair(
         if head.format != EXPECTED.get(pair.image.suffix.lower(), head.format):
             facts.oddities.append(f"{head.format} named {pair.image.suffix}")
         if head.orientation != 1:
-            words = "both turned by EXIF" if turn else "EXIF ignored, the mask was drawn unturned"
+            words = (
+                "both turned by EXIF" if turn else "EXIF ignored: the mask fits the stored pixels"
+            )
             facts.oddities.append(words)
         if mask_head.orientation != 1:
             facts.oddities.append("the mask has an EXIF orientation")
@@ -136,7 +138,7 @@ def inspect_pair(
 
 
 def small_picture(path: Path, *, max_pixels: int) -> np.ndarray:
-    """Decode an image small, for a page."""
+    """Return a small copy of an image, for a page."""
     image = read_image(path, max_pixels=max_pixels, at_least=THUMB)
     scale = THUMB / max(image.shape[:2])
     size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
@@ -149,7 +151,8 @@ def inspect_pairs(
 ) -> list[PairFacts]:
     """Inspect (pair, split) items in threads; the results keep their order.
 
-    ``pictures`` of every data set and split, spread evenly, keep small copies for contact sheets.
+    In every data set and split, ``pictures`` items, spread evenly, keep small copies for the
+    contact sheet.
     """
     parts: dict[tuple[str, str], list[int]] = {}
     for index, (pair, split) in enumerate(pairs):
@@ -167,7 +170,7 @@ def inspect_pairs(
 
 
 def identical_files(paths: Sequence[Path]) -> list[list[int]]:
-    """Return groups of positions of files with the same bytes; reads only files of equal size."""
+    """Return groups of positions of files with the same bytes; read only files of equal size."""
     by_size: dict[int, list[int]] = {}
     for index, path in enumerate(paths):
         by_size.setdefault(path.stat().st_size, []).append(index)

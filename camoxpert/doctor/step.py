@@ -1,4 +1,4 @@
-"""One training step of a tiny model on the device that training would use."""
+"""Run one training step of a tiny model on the device that training would use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = {"model.backbone": "tiny_test", "model.pretrained": False, "data.img_size
 
 
 def check_step(device: str) -> Finding:
-    """Take the step and return whether it works."""
+    """Run the step and return whether it works, as a finding."""
     config = load_config(flags=TINY)
     try:
         chosen = choose_device(device)
@@ -35,5 +35,5 @@ def check_step(device: str) -> Finding:
         return Finding("error", "step", str(error))
     except RuntimeError as error:
         words = " ".join(str(error).split())[:300]
-        return Finding("error", "step", f"A training step of a tiny model fails here: {words}")
+        return Finding("error", "step", f"A training step of a tiny model failed: {words}")
     return Finding("note", "step", f"A training step works on {chosen} ({precision.reason}).")

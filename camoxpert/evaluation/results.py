@@ -13,15 +13,9 @@ from camoxpert import console
 from camoxpert.errors import DataError
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
+from camoxpert.metrics.groups import count_label, size_label
 from camoxpert.metrics.scoring import Row
-from camoxpert.metrics.statistics import (
-    Scores,
-    breakdown,
-    compare,
-    confidence_intervals,
-    count_label,
-    size_label,
-)
+from camoxpert.metrics.statistics import Scores, breakdown, compare, confidence_intervals
 
 DECIDING = ("wFmeasure", "Smeasure", "IoU", "MAE")
 """The first of these that was computed ranks images and methods."""

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from camoxpert.errors import DataError
 from camoxpert.metrics.evaluator import Evaluator
-from camoxpert.metrics.groups import count_label as count_label
-from camoxpert.metrics.groups import size_label as size_label
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000

@@ -1,9 +1,9 @@
-"""Generated camouflage: an object whose texture has the statistics of its background.
+"""Generate camouflage: an object whose texture has the statistics of its background.
 
 Background and object are textures of one family, painted with one palette after both are
-histogram-equalised, so that their colours and contrasts agree; what tells them apart is
-orientation, scale and phase. ``difficulty`` takes these cues away: 0 is easy to see, 1 leaves a
-phase break and a faint contour.
+histogram-equalised, so that their colours and contrasts agree; they differ in orientation, scale
+and phase. ``difficulty`` removes these cues: 0 is easy to see, 1 leaves only a phase break and a
+faint contour.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def toy_pair(
     """
     if size < 16 or not 0 <= difficulty <= 1:
         raise ValueError(f"size {size} must be at least 16, difficulty {difficulty:g} in 0..1.")
-    # A stream each, so that changing the difficulty changes neither outline nor colours.
+    # Separate streams, so that changing the difficulty changes neither outline nor colours.
     scene, outline, grain = (np.random.default_rng([seed, index, k]) for k in range(3))
     make = list(TEXTURES.values())[index % len(TEXTURES)]
     ease = 1.0 - difficulty
@@ -63,7 +63,7 @@ def toy_pair(
     alpha = object_alpha(outline, size)
     mask = alpha > 0.5
     background = equalise(make(grain, size, angle, scale))
-    # Equalised over the object alone: its grey levels are spread like the background's.
+    # Equalised over the object only, so its grey levels are spread like the background's.
     hidden = equalise(make(grain, size, angle + turn, scale * zoom), mask)
     own = (palette + ease**2 * 0.7 * (other - palette)) * (1 + ease**2 * brightness)
     light = relief(alpha, direction, strength=0.05 + 0.15 * ease)
@@ -76,7 +76,7 @@ def toy_pair(
 
 
 def toy_name(index: int) -> str:
-    """Name a pair after its texture family, so that splits can be stratified."""
+    """Return a name with the texture family in it, so that splits can be stratified."""
     return f"{list(TEXTURES)[index % len(TEXTURES)]}_{index:05d}"
 
 
@@ -115,32 +115,36 @@ def noise(
     across = -fx * np.sin(angle) + fy * np.cos(angle)
     radius = np.sqrt((along * stretch) ** 2 + across**2) * scale
     band = np.exp(-0.5 * (np.log2(np.maximum(radius, 1e-6)) / 0.6) ** 2)
-    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) * band, s=(size, size))
-    return (field - field.mean()) / (field.std() + 1e-12)
+    field: Field = np.fft.irfft2(
+        np.fft.rfft2(rng.standard_normal((size, size))) * band, s=(size, size)
+    )
+    unit: Field = (field - field.mean()) / (field.std() + 1e-12)
+    return unit
 
 
 def streaks(rng: np.random.Generator, size: int, angle: float, scale: float) -> Field:
-    """Grass or fur: long thin streaks in one direction."""
+    """Return grass or fur: long thin streaks in one direction."""
     long = noise(rng, size, scale * 0.9, angle=angle, stretch=6)
     return long + 0.35 * noise(rng, size, scale * 0.45, angle=angle + 0.3, stretch=5)
 
 
 def stripes(rng: np.random.Generator, size: int, angle: float, scale: float) -> Field:
-    """Bark or ripples: parallel bands bent by slow noise."""
+    """Return bark or ripples: parallel bands bent by slow noise."""
     y, x = np.mgrid[:size, :size].astype(np.float64)
     bend = noise(rng, size, scale * 6) * scale * 0.8
     phase = 2 * np.pi * (x * np.cos(angle) + y * np.sin(angle) + bend) / (scale * 1.8)
-    return np.sin(phase + rng.uniform(0, 2 * np.pi)) + 0.5 * noise(rng, size, scale * 0.5)
+    bands: Field = np.sin(phase + rng.uniform(0, 2 * np.pi))
+    return bands + 0.5 * noise(rng, size, scale * 0.5)
 
 
 def blotches(rng: np.random.Generator, size: int, angle: float, scale: float) -> Field:
-    """Foliage: soft blobs of several sizes."""
+    """Return foliage: soft blobs of several sizes."""
     coarse = np.tanh(1.5 * noise(rng, size, scale * 2.4, angle=angle, stretch=1.8))
     return coarse + 0.5 * noise(rng, size, scale, angle=angle, stretch=1.5)
 
 
 def pebbles(rng: np.random.Generator, size: int, angle: float, scale: float) -> Field:
-    """Gravel: cells around random points, bright in the middle, dark in the gaps."""
+    """Return gravel: cells around random points, bright in the middle, dark in the gaps."""
     count = max(8, int((size / (scale * 1.7)) ** 2))
     points = rng.uniform(0, size, (count, 2))
     grey = rng.normal(0, 0.7, count)
@@ -149,7 +153,7 @@ def pebbles(rng: np.random.Generator, size: int, angle: float, scale: float) -> 
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     first = np.full((size, size), np.inf, np.float32)
     second, nearest = first.copy(), np.zeros((size, size), np.intp)
-    # Point by point: all distances at once take 100 MB at 352 pixels, and ten times as long.
+    # Point by point: all distances at once need 100 MB at 352 pixels, and ten times as long.
     for number, (px, py) in enumerate(points.astype(np.float32)):
         dx, dy = x - px, y - py
         distance = (dx * cos + dy * sin) ** 2 + squeeze * (dy * cos - dx * sin) ** 2
@@ -158,11 +162,12 @@ def pebbles(rng: np.random.Generator, size: int, angle: float, scale: float) -> 
         nearest[closer] = number
         np.minimum(first, distance, out=first)
     gap = np.clip((np.sqrt(second) - np.sqrt(first)) / scale, 0, 1)
-    return grey[nearest] + 1.4 * gap + 0.3 * noise(rng, size, scale * 0.5)
+    cells: Field = grey[nearest] + 1.4 * gap
+    return cells + 0.3 * noise(rng, size, scale * 0.5)
 
 
 def spots(rng: np.random.Generator, size: int, angle: float, scale: float) -> Field:
-    """Fawn or lichen: roundish spots on a mottled ground."""
+    """Return fawn or lichen: roundish spots on a mottled ground."""
     peaks = noise(rng, size, scale * 1.6, angle=angle, stretch=1.4)
     return 1.6 / (1 + np.exp(-6 * (peaks - 0.7))) + 0.5 * noise(rng, size, scale * 0.7)
 
@@ -177,7 +182,7 @@ TEXTURES: dict[str, Callable[[np.random.Generator, int, float, float], Field]] =
 
 
 def equalise(field: Field, where: np.ndarray | None = None) -> Field:
-    """Map values to their rank in 0..1, counted over ``where`` (default: everywhere)."""
+    """Return the values' ranks in 0..1, counted over ``where`` (default: everywhere)."""
     chosen = np.sort(field[where] if where is not None and where.any() else field.ravel())
     return np.searchsorted(chosen, field).astype(np.float64) / len(chosen)
 
@@ -193,7 +198,8 @@ def relief(alpha: np.ndarray, direction: float, *, strength: float) -> np.ndarra
     soft = cv2.GaussianBlur(alpha, (0, 0), max(alpha.shape[0] / 60, 0.8))
     dy, dx = np.gradient(soft)
     slope = dx * np.cos(direction) + dy * np.sin(direction)
-    return 1 + strength * slope / (np.abs(slope).max() + 1e-12)
+    factor: np.ndarray = 1 + strength * slope / (np.abs(slope).max() + 1e-12)
+    return factor
 
 
 def object_alpha(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -215,7 +221,8 @@ def object_alpha(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _ring(radius: np.ndarray) -> np.ndarray:
     angle = np.linspace(0, 2 * np.pi, len(radius), endpoint=False)
-    return np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]
+    points: np.ndarray = np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]
+    return points
 
 
 def _wobble(rng: np.random.Generator, strength: float, *, points: int = 90) -> np.ndarray:
@@ -230,7 +237,8 @@ def _wobble(rng: np.random.Generator, strength: float, *, points: int = 90) -> n
 def _ellipse(x: float, y: float, a: float, b: float, turn: float = 0.0) -> np.ndarray:
     ring = _ring(np.ones(40)) * [a, b]
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    return ring @ rotation.T + [x, y]
+    moved: np.ndarray = ring @ rotation.T + [x, y]
+    return moved
 
 
 def _blob(rng: np.random.Generator) -> list[np.ndarray]:

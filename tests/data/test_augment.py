@@ -1,4 +1,4 @@
-"""One draw, two back ends: the object lands on the same pixels, whoever moves it."""
+"""One draw, two back ends: both move the object to the same pixels."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TestDraw:
         assert of(1, 2, 3) != of(1, 3, 2) != of(2, 1, 3)
 
     def test_switching_one_change_off_leaves_the_others(self) -> None:
-        """Every number has its own place in the stream."""
+        """Every number has a fixed place in the stream."""
         options = {"seed": 0, "epoch": 1, "source": 32, "target": 32}
         for index in range(20):
             whole = draw(WILD, index=index, **options)
@@ -100,7 +100,7 @@ class TestBothBackEnds:
         assert (masks != device_masks).mean() < 0.004
         assert np.abs(images.astype(int) - device_images).mean() < 1
         assert len({d.matrix.tobytes() for d in draws}) == 24
-        # Control: with another epoch's draws they are elsewhere.
+        # Control: with another epoch's draws the objects are elsewhere.
         other = both(pixels, plain, target, epoch=1)[1]
         assert (masks != other).mean() > 0.05
 

@@ -1,4 +1,4 @@
-"""The cache is used when it is what it should be, and never otherwise."""
+"""A cache is used only if it matches the data, the settings and the code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def settings(folder: Path, side: int = 32, **options: object) -> DataConfig:
 
 
 def opened(data: Path, folder: Path, *, side: int = 32, mode: str = "disk", **options: object):
-    """Open a cache of ``data``; returns it, the lines said and the number of pairs decoded."""
+    """Return a cache of ``data``, the printed lines and the number of pairs decoded."""
     decoded = []
     honest = build.square_pair
 
@@ -115,7 +115,7 @@ class TestJudgement:
         assert "1 new" in said and "1 gone" in said and pair.name in said
 
     def test_a_part_of_its_pairs_is_a_hit(self, data: Path, tmp_path: Path) -> None:
-        """A clean list leaves pairs out: the cache holds them besides, and nothing is rebuilt."""
+        """A clean list leaves pairs out: the cache still holds them, and nothing is rebuilt."""
         whole, _, _ = opened(data, tmp_path)
         manifest = load_train([data])
         part = dataclasses.replace(manifest, pairs=manifest.pairs[3:9])
@@ -130,7 +130,7 @@ class TestJudgement:
         opened(data, tmp_path)
         with pytest.raises(DataError, match="was replaced by another run"):
             pickle.loads(packed)
-        assert found.pixels.shape[0] == 20, "what is mapped already stays"
+        assert found.pixels.shape[0] == 20, "what is already mapped stays"
 
     def test_another_size_has_its_own_cache(self, data: Path, tmp_path: Path) -> None:
         opened(data, tmp_path, side=32)
@@ -179,7 +179,7 @@ class TestJudgement:
         assert np.array_equal(again.pixels, expected)
 
     def test_strict(self, data: Path, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="--strict-cache: there is no cache"):
+        with pytest.raises(DataError, match="--strict-cache: there is no usable cache"):
             opened(data, tmp_path, strict_cache=True)
         opened(data, tmp_path)
         assert "hit" in opened(data, tmp_path, strict_cache=True)[1]
@@ -213,7 +213,7 @@ class TestBuilding:
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert "did not finish" in find_cache(load_train([data]), settings(tmp_path))[1]
         found, said, decoded = opened(data, tmp_path)
-        assert "9 of 20 pairs are there already" in said and decoded == 11
+        assert "9 of 20 pairs are already decoded" in said and decoded == 11
         fresh, _, _ = opened(data, tmp_path / "fresh")
         assert np.array_equal(found.pixels, fresh.pixels)
         assert np.array_equal(found.sizes, fresh.sizes)
@@ -365,7 +365,7 @@ def contents(loader, epoch: int, start: int = 0) -> list[bytes]:
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_samples_are_the_same_bit_for_bit_however_they_are_read(data, tmp_path, on_device) -> None:
-    """Cached on disk or in memory or not at all, 0 to 4 workers, kept or not, resumed or not."""
+    """Cached on disk, in memory or not; 0 to 4 workers, persistent or not; resumed or not."""
     manifest = load_train([data])
     caches = {mode: opened(data, tmp_path, mode=mode, side=48)[0] for mode in ("disk", "ram")}
 

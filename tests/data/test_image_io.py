@@ -1,4 +1,4 @@
-"""Images and masks of every kind users bring: right pixels or an error that names the file."""
+"""Images and masks of every kind give the right pixels or an error that names the file."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_damaged_files_are_named(tmp_path: Path, picture: np.ndarray, kind: str)
 
 
 def test_opencv_alone_would_have_accepted_a_cut_jpeg(tmp_path: Path, picture: np.ndarray) -> None:
-    """Why the end marker is looked for."""
+    """The reason to check the end marker."""
     write_jpeg(tmp_path / "a.jpg", picture)
     data = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(data[: int(len(data) * 0.95)])
@@ -167,7 +167,7 @@ class TestMasks:
         Image.fromarray(np.full((4, 5), value, np.uint8)).save(tmp_path / "m.png")
         assert np.array_equal(read_mask(tmp_path / "m.png"), np.full((4, 5), expected))
 
-    def test_a_photograph_is_no_mask(self, tmp_path: Path, picture: np.ndarray) -> None:
+    def test_a_photograph_is_not_a_mask(self, tmp_path: Path, picture: np.ndarray) -> None:
         Image.fromarray(picture).convert("L").save(tmp_path / "m.png")
         with pytest.raises(DataError, match="not a binary mask"):
             read_mask(tmp_path / "m.png")
@@ -214,7 +214,7 @@ class TestPairs:
     def test_tiff_headers_report_what_the_reader_gives(
         self, tmp_path: Path, picture: np.ndarray, shape, orientation: int
     ) -> None:
-        """Pillow turns TIFFs on its own; turning them again would put the mask elsewhere."""
+        """Pillow turns TIFFs itself; turning them again would misplace the mask."""
         path = tmp_path / "i.tif"
         Image.fromarray(picture).save(path, tiffinfo={0x0112: orientation})
         image = read_image(path)
@@ -240,7 +240,7 @@ class TestPairs:
 
 class TestMaskRules:
     def test_sixteen_bit_colour_masks_keep_their_low_byte(self, tmp_path: Path, shape) -> None:
-        """Pillow keeps the high byte alone: a mask of 0 and 255 would come out black."""
+        """Pillow keeps only the high byte: a mask of 0 and 255 would become black."""
         planes = np.repeat(shape[..., None].astype(np.uint16) * 255, 3, 2)
         cv2.imwrite(str(tmp_path / "m.png"), planes)
         assert not np.asarray(Image.open(tmp_path / "m.png")).any()
@@ -263,7 +263,7 @@ class TestMaskRules:
     ) -> None:
         Image.fromarray(np.full((5, 6), level, np.uint8)).save(tmp_path / "m.png")
         if level == 254:
-            assert read_mask(tmp_path / "m.png").all()  # white, but for a JPEG's rounding
+            assert read_mask(tmp_path / "m.png").all()  # white, except for rounding in a JPEG
         else:
             with pytest.raises(DataError, match="background must be 0"):
                 read_mask(tmp_path / "m.png")

@@ -1,4 +1,4 @@
-"""Layouts, pairing and splits: everything found is used or named."""
+"""Layouts, pairing and splits: every file found is used or reported."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_the_hash_follows_content_not_place(tmp_path: Path) -> None:
     assert load_train([tmp_path / "y" / "data"]).content_hash() != first
 
 
-@pytest.mark.skipif(not (REAL / "steel").is_dir(), reason="the real images are not here")
+@pytest.mark.skipif(not (REAL / "steel").is_dir(), reason="the real images are missing")
 def test_real_images() -> None:
     train = load_train([REAL / "steel"])
     assert len(train) == 720

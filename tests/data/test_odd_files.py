@@ -1,5 +1,4 @@
-"""Broken and odd files: each is named, none kills a worker silently, none becomes an all-zero
-mask."""
+"""Broken and odd files: each is named, none silently kills a worker or becomes an empty mask."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ def bad_checksum(path: Path) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A small file that claims 20 000 x 20 000 pixels."""
+    """Write a small file whose header says 20 000 x 20 000 pixels."""
     header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     body = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -150,7 +149,7 @@ READ: dict[str, Write] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A plain data set of three good pairs, to which a test adds an odd one."""
+    """A plain data set of three good pairs; tests add an odd one."""
     generate_toy(tmp_path / "toy", num_train=3, num_test=0, size=SIZE, seed=0)
     (tmp_path / "toy" / "TrainDataset").rename(tmp_path / "data")
     return tmp_path / "data"

@@ -49,7 +49,7 @@ def test_bitwise_the_same_for_any_workers_and_any_resume(toy_data: Path) -> None
         assert [digest(loader, epoch) for epoch in range(2)] == epochs
         loader.close()
     assert digest(alone, 1, start=3) == epochs[1][3:]
-    # Controls: epochs differ, seeds differ, and no two batches of an epoch are alike.
+    # Controls: epochs differ, seeds differ, and all batches of an epoch differ.
     assert not set(epochs[0]) & set(epochs[1])
     assert digest(loader_of(manifest, 0, seed=2), 0) != epochs[0]
     assert len(set(epochs[0])) == len(epochs[0]) == 5
@@ -223,7 +223,7 @@ class TestToy:
         assert np.array_equal(*outlines)
 
     def test_statistics_match_at_full_difficulty(self) -> None:
-        """Grey-level spread inside the object is that of the background, per texture family."""
+        """The spread of grey levels is the same in object and background, for every texture."""
         for index in range(len(TEXTURES) * 4):
             image, mask = toy_pair(2, index, size=96, difficulty=1.0)
             grey = image.mean(2)

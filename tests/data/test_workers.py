@@ -1,4 +1,4 @@
-"""How many data workers, and why."""
+"""The number of data workers, and the reason given."""
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_shared_memory_is_shared_between_training_processes() -> None:
 
 
 def test_too_little_shared_memory_for_a_single_batch_is_a_warning() -> None:
-    """The need, what is free, and the way out."""
+    """The warning names the memory needed, the memory free, and what to do."""
     options = {"num_workers": 2, "batch_bytes": 50_000_000}
     found, why = choose_prefetch(4, shared=64_000_000, **options)
     assert found == 1 and why.startswith("warning")

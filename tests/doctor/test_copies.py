@@ -1,4 +1,4 @@
-"""Copies are found by content, whatever was done to the file."""
+"""Copies are found by content, however the file was changed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_unreadable_files_are_left_out(tmp_path: Path) -> None:
 
 
 def test_memory_stays_bounded(monkeypatch) -> None:
-    """The product of all pictures with all windows is taken in parts, with the same result."""
+    """The product of all pictures with all windows is computed in parts, with the same result."""
     prints = [fingerprint(picture(index, size=48)) for index in range(12)]
     whole = candidates(prints)
     assert len(whole) >= 12
@@ -111,7 +111,7 @@ def test_memory_stays_bounded(monkeypatch) -> None:
     assert set(candidates(prints)) == set(whole)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared images are not here")
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared images are missing")
 def test_real_and_generated_images_with_planted_copies() -> None:
     """At least 95 % of the planted copies, at most one false pair in 1 000 images."""
     generator = np.random.default_rng(0)
@@ -128,5 +128,5 @@ def test_real_and_generated_images_with_planted_copies() -> None:
     pairs = {(match.a, match.b) for match in found}
     expected = set(planted.items())
     assert len(pairs & expected) >= 0.95 * len(expected)
-    # The steel set holds one true pair of copies within its training images, one across the split.
+    # The steel set has one true pair of copies within its training images, one across the split.
     assert len({pair for pair in pairs - expected if pair[1] < 500}) <= 1

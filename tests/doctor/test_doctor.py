@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong with environment and data, and says whether to start."""
+"""The doctor finds faults of environment and data, and decides whether training can start."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_sound_data_has_nothing_but_notes(data: Path) -> None:
     assert len(found.facts) == 26 and not found.clean_list
     notes = said(found, "note")
     assert "26 pairs are sound" in notes and "masks are stored as 0/255 20" in notes
-    assert "No re-encoded, resized, cropped or flipped copies seen among 26 images" in notes
+    assert "No re-encoded, resized, cropped or flipped copies found among 26 images" in notes
     assert found.layouts == [
         "data train: 20 pairs (TrainDataset/TestDataset)",
         "toy test: 6 pairs (TrainDataset/TestDataset)",
@@ -122,7 +122,7 @@ def test_copies_across_the_splits_go_to_the_clean_list(data: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("copies", [True, False])
 def test_no_copy_of_a_test_image_stays_in_training(data: Path, tmp_path: Path, copies) -> None:
-    """A family of copies, larger than the partners that one picture proposes."""
+    """A family of copies that is larger than the number of candidates of a picture."""
     test = next(iter(find_test_sets([data]).values())).pairs[0]
     planted = [train_files(data, index) for index in range(2, 9)]
     picture = cv2.imread(str(test.image))
@@ -177,7 +177,7 @@ def test_a_copy_between_training_and_validation(data: Path) -> None:
     assert [row[2] for row in found.clean_list] == [train.pairs[0].name]
 
 
-def test_what_is_no_data_set(tmp_path: Path) -> None:
+def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
     assert "There is no file or folder" in said(examined(tmp_path / "nowhere"), "error")
     (tmp_path / "empty").mkdir()
     assert "No known data set layout" in said(examined(tmp_path / "empty"), "error")
@@ -271,7 +271,7 @@ def test_training_takes_the_clean_list(train, toy_data: Path, tmp_path: Path, ca
     path.write_bytes(b"\xff\xd8\xff\xe0 a picture\n")
     assert train("--clean-list", str(path), "--dry-run") == 3
     assert "needs the columns" in " ".join(capsys.readouterr().err.split())
-    odd = ("data", "train", "k\udce4fer", "a name that is no UTF-8")
+    odd = ("data", "train", "k\udce4fer", "a name that is not UTF-8")
     write_clean_list(path, [odd])
     assert read_clean_list(path) == {odd[:3]: odd[3]}
     path.write_text("file\na\n")

@@ -255,7 +255,7 @@ class TestHang:
         hangs_at(1)
         loader = loader_of(2, worker_timeout=2.0)
         assert epoch_of(loader, 0) == expected
-        assert len(told) == 1 and "gave no answer" in told[0]
+        assert len(told) == 1 and "did not answer" in told[0]
 
     def test_twice_the_samples_are_named(self, loader_of, manifest, hangs_at) -> None:
         hangs_at(2)

@@ -90,7 +90,7 @@ def test_a_decoding_that_was_stopped_goes_on_where_it_was(runner, data, tmp_path
     assert runner.run(words, signals=stop, patches=["slow_decoding"]) == [143]
     assert not (tmp_path / "r").exists(), "nothing was trained, so there is no run"
     assert runner.run(words, patches=["slow_decoding"]) == [0]
-    assert "of 28 pairs are there already" in runner.said()
+    assert "of 28 pairs are already decoded" in runner.said()
     assert 0 < runner.said().count("[decoding]") < 28
 
 

@@ -348,7 +348,7 @@ class TestStopping:
             finally:
                 seen += lines
         assert stops >= 6, "before, during and after the build"
-        assert any(" of 16 pairs are there already" in line for line in seen)
+        assert any(" of 16 pairs are already decoded" in line for line in seen)
 
     def test_the_check_of_headers_can_be_stopped(self, data, monkeypatch) -> None:
         from camoxpert.data.files import headers

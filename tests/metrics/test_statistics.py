@@ -5,14 +5,8 @@ import pytest
 
 from camoxpert.errors import DataError
 from camoxpert.metrics import RESULT_KEYS, Evaluator
-from camoxpert.metrics.statistics import (
-    Scores,
-    breakdown,
-    compare,
-    confidence_intervals,
-    count_label,
-    size_label,
-)
+from camoxpert.metrics.groups import count_label, size_label
+from camoxpert.metrics.statistics import Scores, breakdown, compare, confidence_intervals
 
 
 def scored(noise, *, seed=0, count=60, names="image"):

@@ -1,10 +1,9 @@
-"""Decoded pairs on disk or in memory: what an epoch reads instead of JPEGs.
+"""Build the cache: decoded pairs on disk or in memory, which epochs read instead of JPEGs.
 
-One array of uint8 (N, S, S, 4), RGB and mask, shared by workers and ranks. It lives outside the
-data set, in a folder named after the data; a table beside it says from which files, with which
-settings and by which code it was made, so that a cache of anything else is never used. Rows carry
-checksums; the table is written last, atomically. A build that was killed continues where it
-stopped.
+One uint8 array (N, S, S, 4), RGB and mask, is shared by workers and ranks. It is stored outside the
+data set, in a folder named after the data. A table beside it records the files, settings and code
+version it was made from, so that a cache of anything else is never used. Rows have checksums; the
+table is written last, atomically. A build that was killed resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from camoxpert.text import bullet_list
 
 
 def find_cache(manifest: Manifest, data: DataConfig) -> tuple[PixelCache | None, str]:
-    """Look for a disk cache of (at least) these pairs; write nothing.
+    """Return the disk cache that holds these pairs, if there is one; write nothing.
 
     Returns:
-        The cache and "", or None and why there is none to use: miss, stale or corrupt.
+        The cache and "", or None and the reason, which starts with miss, stale or corrupt.
 
     Raises:
-        DataError: ``data.unreadable`` is error, and the cache was made over files it could not
-            decode.
+        DataError: ``data.unreadable`` is error, and the cache lists pairs that could not be
+            decoded.
     """
     place = cache_place(manifest, data)
     verdict = judge(place, description(manifest, source_side(data), data.max_pixels))
@@ -75,8 +74,8 @@ def open_cache(manifest: Manifest, data: DataConfig, *, mode: str) -> PixelCache
         mode: disk or ram.
 
     Raises:
-        DataError: a file cannot be read, memory or disk are too small, or ``strict_cache`` and no
-            hit.
+        DataError: a file cannot be read, memory or disk is too small, or ``strict_cache`` is set
+            and there is no hit.
         Stopped: Ctrl-C, SIGTERM or the deadline.
     """
     if mode == "ram":
@@ -88,7 +87,7 @@ def open_cache(manifest: Manifest, data: DataConfig, *, mode: str) -> PixelCache
         return found
     if data.strict_cache:
         raise DataError(
-            f"--strict-cache: there is no cache to use in {place}: {verdict}. Run once without "
+            f"--strict-cache: there is no usable cache in {place}: {verdict}. Run once without "
             f"--strict-cache to build it."
         )
     console.decide("", f"{verdict}; decoding into {place}")
@@ -105,7 +104,7 @@ def open_cache(manifest: Manifest, data: DataConfig, *, mode: str) -> PixelCache
         # Another process may have built it while this one waited.
         if judge(place, wanted):
             _build(place, wanted, manifest, data)
-        # Still under the lock: nobody replaces the files between the table and the map.
+        # Still under the lock: no process can replace the files between judging and mapping them.
         made = map_cache(place)
     if data.unreadable == "error":
         made.require_sound(manifest)
@@ -121,8 +120,8 @@ def _in_memory(manifest: Manifest, data: DataConfig) -> PixelCache:
     needed, free = cache_bytes(manifest, side), available_memory()
     if free is not None and needed > free:
         raise DataError(
-            f"--cache ram needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free. "
-            f"Use --cache disk or none."
+            f"--cache ram needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are "
+            f"free. Use --cache disk or none."
         )
     console.decide("", f"{len(manifest)} pairs are decoded now, and again in every run")
     shape = (len(manifest), side, side, CHANNELS)
@@ -143,25 +142,25 @@ def _in_memory(manifest: Manifest, data: DataConfig) -> PixelCache:
 
 
 def _build(place: Path, wanted: Description, manifest: Manifest, data: DataConfig) -> None:
-    """Decode every pair into ``place``, whose lock is held.
+    """Decode every pair into ``place``; the caller holds its lock.
 
-    Continues an unfinished build of the same description.
+    An unfinished build of the same description is resumed.
     """
     side, count = wanted["side"], len(manifest)
     progress = place / "progress.u4"
     _allocate_unless_begun(place, wanted, count)
     pixels = np.memmap(place / "pixels.u8", np.uint8, "r+", shape=(count, side, side, CHANNELS))
-    # Per row: checksum, height, width; a height of 0 says not done.
+    # Per row: checksum, height, width; a height of 0 means not done.
     table = np.memmap(progress, np.uint32, "r+", shape=(count, 3))
     todo = []
     for index in range(count):
         if table[index, 1] and checksum(pixels[index]) != table[index, 0]:
-            # A power cut: the disk wrote the two in another order than they were made.
+            # After a power cut: the table may have reached the disk before the pixels.
             table[index] = 0
         if not table[index, 1]:
             todo.append(index)
     if 0 < len(todo) < count:
-        console.decide("", f"{count - len(todo)} of {count} pairs are there already")
+        console.decide("", f"{count - len(todo)} of {count} pairs are already decoded")
     sizes = np.zeros((count, 2), np.int32)
     faults: dict[int, str] = {}
     decoded = _decode(manifest, todo, pixels, sizes, faults, data.max_pixels)
@@ -170,7 +169,7 @@ def _build(place: Path, wanted: Description, manifest: Manifest, data: DataConfi
     if data.unreadable == "error":
         _require_none(faults)
     for index in faults:
-        # Their height stays 0. What an earlier build left in the row must not pass for a sample.
+        # Their height stays 0. The row is cleared: an earlier build may have left pixels in it.
         pixels[index] = 0
         table[index] = (checksum(pixels[index]), 0, 0)
     pixels.flush()
@@ -187,7 +186,7 @@ def _build(place: Path, wanted: Description, manifest: Manifest, data: DataConfi
 
 
 def _allocate_unless_begun(place: Path, wanted: Description, count: int) -> None:
-    """Reserve the files of a build, unless one of the same description was begun there."""
+    """Reserve the files of a build, unless one of the same description was started there."""
     files = [place / name for name in ("pixels.u8", "progress.u4")]
     if read_json(place / "building.json") == wanted and all(file.exists() for file in files):
         return
@@ -197,14 +196,17 @@ def _allocate_unless_begun(place: Path, wanted: Description, count: int) -> None
     free = free_disk(place) or 0
     if count * row + DISK_RESERVE // 4 > free:
         raise DataError(
-            f"The cache needs {count * row / 1e9:.1f} GB and {place.parent} has {free / 1e9:.1f} "
+            f"The cache needs {count * row / 1e9:.1f} GB, but {place.parent} has {free / 1e9:.1f} "
             f"GB free. Give another folder with --cache-dir, or use --cache ram or none."
         )
     try:
         for file, size in zip(files, (row, 3 * 4), strict=True):
             _allocate(file, count * size)
     except OSError as error:
-        raise DataError(f"The cache cannot be written in {place}: {error}.") from error
+        raise DataError(
+            f"The cache cannot be written in {place}: {error}. Give another folder with "
+            f"--cache-dir, or use --cache ram or none."
+        ) from error
     write_json(place / "building.json", wanted)
 
 
@@ -216,9 +218,9 @@ def _decode(
     faults: dict[int, str],
     max_pixels: int,
 ) -> Iterable[int]:
-    """Decode rows in threads (the decoders release the interpreter's lock).
+    """Decode rows in threads (the decoders release the GIL).
 
-    Yields the rows that are done; ``faults`` receives why others cannot be decoded.
+    Yields the indices of decoded rows; the others are added to ``faults`` with the reason.
     """
     side = pixels.shape[1]
 
@@ -248,13 +250,16 @@ def _require_none(faults: Mapping[int, str]) -> None:
     """Raise one DataError that lists up to ten unreadable files."""
     if faults:
         reasons = [faults[row] for row in sorted(faults)]
-        raise DataError(f"{len(faults)} files cannot be decoded:\n{bullet_list(reasons)}")
+        raise DataError(
+            f"{len(faults)} files cannot be decoded:\n{bullet_list(reasons)}\n"
+            "Repair, replace or remove them, or use --unreadable skip."
+        )
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Make a file of ``size`` bytes whose space is truly reserved.
+    """Create a file of ``size`` bytes and reserve its space on the disk.
 
-    A full disk is an error now, not a bus error later.
+    A full disk then raises OSError here instead of a bus error later.
     """
     with path.open("wb") as file:
         if size:

@@ -1,4 +1,4 @@
-"""Where a cache lives, how large it is, and whether it fits on the disk or in memory."""
+"""Choose where decoded data is cached, and whether it fits on the disk or in memory."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.samples.augment import source_side
 from camoxpert.runtime.host import available_memory
 
-# Free space that a cache leaves on its disk, and the share of free memory it takes at most.
+# Bytes that a cache leaves free on its disk, and the largest share of free memory it takes.
 DISK_RESERVE = 1 << 30
 MEMORY_SHARE = 0.5
 
 
 def cache_bytes(manifest: Manifest, side: int) -> int:
-    """Return the size of the pixels of a data set."""
+    """Return the size of a data set's decoded pixels, in bytes."""
     return len(manifest) * side * side * CHANNELS
 
 
 def default_folder() -> Path:
-    """Return the default folder of caches: $CAMOXPERT_CACHE, or the user's cache folder."""
+    """Return the default cache folder: $CAMOXPERT_CACHE, or the user's cache folder."""
     named = os.environ.get("CAMOXPERT_CACHE")
     if named:
         return Path(named)
@@ -33,20 +33,20 @@ def default_folder() -> Path:
     try:
         return Path(base or Path.home() / ".cache") / "camoxpert"
     except RuntimeError:
-        # A container's user may have no home.
+        # The user of a container may have no home folder.
         return Path(tempfile.gettempdir()) / "camoxpert"
 
 
 def cache_place(manifest: Manifest, data: DataConfig) -> Path:
-    """Return the folder of the disk cache of these pairs."""
+    """Return the folder of the disk cache for these pairs."""
     root = Path(data.cache_dir) if data.cache_dir else default_folder()
     return root / cache_name(manifest, source_side(data))
 
 
 def cache_name(manifest: Manifest, side: int) -> str:
-    """Return a name made of the data's path and the size of the rows.
+    """Return a cache name made of the data's path and the size of the rows.
 
-    A data set that changed finds its old cache under it, and replaces it.
+    A changed data set keeps its name, so the new cache replaces the old one.
     """
     roots = sorted({str(pair.image.parent.resolve()) for pair in manifest.pairs})
     digest = hashlib.sha256("\n".join(roots).encode()).hexdigest()[:10]
@@ -62,13 +62,13 @@ def choose_cache(
     forks: bool = True,
     processes: int = 1,
 ) -> tuple[str, str]:
-    """Resolve ``--cache auto``; return none, ram or disk, and why.
+    """Resolve ``--cache auto``; return none, ram or disk, and the reason.
 
     Args:
         manifest: every pair of the training data, validation included.
         data: settings.
-        epochs: of the run.
-        forks: workers see this process's memory, so that one copy in it serves all.
+        epochs: number of epochs of the run.
+        forks: workers are forked and share this process's memory, so one copy serves them all.
         processes: training processes on this machine; each would keep its own copy in memory.
     """
     mode = "disk" if data.strict_cache else data.cache
@@ -85,15 +85,18 @@ def choose_cache(
         return "disk", f"{words} of {free / 1e9:.0f} GB free"
     memory = available_memory()
     if forks and memory is not None and processes * needed <= MEMORY_SHARE * memory:
-        return "ram", f"{copies} of {memory / 1e9:.0f} GB of free memory; the disk cannot take it"
-    return "none", f"{words} fit neither on the disk nor in memory: every epoch decodes"
+        return (
+            "ram",
+            f"{copies} of {memory / 1e9:.0f} GB of free memory; the disk is full or read-only",
+        )
+    return "none", f"{words} fit neither on the disk nor in memory; every epoch decodes all files"
 
 
 def free_disk(folder: Path) -> int | None:
-    """Return the free bytes where ``folder`` is or would be made; None where it cannot be."""
+    """Return the free bytes on the disk of ``folder``; None if it cannot be written."""
     lock = folder / ".lock"
     if lock.exists() and not os.access(lock, os.W_OK):
-        # Another user's cache: it can be read, not rebuilt.
+        # Another user's cache: it can be read but not rebuilt.
         return None
     for place in (folder, *folder.parents):
         if place.exists():

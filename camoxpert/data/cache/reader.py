@@ -1,4 +1,4 @@
-"""Batches straight from the cache, without a worker process."""
+"""Read batches straight from the cache, without worker processes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from camoxpert.errors import DataError
 
 
 class CacheReader:
-    """Batches straight from the cache's memory map: a thread reads ahead, no process is needed.
+    """Reads batches from the cache's memory map in a thread that reads ahead.
 
-    A batch is one gather of rows; handing it between processes would cost more than making it.
+    A batch is one gather of rows; passing it between processes would cost more than making it.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class CacheReader:
         self._free: list[np.ndarray] = []
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch to iterate next, from its ``start_batch``-th batch on."""
+        """Set the epoch to iterate next, starting at batch ``start_batch``."""
         self._sampler.seek(epoch, start_batch)
 
     def close(self) -> None:
-        """Do nothing: the thread ends with its iteration."""
+        """Do nothing: the thread ends when the iteration does."""
 
     def __len__(self) -> int:
         return -(-len(self._sampler) // self._sampler.batch_size)
@@ -95,10 +95,10 @@ class CacheReader:
             thread.join()
 
     def _buffer(self, count: int) -> Tensor:
-        """Return memory for a batch, reusing that of earlier batches that nothing refers to.
+        """Return memory for a batch, reusing that of earlier batches that are no longer referenced.
 
         The kernel would otherwise clear megabytes of fresh pages for every batch, which takes
-        longer than filling them. Page-locked memory is kept by torch itself.
+        longer than filling them. torch itself reuses page-locked memory.
         """
         side = self._cache.pixels.shape[1]
         if self._pin:
@@ -111,7 +111,7 @@ class CacheReader:
         return torch.from_numpy(lent)
 
     def read(self, keys: Sequence[tuple[int, int, int]]) -> RawBatch:
-        """Gather the rows of one batch of (epoch, index, target)."""
+        """Return one batch, gathered from the rows of its (epoch, index, target) keys."""
         epochs, indices, targets = zip(*keys, strict=True)
         replaced: list[Fault] = []
         places = list(indices)

@@ -1,9 +1,9 @@
-"""The files of a disk cache, and whether one can be trusted.
+"""The files of a disk cache, and the checks that decide whether it can be used.
 
-``pixels.u8`` is one array of uint8 (N, S, S, 4), RGB and mask; ``sizes.npy`` holds the original
-sizes; ``table.json`` says from which files, with which settings and by which code the rows were
-made, the checksum of each, and which files could not be decoded under ``--unreadable skip`` (their
-rows are empty, their height is 0). A cache is used only if all of that fits.
+``pixels.u8`` is one uint8 array (N, S, S, 4), RGB and mask; ``sizes.npy`` holds the original sizes;
+``table.json`` records the files, settings and code version that the rows were made from, the
+checksum of each row, and the files that could not be decoded under ``--unreadable skip`` (their
+rows are empty, their height is 0). A cache is used only if all of this matches.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from camoxpert.errors import DataError
 from camoxpert.runtime.host import usable_cores
 from camoxpert.text import bullet_list, shorten
 
-# Increase it when decoding or resizing changes: older caches are then stale.
+# Increase it when decoding or resizing changes, which makes older caches stale.
 FORMAT = 2
 CHANNELS = 4
-# Rows whose checksums every start verifies, spread evenly; all of them in smaller sets.
+# Checksums verified at every start, spread evenly over the rows; smaller caches: all of them.
 VERIFIED_ROWS = 2048
 
 
@@ -40,10 +40,10 @@ class PixelCache:
     Attributes:
         pixels: uint8 (N, S, S, 4), RGB and mask (0 or 255).
         sizes: original (height, width) of each, (N, 2).
-        rows: row of each (data set, name).
-        path: file of the pixels; None where they live in memory alone.
-        digest: of the table beside it.
-        unreadable: why the files of a (data set, name) could not be decoded; its row is empty.
+        rows: (data set, name) -> row.
+        path: file of the pixels; None if they are in memory only.
+        digest: SHA-256 of the table beside it.
+        unreadable: (data set, name) -> why its files could not be decoded; its row is empty.
     """
 
     pixels: np.ndarray
@@ -54,7 +54,7 @@ class PixelCache:
     unreadable: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the file's name, not its gigabytes: a spawned worker maps it again."""
+        """Pickle the path instead of gigabytes: a spawned worker maps the file again."""
         if self.path is None:
             values = (np.asarray(self.pixels), self.sizes, self.rows)
             return PixelCache, (*values, None, "", self.unreadable)
@@ -86,11 +86,11 @@ class Description(TypedDict):
     """Everything the pixels of a cache depend on.
 
     Attributes:
-        format: of the cache.
-        side: of the rows, in pixels.
+        format: version of the cache format.
+        side: side of the images in the rows, in pixels.
         max_pixels: larger images were refused.
-        versions: of the decoders.
-        files: "data set/name" -> paths of image and mask, then the size and time of each.
+        versions: versions of the decoders.
+        files: "data set/name" -> paths of image and mask, then size and modification time of each.
     """
 
     format: int
@@ -101,7 +101,7 @@ class Description(TypedDict):
 
 
 def description(manifest: Manifest, side: int, max_pixels: int) -> Description:
-    """Return what a cache of these pairs depends on."""
+    """Return everything that a cache of these pairs depends on."""
     files = {}
     for pair in manifest.pairs:
         files[f"{pair.dataset}/{pair.name}"] = [
@@ -121,12 +121,12 @@ def description(manifest: Manifest, side: int, max_pixels: int) -> Description:
 
 
 def judge(place: Path, wanted: Description) -> str:
-    """Return why the cache in ``place`` cannot be used: miss, stale or corrupt; "" where it can."""
+    """Return why the cache in ``place`` cannot be used: miss, stale or corrupt; "" if it can."""
     try:
         found = json.loads((place / "table.json").read_text())
     except FileNotFoundError:
         if (place / "building.json").exists():
-            return "miss: an earlier build did not finish; it continues"
+            return "miss: an earlier build did not finish and is resumed"
         return "miss: nothing was built for this data and size yet"
     except (OSError, ValueError) as error:
         return f"corrupt: its table cannot be read ({error})"
@@ -139,7 +139,7 @@ def judge(place: Path, wanted: Description) -> str:
 
 
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Return how a table differs from the description wanted; "" where it does not."""
+    """Return how a table differs from the wanted description; "" if it does not."""
     names = {
         "format": "made by another version of this program",
         "side": "another image size",
@@ -153,7 +153,7 @@ def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     changed = [name for name in new if name in old and old[name] != new[name]]
     added = [name for name in new if name not in old]
     if not changed and not added:
-        # Pairs that the cache holds besides (a clean list leaves them out) do no harm.
+        # Additional pairs in the cache (left out by a clean list) do no harm.
         return ""
     parts = []
     gone = [name for name in old if name not in new]
@@ -164,7 +164,7 @@ def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def damage(place: Path, table: Mapping[str, Any]) -> str:
-    """Return how the pixels differ from their checksums; "" where they do not."""
+    """Return how the pixels differ from their checksums; "" if they do not."""
     checksums, side = table["checksums"], table["side"]
     row = side * side * CHANNELS
     path = place / "pixels.u8"
@@ -194,11 +194,11 @@ def checksum(row: np.ndarray) -> int:
 
 
 def map_cache(place: Path, digest: str = "") -> PixelCache:
-    """Map a cache that was judged sound.
+    """Memory-map a cache that ``judge`` accepted.
 
     Args:
         place: folder of the cache.
-        digest: of the table expected there; empty: any.
+        digest: expected SHA-256 of its table; empty: any.
 
     Raises:
         DataError: the cache has been replaced.
@@ -207,7 +207,8 @@ def map_cache(place: Path, digest: str = "") -> PixelCache:
     found = hashlib.sha256(data).hexdigest()
     if digest and digest != found:
         raise DataError(
-            f"The cache in {place} was replaced by another run while this one was using it."
+            f"The cache in {place} was replaced by another run while this one was using it. "
+            f"Start this run again."
         )
     table = json.loads(data)
     names = list(table["files"])
@@ -222,7 +223,7 @@ def map_cache(place: Path, digest: str = "") -> PixelCache:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Return a file's size and time; (-1, -1) for a missing one."""
+    """Return a file's size and modification time; (-1, -1) if it is missing."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The cheap check of every file before hours are spent: headers, ends and sizes."""
+"""Check every file cheaply before training starts: headers, file ends and sizes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from camoxpert.data.files.pairing import Pair
 from camoxpert.errors import DataError
 from camoxpert.text import bullet_list
 
-# Pairs whose headers are read between two looks at the deadline.
+# Pairs whose headers are read between two checks of the deadline.
 CHECKED_AT_ONCE = 256
 
 
 def unreadable_pairs(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> list[tuple[Pair, str]]:
-    """Check every header, the ends of the files and the sizes of each pair; decode nothing.
+    """Check the headers, file ends and sizes of all pairs; decode nothing.
 
     Args:
         manifest: the pairs.
         max_pixels: larger images are refused.
 
     Returns:
-        The pairs that cannot be used, and why.
+        The pairs that cannot be used, each with the reason.
 
     Raises:
         Stopped: Ctrl-C, SIGTERM or the deadline.
@@ -41,7 +41,7 @@ def unreadable_pairs(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> lis
 
     found = []
     with ThreadPoolExecutor(max_workers=8) as pool:
-        # A part at a time: leaving the pool waits for everything that was submitted.
+        # In parts: leaving the pool waits for everything that was submitted.
         for start in range(0, len(manifest), CHECKED_AT_ONCE):
             stop.check()
             part = manifest.pairs[start : start + CHECKED_AT_ONCE]
@@ -52,7 +52,7 @@ def unreadable_pairs(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> lis
 
 
 def require_readable(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> None:
-    """Check files as ``unreadable_pairs`` does.
+    """Check files as ``unreadable_pairs`` does, and raise if any is faulty.
 
     Raises:
         DataError: one error that lists up to ten faulty files.

@@ -1,6 +1,6 @@
-"""Reading and writing images and masks: strict, bounded, and under one orientation policy.
+"""Read and write images and masks: strict, with a size limit and one orientation policy.
 
-A file is checked from its header before anything is decoded; a damaged file is an error that names
+A file's header is checked before anything is decoded; a damaged file is an error that names
 it, never a grey block or an all-zero mask.
 """
 
@@ -23,7 +23,7 @@ MAX_PIXELS = 50_000_000
 # Our own limit is checked from the header; Pillow's warning would only repeat it.
 Image.MAX_IMAGE_PIXELS = None
 ORIENTATION_TAG = 0x0112
-# OpenCV's names for "in colour at 1/n" include BGR; these do not.
+# OpenCV's flags for "colour at 1/n" imply BGR; these do not.
 REDUCED = {
     1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -44,7 +44,7 @@ TURNS = {
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a file says about itself before it is decoded.
+    """What is known about a file from its header.
 
     Attributes:
         width, height: stored size in pixels, before any EXIF rotation (TIFF: after it).
@@ -67,7 +67,7 @@ class ImageHeader:
 
 
 def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Read a file's header.
+    """Return a file's header; decode nothing.
 
     Raises:
         DataError: missing, empty, not an image, or larger than ``max_pixels``.
@@ -96,7 +96,7 @@ def read_image(
         at_least: the caller will shrink the image to this side: a JPEG may be decoded to a half, a
             quarter or an eighth of its size, as long as no side gets shorter than that. The decoder
             averages, as shrinking would.
-        strict: let the decoder that checks most decode, though it is slower.
+        strict: use the strictest decoder, which is slower.
 
     Returns:
         uint8 (H, W, 3); smaller by a power of two where ``at_least`` allows it.
@@ -123,17 +123,17 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
 def read_mask(
     path: str | Path, *, max_pixels: int = MAX_PIXELS, apply_orientation: bool = True
 ) -> np.ndarray:
-    """Decode a binary mask, whatever it is stored as.
+    """Decode a binary mask, however it is stored.
 
     Understood: 0 and any other level (0/1, 0/255, 16-bit, 1-bit), palettes, masks in the alpha
     channel only, and masks blurred by JPEG or antialiasing (most pixels near the two ends, cut
-    above 128). ``mask_rule`` holds the rules.
+    above 128). The rules are in ``masks.py``.
 
     Returns:
         uint8 (H, W), 0 and 255.
 
     Raises:
-        DataError: unreadable, or not a mask (a grey photograph, say).
+        DataError: unreadable, or not a mask (for example a grey photograph).
     """
     return _read_mask(Path(path), max_pixels, apply_orientation)[0]
 
@@ -157,7 +157,7 @@ def _read_mask(
 
 
 def read_levels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a mask's levels as they are stored, for callers who judge them; never turned by EXIF.
+    """Decode a mask's levels as they are stored; neither EXIF nor the mask rules are applied.
 
     Returns:
         (H, W) bool or any number type, the channel that holds the mask.
@@ -171,7 +171,7 @@ def read_levels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
 
 
 def read_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a prediction map: grey levels, however the file stores them; never turned by EXIF.
+    """Decode a prediction map: grey levels, however they are stored; EXIF is ignored.
 
     Understood: 8-bit grey, 1-bit, grey palettes, colour with three equal channels, and 16-bit grey
     (cut to its upper 8 bits). An opaque alpha channel is ignored.
@@ -190,7 +190,9 @@ def read_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         if picture.mode.startswith("I"):
             values = np.asarray(picture)
             if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-                raise DataError(f"The map {path} holds values outside of 16 bits.")
+                raise DataError(
+                    f"The map {path} holds values outside 16 bits. Save it as 8-bit grey."
+                )
             if 0 < values.max(initial=0) <= 255:
                 raise DataError(
                     f"The map {path} has 16 bits a pixel but no value above 255: its scale is "
@@ -242,7 +244,7 @@ def read_pair(
 def pair_orientation(
     image: ImageHeader, mask: ImageHeader, *, image_path: Path, mask_path: Path
 ) -> bool:
-    """Whether to apply EXIF to a pair; raises DataError where no reading makes the sizes agree."""
+    """Return whether to apply EXIF to a pair; raise DataError if the sizes differ either way."""
     if image.upright == mask.upright:
         return True
     if (image.height, image.width) == (mask.height, mask.width):
@@ -254,12 +256,12 @@ def pair_orientation(
 
 
 def write_png(path: str | Path, array: np.ndarray) -> None:
-    """Write uint8 grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4) as PNG, whole or not at all."""
+    """Write uint8 grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4) as PNG, atomically."""
     _write(Path(path), array, ".png", [cv2.IMWRITE_PNG_COMPRESSION, 3])
 
 
 def write_jpeg(path: str | Path, array: np.ndarray, *, quality: int = 92) -> None:
-    """Write uint8 grey (H, W) or RGB (H, W, 3) as JPEG, whole or not at all."""
+    """Write uint8 grey (H, W) or RGB (H, W, 3) as JPEG, atomically."""
     _write(Path(path), array, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, quality])
 
 
@@ -274,21 +276,21 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
         with path.open("rb") as file:
             start = file.read(64).lstrip().lower()
         kind = "a web page" if start.startswith((b"<!doctype", b"<html")) else "not an image"
-        raise DataError(f"{path} is {kind}, whatever its name says. Download it again.") from None
+        raise DataError(f"{path} is {kind}, despite its name. Download it again.") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     if image.width * image.height > max_pixels:
         size = f"{image.width}x{image.height}"
         image.close()
         raise DataError(
-            f"{path} claims {size} pixels, more than the limit of {max_pixels} (data.max_pixels). "
-            "It was not decoded."
+            f"{path} has {size} pixels, more than the limit of {max_pixels}. It was not decoded. "
+            "Shrink it, or raise data.max_pixels."
         )
     return image
 
 
 def _header(image: Image.Image, path: Path) -> ImageHeader:
-    """Describe an opened image; call it before the pixels are loaded."""
+    """Return the header of an opened image; call it before the pixels are loaded."""
     try:
         # Pillow's PNG reader would decode the whole picture here, in search of a late EXIF block.
         exif = Image.Image.getexif(image)
@@ -296,7 +298,7 @@ def _header(image: Image.Image, path: Path) -> ImageHeader:
             exif = png_exif(path)
         orientation = int(exif.get(ORIENTATION_TAG, 1))
     except (OSError, ValueError, TypeError, SyntaxError, struct.error):
-        # A broken EXIF block is no reason to refuse sound pixels.
+        # The pixels can be sound even if the EXIF block is broken.
         orientation = 1
     # Pillow turns TIFFs itself and reports the turned size.
     if image.format == "TIFF" or not 1 <= orientation <= 8:
@@ -326,10 +328,10 @@ def _reduction(shorter: int, at_least: int | None) -> int:
 
 
 def _decode_jpeg(path: Path, reduction: int) -> np.ndarray | None:
-    """Decode with OpenCV, twice as fast as Pillow; None where the file's end is not a JPEG's end.
+    """Decode with OpenCV, twice as fast as Pillow; None if the file lacks the JPEG end marker.
 
-    OpenCV fills what a cut-off file lacks with grey and says nothing, so the end marker is looked
-    for. Some writers append bytes after it: then Pillow, which checks, decides.
+    OpenCV silently fills the missing part of a truncated file with grey, so the end marker is
+    checked first. Some writers append bytes after it: Pillow, which checks, then decodes the file.
     """
     data = np.fromfile(path, np.uint8)
     if data[-2:].tobytes() != b"\xff\xd9":
@@ -338,7 +340,7 @@ def _decode_jpeg(path: Path, reduction: int) -> np.ndarray | None:
     try:
         pixels: np.ndarray | None = cv2.imdecode(data, flags)
     except cv2.error:
-        # More pixels than OPENCV_IO_MAX_IMAGE_PIXELS: Pillow obeys data.max_pixels alone.
+        # More pixels than OPENCV_IO_MAX_IMAGE_PIXELS: Pillow only obeys data.max_pixels.
         return None
     return pixels
 
@@ -347,7 +349,7 @@ def _as_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         highest = values.max(initial=0)
-        # Floating-point pictures run from 0 to 1, unless they hold more.
+        # Floating-point pictures run from 0 to 1, unless they contain larger values.
         top = 65535.0 if highest > 255 else 1.0 if image.mode == "F" and highest <= 1 else 255.0
         grey = (np.clip(values / top, 0, 1) * 255).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
@@ -368,7 +370,7 @@ def _write(path: Path, array: np.ndarray, suffix: str, options: list[int]) -> No
 
 
 def require_whole(path: Path, header: ImageHeader) -> None:
-    """Raise DataError for a cut-off file; reads its last bytes, decodes only in doubt."""
+    """Raise DataError if a file is truncated; read its last bytes, decode only in doubt."""
     ends = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
     end = ends.get(header.format)
     if end is None:

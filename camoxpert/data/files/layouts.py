@@ -1,6 +1,6 @@
-"""The table of known data set layouts: where images and masks lie, and which split they are.
+"""Table of known data set layouts: where images and masks are, and which split they belong to.
 
-Adding a layout is adding a row. Patterns are relative to the data set folder; ``*`` stands for one
+To add a layout, add a row. Patterns are relative to the data set folder; ``*`` stands for one
 folder name, which then names the data set.
 """
 
@@ -22,10 +22,10 @@ class Source:
 
     Attributes:
         split: train, test, or all (the data set has no splits).
-        images, masks: alternatives; the first pair that exists counts.
+        images, masks: alternatives; the first pair that exists is used.
         dataset: name of the data set; empty: the folder that ``*`` matched, or the root's name.
-        mask_stem: turns an image's stem into its mask's.
-        shared_masks: masks of other splits lie in the same folder, so unused ones are normal.
+        mask_stem: function from an image's stem to its mask's.
+        shared_masks: masks of other splits are in the same folder, so unused masks are normal.
     """
 
     split: str
@@ -140,10 +140,10 @@ CSV_LAYOUT = "CSV"
 
 
 def recognise(root: Path, name: str = "auto") -> tuple[Layout, Path, list[Found]] | None:
-    """Find the layout of a folder, or of the only folder inside it (archives add one).
+    """Find the layout of a folder, or of the only folder inside it (archives often add one).
 
     Returns:
-        The layout, the folder it starts at and what exists of it; None if nothing fits.
+        The layout, its root folder and its sources on disk; None if no layout matches.
     """
     rows = [layout for layout in LAYOUTS if name in ("auto", layout.name)]
     inner = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
@@ -174,7 +174,7 @@ def locate(root: Path, source: Source) -> Iterator[Found]:
                 # On a case-insensitive disk Imgs and imgs are one folder, and so are GT and gt.
                 if masks.is_dir() and masks != images:
                     seen.add(parent)
-                    # Resolved: the folder "." has no name of its own.
+                    # Resolved, because the folder "." has no name.
                     own = root.resolve().name
                     named = star if "/" in pattern else own
                     yield Found(source, source.dataset or named or own, images, masks)
@@ -182,7 +182,7 @@ def locate(root: Path, source: Source) -> Iterator[Found]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return a folder's image files by name, hidden ones left out."""
+    """Return a folder's image files sorted by name, without hidden ones."""
     return sorted(
         p
         for p in folder.iterdir()
@@ -191,12 +191,12 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def is_noncam(stem: str) -> bool:
-    """Whether a COD10K name says that nothing is camouflaged in the image."""
+    """Return whether a COD10K name marks an image without a camouflaged object."""
     return stem.startswith("COD10K-NonCAM-")
 
 
 def class_of(stem: str) -> str:
-    """Return the class a name carries, or "".
+    """Return the class encoded in a name, or "".
 
     COD10K names are read from both ends (COD10K-CAM-1-Aquatic-3-Crab-32 is Aquatic/Crab; the short
     NonCAM form has no sub-class); other names by the letters before a final number (In_12 is In).

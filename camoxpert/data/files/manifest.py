@@ -28,7 +28,7 @@ class Search:
         layout: name of a known layout, or auto.
         noncam: exclude or include COD10K images without a camouflaged object.
         clean: pairs to leave out, as ``read_clean_list`` returns them.
-        allow_outside: a CSV may name files outside its own folder.
+        allow_outside: a CSV may name files outside its folder.
     """
 
     layout: str = "auto"
@@ -51,7 +51,7 @@ class Manifest:
         layout: names of the layouts recognised.
         excluded: images left out on purpose (``notes`` says why).
         notes: sentences for the user.
-        cleaned: rows of a clean list that applied.
+        cleaned: rows of a clean list that matched an image.
     """
 
     pairs: tuple[Pair, ...]
@@ -70,7 +70,7 @@ class Manifest:
         return {(p.dataset, p.name): (_size(p.image), _size(p.mask)) for p in self.pairs}
 
     def content_hash(self) -> str:
-        """Return a sha256 over names and file sizes, not paths: it survives moving the data."""
+        """Return the SHA-256 of names and file sizes; moving the data does not change it."""
         digest = hashlib.sha256()
         for (dataset, name), sizes in self.files().items():
             line = f"{dataset}/{name}\t{sizes[0]}\t{sizes[1]}\n"
@@ -79,15 +79,15 @@ class Manifest:
 
 
 def load_train(roots: Sequence[str | Path], search: Search = USUAL) -> Manifest:
-    """Find the training pairs of one or more data sets.
+    """Return the training pairs of one or more data sets.
 
     Args:
         roots: folders or CSV files.
-        search: how they are read.
+        search: how pairs are found.
 
     Raises:
-        DataError: nothing found, unknown layout, missing masks, duplicate names.
-        ConfigError: no such layout name.
+        DataError: nothing found, no layout matches, missing masks, duplicate names.
+        ConfigError: unknown layout name.
     """
     manifests = [
         without(manifest, search.clean)
@@ -101,7 +101,7 @@ def load_train(roots: Sequence[str | Path], search: Search = USUAL) -> Manifest:
 
 
 def find_test_sets(roots: Sequence[str | Path], search: Search = USUAL) -> dict[str, Manifest]:
-    """Return the test sets that come with training data, by name; {} where there are none."""
+    """Return the test sets that come with training data, by name; {} if there are none."""
     found = [m for root in roots for m in _read(Path(root), search) if m.split == "test"]
     return _by_name(found, search)
 
@@ -109,13 +109,13 @@ def find_test_sets(roots: Sequence[str | Path], search: Search = USUAL) -> dict[
 def load_eval(
     path: str | Path, search: Search = USUAL, *, split: str = "test"
 ) -> dict[str, Manifest]:
-    """Return what to score of a data set: its test sets, or all of it where it has no splits."""
-    missing = f"{split} split (found: {{}}). --split chooses another."
+    """Return the images to evaluate: a data set's test sets, or all of it if it has no splits."""
+    missing = f"{split} split (found: {{}}). Choose another with --split."
     return _by_name(_of_split(path, search, split, missing), search)
 
 
 def _of_split(root: str | Path, search: Search, split: str, missing: str) -> list[Manifest]:
-    """Return the manifests of a split, or of data without splits; ``missing`` ends the error."""
+    """Return the manifests of a split, or of data without splits; ``missing`` ends the message."""
     manifests = _read(Path(root), search)
     for wanted in (split, "all"):
         chosen = [m for m in manifests if m.split == wanted]
@@ -139,7 +139,7 @@ def concat(manifests: Sequence[Manifest]) -> Manifest:
     if doubled:
         raise DataError(
             f"{len(doubled)} samples are in more than one of the given folders, for example "
-            f"{'/'.join(doubled[0])}. Is a folder given twice?"
+            f"{'/'.join(doubled[0])}. Was a folder given twice?"
         )
     return Manifest(
         pairs,
@@ -153,10 +153,10 @@ def concat(manifests: Sequence[Manifest]) -> Manifest:
 
 
 def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
-    """Set part of TRAIN aside for validation.
+    """Split off a part of the training data for validation.
 
-    Each class gives its share (largest remainders first). The choice depends on the seed and the
-    names alone, not on the order of files on disk.
+    Each class contributes its share (largest remainders first). The choice depends only on the seed
+    and the names, not on the order of files on disk.
 
     Returns:
         (train, validation); validation is empty for fraction 0 and has at least one pair otherwise.
@@ -191,7 +191,7 @@ def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Ma
 
 
 def _size(path: Path) -> int:
-    """Return a file's size, -1 where it is missing."""
+    """Return a file's size, or -1 if it is missing."""
     try:
         return path.stat().st_size
     except OSError:
@@ -226,14 +226,13 @@ def _manifest_of(pairing: Pairing) -> Manifest:
     found = pairing.found
     if pairing.doubled:
         first, second = pairing.doubled[0]
-        raise DataError(
-            f"{first} and {second} have the same name; which one is meant? Remove one of them."
-        )
+        raise DataError(f"{first} and {second} have the same name. Remove one of them.")
     missing, unused = pairing.missing, pairing.unused
     total = len(pairing.pairs) + len(missing)
     if not total and pairing.left_out:
         raise DataError(
-            f"{found.images}: all {pairing.left_out} images are NonCAM; see --noncam include."
+            f"{found.images}: all {pairing.left_out} images are NonCAM. Use --noncam include to "
+            f"keep them."
         )
     if not total:
         raise DataError(f"{found.images} holds no images.")
@@ -247,8 +246,8 @@ def _manifest_of(pairing: Pairing) -> Manifest:
         hint = f" {len(unused)} masks have no image, for example {unused[0]}." if unused else ""
         raise DataError(
             f"{len(missing)} of {total} images have no mask ({found.images} and {found.masks}): "
-            f"{shorten(missing)}.{hint} A mask has its image's name; add the masks or take the "
-            f"images out."
+            f"{shorten(missing)}.{hint} A mask must have its image's name. Add the masks or "
+            f"remove the images."
         )
     if unused:
         notes.append(
@@ -265,7 +264,7 @@ def _manifest_of(pairing: Pairing) -> Manifest:
 
 
 def without(manifest: Manifest, unwanted: CleanList) -> Manifest:
-    """Leave out the pairs (data set, split, name) of a clean list, and say how many."""
+    """Return a manifest without the pairs of a clean list; a note says how many were left out."""
     kept = tuple(
         pair for pair in manifest.pairs if (pair.dataset, manifest.split, pair.name) not in unwanted
     )
@@ -295,10 +294,10 @@ def unused_rows(clean: CleanList, manifests: Sequence[Manifest]) -> list[tuple[s
 def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
     """Read a clean list: columns dataset, split, name and, optionally, reason.
 
-    An empty path is an empty list.
+    An empty path gives an empty list.
 
     Raises:
-        DataError: no such file, or other columns.
+        DataError: the file or a column is missing.
     """
     if not str(path):
         return {}

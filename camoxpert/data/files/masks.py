@@ -1,7 +1,7 @@
-"""From the levels of a mask file to 0 and 255, or an error that says why it is not a mask.
+"""Turn the levels of a mask file into 0 and 255, or raise an error if it is not a mask.
 
-Every rule here exists because a common encoding otherwise reads as all background or all object,
-and a run trains on it without a warning.
+Every rule here exists because a common encoding would otherwise read as all background or all
+object, and a run would train on it without a warning.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from PIL import Image
 from camoxpert.data.files.png import wide_planes
 from camoxpert.errors import DataError
 
-# A level under the first fraction of the full scale is dark, over the second one bright.
+# Levels below the first fraction of full scale are dark, above the second one bright.
 DARK, BRIGHT = 0.25, 0.75
 # Values that a mask without any background may consist of.
 FULL_LEVELS = (1, 255, 65535)
 
 
 def binary_mask(image: Image.Image, path: Path) -> np.ndarray:
-    """Return the mask that a loaded picture holds.
+    """Return the mask stored in a loaded picture.
 
     Args:
         image: decoded, not yet turned by EXIF.
@@ -54,7 +54,7 @@ def mask_levels(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def cut_levels(levels: np.ndarray, path: Path, *, lossy: bool) -> np.ndarray:
-    """Turn levels into 0 and 255, or raise DataError that names them.
+    """Turn levels into 0 and 255, or raise a DataError that names them.
 
     Args:
         levels: (H, W).
@@ -64,7 +64,7 @@ def cut_levels(levels: np.ndarray, path: Path, *, lossy: bool) -> np.ndarray:
     if levels.dtype == bool:
         return np.where(levels, np.uint8(255), np.uint8(0))
     if levels.dtype == np.uint8:
-        # The rule looks at levels alone: 256 of them are judged instead of a million pixels.
+        # The rule depends on levels only: apply it to 256 of them instead of a million pixels.
         counts = cv2.calcHist([levels], [0], None, [256], [0, 256])[:, 0]
         table = _cut(np.arange(256, dtype=np.uint8), counts, path, lossy=lossy)
         return np.ascontiguousarray(cv2.LUT(levels, table))
@@ -124,7 +124,7 @@ def _strongest(planes: np.ndarray, path: Path) -> np.ndarray:
         alpha: np.ndarray = planes[..., 3]
         return alpha
     if (planes[..., :3] != planes[:1, :1, :3]).any():
-        # Red on white, say: equally strong everywhere, and nothing says which is the object.
+        # For example red on white: equally strong everywhere, so the object cannot be told.
         raise DataError(
             f"The mask {path} has several colours of equal strength and no black background. "
             "Save it as black and white."
@@ -137,17 +137,17 @@ def _refusal(values: np.ndarray, between: float, path: Path) -> str:
     if len(values) <= 2:
         return (
             f"The mask {path} has the values {shown}; background must be 0 and the object 255 or "
-            "1. Is it a label map, or a photograph?"
+            "1. Is it a label map or a photograph?"
         )
     return (
         f"{path} is not a binary mask: {len(values)} values ({shown}), {between:.0%} of the pixels "
-        "are neither dark nor bright. Is it a photograph or a label map? Masks hold 0 and 255, or "
-        "0 and 1."
+        "are neither dark nor bright. Is it a photograph or a label map? Masks must contain "
+        "0 and 255, or 0 and 1."
     )
 
 
 def encoding_of(image: Image.Image, path: Path) -> str:
-    """Name how a loaded picture stores its mask, in words for a table."""
+    """Return how a loaded picture stores its mask, in words for a table."""
     if image.mode == "1":
         return "1-bit"
     if image.mode == "P":

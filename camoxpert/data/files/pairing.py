@@ -1,4 +1,4 @@
-"""Images and masks of two folders matched by name; nothing is judged yet."""
+"""Match images and masks of two folders by name, without checking them yet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Pair:
         name: stem of the image, unique in its data set.
         image, mask: files.
         dataset: name of the data set.
-        group: class the name carries, or "".
+        group: class encoded in the name, or "".
     """
 
     name: str
@@ -29,7 +29,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """What two folders hold.
+    """Matched and unmatched files of two folders.
 
     Attributes:
         found: the folders.

@@ -1,4 +1,4 @@
-"""What Pillow does not read of a PNG: late EXIF blocks, checksums, and colour with 16 bits."""
+"""Read the parts of a PNG that Pillow ignores: late EXIF chunks, checksums, 16-bit colour."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKSUM_BYTES = 4
 
 
 def png_exif(path: Path) -> Image.Exif:
-    """Return the EXIF block, which may stand after the pixels; decodes nothing."""
+    """Return the EXIF data, which may come after the pixels; decode nothing."""
     exif = Image.Exif()
     with path.open("rb") as file:
         file.seek(SIGNATURE_BYTES)
@@ -32,30 +32,30 @@ def png_exif(path: Path) -> Image.Exif:
 
 
 def require_checksums(path: Path) -> None:
-    """Raise ValueError where the pixels of a PNG do not match their checksums.
+    """Raise ValueError if the pixels of a PNG do not match their checksums.
 
-    Pillow skips those: a third of all wrong bytes in a small mask would go unnoticed.
+    Pillow does not check them: a third of all wrong bytes in a small mask would go unnoticed.
     """
     data = memoryview(path.read_bytes())
     place = SIGNATURE_BYTES
     while place + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
         end = place + 8 + length
-        # Lower-case chunks are metadata beside the picture; Pillow notices what is cut short.
+        # Lower-case chunks are metadata; Pillow itself notices truncated chunks.
         if kind[:1].isupper() and end + CHECKSUM_BYTES <= len(data):
             (expected,) = struct.unpack_from(">I", data, end)
             if zlib.crc32(data[place + 4 : end]) != expected:
-                raise ValueError(f"the checksum of its block {kind.decode('latin-1')} is wrong")
+                raise ValueError(f"the checksum of its chunk {kind.decode('latin-1')} is wrong")
         place = end + CHECKSUM_BYTES
 
 
 def wide_planes(path: Path) -> np.ndarray | None:
     """Return the channels of a 16-bit colour PNG, RGB or RGBA order, or None for other files.
 
-    Pillow keeps the high byte alone, so that a mask of 0 and 255 (or 1) would come out black.
+    Pillow keeps only the high byte, so a mask of 0 and 255 (or 1) would become black.
 
     Raises:
-        DataError: it has 16 bits and cannot be decoded.
+        DataError: the file has 16 bits and cannot be decoded.
     """
     data = np.fromfile(path, np.uint8)
     depth, colour_type = (int(value) for value in data[24:26])

@@ -1,7 +1,7 @@
-"""The CPU back end of augmentation: albumentations' operators with our own draws.
+"""Augment on the CPU: albumentations' operators with our own random numbers.
 
-albumentations stays behind this module: 2.0.8 is its last MIT release. Its own sampling, which
-gives every data worker the same stream, is not used.
+Only this module uses albumentations: 2.0.8 is its last MIT release. Its sampling, which gives every
+data worker the same stream, is not used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def source_side(data: DataConfig) -> int:
 
 
 def sample_transform(data: DataConfig, seed: int) -> SampleTransform:
-    """Return how pairs become training samples."""
+    """Return the transform from pairs to training samples."""
     return SampleTransform(
         img_size=data.img_size, augment=data.augment, seed=seed, source=source_side(data)
     )
@@ -74,7 +74,7 @@ class SampleTransform:
         return self._operators.apply(pixels, sample, side)
 
     def draw(self, *, epoch: int, index: int, target: int | None = None) -> Draw:
-        """Return what happens to a sample."""
+        """Return the augmentation of a sample."""
         return draw(
             self.augment,
             seed=self.seed,
@@ -98,7 +98,7 @@ def square_pair(image: np.ndarray, mask: np.ndarray, side: int) -> np.ndarray:
 
 def resize_pair(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Resize a pair to a square; the mask is averaged, then cut at one half."""
-    # A filter each: the decoder may have shrunk the image already.
+    # One filter for each: the decoder may have shrunk the image already.
     small = cv2.resize(mask, (size, size), interpolation=_filter(mask, size))
     binary = np.where(small > 127, np.uint8(255), np.uint8(0))
     return cv2.resize(image, (size, size), interpolation=_filter(image, size)), binary
@@ -117,7 +117,7 @@ class Operators:
             warnings.simplefilter("ignore")
             import albumentations as A
 
-            # The same border for both: a mirrored object must be labelled as one.
+            # The same border for both: a mirrored object must be labelled as an object.
             self._affine: Any = A.Affine(
                 interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101
             )

@@ -1,4 +1,4 @@
-"""The draws of a whole batch applied on its device: one warp, one colour change, noise and blur."""
+"""Augment a whole batch on its device: one warp, one colour change, blur and noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from camoxpert.data.samples.draw import BLUR_RADIUS, GREY, Draw, gaussian_kernel
 def apply_draws(pixels_BHWC: Tensor, draws: Sequence[Draw], target: int) -> tuple[Tensor, Tensor]:
     """Augment a batch.
 
-    Nothing here waits for the device: what depends on a draw is decided on the host.
+    Nothing here waits for the device: choices that depend on a draw are made on the host.
 
     Args:
         pixels_BHWC: uint8 (B, S, S, 4), RGB and the mask (0 or 255).
@@ -102,11 +102,11 @@ def _colour(images_BCHW: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def turn_hue(images_BCHW: Tensor, shift_B: Tensor) -> Tensor:
-    """Turn the hue of RGB images by fractions of the circle; value and saturation (HSV) stay."""
+    """Turn the hue of RGB images by fractions of the circle; keep value and saturation (HSV)."""
     value, strongest = images_BCHW.max(1)
     chroma = value - images_BCHW.amin(1)
     red, green, blue = images_BCHW.unbind(1)
-    # Where in its sextant the colour lies, and which sextant that is.
+    # Position of the colour in its sextant, and the number of the sextant.
     between = torch.stack([green - blue, blue - red, red - green], 1)
     position = between.gather(1, strongest[:, None])[:, 0] / chroma.clamp(min=1e-6)
     sextant = 2 * strongest + position + 6 * shift_B[:, None, None]

@@ -1,4 +1,4 @@
-"""Batches: of training samples, of decoded pairs, and of pairs to be scored."""
+"""Batches of training samples, of decoded pairs, and of pairs to evaluate."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Batch:
         masks: uint8 (B, 1, S, S), 0 or 255.
         names: names of the pairs.
         sizes: original (height, width) of each.
-        indices: positions in the manifest of the samples that were due, which give the draws.
-        replaced: (name, reason) of every unreadable pair for which another one stands in.
+        indices: manifest positions of the requested samples, which determine the augmentation.
+        replaced: (name, reason) of every unreadable pair that was replaced by another.
     """
 
     images: Tensor
@@ -77,7 +77,7 @@ class Batch:
 
 @dataclass
 class EvalBatch:
-    """An evaluation batch: resized images and everything at its original size.
+    """An evaluation batch: resized images, everything else at its original size.
 
     Attributes:
         images: uint8 (B, 3, S, S), RGB.
@@ -97,12 +97,12 @@ class EvalBatch:
 
 @dataclass
 class RawBatch:
-    """Decoded pairs whose draws are still to be applied, on the device of the step.
+    """Decoded pairs that are still to be augmented, on the device of the step.
 
     Attributes:
         pixels: uint8 (B, S, S, 4), RGB and mask.
         names, sizes, indices, replaced: as in Batch.
-        epoch: epoch of the draws.
+        epoch: epoch of the augmentation.
         target: side of the training images, in pixels.
     """
 
@@ -119,7 +119,7 @@ class RawBatch:
         return replace(self, pixels=self.pixels.pin_memory())
 
     def finish(self, transform: SampleTransform, device: torch.device) -> Batch:
-        """Copy the pixels to ``device`` and augment them there by the samples' draws."""
+        """Copy the pixels to ``device``, augment them there and return the batch."""
         draws = [
             transform.draw(epoch=self.epoch, index=index, target=self.target)
             for index in self.indices
@@ -130,7 +130,7 @@ class RawBatch:
 
 
 def collate(samples: list[Any]) -> Batch | DataError:
-    """Stack (image, mask, name, size, index, faults) samples; the first fault wins."""
+    """Stack (image, mask, name, size, index, faults) samples, or return the first DataError."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
@@ -146,7 +146,7 @@ def collate(samples: list[Any]) -> Batch | DataError:
 
 
 def collate_raw(samples: list[Any]) -> RawBatch | DataError:
-    """Stack (pixels, name, size, index, epoch, target, faults) samples; the first fault wins."""
+    """Stack (pixels, name, size, index, epoch, target, faults), or return the first DataError."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
@@ -163,7 +163,7 @@ def collate_raw(samples: list[Any]) -> RawBatch | DataError:
 
 
 def collate_eval(samples: Sequence[Any], *, img_size: int) -> EvalBatch | DataError:
-    """Stack the images and list the rest; the first fault wins.
+    """Stack the images and list the rest, or return the first DataError.
 
     (name, reason) pairs of skipped images become ``unreadable``.
     """

@@ -1,4 +1,4 @@
-"""Pairs as samples: pure functions of (epoch, index) for training, of the index for scoring."""
+"""Datasets of pairs: pure functions of (epoch, index) to train, of the index to evaluate."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from camoxpert.errors import DataError
 
 
 class PairDataset(Dataset[Any]):
-    """Reads pairs, from their files or from the cache, and augments them unless the device will.
+    """Reads pairs, from their files or from the cache, and augments them unless the device does.
 
-    A fault is returned as a value: an exception raised in a worker reaches the main process as a
-    traceback inside a message, and the readable text is lost.
+    A DataError is returned as a value: an exception raised in a worker reaches the main process as
+    a traceback inside a message, and the readable text is lost.
 
     Args:
         manifest: the pairs.
         data: settings.
         transform: how pairs become samples.
         cache: decoded pairs to read instead of files.
-        raw: samples are for ``collate_raw``, not augmented yet.
+        raw: return samples for ``collate_raw``, not augmented.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PairDataset(Dataset[Any]):
 
 
 class EvalDataset(Dataset[Any]):
-    """Reads pairs for scoring: the image resized, the mask as it is."""
+    """Reads pairs for evaluation: the image resized, the mask at its original size."""
 
     def __init__(self, manifest: Manifest, data: DataConfig, *, keep_images: bool) -> None:
         self.pairs = manifest.pairs

@@ -1,7 +1,6 @@
-"""One random draw per sample, from (seed, epoch, index) alone; both back ends apply it.
+"""Draw the numbers of a sample's augmentation from (seed, epoch, index) alone.
 
-A draw is a list of numbers, not a program: the CPU and the device move the object to the same
-pixels.
+Both back ends apply the same numbers, so the CPU and the device move the object to the same pixels.
 """
 
 from __future__ import annotations
@@ -13,25 +12,25 @@ import numpy as np
 
 from camoxpert.config import AugmentConfig
 
-# Odds that a sample's colours change at all.
+# Probability that a sample's colours change at all.
 COLOUR_PROBABILITY = 0.8
 BLUR_SIGMAS = (0.6, 1.2)
 BLUR_RADIUS = 3
 NOISE_RANGE = (0.01, 0.05)
-# Weights of red, green and blue in a grey (Rec. 601).
+# Weights of red, green and blue in a grey level (Rec. 601).
 GREY = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What happens to one sample.
+    """The augmentation of one sample, in numbers.
 
     Attributes:
         matrix: (2, 3) float64; maps source pixels (x, y) to target pixels, centres at whole
             numbers.
         flips: (left-right, up-down), where the matrix only flips and both sizes are equal;
             otherwise None.
-        brightness, contrast, saturation: factors, 1 changes nothing.
+        brightness, contrast, saturation: factors; 1 changes nothing.
         hue: shift, fraction of the circle.
         blur: sigma of a Gaussian in target pixels; 0: none.
         noise: standard deviation of Gaussian noise, fraction of the full scale; 0: none.
@@ -57,14 +56,14 @@ class Draw:
 def draw(
     augment: AugmentConfig | None, *, seed: int, epoch: int, index: int, source: int, target: int
 ) -> Draw:
-    """Draw what happens to sample ``index`` in ``epoch``.
+    """Return the augmentation of sample ``index`` in ``epoch``.
 
-    Every number has its own place in the random stream, so that switching one change off leaves the
-    others unchanged.
+    Every number has a fixed place in the random stream, so that switching one change off leaves the
+    others as they are.
 
     Args:
         augment: strengths; None only resizes.
-        seed, epoch, index: what the draw depends on.
+        seed, epoch, index: seed of the random stream.
         source, target: sides of the square before and after, in pixels.
     """
     if augment is None:
@@ -94,8 +93,8 @@ def draw(
 def linear_colour(sample: Draw) -> tuple[np.ndarray, float]:
     """Return brightness, contrast and saturation as one linear change of RGB.
 
-    Contrast turns about the mean grey of the image, saturation about each pixel's own grey (Rec.
-    601 weights, as in torchvision). Greys are left alone by saturation, so the three commute.
+    Contrast scales about the mean grey of the image, saturation about the grey of each pixel (Rec.
+    601 weights, as in torchvision). Saturation does not change greys, so the three commute.
 
     Returns:
         (3, 3) matrix, and the factor of the mean grey that is added to every channel.

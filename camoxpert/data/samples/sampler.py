@@ -13,8 +13,8 @@ class BatchPlaces:
     """A sampler that can start at any batch.
 
     Attributes:
-        start: first sample of the order that is drawn.
-        batch_size: samples of a batch.
+        start: position in the order of the first sample to yield.
+        batch_size: samples per batch.
     """
 
     start: int
@@ -26,7 +26,7 @@ class BatchPlaces:
 
     @contextmanager
     def at_batch(self, batch: int) -> Iterator[None]:
-        """Start at the batch-th batch after ``start`` inside the block."""
+        """Start ``batch`` batches after ``start`` inside the block."""
         start = self.start
         self.start = start + batch * self.batch_size
         try:
@@ -35,7 +35,7 @@ class BatchPlaces:
             self.start = start
 
     def batch_indices(self, batch: int) -> list[int]:
-        """Return the indices of the batch-th batch after ``start``."""
+        """Return the indices of the batch that is ``batch`` batches after ``start``."""
         with self.at_batch(batch):
             return [int(index) for index in self.indices()[: self.batch_size]]
 
@@ -43,13 +43,13 @@ class BatchPlaces:
 class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
     """Yields (epoch, index, target); the order is a pure function of (seed, epoch).
 
-    Every rank gets the same number: the order is padded from its own beginning.
+    Every rank gets the same number of samples: the order is padded with its first samples.
 
     Args:
         num_samples: samples of the whole data set.
         seed: seed of the run.
-        rank, world_size: this process among those that share an epoch.
-        batch_size: samples of a batch; they share a target.
+        rank, world_size: rank of this process, and number of processes that share an epoch.
+        batch_size: samples per batch; they share a target.
         targets: sides of the training images in pixels; each batch draws one from (seed, epoch,
             position), the same on every rank.
     """
@@ -74,7 +74,7 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         self.start = 0
 
     def seek(self, epoch: int, batch: int) -> None:
-        """Draw an epoch next, from its ``batch``-th batch on."""
+        """Set the epoch to iterate next, starting at batch ``batch``."""
         self.epoch = epoch
         self.start = batch * self.batch_size
 
@@ -90,15 +90,15 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         return indices
 
     def target(self, epoch: int, batch: int) -> int:
-        """Return the side of the images of an epoch's ``batch``-th batch."""
+        """Return the side of the images in batch ``batch`` of an epoch."""
         if len(self.targets) == 1:
             return self.targets[0]
-        # The last number keeps this stream apart from the order's.
+        # The last number separates this stream from that of the order.
         generator = np.random.default_rng([self.seed, epoch, batch, 1])
         return self.targets[int(generator.integers(len(self.targets)))]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        # Read once: at_batch may restore them while the samples are drawn.
+        # Read once: at_batch may restore ``start`` while samples are yielded.
         epoch, start = self.epoch, self.start
         target = self.targets[0]
         for position, index in enumerate(self.order(epoch)[start:], start=start):
@@ -107,7 +107,7 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
             yield epoch, int(index), target
 
     def __len__(self) -> int:
-        # A start after a short last batch lies beyond the end.
+        # After a short last batch ``start`` can be beyond the end.
         return max(0, len(self.order(self.epoch)) - self.start)
 
 
