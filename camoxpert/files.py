@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import csv
-import fcntl
+import errno
 import io
 import json
 import math
 import os
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from camoxpert import stop
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+# What flock answers on a file system without locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Asking for it means setting it, which is only safe before there are threads.
 UMASK = os.umask(0o022)
 os.umask(UMASK)
@@ -137,31 +141,29 @@ def finite(value: Any) -> Any:
     return value
 
 
-_held_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+def try_lock(path: Path) -> FileLock | None:
+    """Lock a file for this process; return the lock to release, or None if another process has it.
 
-
-def try_lock(path: Path) -> IO[str] | None:
-    """Lock a file for this process; return the handle that holds the lock, None if another has it.
-
-    The kernel drops the lock when the process dies, however it dies. Forked children let go of it
-    at once: data workers outlive a killed parent by seconds. (So does ``filelock`` 4.3. With 3.20,
-    which torch accepts, they keep the lock, and a repeated command finds its dead run locked.)
-    On a file system without locks nobody can claim anything, and everybody gets a handle.
+    The kernel drops the lock when the process dies, however it dies, and forked children do not
+    keep it: data workers outlive a killed parent by seconds. (Releases of filelock before 3.31
+    keep it open in them, so the same command would find its own dead run locked.) On a file system
+    without locks every process gets one.
 
     Raises:
-        OSError: the file cannot be created, or is a symlink somebody planted.
+        OSError: the file cannot be created, or is a symlink.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    file = os.fdopen(handle, "w")
+    from filelock import FileLock, Timeout
+
+    # Soft locks stay behind when a process is killed.
+    held = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        held.acquire()
+    except Timeout:
         return None
-    except OSError:
-        pass
-    _held_locks.add(file)
-    return file
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return held
 
 
 @contextmanager
@@ -185,13 +187,4 @@ def lock(path: Path, *, waiting: Callable[[], object] = lambda: None) -> Iterato
     try:
         yield
     finally:
-        held.close()
-
-
-def _release_inherited_locks() -> None:
-    for file in list(_held_locks):
-        file.close()
-    _held_locks.clear()
-
-
-os.register_at_fork(after_in_child=_release_inherited_locks)
+        held.release()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +17,20 @@ from camoxpert.files import finite, lock, read_json, read_jsonl, try_lock, write
 def test_a_lock_has_one_owner(tmp_path: Path) -> None:
     first = try_lock(tmp_path / ".lock")
     assert first is not None and try_lock(tmp_path / ".lock") is None
-    first.close()
+    first.release()
     second = try_lock(tmp_path / ".lock")
     assert second is not None
-    second.close()
+    second.release()
 
 
-def test_waiting_is_told_once(tmp_path: Path) -> None:
+def test_waiting_is_said_once(tmp_path: Path) -> None:
     held = try_lock(tmp_path / ".lock")
     assert held is not None
     waited = []
 
     def waiting() -> None:
         waited.append(1)
-        held.close()
+        held.release()
 
     with lock(tmp_path / ".lock", waiting=waiting):
         assert try_lock(tmp_path / ".lock") is None
@@ -43,22 +45,34 @@ def test_a_planted_symlink_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "keep"
 
 
-def test_a_forked_child_lets_go(tmp_path: Path) -> None:
-    """A data worker that outlives its parent does not keep the run locked."""
-    held = try_lock(tmp_path / ".lock")
-    assert held is not None
-    ready, go = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(ready[1], b"x")
-        os.read(go[0], 1)
+def test_workers_that_outlive_a_killed_process_do_not_keep_its_lock(tmp_path: Path) -> None:
+    """They notice its death after seconds; the same command would start a new run until then."""
+    path = tmp_path / ".lock"
+    (ready, write_ready), (wait, end) = os.pipe(), os.pipe()
+    if not (owner := os.fork()):
+        held = try_lock(path)
+        if os.fork() and held is not None:
+            os.write(write_ready, b"x")
+        os.close(end)
+        os.read(wait, 1)
         os._exit(0)
-    os.read(ready[0], 1)
-    os.close(held.fileno())  # As the kernel does when the owner is killed.
-    again = try_lock(tmp_path / ".lock")
-    os.write(go[1], b"x")
-    os.waitpid(child, 0)
-    assert again is not None
+    os.read(ready, 1)
+    assert try_lock(path) is None
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    again = try_lock(path)
+    os.close(end)  # Ends the worker.
+    assert again is not None and try_lock(path) is None
+    again.release()
+
+
+def test_without_locks_every_process_gets_one(tmp_path: Path, monkeypatch) -> None:
+    def flock(*words: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    first, second = try_lock(tmp_path / ".lock"), try_lock(tmp_path / ".lock")
+    assert first is not None and second is not None
 
 
 def test_json_holds_no_nan_and_survives_damage(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from camoxpert.benchmark import data, moe, train
 from camoxpert.cli import main
 from camoxpert.config import build_config
 from camoxpert.pages.scored import run_results
-from camoxpert.runs.log import git_commit
+from camoxpert.runs.info import git_commit
 from camoxpert.runtime.device import Precision, device_name
 
 

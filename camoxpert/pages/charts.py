@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from camoxpert.runs.records import RoutingRecord, TrainRecord, ValidationRecord
+
 GREY = "#808893"
 COLOURS = ("#2f81f7", "#e5834b", "#3fa66b", "#b164c9", "#c9a227", "#d9536f", "#4bb3b8")
 
 
-def plot_training(records: Sequence[Mapping[str, Any]]) -> bytes:
+def plot_training(records: Sequence[TrainRecord]) -> bytes:
     """Plot loss, its terms and the learning rate over steps; PNG."""
-    train = [r for r in records if r.get("kind") == "train" and r.get("loss") is not None]
+    train = [r for r in records if r.get("loss") is not None]
     figure, (left, right) = _figure(2)
     steps = [r["step"] for r in train]
     left.plot(steps, [r["loss"] for r in train], color=COLOURS[0], label="loss", linewidth=1.6)
@@ -33,9 +35,8 @@ def plot_training(records: Sequence[Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def plot_scores(records: Sequence[Mapping[str, Any]]) -> bytes:
+def plot_scores(validation: Sequence[ValidationRecord]) -> bytes:
     """Plot the validation scores over epochs; PNG."""
-    validation = [r for r in records if r.get("kind") == "validation"]
     figure, (left, right) = _figure(2)
     epochs = [r["epoch"] for r in validation]
     for colour, key in zip(COLOURS, ("Smeasure", "wFmeasure", "meanEm", "IoU"), strict=False):
@@ -53,7 +54,7 @@ def plot_scores(records: Sequence[Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def plot_routing(record: Mapping[str, Any]) -> bytes:
+def plot_routing(record: RoutingRecord) -> bytes:
     """Plot the share of each expert per level as a heat map with numbers; PNG."""
     levels, experts = record["levels"], record["experts"]
     usage = np.array([level["usage"] for level in levels.values()])

@@ -10,13 +10,16 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from camoxpert.config import ALIASES, Config, get_setting, leaves
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import read_json, try_lock
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
 from camoxpert.runs.store import CheckpointFolder
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # Settings that say how long, how fast or where, not what is trained.
 FREE = (
@@ -42,21 +45,21 @@ FREE = (
 
 @dataclass
 class RunFolder:
-    """The folder of a run, owned by this process for as long as ``lock`` is open.
+    """The folder of a run, owned by this process for as long as ``lock`` is held.
 
     Attributes:
         path: the folder; None until ``create`` for a new run.
         checkpoint: verified checkpoint to continue from, or None to start from step 0.
         info: ``run.json`` of the run that is continued, {} for a new one.
         notes: what the search found, a line each.
-        lock: open handle of the folder's lock.
+        lock: of the folder.
     """
 
     path: Path | None = None
     checkpoint: Checkpoint | None = None
     info: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    lock: IO[str] | None = None
+    lock: FileLock | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Sent to the other ranks of a run; the lock stays with the process that took it.
@@ -80,7 +83,7 @@ class RunFolder:
     def close(self) -> None:
         """Release the folder for other processes."""
         if self.lock is not None:
-            self.lock.close()
+            self.lock.release()
 
 
 def what_is_trained(config: Config) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def _named_run(path: Path) -> RunFolder:
     return RunFolder(folder, checkpoint, read_json(folder / "run.json"), problems, lock)
 
 
-def _locked(folder: Path) -> IO[str] | None:
+def _locked(folder: Path) -> FileLock | None:
     try:
         return try_lock(folder / ".lock")
     except OSError as error:

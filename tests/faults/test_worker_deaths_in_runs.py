@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from helpers.runs import Runner, command, ending, events
-
-from camoxpert.files import try_lock
 
 
 def test_it_costs_nothing(runner: Runner, data: Path, tmp_path: Path) -> None:
@@ -30,22 +27,3 @@ def test_twice_in_an_epoch_is_a_fault_and_the_same_command_goes_on(
     assert runner.run(killed) == [0] and "resumed" in runner.said()
     assert runner.run(command(data, tmp_path / "b", *words, batch=2)) == [0]
     assert ending(tmp_path / "a" / "r") == ending(tmp_path / "b" / "r")
-
-
-def test_workers_that_outlive_a_killed_run_do_not_keep_its_folder(tmp_path: Path) -> None:
-    """They notice its death after seconds; the same command would begin a new run until then."""
-    held = try_lock(tmp_path / ".lock")
-    assert held is not None
-    begun, end = os.pipe(), os.pipe()
-    if not (worker := os.fork()):
-        os.write(begun[1], b"x")
-        os.read(end[0], 1)
-        os._exit(0)
-    os.read(begun[0], 1)
-    assert try_lock(tmp_path / ".lock") is None
-    held.close()  # As the kernel does when the run is killed.
-    again = try_lock(tmp_path / ".lock")
-    os.write(end[1], b"x")
-    os.waitpid(worker, 0)
-    assert again is not None and try_lock(tmp_path / ".lock") is None
-    again.close()
