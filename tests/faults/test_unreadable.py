@@ -252,7 +252,7 @@ class TestBound:
         assert len(unreadable.note([("b", "cut short")])) == 1
         for _ in range(3):
             unreadable.note([("a", "empty"), ("b", "cut short")])
-        with pytest.raises(DataError, match=r"3 of 200 training images.*allows 2") as caught:
+        with pytest.raises(DataError, match=r"3 of 200 training images.*allows only 2") as caught:
             unreadable.note([("c", "c.jpg is a web page")])
         assert "c.jpg is a web page" in str(caught.value)
 
@@ -302,7 +302,7 @@ class TestStart:
         # One shows in its header, the other only when it is decoded.
         pairs[0].image.write_bytes(b"")
         pairs[1].image.write_bytes(b"") if mode == "none" else flip(pairs[1].mask)
-        with pytest.raises(DataError, match=r"2 of 12 training images.*allows 1") as caught:
+        with pytest.raises(DataError, match=r"2 of 12 training images.*allows only 1") as caught:
             find_data(config, World())
         assert pairs[1].name in str(caught.value)
         wider = settings(data, tmp_path, cache=mode, unreadable="skip", max_unreadable=0.2)
