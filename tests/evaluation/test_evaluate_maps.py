@@ -103,7 +103,7 @@ class TestNothingSilently:
         said = self.run(capsys, *CAMO)
         assert "2 of 6 masks have no map: camo_51, camo_52" in said
         assert "1 maps have no mask: wrong name" in said
-        assert "no images: log.txt" in said
+        assert "not images: log.txt" in said
         (folder / "log.txt").unlink()
         assert evaluate(*CAMO, "--allow-missing", "--allow-extra") == 0
         (result,) = summary()["results"]
