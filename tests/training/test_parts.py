@@ -58,7 +58,7 @@ class TestPrecision:
         auto = choose_precision(TrainConfig(), CPU)
         assert auto.dtype is None and "cpu" in auto.reason
         assert choose_precision(TrainConfig(precision="bf16"), CPU).dtype is torch.bfloat16
-        assert choose_precision(TrainConfig(amp=False), CPU).name == "fp32"
+        assert choose_precision(TrainConfig(precision="fp32"), CPU).name == "fp32"
         with pytest.raises(ConfigError, match="fp16"):
             choose_precision(TrainConfig(precision="fp16"), CPU)
 
