@@ -220,7 +220,7 @@ def test_the_examples_of_the_help_can_be_pasted(command: str, capsys, monkeypatc
     ("typed", "says"),
     [
         ("predict x y -o z --precision fp8", "train.precision (--precision) must be one of"),
-        ("evaluate x --noncam includ", "Did you mean include?"),
+        ("evaluate x --noncam inclusive", "Did you mean include?"),
         ("doctor x --val-fraction 0.9", "data.val_fraction (--val-fraction) must be at most 0.5"),
         ("doctor x --max-pixels 0", "data.max_pixels must be at least 1"),
         ("benchmark train --img-size big", "data.img_size must be a whole number"),
