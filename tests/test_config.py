@@ -131,6 +131,33 @@ def test_round_trips(tmp_path: Path) -> None:
     assert set(changed_settings(config)) == {"optim.lr", "data.roots", "model.experts"}
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("train.amp=false", "train.precision=fp32"),
+        ("train.amp=true", "train.precision=auto"),
+        ("train.skip_stage1=true", "train.stage1_epochs=0"),
+        ("train.skip_stage1=false", "train.stage1_epochs=null"),
+        ("train.resume_from=runs/x", "train.resume=runs/x"),
+        ("train.resume_from=", "train.resume=auto"),
+    ],
+)
+def test_settings_of_earlier_versions_keep_their_meaning(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    path, _, value = old.partition("=")
+    group, name = path.split(".")
+    meant = load_config(overrides=[new])
+    assert load_config(overrides=[old]) == meant
+    text = f"{group}: {{{name}: {value or repr('')}}}"
+    assert load_config(file=write(tmp_path / "c.yaml", text)) == meant
+    # A checkpoint holds every setting of its version, the old ones beside the present.
+    value_of = {"true": True, "false": False}.get(value, value)
+    saved = to_dict(Config())
+    saved[group][name] = value_of
+    assert config_from_dict(saved) == meant
+
+
 def test_every_setting_is_documented_and_flags_are_unique() -> None:
     flags = [leaf.flag for leaf in leaves() if leaf.flag]
     assert len(flags) == len(set(flags))

@@ -13,10 +13,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NoReturn
 
 from camoxpert.errors import CamoXpertError, ConfigError, Stopped
+from camoxpert.text import did_you_mean
 
 # Command -> what it does. The module camoxpert.cli.<command> has add_arguments() and run().
 COMMANDS = {
@@ -32,10 +32,12 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a typo with the nearest flag and raises instead of leaving."""
+    """argparse that answers a typo with the nearest flag and raises instead of exiting."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("allow_abbrev", False)
+        # Examples are lines to paste, not a paragraph to wrap.
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
@@ -55,10 +57,8 @@ class Parser(argparse.ArgumentParser):
         for argument in rest:
             if argument.startswith("-") and not _is_number(argument):
                 flag = argument.partition("=")[0]
-                close = get_close_matches(flag, known, n=1, cutoff=0.6)
-                hint = (
-                    f" Did you mean {close[0]}?" if close else f" `{self.prog} --help` lists them."
-                )
+                otherwise = f" `{self.prog} --help` lists them."
+                hint = did_you_mean(flag, known, otherwise=otherwise)
                 raise ConfigError(f"Unknown flag {flag}.{hint}")
         return namespace, rest
 
@@ -118,9 +118,10 @@ def run_command(typed: list[str]) -> int:
         return 0
     name = typed[0]
     if name not in COMMANDS:
-        close = get_close_matches(name, list(COMMANDS), n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"Unknown command {name!r}.{hint} Commands: {', '.join(COMMANDS)}.")
+        raise ConfigError(
+            f"Unknown command {name!r}.{did_you_mean(name, COMMANDS)} Commands: "
+            f"{', '.join(COMMANDS)}."
+        )
     module = importlib.import_module(f"camoxpert.cli.{name}")
     parser = Parser(prog=f"camoxpert {name}", description=f"{COMMANDS[name]}.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

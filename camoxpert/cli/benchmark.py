@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from camoxpert import console
 from camoxpert.cli import no_overrides
+from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,10 +21,14 @@ KINDS = {
     "train": "the training step against the bare backbone's",
     "data": "loading and augmentation against the plain Dataset",
 }
+EXAMPLES = """examples:
+  camoxpert benchmark metrics -o metrics.json
+  camoxpert benchmark train --backbone edgenext_base --batch-size 32 --precision bf16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
+    parser.epilog = EXAMPLES
     parser.add_argument(
         "kind", choices=tuple(KINDS), help="; ".join(f"{k}: {v}" for k, v in KINDS.items())
     )
@@ -54,15 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not compare with the training step's need",
     )
-    model = parser.add_argument_group("moe, train, data")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    model.add_argument("--precision", default="auto", help="train: auto, fp32, bf16, fp16 [auto]")
-    model.add_argument("--backbone", default="edgenext_small", help="train [edgenext_small]")
-    model.add_argument("--img-size", type=int, default=352, help="train [352]")
-    model.add_argument("--batch-size", type=int, default=8, help="train [8]")
-    model.add_argument("--num-experts", type=int, default=4, help="[4]")
-    model.add_argument("--top-k", type=int, default=2, help="[2]")
-    model.add_argument("--width", type=int, default=96, help="of the decoder [96]")
+    experts = parser.add_argument_group("moe, train, data")
+    defaults = {"model.num_experts": 4, "model.backbone": "edgenext_small"}
+    paths = ("train.device", "model.num_experts", "model.top_k", "model.width")
+    add_flags(experts, paths, defaults=defaults)
+    step = parser.add_argument_group("train, data")
+    add_flags(step, ("train.precision", "model.backbone", "data.img_size"), defaults=defaults)
+    step.add_argument("--batch-size", type=int, default=8, help="images per step [8]")
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
@@ -171,8 +174,6 @@ def _subject(options: argparse.Namespace) -> Subject:
             f"data.img_size={options.img_size}",
         ]
     )
-    if options.precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise ConfigError(f"--precision {options.precision}: use auto, fp32, bf16 or fp16.")
     device = choose_device(options.device)
     precision = choose_precision(TrainConfig(precision=options.precision), device)
     return Subject(config, device, precision, options.batch_size)

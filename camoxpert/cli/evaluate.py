@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING
 
 from camoxpert import console, stop
 from camoxpert.cli import no_overrides
+from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from camoxpert.evaluation.results import EvaluationResult
 
-EPILOG = """A checkpoint: camoxpert evaluate runs/NAME --data NC4K.
-Maps: camoxpert evaluate --predictions maps/ours maps/other --gt NC4K/GT, where a method's folder
-holds maps, or one folder of maps per data set. Nothing is matched silently: missing and extra maps,
-other sizes, colour pictures and grey masks are errors that name the files."""
+EXAMPLES = """A method's folder holds maps, or one folder of maps per data set. Nothing is matched
+silently: missing and extra maps, other sizes, colour pictures and grey masks are errors that name
+the files.
+
+examples:
+  camoxpert evaluate runs/NAME --data NC4K CHAMELEON
+  camoxpert evaluate --predictions maps/ours maps/other --gt NC4K/GT --ledger scores.jsonl"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
-    parser.epilog = EPILOG
+    parser.epilog = EXAMPLES
     parser.add_argument(
         "checkpoint", nargs="?", help="a run folder (its best weights) or a .pt file"
     )
@@ -32,23 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--data", nargs="+", metavar="DIR", help="data sets to score; default: those of the run"
     )
-    model.add_argument("--layout", default="auto", help="name of a known layout [auto]")
-    model.add_argument(
-        "--clean-list", default="", metavar="FILE", help="CSV of images to leave out (see doctor)"
-    )
+    add_flags(model, ("data.layout", "data.clean_list", "data.allow_outside"))
     model.add_argument(
         "--split", choices=("test", "train"), default="test", help="which split of DIR [test]"
     )
     model.add_argument(
         "--batch-size", type=int, default=8, help="images read at a time; changes no number [8]"
     )
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    model.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 [auto]")
-    model.add_argument(
-        "--allow-outside",
-        action="store_true",
-        help="a CSV may name files outside its own folder; only for a CSV you trust",
-    )
+    add_flags(model, ("train.device", "train.precision"))
     maps = parser.add_argument_group("scoring prediction maps")
     maps.add_argument(
         "--predictions", nargs="+", metavar="DIR", help="folders of maps, or of folders of maps"
@@ -81,14 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default, fast (without weighted F), all, or names: Smeasure BoundaryIoU HCE ...",
     )
     both = parser.add_argument_group("both")
+    add_flags(both, ("data.noncam",))
     both.add_argument(
-        "--noncam",
-        choices=("exclude", "include"),
-        default="exclude",
-        help="COD10K images without a camouflaged object [exclude]",
-    )
-    both.add_argument(
-        "-o", "--output", metavar="DIR", help="where results go [the run folder; evaluation]"
+        "-o", "--output", metavar="DIR", help="folder of the results [the run folder; evaluation]"
     )
     both.add_argument(
         "--format",
@@ -154,6 +144,7 @@ OF_CHECKPOINTS = (
     "--split",
     "--clean-list",
     "--allow-outside",
+    "--no-allow-outside",
     "--batch-size",
     "--device",
     "--precision",

@@ -7,16 +7,23 @@ from pathlib import Path
 
 from camoxpert import console, stop
 from camoxpert.cli import no_overrides, print_paragraph
+from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError
 
 KINDS = ("map", "mask", "cutout", "overlay")
+EXAMPLES = """examples:
+  camoxpert predict runs/NAME photos/ -o out
+  camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
+    parser.epilog = EXAMPLES
     parser.add_argument("checkpoint", help="a run folder (its best weights) or a .pt file")
     parser.add_argument("inputs", nargs="+", help="images, folders, globs or CSV (column image)")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="where results go")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder of the results"
+    )
     parser.add_argument(
         "--save",
         nargs="+",
@@ -28,14 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="probability that counts as object [0.5]"
     )
-    parser.add_argument("--overwrite", action="store_true", help="predict again what is there")
     parser.add_argument(
-        "--allow-outside",
-        action="store_true",
-        help="a CSV may name images outside its own folder; only for a CSV you trust",
+        "--overwrite", action="store_true", help="predict images again that have results"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16 [auto]")
+    add_flags(parser, ("data.allow_outside", "train.device", "train.precision"))
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:

@@ -10,10 +10,15 @@ from camoxpert.cli.train import check_data_given
 from camoxpert.config.flags import add_setting_flags, read_config
 from camoxpert.errors import ConfigError
 
+EXAMPLES = """examples:
+  camoxpert profile --dataset-path DATA --backbone edgenext_base --batch-size 16
+  camoxpert profile --config configs/max_speed.yaml --dataset-path DATA --trace trace.json"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``train`` and the profile's own."""
     parser.usage = "camoxpert profile --dataset-path DIR [flags of train] [--steps N] [-o FILE]"
+    parser.epilog = EXAMPLES
     own = parser.add_argument_group("of the profile")
     own.add_argument("--steps", type=int, default=10, help="timed steps [10]")
     own.add_argument("--trace", metavar="FILE", help="write a trace of three steps (JSON)")

@@ -9,9 +9,14 @@ from camoxpert import console
 from camoxpert.cli import no_overrides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 
+EXAMPLES = """examples:
+  camoxpert report runs/NAME
+  camoxpert report scores.jsonl --dataset NC4K --format latex"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
+    parser.epilog = EXAMPLES
     parser.add_argument("run", help="a run folder, or a ledger that `evaluate --ledger` wrote")
     ledger = parser.add_argument_group("of a ledger")
     ledger.add_argument("--dataset", nargs="+", metavar="NAME", help="only these data sets")

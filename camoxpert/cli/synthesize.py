@@ -9,9 +9,14 @@ from camoxpert import console
 from camoxpert.cli import no_overrides
 from camoxpert.errors import ConfigError, DataError
 
+EXAMPLES = """examples:
+  camoxpert synthesize toy data/toy
+  camoxpert synthesize toy data/hard --train 1000 --size 128 --difficulty 0.9 --seed 1"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
+    parser.epilog = EXAMPLES
     parser.add_argument("kind", choices=("toy",), help="toy: generated textures and shapes")
     parser.add_argument("output", help="a new folder; gets TrainDataset/ and TestDataset/")
     parser.add_argument("--train", type=int, default=400, help="training pairs [400]")

@@ -41,7 +41,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         for leaf in leaves():
             if leaf.flag and group_of(leaf.path) == name:
                 # Only what was typed arrives, under the dotted path: files may say the rest.
-                _declare(group, leaf, dest=leaf.path, default=argparse.SUPPRESS)
+                _declare(group, leaf, default=argparse.SUPPRESS, dest=leaf.path)
                 for alias in ALIASES:
                     if alias.target == leaf.path:
                         _declare_alias(group, alias)
@@ -55,7 +55,7 @@ def add_flags(
 ) -> None:
     """Add the flags of some settings to a command that has no settings tree of its own.
 
-    Each value arrives checked under the setting's last name (``options.layout``).
+    Each value arrives checked, under the setting's last name (``options.layout``).
 
     Args:
         group: a parser or an argument group.
@@ -66,7 +66,10 @@ def add_flags(
     for path in paths:
         leaf = table[path]
         default = (defaults or {}).get(path, leaf.default)
-        _declare(group, leaf, dest=path.rpartition(".")[2], default=default, type=_reader(leaf))
+        options: dict[str, Any] = {"dest": path.rpartition(".")[2]}
+        if leaf.choices or leaf.type not in (bool, str):  # any text is right for the others
+            options["type"] = _reader(leaf)
+        _declare(group, leaf, default=default, **options)
 
 
 def group_of(path: str) -> str:
@@ -98,10 +101,11 @@ def _declare(
     """Add one setting's flag."""
     flag = leaf.flag or "--" + leaf.path.rpartition(".")[2].replace("_", "-")
     shown = _shown(leaf.default if default == argparse.SUPPRESS else default)
-    options |= {"default": default, "help": f"{leaf.help} [{shown}]".replace("%", "%%")}
+    help = f"{leaf.help} [{shown}]".replace("%", "%%")
+    options |= {"default": default, "help": help}
     if leaf.type is bool:
-        options.pop("type", None)
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        action = group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        action.help = help  # before Python 3.13 the action added "(default: False)"
         return
     if leaf.bare is not None:
         options |= {"nargs": "?", "const": leaf.bare}
@@ -141,4 +145,5 @@ def _reader(leaf: Leaf) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         return check_value(parse_text(text, leaf.type, leaf.path), leaf)
 
+    read.__name__ = getattr(leaf.type, "__name__", str(leaf.type))
     return read

@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from camoxpert.cli import COMMANDS, Parser, main
+from camoxpert.cli import COMMANDS, Parser, main, no_overrides
 from camoxpert.cli.train import add_arguments
 from camoxpert.config import Config, get_setting
 from camoxpert.config.flags import read_config
@@ -194,6 +195,40 @@ def test_every_command_has_help(command: str, capsys) -> None:
         main([command, "--help"])
     assert left.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_the_help_can_be_pasted(command: str, capsys, monkeypatch) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    examples = [line for line in text.splitlines() if line.startswith(f"  camoxpert {command} ")]
+    assert len(examples) == 2
+    received = []
+
+    def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
+        received.append(typed)
+        read_config(options, rest) if command in ("train", "profile") else no_overrides(rest)
+        return 0
+
+    monkeypatch.setattr(f"camoxpert.cli.{command}.run", run)
+    assert [main(shlex.split(example)[1:]) for example in examples] == [0, 0]
+    assert len(received) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("predict x y -o z --precision fp8", "train.precision (--precision) must be one of"),
+        ("evaluate x --noncam inclusive", "Did you mean include?"),
+        ("doctor x --val-fraction 0.9", "data.val_fraction (--val-fraction) must be at most 0.5"),
+        ("doctor x --max-pixels 0", "data.max_pixels must be at least 1"),
+        ("benchmark train --img-size big", "data.img_size must be a whole number"),
+    ],
+)
+def test_flags_of_other_commands_are_checked_as_those_of_train(typed, says, capsys) -> None:
+    assert main(typed.split()) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
 
 
 def test_ctrl_c_before_anything_is_130(monkeypatch, capsys) -> None:

@@ -1,0 +1,32 @@
+"""The folder of a run: the same settings always find the same name."""
+
+from __future__ import annotations
+
+import pytest
+
+from camoxpert.config import load_config
+from camoxpert.runs.folder import run_name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "edgenext_base-352-67078a96"),
+        (["model.backbone=resnet18"], "resnet18-352-0adb673b"),
+        (["train.precision=fp32"], "edgenext_base-352-318339d5"),
+        (["train.stage1_epochs=0"], "edgenext_base-352-f38d4426"),
+        (
+            ["model.backbone=resnet18", "optim.lr=3e-4", "data.roots=[a,b]"],
+            "resnet18-352-1495edba",
+        ),
+    ],
+)
+def test_names_are_those_of_the_first_version(overrides: list[str], name: str) -> None:
+    """Computed by its code, which had three settings more: a stopped run is found again."""
+    assert run_name(load_config(overrides=overrides)) == name
+
+
+def test_how_long_and_where_do_not_name_a_run() -> None:
+    moved = load_config(overrides=["train.resume_from=x", "data.num_workers=3", "run.dir=other"])
+    assert run_name(moved) == run_name(load_config())
+    assert run_name(load_config(overrides=["train.seed=1"])) != run_name(load_config())
