@@ -1,7 +1,7 @@
 """What the user sees: decisions and results on stdout, notes, warnings and progress on stderr.
 
-Ranks above 0 of a distributed run are silent here and nowhere else. Progress is a live line on a
-terminal and a plain line now and then in a log file.
+Ranks above 0 of a distributed run are silent because of this module alone. Progress is a live line
+on a terminal and an occasional plain line in a log file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _listeners: list[Callable[[str], None]] = []
 
 
 def set_silent(silent: bool) -> None:
-    """Silence this process, because another rank speaks for the run."""
+    """Silence this process, because another rank prints for the run, or undo that."""
     global _silent
     _silent = silent
 
 
 def say(text: str = "") -> None:
-    """Print a line of results or news to stdout."""
+    """Print a line of results or status to stdout."""
     if not _silent:
         print(text, flush=True)
 
@@ -92,7 +92,7 @@ def progress(description: str, *, total: int | None, done: int = 0) -> Iterator[
 
     Args:
         description: shown before the bar.
-        total: number of items, or None where unknown.
+        total: number of items, or None if unknown.
         done: items that were finished before.
     """
     live = sys.stderr.isatty()
@@ -118,7 +118,7 @@ def track(iterable: Iterable[T], description: str, *, total: int | None = None) 
     Args:
         iterable: the items.
         description: shown before the bar.
-        total: number of items; None takes ``len(iterable)`` where there is one.
+        total: number of items; None takes ``len(iterable)`` if it has a length.
 
     Raises:
         Stopped: Ctrl-C, SIGTERM or the deadline.
@@ -142,7 +142,7 @@ class TrainingBar:
         epoch, epochs: position, from 1.
         stage: shown behind the epoch, or "".
         initial: micro-batches already done (a resumed epoch).
-        live: True on a terminal, False in a log; None finds out.
+        live: True on a terminal, False in a log file; None asks stderr.
     """
 
     def __init__(
@@ -166,8 +166,7 @@ class TrainingBar:
             ascii=" #",
             bar_format="{desc}: {percentage:.0f}%|{bar:10}| {n_fmt}/{total_fmt} "
             "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-            # In a log file carriage returns make a mess: tqdm stays silent, lines are printed
-            # below.
+            # Carriage returns garble a log file: tqdm stays silent, _log_line prints instead.
             file=sys.stderr if self._live else io.StringIO(),
             leave=False,
             mininterval=0.2,
@@ -212,7 +211,7 @@ class TrainingBar:
             print(self.text(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Remove the live bar; what it said is in the log records."""
+        """Remove the live bar; its numbers are in the log records."""
         self._bar.close()
 
     def __enter__(self) -> TrainingBar:

@@ -1,4 +1,4 @@
-"""The faults a user can meet, each with the exit code the command line ends with.
+"""The errors a user can meet, each with the exit code of the command line.
 
 Every error carries one readable paragraph as its only argument: what is wrong, where, and what to
 do. One positional argument on purpose: worker processes send exceptions back by pickling ``args``,
@@ -7,10 +7,10 @@ and an ``__init__`` with more than one required argument cannot be rebuilt on th
 
 
 class CamoXpertError(Exception):
-    """Base of all expected faults; the command line prints its text without a traceback."""
+    """Base of all expected errors; the command line prints its text without a traceback."""
 
     exit_code = 1
-    # Set where another process of the same run already says it.
+    # Set if another rank of the same run prints it.
     quiet = False
 
 
@@ -33,7 +33,7 @@ class CheckpointError(CamoXpertError):
 
 
 class NumericError(CamoXpertError):
-    """Training met a non-finite loss or gradient that it could not step over."""
+    """Training met a non-finite loss or gradient that it could not skip."""
 
     exit_code = 5
 
@@ -47,12 +47,12 @@ class PeerError(CamoXpertError):
 class Stopped(BaseException):
     """The command was asked to stop and left its work in order; the same command continues it.
 
-    Not an ``Exception``, like KeyboardInterrupt: a signal can raise it anywhere, and code that
-    turns every failure of a file into its own error must not swallow it.
+    Like KeyboardInterrupt not an ``Exception``: a signal can raise it anywhere, and code that turns
+    any failure to read a file into another error must not swallow it.
 
     ``exit_code`` is 75 (deadline), 130 (Ctrl-C) or 143 (SIGTERM), set on the instance.
     """
 
     exit_code = 75
-    # Set where another process of the same run already says it.
+    # Set if another rank of the same run prints it.
     quiet = False

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 # What flock answers on a file system without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-# Asking for it means setting it, which is only safe before there are threads.
+# Reading the umask means setting it, which is only safe before there are threads.
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bool = False) -> Path:
-    """Write a file beside its place and move it there: readers see the old one or the new one.
+    """Write a file atomically, under a temporary name first: readers see the old or the new one.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         write: receives the open file.
         durable: wait until the content is on the disk, so that a power cut cannot leave an empty
             file under the new name. Takes milliseconds.
@@ -60,7 +60,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bo
 def append_here(path: Path) -> IO[str]:
     """Open a text file at its end, without following a symlink; replace one if found.
 
-    A link somebody left in a folder of results would otherwise lead the lines into another file.
+    Otherwise a symlink left in a results folder would redirect the lines into another file.
     """
     if path.is_symlink():
         path.unlink()
@@ -69,22 +69,22 @@ def append_here(path: Path) -> IO[str]:
 
 
 def leads_outside(root: Path, path: Path) -> bool:
-    """Whether a file under ``root`` would be written elsewhere, through ``..`` or a linked folder.
+    """Return whether a file in ``root`` would be written elsewhere, by ``..`` or a linked folder.
 
-    The file itself may be a link: ``write_whole`` replaces it. So may ``root``.
+    The file itself may be a symlink, which ``write_whole`` replaces; so may ``root``.
     """
     return not path.parent.resolve().is_relative_to(root.resolve())
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> Path:
-    """Write bytes, whole or not at all; see ``write_whole``."""
+    """Write bytes atomically; see ``write_whole``."""
     return write_whole(path, lambda file: file.write(data), durable=durable)
 
 
 def write_rows(
     path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] | None = None
 ) -> Path:
-    """Write dictionaries as CSV, whole or not at all.
+    """Write dictionaries as CSV, atomically.
 
     Args:
         path: the file.
@@ -96,18 +96,18 @@ def write_rows(
     writer = csv.DictWriter(text, fieldnames=columns)
     writer.writeheader()
     writer.writerows(rows)
-    # File names may hold bytes that are no UTF-8: they go out as they came in.
+    # File names may hold bytes that are not UTF-8: they are written as they were read.
     return write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> Path:
-    """Write JSON, whole or not at all; NaN and infinity become null."""
+    """Write JSON atomically; NaN and infinity become null."""
     text = json.dumps(finite(value), indent=1, allow_nan=False)
     return write_bytes(path, text.encode(), durable=durable)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or {} where it is missing, damaged or something else."""
+    """Return the JSON object in a file, or {} if it is missing, damaged or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read records; a torn line (the process died while writing it) ends the file."""
+    """Read records up to the first torn line (the process died while writing it)."""
     records: list[dict[str, Any]] = []
     if not path.is_file():
         return records

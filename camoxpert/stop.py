@@ -1,9 +1,9 @@
 """Stopping a command: Ctrl-C, SIGTERM and the deadline end it at a safe point with ``Stopped``.
 
 Outside a training step the signal's handler raises ``Stopped`` on the spot: every file is written
-atomically, so nothing has to be asked first. Inside ``deferred()`` a request is only noted, and the
-code in there decides when to leave. The deadline has no signal: ``check()`` and every
-``console.track`` loop look at the clock.
+atomically, so no file is left half written. Inside ``deferred()`` a request is only noted, and the
+code inside decides when to stop. The deadline has no signal: ``check()`` and every
+``console.track`` loop check the clock.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Stop:
         self._outcomes = ["Nothing was left half done."]
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal and raise Stopped unless deferred; a second Ctrl-C exits at once."""
+        """Note the signal and raise Stopped unless deferred; Ctrl-C after a signal exits now."""
         if self.signal_number and number == signal.SIGINT:
             os._exit(130)
         repeated = bool(self.signal_number)
@@ -76,8 +76,8 @@ class Stop:
         """Return the exception that ends the command, for its caller to raise.
 
         Args:
-            outcome: what became of the work, for the user; empty: that of the innermost
-                ``outcome`` block.
+            outcome: state of the work, for the user; empty: that of the innermost ``outcome``
+                block.
         """
         code = self.agreed or self.code()
         reason = REASONS.get(code, "signal")
@@ -118,7 +118,7 @@ _current = Stop()
 
 
 def current() -> Stop:
-    """Return the stop request of the command that is running (never asked outside ``watch``)."""
+    """Return the stop request of the running command (never requested outside ``watch``)."""
     return _current
 
 

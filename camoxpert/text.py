@@ -1,4 +1,4 @@
-"""Words for people: shortened lists, the nearest name to a typo, counts and text tables."""
+"""Text for users: shortened lists, the nearest name to a typo, counts and text tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bullet_list(lines: Sequence[str], limit: int = 10) -> str:
 
 
 def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the known name that is most like ``name``, or None where none is alike."""
+    """Return the known name closest to ``name``, or None if none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return found[0] if found else None
 
@@ -47,7 +47,7 @@ def free_name(name: str, taken: Collection[str]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Lay cells out in columns: the first ``left`` columns to the left, the others to the right.
+    """Format cells in columns: the first ``left`` columns left-aligned, the others right-aligned.
 
     An empty row becomes an empty line.
     """

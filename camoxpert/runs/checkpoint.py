@@ -81,7 +81,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: it differs from what was written (sha256).")
     try:
         if known is None:
-            # torch does not look at the checksums of its own container.
+            # torch does not verify the checksums of its zip container.
             with zipfile.ZipFile(path) as container:
                 damaged = container.testzip()
             if damaged is not None:
@@ -99,7 +99,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def verified(path: Path, values: Any) -> Checkpoint:
-    """Return what was read as a checkpoint; raises CheckpointError where it is something else."""
+    """Return what was read as a checkpoint; raises CheckpointError if it is not one."""
     if not isinstance(values, dict) or "config" not in values or "model" not in values:
         raise CheckpointError(
             f"{path} is not a CamoXpert checkpoint. Backbone weights are given with --weights."

@@ -66,15 +66,15 @@ class RunFolder:
         return {**self.__dict__, "lock": None}
 
     def create(self, config: Config) -> Path:
-        """Make the folder of a new run unless there is one; remove what killed writes left in it.
+        """Create the folder of a new run if it has none; remove leftovers of killed writes.
 
         Raises:
-            ConfigError: the folder cannot be made.
+            ConfigError: the folder cannot be created.
         """
         while self.path is None:
             path = create_run_dir(Path(config.run.dir), run_name(config))
             self.lock = try_lock(path / ".lock")
-            # Otherwise the same command, started at the same moment, took the new folder.
+            # None: the same command, started at the same moment, took the new folder.
             self.path = path if self.lock is not None else None
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -100,7 +100,7 @@ def run_name(config: Config) -> str:
     if config.run.name:
         return config.run.name
     settings = what_is_trained(config)
-    # Settings of the first version count with their defaults: a name stays what it was.
+    # Settings removed since the first version count with their defaults: names stay the same.
     settings |= {old.path: old.neutral for old in ALIASES if old.target not in FREE}
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -129,9 +129,10 @@ def create_run_dir(parent: Path, name: str) -> Path:
 
 
 def find_run(config: Config) -> RunFolder:
-    """Find the stopped run that these settings continue and lock it, or say that there is none.
+    """Find and lock the stopped run that these settings continue; without one the path is None.
 
-    Changes no file but the lock's; ``RunFolder.create`` makes the folder of a new run.
+    Writes only the lock and removes leftovers of killed writes; ``RunFolder.create`` makes the
+    folder of a new run.
 
     Raises:
         CheckpointError: the run to continue has no usable checkpoint.
@@ -168,7 +169,7 @@ def _named_run(path: Path) -> RunFolder:
             f"--resume: {path} is not in a run folder, and a continued run writes into its own. "
             f"Give RUN or RUN/checkpoints/step_*.pt."
         )
-    # Before the folder is looked into: a live run's half-written file is not a leftover.
+    # Lock before looking inside: a half-written file of a live run is not a leftover.
     lock = _locked(folder)
     if lock is None:
         raise ConfigError(f"--resume: {folder} is being trained by another process.")

@@ -16,7 +16,7 @@ from camoxpert.errors import CheckpointError
 from camoxpert.files import write_bytes
 from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
 
-# Settings that say where the maker's files lie, which nobody else needs to know.
+# Settings with paths on the author's machine, which are not shared.
 PRIVATE = (
     *("data.roots", "data.cache_dir", "data.clean_list", "model.weights", "run.dir", "run.name"),
     "train.resume",
@@ -26,11 +26,11 @@ PRIVATE = (
 def write_shared(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write the evaluated weights of a checkpoint for others; returns the folder.
 
-    It holds ``model.safetensors`` (weights, settings and scores; names no file or folder of the
-    maker) and ``README.md``. ``evaluate`` and ``predict`` take the folder or the file.
+    It holds ``model.safetensors`` (weights, settings and scores, without paths on the
+    author's machine) and ``README.md``. ``evaluate`` and ``predict`` take the folder or the file.
 
     Args:
-        folder: created.
+        folder: created if missing.
         checkpoint: of a run.
 
     Raises:
@@ -93,5 +93,5 @@ def card(about: dict[str, Any]) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Return text that means nothing to Markdown or HTML."""
+    """Return text without characters that Markdown or HTML interpret."""
     return "".join(c if c.isalnum() or c in " _-." else " " for c in str(text))

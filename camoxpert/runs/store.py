@@ -1,4 +1,4 @@
-"""Writing checkpoints that can be trusted: written whole, hashed, the last two and the best kept.
+"""Writing checkpoints: atomic and hashed; the last two and the best are kept.
 
 ``checkpoints/step_00001200.pt`` holds everything a run needs to continue; ``checkpoints/best.pt``
 holds the evaluated weights and the settings, for ``evaluate`` and ``predict``.
@@ -51,13 +51,13 @@ class CheckpointFolder:
         stays: bool = False,
         about: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write a resumable checkpoint and forget the oldest beyond ``keep``.
+        """Write a resumable checkpoint and delete the oldest beyond ``keep``.
 
         Args:
             values: tensors and plain Python.
             step: optimizer step; a checkpoint of the same step is replaced.
-            stays: never forget this one.
-            about: more for its entry in the index.
+            stays: never delete this one.
+            about: further fields of its entry in the index.
         """
         more = {**(about or {}), **({"stays": True} if stays else {})}
         path = self._write(f"step_{step:08d}.pt", values, step=step, about=more)
@@ -72,9 +72,9 @@ class CheckpointFolder:
         return path
 
     def _forget_strays(self) -> None:
-        """Remove what a process left that died between writing the index and removing a file.
+        """Remove files left by a process that died between writing the index and deleting them.
 
-        Not while the index is new: where it was lost, those files are what is left.
+        Not while the index is new: if it was lost, those files are all that is left.
         """
         listed = {e["file"] for e in read_index(self.folder)}
         if len(listed - {BEST}) >= self.keep:
@@ -92,10 +92,10 @@ class CheckpointFolder:
         """Return the newest resumable checkpoint that passes verification, and what was wrong with
         newer ones.
 
-        Files of the index come first, last written first; then those that are in the folder alone
-        (the index was lost, or the process died before it was written).
+        Files of the index come first, last written first; then files that the index does not list
+        (it was lost, or the process died before it was written).
 
-        Returns (None, []) where there is nothing to continue from.
+        Returns (None, []) if there is nothing to continue from.
 
         Raises:
             CheckpointError: there are checkpoints and every one of them is damaged.
@@ -117,13 +117,13 @@ class CheckpointFolder:
         return None, []
 
     def require_space(self, size: int, *, others: int = 0) -> None:
-        """Raise CheckpointError where the checkpoints of a run will not fit its disk.
+        """Raise CheckpointError if the checkpoints of a run will not fit on its disk.
 
         Args:
             size: bytes of a resumable checkpoint.
-            others: of them that stay besides.
+            others: number of checkpoints that are never deleted.
         """
-        # The kept ones, the one being written before the oldest goes, and the best weights.
+        # Those kept, the one written before the oldest is deleted, and the best weights.
         needed = size * (self.keep + 1 + others) + size // 3
         there = sum(path.stat().st_size for path in self.folder.glob("*.pt"))
         place = next(p for p in (self.folder, *self.folder.parents) if p.exists())
@@ -159,7 +159,7 @@ class CheckpointFolder:
             entries = read_index(self.folder)
             before = next((e for e in entries if e["file"] == name), None)
             if before is not None:
-                # Killed between the two renames, the new content is as good as the old one.
+                # If killed between the two renames, both the old and the new content are valid.
                 before["pending"] = digest
                 self._write_index(entries)
             temporary.replace(path)

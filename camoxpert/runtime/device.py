@@ -39,10 +39,10 @@ def choose_device(name: str, *, index: int = 0) -> torch.device:
 
     Args:
         name: the setting.
-        index: CUDA device to take where the setting names none.
+        index: CUDA device to take if the setting names none.
 
     Raises:
-        ConfigError: the device is not there; it is never replaced by another one.
+        ConfigError: the device does not exist; no other one is used instead.
     """
     if name == "auto":
         return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
@@ -79,7 +79,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def check_architecture(device: torch.device) -> None:
-    """Raise ConfigError where this build of PyTorch has no kernels for the GPU (a P100, say)."""
+    """Raise ConfigError if this build of PyTorch has no kernels for the GPU (such as a P100)."""
     if device.type != "cuda":
         return
     major, minor = torch.cuda.get_device_capability(device)
@@ -128,7 +128,7 @@ def choose_precision(config: TrainConfig, device: torch.device) -> Precision:
 
 
 def set_tf32(enabled: bool, device: torch.device) -> str:
-    """Switch TF32 for matrix products and convolutions; returns what that means here."""
+    """Switch TF32 for matrix products and convolutions; return its effect on this device."""
     if device.type != "cuda":
         return "n/a"
     mode = "tf32" if enabled else "ieee"

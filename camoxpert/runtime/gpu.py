@@ -1,4 +1,4 @@
-"""What the GPU is doing, read from NVML beside the training; ``n/a`` where there is none."""
+"""Utilisation and memory of the GPU, read from NVML during training; ``n/a`` without a GPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PERIOD_SECONDS = 0.5
 
 
 class GpuMonitor:
-    """Samples utilisation and memory of one CUDA device in a thread of its own.
+    """Samples utilisation and memory of one CUDA device in a background thread.
 
-    Nothing here can stop a run: a missing package, driver or device makes one warning, and every
+    Nothing here can stop a run: a missing package, driver or device gives one warning, and every
     reading is None.
 
     Args:
@@ -51,13 +51,12 @@ class GpuMonitor:
             try:
                 rates = self._nvml.nvmlDeviceGetUtilizationRates(self._handle)
             except Exception:
-                # A device that fell off the bus is the training's to report, not the monitor's.
+                # Training reports a lost device; the monitor only ends.
                 return
             self._samples.append(float(rates.gpu))
 
     def utilisation(self) -> float | None:
-        """Return the mean utilisation since the last call, percent; the last known if none is
-        new."""
+        """Return the mean utilisation in percent since the last call, else the last known one."""
         samples, self._samples = self._samples, []
         if samples:
             self._latest = sum(samples) / len(samples)
@@ -99,7 +98,7 @@ class GpuMonitor:
 
 
 def visible_handle(nvml: Any, index: int) -> Any:
-    """Return NVML's handle of CUDA device ``index``; the two number differently under a mask."""
+    """Return NVML's handle of CUDA device ``index``; CUDA_VISIBLE_DEVICES changes its number."""
     visible = [
         v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()
     ]

@@ -1,4 +1,4 @@
-"""What this process may use of the host: cores, memory, shared memory.
+"""Cores, memory and shared memory that this process may use.
 
 Containers (Kaggle, Docker, Slurm) give a process less than the machine has; the limits read here
 are those of the process.
@@ -22,14 +22,14 @@ def usable_cores() -> int:
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory this process can still take, or None where that is unknown."""
+    """Return the bytes of memory this process can still take, or None if that is unknown."""
     known = [b for b in (_host_available(), _cgroup_available()) if b is not None]
     return min(known) if known else None
 
 
 def free_shared_memory() -> int | None:
-    """Return the free bytes of /dev/shm, through which data workers hand over batches; None where
-    there is none."""
+    """Return the free bytes of /dev/shm, through which data workers pass batches; None if there
+    is none."""
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:

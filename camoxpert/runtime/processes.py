@@ -1,7 +1,7 @@
 """Several processes that train one model under torchrun: ranks, exchanges and agreement.
 
-Every process sees its own share of each batch; gradients, counts and decisions are shared, so that
-all of them hold the same weights and take the same steps. Rank 0 alone writes files and prints.
+Every rank sees its share of each batch; gradients, counts and decisions are shared, so that all
+hold the same weights and take the same steps. Only rank 0 writes files and prints.
 """
 
 from __future__ import annotations
@@ -63,13 +63,18 @@ class World:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks the buffers of rank 0: batch norm counts on each rank by itself."""
+        """Copy the buffers of rank 0 to all ranks: batch norm statistics differ between ranks."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def gather(self, value: T, *, patiently: bool = False) -> list[T]:
-        """Return every process's value (plain Python), in the order of their ranks."""
+        """Return the values (plain Python) of all ranks, in order.
+
+        Args:
+            value: of this rank.
+            patiently: wait for up to ``PATIENCE`` instead of the process timeout.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -80,7 +85,7 @@ class World:
         """Return on every rank what rank 0 computes; an error of rank 0 is raised on all.
 
         Args:
-            call: run on rank 0 alone; returns something that can be pickled.
+            call: run on rank 0 only; its result must be picklable.
 
         Raises:
             CamoXpertError: what ``call`` raised, on every process.
@@ -96,7 +101,7 @@ class World:
     def in_turn(self, call: Callable[[], T]) -> T:
         """Run ``call`` on all ranks, on the first of each machine before the others.
 
-        The others find on the disk what the first one left there.
+        The others then find on disk what the first one wrote.
 
         Raises:
             CamoXpertError: what any of them raised, on every process.
@@ -129,7 +134,7 @@ class World:
         if self.size == 1:
             return model
         device = next(model.parameters()).device
-        gc.collect()  # The hooks of an earlier wrapper go with it.
+        gc.collect()  # Frees the hooks of an earlier wrapper.
         # Depthwise convolutions give such gradients; a copy of a few kilobytes.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
         return nn.parallel.DistributedDataParallel(
@@ -142,20 +147,20 @@ class World:
         """Leave the group."""
         console.set_silent(False)
         if self.size > 1 and dist.is_initialized():
-            # With a lost peer this may fail; it must not hide how the run ended.
+            # This may fail after a peer was lost; it must not hide how the run ended.
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
     def _try(self, call: Callable[[], T]) -> tuple[T | None, CamoXpertError | Stopped | None]:
         try:
-            # A signal may end this part of one rank: the others are informed below.
+            # A signal may end the call on one rank: _raise_together tells the others.
             with stop.current().undeferred():
                 return call(), None
         except (CamoXpertError, Stopped) as error:
             return None, error
 
     def _raise_together(self, fault: CamoXpertError | Stopped | None) -> None:
-        """Raise on all ranks if any of them has an error; the others are quiet."""
+        """Raise on all ranks if any of them has an error; ranks without one stay silent."""
         told = None if fault is None else (type(fault), str(fault), fault.exit_code)
         faults = [f for f in self.gather(told, patiently=True) if f is not None]
         if fault is not None:
@@ -180,7 +185,7 @@ def join(device: str, *, timeout: float) -> World:
 
     Args:
         device: the setting: auto, cpu or cuda.
-        timeout: seconds that processes wait for each other before they give up.
+        timeout: seconds that processes wait for each other.
 
     Raises:
         ConfigError: a device that processes cannot share.
@@ -225,7 +230,7 @@ def join(device: str, *, timeout: float) -> World:
     except (RuntimeError, ValueError) as error:
         reason = in_short(error)
         raise PeerError(f"The {size} processes could not find each other: {reason}.") from error
-    # The one place where ranks above 0 fall silent.
+    # Ranks above 0 are silenced here and nowhere else.
     console.set_silent(rank > 0)
     return World(rank, size, local, local_size, patient)
 
@@ -233,10 +238,10 @@ def join(device: str, *, timeout: float) -> World:
 def join_generation(store: dist.Store, rank: int, size: int, *, timeout: float) -> str:
     """Return a name that these processes share with each other and with no earlier ones.
 
-    torchrun keeps its store when it restarts processes. Without a name of their own they would find
-    the addresses of the previous processes there and wait for them; and torchrun's restart count
-    may differ between machines. So rank 0 names the generation, the others answer with a token, and
-    it is agreed on once rank 0 has seen all of them.
+    torchrun keeps its store when it restarts processes. Without a new name they would find the
+    addresses of the previous processes there and wait for them; and torchrun's restart count may
+    differ between machines. So rank 0 names the generation, the others answer with a token, and the
+    name is agreed on once rank 0 has seen all of them.
 
     Raises:
         RuntimeError: not all ranks answered in time.

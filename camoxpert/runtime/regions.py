@@ -1,4 +1,4 @@
-"""Named parts of a training step that a profiler can listen to; free while none does."""
+"""Named parts of a training step that a profiler can listen to; no cost while none does."""
 
 from __future__ import annotations
 

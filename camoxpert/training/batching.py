@@ -1,9 +1,9 @@
 """How many images a step takes at once, and whether it recomputes activations.
 
 A step's peak memory is a straight line over the size of the micro-batch: weights, gradients and
-optimizer state are there once, activations per image. On CUDA two measured sizes give the line, the
-line gives the largest micro-batch that fits, and the choice is measured again. On a CPU nothing
-counts memory before it is used: ``--batch-size auto`` takes the default there and says so.
+optimizer state count once, activations once per image. On CUDA two measured sizes give the line,
+the line gives the largest micro-batch that fits, and the choice is measured again. On a CPU memory
+cannot be measured in advance: ``--batch-size auto`` takes the default and says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from camoxpert.training.trial import measured_bytes, measured_rate, trial_step, 
 # Above this share of the device's free memory a run is one fragmented batch away from failing.
 COMFORTABLE = 0.85
 DEFAULT_EFFECTIVE = 16
-# Sizes of the two points; small ones, because they are tried before anything is known.
+# Sizes of the two points; small, because they are tried before anything is known.
 POINTS = (2, 4)
 
 # Peak bytes of one step with (images, recompute); None: does not fit.
@@ -44,7 +44,7 @@ class Batching:
         checkpointing: activations are recomputed in the backward pass.
         reason: one sentence for the user.
         predicted, measured: peak bytes of a step; None where unknown.
-        processes: that take such steps together.
+        processes: number of processes that take a step together.
         stage2_size: ``size`` of stage 2; None: as the settings say.
         asked: the settings it was chosen from (see ``asked_for``).
     """
@@ -78,7 +78,7 @@ class Line:
 
 
 def effective_batch(train: TrainConfig, processes: int = 1) -> int:
-    """Return the images that one process adds to an optimizer step, as the settings ask for.
+    """Return how many images one process adds to an optimizer step, by the settings.
 
     ``--batch-size`` counts for each process, ``--effective-batch-size`` for all together.
 
@@ -97,8 +97,8 @@ def effective_batch(train: TrainConfig, processes: int = 1) -> int:
 
 
 def micro_batch_sizes(train: TrainConfig, processes: int = 1) -> list[int]:
-    """Return the micro-batches to choose from, largest first: the one asked for, or with ``auto``
-    every divisor of the effective batch.
+    """Return the micro-batch sizes to choose from, largest first: the one asked for, or with
+    ``auto`` every divisor of the effective batch.
 
     Raises:
         ConfigError: the one asked for does not divide the effective batch.
@@ -127,13 +127,12 @@ def asked_for(train: TrainConfig) -> tuple[int | None, ...]:
 
 
 def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: int) -> Batching:
-    """Return the micro-batch with which another number of processes takes the steps of a stopped
-    run.
+    """Return the batching with which another number of processes takes the steps of a stopped run.
 
     Args:
         train: settings, the same as those of the run.
-        continued: what the run did (see ``Batching``).
-        processes: of the run that continues it.
+        continued: its batching (see ``Batching``).
+        processes: number of processes that continue it.
 
     Raises:
         ConfigError: they cannot share its steps equally.
@@ -179,9 +178,8 @@ def plan_batching(
 ) -> Batching:
     """Choose the micro-batch, and with ``checkpointing`` auto whether to recompute.
 
-    Recomputation is a last resort: it is considered only where the largest size does not fit
-    without.
-    Where both ways fit with different sizes, ``rate`` decides; without it, not recomputing wins.
+    Recomputation is a last resort: it is considered only if the largest size does not fit without
+    it. If both ways fit with different sizes, ``rate`` decides; without it, not recomputing wins.
 
     Args:
         effective: images per optimizer step.
@@ -249,8 +247,8 @@ def agree_on_batching(
 ) -> Batching:
     """Choose as ``choose_batching`` does, for all processes: what fits the fullest device.
 
-    The steps of a stopped run stay what they were while nobody asks for others, whatever the number
-    of processes.
+    A stopped run keeps its images per step with any number of processes, unless the settings ask
+    for another batch.
     """
     asked = asked_for(config.train)
     if continued and tuple(continued.get("asked") or ()) == asked:
@@ -282,7 +280,7 @@ def choose_batching(
     Args:
         config, model, device, precision: of the run.
         continued: batching of the stopped run that this one continues.
-        processes: that train together.
+        processes: number of processes that train together.
     """
     train = config.train
     wanted, sizes = effective_batch(train, processes), micro_batch_sizes(train, processes)
@@ -316,7 +314,7 @@ def _measured_batching(
 ) -> Batching:
     train = config.train
     largest = max(sizes[0], train.stage2_batch_size or 0)
-    # AdamW's two moments come with the first step, in the parameters' own format.
+    # AdamW allocates its two moments in the first step, in the dtype of the parameters.
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
 
     def step(images: int) -> None:
@@ -335,7 +333,7 @@ def _measured_batching(
         except torch.OutOfMemoryError:
             return 0.0
 
-    # With sizes asked for, stage 2's may be the larger: what fits it fits both.
+    # If sizes are given, that of stage 2 may be larger: what fits it fits both.
     chosen = plan_batching(
         wanted // sizes[0] * largest if train.batch_size else wanted,
         [largest] if train.batch_size else sizes,

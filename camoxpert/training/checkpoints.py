@@ -1,4 +1,4 @@
-"""What a run's checkpoints hold, when they are written, and how one is put back."""
+"""Contents of a run's checkpoints, when they are written, and how one is restored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from camoxpert.training.run import Run, TrainState
 def snapshot(run: Run) -> dict[str, Any]:
     """Return everything a run needs to continue; tensors and plain Python only.
 
-    Every rank calls this; what the first one returns is to be kept.
+    Every rank calls this; the result of rank 0 is the one to save. Moves the routing counts of all
+    ranks to rank 0.
     """
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if run.device.type == "cuda":
@@ -66,13 +67,13 @@ def evaluated_weights(run: Run, scores: dict[str, float]) -> dict[str, Any]:
 
 
 def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) -> None:
-    """Put a snapshot back: weights, optimizer, scaler, EMA, state, and the random state last.
+    """Restore a snapshot: weights, optimizer, scaler, EMA, state, and the random state last.
 
     Args:
         run: freshly prepared.
         checkpoint: of this run.
-        restart_epoch: repeat the epoch in progress from its start, because its order of samples is
-            another one now.
+        restart_epoch: repeat the epoch in progress from its start, because its order of samples
+            has changed.
 
     Raises:
         CheckpointError: weights only, or weights of another model.
@@ -85,8 +86,8 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
         )
     try:
         run.model.load_state_dict(values["model"])
-        # The moments are the checkpoint's; weight decay, betas and scales are the current ones, or
-        # a change of them would be printed and not made.
+        # Moments come from the checkpoint; weight decay, betas and scales from the settings, or a
+        # change of them would be printed but not applied.
         groups = run.optimizer.param_groups
         now = [{k: g[k] for k in ("weight_decay", "betas", "scale")} for g in groups]
         run.optimizer.load_state_dict(values["optimizer"])
@@ -94,21 +95,21 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
             group.update(settings)
         run.scaler.load_state_dict(values["scaler"])
         if run.ema is not None:
-            # An average that begins now begins at the current weights.
+            # An EMA that was off before starts at the current weights.
             fresh = {"weights": values["model"], "updates": 0}
             run.ema.load_state_dict(values["ema"] or fresh)
         run.state = TrainState.from_dict(values["state"])
         if restart_epoch:
             run.state.position = 0
         elif "routing" in values:
-            # Counts of an epoch that was stopped midway: the first rank keeps them for all.
+            # Counts of an epoch that was stopped midway: rank 0 keeps them for all.
             run.meter.load_state_dict(values["routing"], run.device)
             run.meter.merge(lambda counts: counts, first=run.world.first)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
     rngs = [values["rng"], *values.get("other_rngs", [])]
     if run.world.rank < len(rngs):
-        # Ranks that the stopped run did not have begin with their seeds.
+        # Ranks that the stopped run did not have keep their initial seeds.
         rng = rngs[run.world.rank]
         torch.set_rng_state(rng["cpu"])
         if run.device.type == "cuda" and "cuda" in rng:
@@ -116,9 +117,9 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
 
 
 def require_finite(run: Run) -> None:
-    """Raise NumericError where weights have become useless: not finite, or too large to add up.
+    """Raise NumericError if weights are not finite, or too large for a finite norm.
 
-    One look at the device; for use before weights are kept.
+    Waits for the device once; call this before weights are saved.
     """
     weights = [p.detach() for p in run.model.parameters()]
     if run.ema is not None:
@@ -132,7 +133,7 @@ def require_finite(run: Run) -> None:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Return the size of a checkpoint: weights, their average, and AdamW's two moments."""
+    """Return the bytes of a checkpoint: weights, EMA and AdamW's two moments."""
     weights = sum(t.numel() * t.element_size() for t in run.model.state_dict().values())
     return int(weights) * (4 if run.ema else 3)
 
@@ -140,15 +141,16 @@ def checkpoint_bytes(run: Run) -> int:
 class Saver:
     """Writes the checkpoints of a run, on rank 0, with the state of all ranks.
 
-    A state whose last step was skipped is not written: where a run diverges, the newest checkpoint
-    is from before. It is owed until the next step that works. At the end of an epoch one or two
-    overflows of fp16 are routine. Weights that are no longer finite are never written.
+    A state whose last step was skipped is not written, so that the newest checkpoint of a diverging
+    run is from before it diverged. The save is made up for after the next good step. At the end of
+    an epoch one or two fp16 overflows are routine and do not count. Weights that are not finite are
+    never written.
 
     Args:
-        run: whose folder exists; every rank makes a Saver.
+        run: its folder exists; every rank creates a Saver.
 
     Raises:
-        CheckpointError: its disk has no room for the checkpoints.
+        CheckpointError: not enough disk space for the checkpoints.
     """
 
     ROUTINE_OVERFLOWS = 2
@@ -173,11 +175,11 @@ class Saver:
         return self._owed or bool(every and self.run.state.step % every == 0)
 
     def save(self, *, stays: bool = False, epoch_done: bool = False) -> bool:
-        """Write where the run stands; return whether it was written.
+        """Write a resumable checkpoint unless its last step was skipped; return whether it did.
 
         Args:
-            stays: never forget this one.
-            epoch_done: at the end of an epoch.
+            stays: never delete this one.
+            epoch_done: whether this is the end of an epoch.
         """
         run, state = self.run, self.run.state
         routine = epoch_done and run.scaler.is_enabled()
@@ -209,7 +211,7 @@ class Saver:
         return self.stopped()
 
     def stopped(self) -> Stopped:
-        """Return the exception that ends the run, with the place it can be continued from."""
+        """Return the exception that ends the run; its text says where the run continues."""
         run = self.run
         if self.saved_step is None:
             return run.stop.stopped(

@@ -1,5 +1,4 @@
-"""Decisions about the data of a run: what is trained on, cached where, augmented where, by how many
-workers."""
+"""Decisions about the data of a run: training images, cache, place of augmentation, workers."""
 
 from __future__ import annotations
 
@@ -62,14 +61,14 @@ def find_data(config: Config, world: World, *, device: str = "cpu", write: bool 
 
     Args:
         config: settings.
-        world: processes that train together; the first one alone looks for what is only worth a
-            remark, and those of a machine share its cores and memory.
+        world: the processes that train together; only rank 0 makes the checks that print a remark,
+            and the ranks of a machine share its cores and memory.
         device: type of the device on which the step runs.
-        write: False leaves a cache that is not there unbuilt.
+        write: False does not build a missing cache.
 
     Raises:
         DataError: anything wrong with the data or its cache.
-        Stopped: a cache that is half built continues next time.
+        Stopped: a stop was requested; a half-built cache is continued next time.
     """
     data = config.data
     clean = read_clean_list(data.clean_list)
@@ -144,8 +143,8 @@ def _quick_checks(
 ) -> None:
     """Print the cheap part of ``doctor``: how masks are stored, identical images between splits.
 
-    Pairs known to be ``unreadable`` are left alone; under ``--unreadable skip`` so are masks that
-    prove to be.
+    Pairs known to be ``unreadable`` are skipped; under ``--unreadable skip`` so are masks that turn
+    out to be.
     """
     sound = [pair for pair in parts["training"].pairs if pair not in unreadable]
     looked_at = sound[:: max(1, len(sound) // MASKS_LOOKED_AT)][:MASKS_LOOKED_AT]

@@ -32,7 +32,7 @@ class ModelEma:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         device = next(model.parameters()).device
-        # Counted where the steps are taken: the host need not know which of them were skipped.
+        # Counted on the device: the host need not know which steps were skipped.
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.updates = torch.zeros((), dtype=kind, device=device)
 

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate of its own for the backbone and the routers."""
+"""AdamW with separate learning rates for the backbone and the routers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from camoxpert.config import OptimConfig
 
 
 def backbone_scale(config: OptimConfig, *, has_weights: bool) -> float:
-    """Return the backbone's learning rate over the decoder's."""
+    """Return the backbone's learning rate as a multiple of the decoder's."""
     if config.backbone_lr_scale is not None:
         return config.backbone_lr_scale
     return 0.1 if has_weights else 1.0
@@ -21,15 +21,15 @@ def backbone_scale(config: OptimConfig, *, has_weights: bool) -> float:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, scales: Sequence[tuple[nn.Module, float]] = ()
 ) -> torch.optim.AdamW:
-    """Build AdamW; each group carries ``scale``, its learning rate over the decoder's.
+    """Build AdamW; each group has a ``scale``, its learning rate as a multiple of the decoder's.
 
-    All parameters are in it from the start; those of a frozen backbone have no gradient and are
+    It holds all parameters from the start; those of a frozen backbone have no gradient and are
     skipped. Vectors (norms, biases) are not decayed.
 
     Args:
         model: all of it is trained.
         config: betas and weight decay.
-        scales: parts of the model with a rate of their own; everything else has scale 1.
+        scales: parts of the model with another learning rate; everything else has scale 1.
     """
     scale_of = {id(p): scale for part, scale in scales for p in part.parameters()}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

@@ -14,7 +14,7 @@ from camoxpert.config import OptimConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of epochs with one set of trained parameters.
+    """Consecutive epochs with one set of trained parameters.
 
     Attributes:
         number: 1 (decoder only) or 2 (everything).
@@ -78,8 +78,8 @@ class Plan:
 def stage1_epochs(config: TrainConfig, *, has_weights: bool) -> tuple[int, str]:
     """Return how many epochs train only the decoder, and why.
 
-    A frozen backbone is only worth something when it has learned something: without weights there
-    is no stage 1 unless asked for.
+    Freezing is only useful for a backbone that has learned something: without weights there is no
+    stage 1 unless asked for.
     """
     if config.stage1_epochs is not None:
         return config.stage1_epochs, "as asked"
@@ -98,10 +98,9 @@ def make_plan(
     accumulation_steps: int | None = None,
     stage2_batch_size: int | None = None,
 ) -> Plan:
-    """Lay out stages and steps for ``num_images`` training images, those of one process.
+    """Return the stages and steps for ``num_images`` training images of one process.
 
-    ``batch_size``, ``accumulation_steps`` and ``stage2_batch_size`` are those chosen, where they
-    are not those of the settings.
+    ``batch_size``, ``accumulation_steps`` and ``stage2_batch_size`` replace those of the settings.
     """
     chosen = batch_size or train.batch_size
     accumulation = accumulation_steps or train.accumulation_steps
@@ -131,7 +130,7 @@ def decay_factor(scheduler: str, progress: float) -> float:
     """Return how much of the peak is left, 1 at ``progress`` 0; see ``config.SCHEDULERS``.
 
     ``step`` is x0.1 at one half and at three quarters; ``poly`` has power 0.9 (PraNet, PFNet);
-    ``onecycle`` is a cosine after its own longer rise (see ``lr_at``).
+    ``onecycle`` is a cosine after a longer warm-up (see ``lr_at``).
     """
     progress = min(max(progress, 0.0), 1.0)
     if scheduler in ("cosine", "onecycle"):
@@ -153,7 +152,7 @@ def lr_at(plan: Plan, config: OptimConfig, step: int) -> float:
     done = step - stage.first_step
     warmup = min(config.warmup_epochs * stage.steps, total / 2)
     if config.scheduler == "onecycle":
-        # The rise of OneCycle (Smith and Topin, 2018) takes 30 % of the way.
+        # The warm-up of OneCycle (Smith and Topin, 2018) takes 30 % of the steps.
         warmup = max(warmup, 0.3 * total)
     if done < warmup:
         return stage.lr * (done + 1) / (math.floor(warmup) + 1)

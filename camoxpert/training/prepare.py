@@ -1,7 +1,7 @@
 """Building a run: device, data, precision, model, optimizer, batching and plan, decided in this
 order.
 
-Each decision is one printed line with its reason. Nothing is written but a cache of the data.
+Each decision is one printed line with its reason. Only a data cache is written.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def prepare(
 
     Args:
         config: checked settings.
-        continued: ``run.json`` of the stopped run that this one will continue; what it chose by the
-            memory of that day is kept, so that the same command takes the same steps.
-        write: False leaves a cache of the data that is not there unbuilt.
+        continued: ``run.json`` of the stopped run that this one will continue; the batching that
+            it chose from free memory is kept, so that the same command takes the same steps.
+        write: False does not build a missing data cache.
         world: the processes that train together.
 
     Raises:
@@ -113,7 +113,7 @@ def prepare(
 
 
 def _build_network(config: Config, device: torch.device, world: World) -> tuple[CamoXpert, float]:
-    """Build the network, the same weights on every rank, then seed each rank's own draws."""
+    """Build the network with the same weights on every rank, then seed each rank differently."""
     torch.manual_seed(config.train.seed)
     model = build_model(config.model).to(device)
     if not world.first:
@@ -155,10 +155,10 @@ def _decide_plan(
 def compile_model(model: CamoXpert, *, sizes: int = 1) -> str:
     """Compile what compiles as one graph, in place and without new parameter names.
 
-    Like experts with gathered weights are one program for any routing, so the whole network is one
-    graph. Otherwise only the backbone is: reading the counts breaks the decoder's graph. Static
-    shapes: block by block with dynamic shapes crashes Inductor on EdgeNeXt. Every training size is
-    compiled once, and kept.
+    Equal experts with gathered weights run the same program for any routing, so the whole network
+    is one graph. Otherwise only the backbone is: reading the counts breaks the decoder's graph.
+    Static shapes: block by block with dynamic shapes crashes Inductor on EdgeNeXt. Every training
+    size is compiled once, and kept.
 
     Args:
         model: changed in place.
@@ -167,8 +167,8 @@ def compile_model(model: CamoXpert, *, sizes: int = 1) -> str:
     Returns:
         What was compiled, in words.
     """
-    # A size means a graph for full batches, short ones, training and evaluation each; beyond
-    # torch's own limit of eight it would give up on compiling.
+    # Each size needs graphs for full and short batches, in training and evaluation; beyond
+    # torch's default limit of eight it would stop compiling.
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS_PER_SIZE * sizes)
     if all(level.dispatch in ("gathered", "dense") for level in model.moe_levels):

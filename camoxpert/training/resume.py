@@ -1,5 +1,7 @@
-"""What changed since a run was stopped: settings, batching, data; refused where it would be another
-run."""
+"""Changes between a stopped run and the one that continues it: settings, batching and data.
+
+Changes that would make it a different run are refused.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,17 @@ from camoxpert.training.data import RunData
 from camoxpert.training.run import Run
 
 SAMPLES = "samples.csv"
-# Settings that decide what the weights mean or which samples are which.
+# Settings that decide what the weights mean or which samples are used.
 FIXED = ("model.", "data.", "train.seed")
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What is different in a run that continues.
+    """Changes since the run was stopped.
 
     Attributes:
-        lines: a line for the user about each change.
-        data: the training data changed, so that the epoch in progress restarts.
+        lines: one line per change, for the user.
+        data: whether the training data changed; the epoch in progress then restarts.
     """
 
     lines: tuple[str, ...] = ()
@@ -40,12 +42,12 @@ def changes_since(checkpoint: Checkpoint, run: Run, folder: Path) -> Changes:
     """Return what changed between a checkpoint and the run that continues it.
 
     Args:
-        checkpoint: of the stopped run.
-        run: prepared to continue.
-        folder: of the stopped run.
+        checkpoint: the stopped run's.
+        run: the prepared run that continues it.
+        folder: the stopped run's.
 
     Raises:
-        CheckpointError: with these changes it would be another run.
+        CheckpointError: the changes would make it a different run.
     """
     lines = setting_changes(checkpoint.config, run.config)
     lines += batching_changes(checkpoint, run.batching, images_per_step(run))
@@ -84,16 +86,15 @@ def setting_changes(old: Config, new: Config) -> list[str]:
 def batching_changes(
     checkpoint: Checkpoint, batching: Batching, effective: Mapping[str, int]
 ) -> list[str]:
-    """List what changed about how steps are taken.
+    """List the changes of how steps are taken.
 
     Args:
-        checkpoint: of the stopped run.
-        batching: chosen now.
+        checkpoint: the stopped run's.
+        batching: the current one.
         effective: images per step now, by stage.
 
     Raises:
-        CheckpointError: a step would take another number of images, and the run another number of
-            steps.
+        CheckpointError: a step would take a different number of images.
     """
     before = checkpoint.values.get("batch")
     if before is None:
@@ -131,8 +132,7 @@ def write_samples(run_dir: Path, data: RunData) -> None:
 
 
 def data_changes(run_dir: Path, data: RunData) -> str:
-    """Return how the data differs from what ``write_samples`` noted, in words; "" where nothing was
-    noted."""
+    """Describe how the data differs from ``samples.csv``; "" if that cannot be read."""
     try:
         with (run_dir / SAMPLES).open(encoding="utf-8", errors="surrogateescape") as file:
             before = {

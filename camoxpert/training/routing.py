@@ -1,4 +1,4 @@
-"""Which experts are used: counts of a step, shares of an epoch, and the alarm when few are."""
+"""Use of the experts: counts of a step, shares of an epoch, and an alarm when few are used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class StepCounts:
 
 
 ALARM_IMAGES = 512
-"""Images that a verdict on the router is made of: fewer say little."""
+"""Images needed to judge the router; fewer say little."""
 LOW_ENTROPY, HIGH_VIOLATION, LOW_SHARE = 0.9, 1.0, 0.1
 
 
@@ -87,11 +87,11 @@ class RoutingMeter:
         )
 
     def merge(self, total: Callable[[Tensor], Tensor], *, first: bool) -> None:
-        """Move what all processes counted to the first one; every process calls this.
+        """Move the counts of all ranks to rank 0; every rank calls this.
 
         Args:
             total: adds up a tensor over the processes.
-            first: whether this is the first process.
+            first: whether this is rank 0.
         """
         if self.chosen is None or self.mass is None:
             return
@@ -141,16 +141,16 @@ class RoutingMeter:
 def collapse_alarm(
     levels: Mapping[str, LevelRouting], experts: Sequence[str], *, images: int, top_k: int
 ) -> str:
-    """Return what is wrong with the routing and what helps, or "".
+    """Return a warning about the routing with advice, or "".
 
-    Judged only over enough images, and only where experts can be left out: a level is ill if the
+    Judges only enough images, and only if experts can be left out. A level is unhealthy if the
     entropy of its usage is under 0.9, its busiest expert has more than twice the fair share, or an
     expert has under a tenth of it.
 
     Args:
         levels: from ``RoutingMeter.summary``.
         experts: names.
-        images: that the summary is made of.
+        images: number of images in the summary.
         top_k: experts per image.
     """
     count = len(experts)

@@ -1,4 +1,4 @@
-"""The record of what is trained: everything decided and built, and where the run stands."""
+"""The state of a training run: everything decided and built, and its progress."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from camoxpert.training.routing import RoutingMeter, StepCounts
 
 @dataclass
 class TrainState:
-    """Where a run stands, saved with every checkpoint; every field is a plain number or None.
+    """Progress of a run, saved with every checkpoint; every field is a plain number or None.
 
     Attributes:
         step: optimizer steps taken (windows finished, skipped ones included).
         epoch: epoch in progress, from 0.
-        position: images of the epoch's order that are done, over all processes, always at the end
-            of an optimizer step; 0 between epochs.
+        position: images of the epoch that are done, over all processes, always at the end of an
+            optimizer step; 0 between epochs.
         images: training images seen.
         best: best validation score, or None before the first validation.
         best_epoch: epoch of the best score, from 1; 0 before the first validation.
@@ -76,14 +76,14 @@ class Run:
         ema: the moving average that is evaluated, or None.
         optimizer, scaler: AdamW, and the loss scaling of fp16.
         plan, batching: stages and steps; micro-batches of a step.
-        world, stop: the processes that train together; whether to stop.
+        world, stop: the processes that train together; the request to stop.
         meter, step_counts: experts used, per epoch and per step.
         gmacs: billions of multiply-adds of one image's forward pass.
-        forward: what a forward pass goes through: the model, wrapped for several processes.
+        forward: module to call for a forward pass: the model, wrapped for several processes.
         loss: loss function, ``(output, masks, config, counts_LE=) -> (loss, terms)``.
-        state: where the run stands.
+        state: progress.
         path, log: its folder and its records; without a folder nothing is written.
-        split: parts that each micro-batch is taken in since the device ran out of memory.
+        split: parts into which each micro-batch is split after the device ran out of memory.
     """
 
     config: Config
@@ -123,21 +123,21 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The run's folder; for code that runs after it was opened."""
+        """The run's folder; only available once it was opened."""
         assert self.path is not None
         return self.path
 
     def stop_code(self) -> int:
         """Return the exit code to stop with after this step, or 0.
 
-        Several processes stop in the same step, by what they agreed on.
+        Several processes return the code they agreed on, so that all stop at the same step.
         """
         return self.stop.code() if self.world.size == 1 else self.stop.agreed
 
     def count_window(self, window: list[Batch]) -> None:
         """Count a finished optimizer step: its position in the epoch and the images of all ranks.
 
-        The position counts whole micro-batches, in a short last one too.
+        The position counts whole micro-batches, even if the last one is short.
         """
         batch_size = self.plan.stage_of_epoch(self.state.epoch).batch_size
         slots = batch_size * self.world.size
@@ -147,14 +147,13 @@ class Run:
         self.state.step += 1
 
     def note_event(self, text: str, *, coming: bool = False) -> None:
-        """Log something worth a line in the report.
+        """Log an event for the report.
 
         Args:
             text: one sentence.
-            coming: it belongs to the next step, and is logged again by a run that resumes before
-                it.
+            coming: the event belongs to the next step; a run that resumes before it logs it again.
         """
-        # From 1: the epoch in progress, or between epochs the one that is done.
+        # Counted from 1: the epoch in progress, or between epochs the last finished one.
         epoch = self.state.epoch + bool(self.state.position or coming)
         self.log.write(
             {"kind": "event", "step": self.state.step + coming, "epoch": epoch, "text": text}

@@ -1,4 +1,4 @@
-"""The life of a run: folder, preparation, training, shared weights, test scores, report."""
+"""One run from start to end: folder, preparation, training, shared weights, test scores, report."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ NOTHING_YET = "Nothing was trained yet; the same command starts again."
 
 @dataclass(frozen=True)
 class Result:
-    """What a training left behind.
+    """The outcome of a training run.
 
     Attributes:
         path: the run folder.
-        scores: measures by name of each test set; empty without test sets.
+        scores: the measures of every test set, by name; empty without test sets.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class Result:
 def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
     """Train, score the test sets with the best weights, and write the report.
 
-    Continues the stopped run of the same settings where there is one.
+    Continues a stopped run with the same settings if there is one.
 
     Args:
         config: checked settings.
@@ -54,7 +54,7 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
 
     Raises:
         Stopped: a stop was requested; the same call continues.
-        CamoXpertError: anything expected that went wrong.
+        CamoXpertError: any expected error.
     """
     started = time.monotonic()
     with joined(config) as world:
@@ -85,7 +85,7 @@ def dry_run(config: Config) -> None:
 
 @contextmanager
 def joined(config: Config) -> Iterator[World]:
-    """Join the processes of the run; stop together, and let one of them say what went wrong."""
+    """Join the processes of the run: they stop together, and one of them prints the error."""
     # Before signals are watched: ranks waiting here can be killed safely.
     world = join(config.train.device, timeout=config.train.process_timeout)
     try:
@@ -93,14 +93,14 @@ def joined(config: Config) -> Iterator[World]:
             request = stack.enter_context(stop.watch(config.train.max_hours))
             stack.enter_context(named_faults(world))
             if world.size > 1:
-                # Ranks stop together, where all of them look: see World.check_stop.
+                # All ranks stop at the same point: see World.check_stop.
                 stack.enter_context(request.deferred())
             yield world
     except (Stopped, NumericError) as error:
         error.quiet = not world.first
         raise
     except ConfigError as error:
-        # All processes of a machine find the same, except memory that ran out on one.
+        # All ranks of a machine raise the same error, unless one alone ran out of memory.
         error.quiet = error.quiet or (world.local_rank > 0 and error.__cause__ is None)
         raise
     finally:
@@ -108,9 +108,9 @@ def joined(config: Config) -> Iterator[World]:
 
 
 def open_folder(run: Run, folder: RunFolder) -> Changes:
-    """Give a run its folder, and put back the checkpoint it continues from.
+    """Claim the folder of a run, and restore the checkpoint it continues from.
 
-    Nothing in the folder of a stopped run has changed when this refuses to continue it.
+    A stopped run that this refuses to continue keeps its settings, log and checkpoints unchanged.
 
     Raises:
         CheckpointError: the stopped run cannot be continued with these settings or data, or the
@@ -151,7 +151,7 @@ def open_log(
     argv: Sequence[str],
     decisions: Sequence[str],
 ) -> None:
-    """Write what is known of a run before it begins, and open its log; on the first rank."""
+    """Write the settings, samples and ``run.json`` of a run, and open its log, on rank 0."""
 
     def opening() -> None:
         folder, config = run.folder, run.config
@@ -183,12 +183,12 @@ def open_log(
 
 
 def train_and_score(run: Run) -> dict[str, dict[str, float]]:
-    """Train; on the first rank share the weights and score the test sets; close the run."""
+    """Train; on rank 0 then write the shared weights, score the test sets and close the run."""
     status, scores = "failed", {}
     try:
         train(run)
         if run.world.first:
-            # The first rank scores and reports alone; the others do not wait for it.
+            # Rank 0 scores and reports alone; the other ranks do not wait for it.
             with run.stop.undeferred():
                 scores = share_and_score(run)
         status = "finished"
@@ -196,7 +196,7 @@ def train_and_score(run: Run) -> dict[str, dict[str, float]]:
         status = "stopped"
         raise
     except CamoXpertError as error:
-        # Unless the log itself is what failed.
+        # The log itself may be what failed.
         with contextlib.suppress(CamoXpertError, OSError, ValueError):
             run.log.write({"kind": "event", "text": str(error)})
         raise
@@ -240,7 +240,7 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
 
 
 def close_run(run: Run, status: str) -> None:
-    """Write how a run ended and its report; a fault in here must not hide how training ended."""
+    """Write the final status and the report; an error here must not hide how training ended."""
     info = run.folder / "run.json"
     try:
         phases = dict(read_json(info).get("phases", {}))

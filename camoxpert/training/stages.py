@@ -1,4 +1,4 @@
-"""What changes between epochs: the parameters that learn, and the loader of a stage."""
+"""What changes between epochs: the trainable parameters, and the loader of a stage."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Loaders:
         self._learning: list[bool] = []
 
     def begin_epoch(self, epoch: int) -> Batches:
-        """Free the epoch's parameters, set its experts, and return its batches that are left."""
+        """Unfreeze the epoch's parameters, set its experts, and return its remaining batches."""
         run = self.run
         stage = run.plan.stage_of_epoch(epoch)
         freed = set_trainable(run, stage, epoch)
         learning = [p.requires_grad for p in run.model.parameters()]
         if learning != self._learning:
-            run.forward = run.model  # The old wrapper goes before a new one is made.
+            run.forward = run.model  # Frees the old wrapper before a new one is made.
             run.forward, self._learning = run.world.wrap(run.model), learning
         done = batches_done(run, stage)
         if self._loader is None or self._stage != stage.number:
@@ -64,10 +64,10 @@ def batches_done(run: Run, stage: Stage) -> int:
 
 
 def set_trainable(run: Run, stage: Stage, epoch: int) -> str:
-    """Freeze or free the backbone for an epoch; return what learns, in words.
+    """Freeze or unfreeze the backbone for an epoch; return what is trained, in words.
 
-    With ``--progressive-unfreeze`` stage 2 frees one level more, deepest first, at equal intervals
-    over its first half.
+    With ``--progressive-unfreeze`` stage 2 unfreezes one more level, deepest first, at equal
+    intervals over its first half.
     """
     levels = run.model.backbone.parameter_levels()
     if stage.number == 1:

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and back, gradients shared, weights and EMA moved."""
+"""One optimizer step: forward and backward passes, gradient exchange, weight and EMA update."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ T = TypeVar("T")
 def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
     """Take one optimizer step over the micro-batches of a window.
 
-    Each image weighs the same, in a short last window too. A non-finite loss or gradient of any
-    process leaves weights, optimizer and EMA of all exactly as they were; the device decides it,
-    the host does not wait.
+    Every image has the same weight, also in a short last window. On a non-finite loss or gradient
+    in any process, weights, optimizer and EMA of all stay exactly as they were. The device decides
+    this; the host does not wait.
 
     Args:
         run: what is trained; its meter receives the routing.
@@ -34,8 +34,8 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
 
     Returns:
         Scalars on the device: ``loss`` and its terms (means over all processes), ``grad_norm``,
-        ``skipped`` (0 or 1), and with several processes ``stop 75`` and its like: how many of them
-        want to stop with which code.
+        ``skipped`` (0 or 1), and with several processes ``stop 75`` and so on: how many of them
+        were asked to stop with this exit code.
 
     Raises:
         torch.OutOfMemoryError: see ``accumulate_within_memory``.
@@ -50,7 +50,7 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
         run.meter.update(routing)
     values = share_values(run, values)
     if scaler.is_enabled():
-        # The scaler looks at gradients alone, and those of an infinite loss may be finite.
+        # The scaler checks the gradients only, and those of an infinite loss may be finite.
         grad = next(p.grad for p in model.parameters() if p.grad is not None)
         grad.add_(torch.where(torch.isfinite(values["loss"]), 0.0, float("inf")))
     scaler.unscale_(optimizer)
@@ -81,13 +81,13 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
 def accumulate_within_memory(
     run: Run, window: list[Batch]
 ) -> tuple[dict[str, Tensor], list[tuple[Routing, ...]]]:
-    """Add up the gradients of a window; where micro-batches do not fit, halve them and retry.
+    """Add up the gradients of a window; if micro-batches do not fit in memory, halve and retry.
 
-    The images of the optimizer step stay the same, and so does each one's weight. The smaller parts
-    stay for the rest of the run.
+    The optimizer step keeps its images and their weights. The smaller parts are kept until this
+    process ends.
 
     Raises:
-        torch.OutOfMemoryError: single images do not fit, or other processes take part.
+        torch.OutOfMemoryError: single images do not fit, or there are several processes.
     """
     split = run.split
     while True:
@@ -96,10 +96,10 @@ def accumulate_within_memory(
             sums = accumulate(run, parts)
             break
         except torch.OutOfMemoryError:
-            # With several processes the others wait for this one's gradients already.
+            # The other ranks already wait for the gradients of this one.
             if run.world.size > 1 or max(len(part.names) for part in parts) == 1:
                 raise
-        # Not in the handler: until it is left, the traceback holds the tensors that did not fit.
+        # Outside the handler: inside it, the traceback keeps the tensors that did not fit.
         run.optimizer.zero_grad(set_to_none=True)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -124,7 +124,7 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
     counts.start()
     for batch in parts:
         share = len(batch.names) / images
-        # Gradients are shared once per step, with the last part.
+        # Gradients are exchanged once per step, with the last part.
         with nullcontext() if batch is parts[-1] else no_sync(run.forward):
             with run.precision.autocast(run.device):
                 output = run.forward(batch.images)
@@ -141,7 +141,7 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
 
 
 def share_values(run: Run, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the means of scalars over all processes, and the stop requests, in one exchange."""
+    """Return the means of scalars over all processes, and the stop requests, in one all-reduce."""
     world = run.world
     if world.size == 1:
         return values
@@ -155,7 +155,7 @@ def share_values(run: Run, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def memory_explained(run: Run) -> Iterator[None]:
-    """Turn out of memory into a ConfigError that names flags with the same effective batch."""
+    """Turn OutOfMemoryError into a ConfigError that names flags with the same effective batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:

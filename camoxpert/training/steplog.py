@@ -1,4 +1,4 @@
-"""What a run tells of its steps: the bar, the log, skipped steps with their images.
+"""Reports of training steps: progress bar, log records, skipped steps with their images.
 
 Numbers are read one step late, so that the host never waits for the device.
 """
@@ -31,7 +31,7 @@ NOT_TERMS = ("loss", "grad_norm", "skipped")
 
 
 class LateReader:
-    """Hands out the numbers of a step one step later, so that reading never stalls the device."""
+    """Returns the numbers of a step one step later, so that reading never stalls the device."""
 
     def __init__(self) -> None:
         self._waiting: tuple[list[str], Tensor, StepNote] | None = None
@@ -46,7 +46,7 @@ class LateReader:
         return previous
 
     def flush(self) -> tuple[dict[str, float], StepNote] | None:
-        """Return what is queued, waiting for the device if it must."""
+        """Return what is queued, waiting for the device if necessary."""
         if self._waiting is None:
             return None
         names, stacked, note = self._waiting
@@ -78,7 +78,7 @@ class Speed:
 
 @dataclass
 class StepNote:
-    """What the host knows of a step, kept until its numbers arrive.
+    """What the host knows about a step, kept until its numbers arrive.
 
     Attributes:
         number, epoch: both from 1.
@@ -95,7 +95,7 @@ class StepNote:
 
 
 class StepLog:
-    """Bar and log of a run's steps.
+    """Progress bar and log of a run's steps.
 
     Args:
         run: what is trained.
@@ -124,8 +124,8 @@ class StepLog:
 
         Args:
             epoch: from 0.
-            stage: that it belongs to.
-            done: its micro-batches that are done.
+            stage: the stage of this epoch.
+            done: micro-batches already done.
         """
         plan = self.run.plan
         self._speed = Speed()
@@ -175,7 +175,7 @@ class StepLog:
         self._log(self._reader.flush())
 
     def note_unreadable(self, window: list[Batch]) -> None:
-        """Warn of images of these micro-batches for which others stand in."""
+        """Warn of images in these micro-batches that cannot be read and were replaced."""
         for batch in window:
             for line in self.unreadable.note(batch.replaced):
                 console.warn(line)
@@ -225,7 +225,7 @@ class StepLog:
 
 
 def note_skipped(run: Run, step: StepNote, values: dict[str, float]) -> None:
-    """Count and log a skipped step with its images; every rank takes part.
+    """Count and log a skipped step with its images; every rank calls this.
 
     Raises:
         NumericError: too many in a row, or gradients that fp16 cannot hold.
@@ -283,7 +283,7 @@ def describe_images(window: list[Batch]) -> list[ImageFacts]:
 def log_routing(run: Run, stage: Stage, epoch: int) -> None:
     """Log which experts the epoch's images used on all ranks, and warn of a collapse once.
 
-    Logs nothing where a resumed run had no step left to do. Every rank calls this.
+    Logs nothing if no images were counted. Every rank calls this.
     """
     meter, log, step = run.meter, run.log, run.state.step
     meter.merge(run.world.sum, first=run.world.first)
@@ -310,6 +310,6 @@ def log_routing(run: Run, stage: Stage, epoch: int) -> None:
     if alarm:
         log.write({"kind": "event", "step": step, "epoch": epoch + 1, "text": alarm})
         if not meter.alarmed:
-            # Once: the report and metrics.jsonl have every epoch's.
+            # Printed once: the report and metrics.jsonl have the alarms of all epochs.
             console.note(f"warning     {alarm}")
         meter.alarmed = True

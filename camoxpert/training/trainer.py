@@ -17,22 +17,22 @@ from camoxpert.training.validate import validate_epoch
 
 
 def train(run: Run) -> TrainState:
-    """Train until the plan is done, early stopping strikes or a stop was requested.
+    """Train until the plan is done, early stopping ends the run or a stop is requested.
 
-    With several processes all of them call this and take the same turns; the first one writes.
+    Every rank calls this and takes the same steps; rank 0 writes.
 
     Args:
-        run: prepared, restored if it continues, with its folder and log.
+        run: prepared, restored if it continues a stopped one, with its folder and log.
 
     Raises:
         Stopped: a stop was requested; the state is saved and the same command continues.
         NumericError: too many non-finite steps in a row, or weights that are no longer finite.
         ConfigError: out of memory.
         DataError, CheckpointError: a file cannot be read or written.
-        PeerError: another process is gone.
+        PeerError: another process ended or does not answer.
     """
     state = run.state
-    # Without a step: the folder may be that of a run that died before its first checkpoint.
+    # At step 0 the folder may hold records of a run that died before its first checkpoint.
     run.log.truncate_after(state.step or -1, epoch_done=not state.position)
     saver, steps, loaders = Saver(run), StepLog(run), Loaders(run)
     with run.stop.deferred(), steps.open():
@@ -43,22 +43,22 @@ def train(run: Run) -> TrainState:
 
 
 def epochs_left(run: Run) -> Iterator[int]:
-    """Yield the epochs to train, until the plan is done or early stopping strikes."""
+    """Yield the epochs left to train, until the plan is done or early stopping ends the run."""
     while run.state.epoch < run.plan.epochs and not stopped_early(run):
         yield run.state.epoch
 
 
 def stopped_early(run: Run) -> bool:
-    """Return whether validation has not improved for too long; looked at between epochs only."""
+    """Return whether validation has not improved for too long; checked between epochs only."""
     patience = run.config.train.early_stopping
     return bool(patience) and not run.state.position and run.state.stale >= patience
 
 
 def train_epoch(run: Run, epoch: int, loader: Batches, steps: StepLog, saver: Saver) -> None:
-    """Take the optimizer steps of an epoch that are left.
+    """Take the remaining optimizer steps of an epoch.
 
     Raises:
-        Stopped: after the state was saved.
+        Stopped: a stop was requested; the state is saved.
     """
     stage = run.plan.stage_of_epoch(epoch)
     with steps.epoch(epoch, stage, batches_done(run, stage)):

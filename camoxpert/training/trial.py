@@ -1,4 +1,4 @@
-"""Steps on made-up images: what they cost in memory and time, leaving everything as it was."""
+"""Trial steps on made-up images: their memory and time; they change nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from camoxpert.runtime.device import Precision
 
 @contextmanager
 def unchanged(model: CamoXpert, device: torch.device) -> Iterator[None]:
-    """Put buffers (batch norm's statistics), random state and routing back after trying things
-    out."""
+    """Restore buffers (batch norm statistics), random state and routing after the block."""
     kept = [buffer.clone() for buffer in model.buffers()]
     training, active = model.training, [level.router.top_k for level in model.moe_levels]
     devices = [device] if device.type == "cuda" else []
@@ -55,13 +54,13 @@ def trial_step(
         loss, _ = total_loss(output, masks, config.loss)
         loss.backward()
     finally:
-        # Also where memory ran out half way.
+        # Also if memory ran out halfway.
         model.zero_grad(set_to_none=True)
 
 
 def measured_bytes(step: Callable[[int], None], images: int, device: torch.device) -> int | None:
-    """Run ``step`` on a CUDA device; return what it took beyond what was there, or None if it did
-    not fit."""
+    """Run ``step`` on a CUDA device; return its peak bytes beyond those allocated before, or None
+    if it did not fit."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -22,7 +22,7 @@ from camoxpert.training.run import Run
 
 
 def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
-    """Score the weights at the end of an epoch, log the scores, and keep them if they are best.
+    """Score the weights at the end of an epoch, log the scores, and save the best weights.
 
     Raises:
         Stopped: a stop was requested; the state is saved, and the epoch's end is repeated as a
@@ -75,7 +75,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
     Every rank scores its share of the images; the scores are exactly those of one process.
 
     Returns:
-        The scores; what was left out because it cannot be read (``--unreadable skip``).
+        The scores, and the images left out as unreadable (``--unreadable skip``).
 
     Raises:
         Stopped: any rank was asked to stop; raised on all of them.
@@ -103,7 +103,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
             picture = panel(item.original, item.mask, prediction() / np.float32(255))
             run.log.image(f"validation/{row['name']}", picture, run.state.step)
 
-    # The first rank's buffers are saved: all ranks score those.
+    # Checkpoints hold the buffers of rank 0, so all ranks score with those.
     world.share_buffers(run.evaluated_model)
     run.evaluated_model.set_active_experts(run.config.model.top_k)
     found: dict[str, Any] | None = None
@@ -120,7 +120,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
             found = evaluator.state_dict()
     except Stopped:
         pass
-    # Shares may take longer than a step: a slow rank is not lost.
+    # A share may take longer than the process timeout.
     parts = world.gather((found, run.stop.code(), left_out), patiently=True)
     if any(part is None for part, _, _ in parts):
         run.stop.agree(code for _, code, _ in parts)
