@@ -22,19 +22,19 @@ TINY = (
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Bitwise comparisons need a fixed thread count."""
+    """Fix the thread count: bitwise comparisons need it."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test touches the user's caches."""
+    """Keep the caches of all tests out of the user's cache folder."""
     os.environ["CAMOXPERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty training and eight test pairs of easy generated camouflage, 48 px."""
+    """Return a data set of 40 training and 8 test pairs of easy generated camouflage, 48 px."""
     from camoxpert.synthesis.toy import generate_toy
 
     root = tmp_path_factory.mktemp("toy")
@@ -44,7 +44,7 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(toy_data: Path, tmp_path: Path) -> Callable[..., int]:
-    """Call ``camoxpert train`` on the toy data with a tiny model; returns the exit code."""
+    """Return a function that trains a tiny model on the toy data and returns the exit code."""
 
     def call(*words: str, data: Path = toy_data, out: Path = tmp_path) -> int:
         return main(
@@ -56,7 +56,7 @@ def train(toy_data: Path, tmp_path: Path) -> Callable[..., int]:
 
 @pytest.fixture
 def stopped(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Call ``train``, and let its deadline strike after some optimizer steps."""
+    """Return a function that trains until a deadline after some optimizer steps."""
     from camoxpert.stop import DEADLINE_CODE, Stop
     from camoxpert.training import trainer
 
@@ -81,7 +81,7 @@ def stopped(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Calla
 
 @pytest.fixture(scope="session")
 def tiny_run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished two-stage run of a tiny model, with its report."""
+    """Return a finished two-stage run of a tiny model, with its report."""
     out = tmp_path_factory.mktemp("runs")
     words = ["--run-name", "tiny", "--epochs", "2", "--stage1-epochs", "1", "--lr", "3e-3"]
     base = ["train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(out), *TINY]

@@ -1,4 +1,4 @@
-"""Imports point down only; the house keeps its shape."""
+"""Imports point down only; files and functions stay short."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "camoxpert"
-# The rooms of the house from the bottom up; a room imports from lower layers and its own.
+# The layers from the bottom up; a package imports from lower layers and its own.
 LAYERS = (
     {"errors", "stop", "text", "files", "console"},
     {"config", "metrics", "runtime"},
@@ -18,7 +18,7 @@ LAYERS = (
     {"serve", "benchmark", "profile"},
     {"cli"},
 )
-# Inside a layer each of these is above the ones it names; the others do not know each other.
+# Inside a layer each of these may import the ones it names; the others import none.
 BESIDE = {
     "console": {"stop", "errors"},
     "files": {"stop", "errors"},
@@ -78,7 +78,7 @@ def test_a_file_is_one_idea(path: Path) -> None:
 LONGEST_FILE, MOST_STATEMENTS = 500, 60
 # Functions that may be longer, with the reason.
 LONG_FUNCTIONS: dict[str, str] = {}
-# Parameters that carried the console and stopping through every signature.
+# Parameters that would pass the console and the stop request through every signature.
 THREADED = {"say", "report", "check_stop", "track"}
 
 
@@ -91,7 +91,7 @@ def functions_of(path: Path) -> list[tuple[str, ast.FunctionDef]]:
 
 
 def statements(function: ast.FunctionDef) -> int:
-    """Count statements, those of inner functions and the docstring left out."""
+    """Count statements, without inner functions and the docstring."""
     count = 0
     todo: list[ast.AST] = list(function.body)
     while todo:
@@ -151,7 +151,7 @@ def imports_at_start(path: Path, modules: set[str]) -> set[str]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Return modules that import each other in a circle, [] where there is none."""
+    """Return modules that import each other in a circle, [] if there is none."""
     done: set[str] = set()
 
     def visit(module: str, trail: list[str]) -> list[str]:

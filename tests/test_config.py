@@ -1,4 +1,4 @@
-"""Settings: one tree, filled in order, and every mistake answered with the nearest name."""
+"""Settings: one tree, sources in order, and errors that suggest the nearest name."""
 
 from pathlib import Path
 
@@ -151,7 +151,7 @@ def test_settings_of_earlier_versions_keep_their_meaning(
     assert load_config(overrides=[old]) == meant
     text = f"{group}: {{{name}: {value or repr('')}}}"
     assert load_config(file=write(tmp_path / "c.yaml", text)) == meant
-    # A checkpoint holds every setting of its version, the old ones beside the present.
+    # A checkpoint holds every setting of its version, removed ones included.
     value_of = {"true": True, "false": False}.get(value, value)
     saved = to_dict(Config())
     saved[group][name] = value_of

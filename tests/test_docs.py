@@ -1,4 +1,4 @@
-"""What the pages say about the tests is true."""
+"""The tests that the documentation names exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
-    """Return (file, test) of every test a page names; a bare test is of the file before it."""
+    """Return (file, test) of every test a page names; a bare test is in the last named file."""
     found, file = [], ""
     for word in re.findall(r"`([^`]*test_[^`]*)`", text):
         path, _, name = word.rpartition("::")

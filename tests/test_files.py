@@ -46,7 +46,7 @@ def test_a_planted_symlink_is_refused(tmp_path: Path) -> None:
 
 
 def test_workers_that_outlive_a_killed_process_do_not_keep_its_lock(tmp_path: Path) -> None:
-    """They notice its death after seconds; the same command would start a new run until then."""
+    """They notice its death after seconds; until then the same command would start a new run."""
     path = tmp_path / ".lock"
     (ready, write_ready), (wait, end) = os.pipe(), os.pipe()
     if not (owner := os.fork()):

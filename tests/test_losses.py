@@ -31,7 +31,7 @@ def test_edge_weight_equals_the_square_window() -> None:
 
 
 def test_structure_loss_by_hand_on_zero_logits() -> None:
-    # Probability 1/2 everywhere: weighted BCE is log 2 whatever the weights.
+    # Probability 1/2 everywhere: weighted BCE is log 2 for any weights.
     mask, weight = square_mask(), edge_weight(square_mask())
     both, total = 0.5 * (weight * mask).sum(), (weight * (0.5 + mask)).sum()
     expected = math.log(2) + 1 - float((both + 1) / (total - both + 1))

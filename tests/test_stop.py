@@ -1,4 +1,4 @@
-"""Stopping: a request raises on the spot, or waits until the block that defers it is done."""
+"""Stopping: a request raises at once, or waits for the end of a block that defers it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_deferred_signal_waits_for_the_end_of_the_block() -> None:
 
 
 def test_nothing_that_handles_errors_swallows_it() -> None:
-    """A damaged file is an Exception that code turns into its own; Ctrl-C must pass through."""
+    """Code turns the Exception of a damaged file into another error; Ctrl-C must pass through."""
     assert not issubclass(Stopped, Exception)
     with pytest.raises(Stopped), stop.watch():
         try:

@@ -1,13 +1,13 @@
-"""Runs the program again and again in forked processes, so that a start costs no new imports.
+"""Runs the program in forked processes, so that a start costs no imports.
 
-Reads one JSON request a line: ``arguments`` of the program; ``ranks`` (processes that train
-together, as torchrun would start them), ``machines`` (that they seem to run on); ``signals``, a
-list of [when, signal, rank or null for all of them], when being seconds since the last one or a
-text that the program prints; ``environment``; ``patches``, names of functions of this file that
+Reads one JSON request per line: ``arguments`` of the program; ``ranks`` (processes that train
+together, as torchrun would start them), ``machines`` (on which they seem to run); ``signals``, a
+list of [when, signal, rank or null for all], where when is seconds since the last one or a text
+that the program prints; ``environment``; ``patches``, names of functions of this file that
 change the program before it starts. Answers the exit status of every rank, negative for a signal,
 and the seconds from the last signal (or the first rank's end) to the end of the last rank.
 
-What a run would import on its way (torch._dynamo alone takes over a second) is imported here.
+What a run imports later (torch._dynamo alone takes over a second) is imported here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ camoxpert.data.samples.augment.Operators()
 
 
 def slow_saves() -> None:
-    """Draw every checkpoint write out."""
+    """Slow down every checkpoint write."""
     honest = os.fsync
 
     def slow(handle: int) -> None:
@@ -49,7 +49,7 @@ def slow_saves() -> None:
 
 
 def before_steps(call: Callable[[int], object]) -> None:
-    """Call with the number of every optimizer step, from 1, before it is taken."""
+    """Call ``call`` with the number of every optimizer step, from 1, before it is taken."""
     trainer = camoxpert.training.trainer
     honest = trainer.train_step
     numbers = itertools.count(1)
@@ -62,7 +62,7 @@ def before_steps(call: Callable[[int], object]) -> None:
 
 
 def slow_steps() -> None:
-    """Make steps take long enough to be interrupted, and tell of them."""
+    """Make steps take long enough to be interrupted, and print each one."""
 
     def wait_a_little(number: int) -> None:
         print(f"[step {number}]", flush=True)
@@ -84,7 +84,7 @@ def three_seconds_a_step() -> None:
 
 
 def clock_of_steps() -> None:
-    """Give the deadline a clock that ticks once a step."""
+    """Give the deadline a clock that ticks once per step."""
     from camoxpert.stop import Stop
 
     steps: list[int] = []
@@ -120,14 +120,14 @@ def kill_workers(when: set[int]) -> None:
 
 
 def small_disk() -> None:
-    """No file may grow beyond 300 KB: less than a checkpoint, more than anything else."""
+    """Limit files to 300 KB: less than a checkpoint, more than anything else."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
 
 def folder_vanishes() -> None:
-    """Let somebody delete the run's folder in the middle of the run."""
+    """Delete the run's folder in the middle of the run."""
     import shutil
 
     honest = session.train
@@ -142,7 +142,7 @@ def folder_vanishes() -> None:
 
 
 def folder_becomes_read_only() -> None:
-    """Let renames fail, as they do in a folder without permission (which stops root, too)."""
+    """Let renames fail as in a folder without write permission, which root would not notice."""
     honest = Path.replace
 
     def refused(path, target):
@@ -154,7 +154,7 @@ def folder_becomes_read_only() -> None:
 
 
 def rank_1_fails() -> None:
-    """Let rank 1 meet a fault of its own in its third step."""
+    """Raise an error on rank 1 alone, in its third step."""
 
     def fail(number: int) -> None:
         if os.environ.get("RANK") == "1" and number == 3:
@@ -174,7 +174,7 @@ def rank_1_hangs() -> None:
 
 
 def rank_1_sees_nan() -> None:
-    """Give rank 1 a loss that is not a number in its second step."""
+    """Give rank 1 a NaN loss in its second step."""
     honest = prepare.total_loss
     calls = []
 
@@ -251,7 +251,7 @@ def child(request: dict, environment: dict[str, str]) -> None:
 
 
 def wait(when: float | str, log: str) -> None:
-    """Wait so many seconds, or until the program has printed a text."""
+    """Wait for some seconds, or until the program has printed a text."""
     if not isinstance(when, str):
         time.sleep(when)
         return
@@ -264,14 +264,14 @@ def wait(when: float | str, log: str) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody uses."""
+    """Return an unused port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def ranks_of(count: int, machines: int) -> list[dict[str, str]]:
-    """Return what torchrun tells every process it starts, here or on so many machines."""
+    """Return the variables torchrun sets for every process, on one or more machines."""
     if count == 1:
         return [{}]
     local = count // machines
@@ -297,7 +297,7 @@ for line in sys.stdin:
         for index, pid in enumerate(pids):
             if rank in (None, index):
                 with contextlib.suppress(ProcessLookupError):
-                    # The whole group for a kill: data workers, too.
+                    # A kill goes to the whole process group, data workers included.
                     group = number == signal.SIGKILL or wanted.get("whole_group")
                     (os.killpg if group else os.kill)(pid, number)
     started = time.monotonic() if wanted.get("signals") else None

@@ -1,4 +1,4 @@
-"""A file on the disk is never replaced by something worse, and what is read is what was written."""
+"""Checkpoints on disk: damage, full disks, resuming, changed settings, sharing, old formats."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def values(number: float = 1.0) -> dict[str, Any]:
 
 
 class TestFolder:
-    """Which checkpoint a run goes on from, whatever happened to the folder."""
+    """Which checkpoint a run continues from, whatever happened to the folder."""
 
     def test_without_its_index_the_newest_good_file_counts(self, tmp_path: Path) -> None:
         folder = CheckpointFolder(tmp_path)
@@ -63,7 +63,7 @@ class TestFolder:
         newest, problems = CheckpointFolder(tmp_path).newest()
         assert newest is not None and newest.values["model"]["w"][0] == 1
         assert "the checksum of" in problems[0]
-        # The control: torch reads it without a word.
+        # Control: torch reads it without an error.
         read = torch.load(path, weights_only=True)["model"]["w"]
         assert not torch.equal(read, torch.full((100,), 2.0))
 
@@ -76,7 +76,7 @@ class TestFolder:
         assert {e["epoch"] for e in read_index(tmp_path)} == {2, 3, 4, 5, 6}
 
     def test_killed_between_a_file_and_its_index_the_file_counts(self, tmp_path: Path) -> None:
-        """The same step is saved twice where an epoch ends on a step that was due anyway."""
+        """The same step is saved twice if an epoch ends on a step that was due anyway."""
         folder = CheckpointFolder(tmp_path)
         folder.save(values(1.0), step=1)
         honest, renamed = Path.replace, []
@@ -106,7 +106,7 @@ class TestFolder:
         assert kept == ["step_00000003.pt", "step_00000004.pt"]
 
     def test_after_going_back_the_run_goes_on_from_there(self, tmp_path: Path) -> None:
-        """Steps 1 to 3, then again from 1 on: 3 is of a future that was given up."""
+        """Steps 1 to 3, then again from 1: the old step 3 no longer counts."""
         folder = CheckpointFolder(tmp_path, keep=3)
         for step in (1, 2, 3):
             folder.save(values(float(step)), step=step)
@@ -144,7 +144,7 @@ class TestFolder:
 
 
 class TestDisk:
-    """Disks fill, vanish and refuse in the middle of a run."""
+    """Disks fill up, vanish and refuse writes in the middle of a run."""
 
     def test_a_disk_that_fills(self, runner: Runner, data: Path, tmp_path: Path) -> None:
         words = command(data, tmp_path)
@@ -169,13 +169,13 @@ class TestDisk:
 
 
 class TestState:
-    """Everything that decides how a run goes on is in its checkpoint."""
+    """A checkpoint holds everything that decides how a run continues."""
 
     SETTINGS = ("--epochs", "3", "--run-name", "r", "--no-test", "--no-report", "--save-every", "1")
 
     @pytest.fixture(scope="class")
     def stopped_run(self, toy_data: Path, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-        """A run that was stopped in its second epoch, and its checkpoint."""
+        """Return a run that was stopped in its second epoch, and its checkpoint."""
         out = tmp_path_factory.mktemp("state")
         words = ["train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(out)]
         words += ["--backbone", "tiny_test", "--no-pretrained", "--img-size", "32"]
@@ -188,7 +188,7 @@ class TestState:
         return out / "r", copy.deepcopy(checkpoint.values)
 
     def continued(self, run: Path, state: dict[str, Any], folder: Path, loss=None) -> str:
-        """Go on from a checkpoint; return a digest of the end."""
+        """Continue from a checkpoint; return a digest of the finished run."""
         config = load_config(file=run / "config.yaml")
         resume = checkpoints.Checkpoint(Path("step.pt"), config, copy.deepcopy(state))
         prepared = prepare(config)
@@ -203,7 +203,7 @@ class TestState:
         return digest_of([end, kept])
 
     def test_every_part_matters(self, stopped_run, tmp_path: Path) -> None:
-        """Each of them changed by itself changes the end; unchanged, it is the same twice."""
+        """Changing any one of them changes the result; unchanged, two runs end the same."""
         run, state = stopped_run
         same = self.continued(run, state, tmp_path / "same")
         assert self.continued(run, state, tmp_path / "again") == same
@@ -235,7 +235,7 @@ class TestState:
             return other
 
         clocks = {"seconds"}
-        # Only counts until the next good step: shown by a test of its own.
+        # Only matters until the next good step: it has a separate test.
         short_lived = {"skipped_in_a_row"}
         parts = [p for p in state["state"] if p not in clocks | short_lived]
         parts += ["model", "ema", "average's count", "moments", "random state", "routing counts"]
@@ -256,7 +256,7 @@ class TestState:
             self.continued(run, state, tmp_path / "x", broken)
 
     def test_the_average_may_come_and_go(self, stopped_run) -> None:
-        """With the average switched off and on between sessions weights stay what they are."""
+        """Switching the EMA off and on between sessions does not change the weights."""
         run, state = stopped_run
         config = load_config(file=run / "config.yaml")
         without = load_config(file=run / "config.yaml", flags={"train.use_ema": False})
@@ -306,7 +306,7 @@ class TestChanges:
     def test_smaller_micro_batches_go_on_at_the_same_image(
         self, train, stopped, tmp_path: Path
     ) -> None:
-        """The order of what is left of the epoch is that of the run that was not stopped."""
+        """The rest of the epoch has the same order as in a run that was not stopped."""
         words = (*self.WORDS, "run.log_every=1", "loss.balance=0.0")
         assert stopped(*words, steps=2) == 75
         assert train(*words, "--batch-size", "4", "--accumulation-steps", "2") == 0
@@ -336,7 +336,7 @@ class TestChanges:
 
 
 class TestShared:
-    """Weights that can be given to others."""
+    """Weights for sharing."""
 
     def test_they_predict_the_same_and_name_no_place_of_the_maker(
         self, tiny_run: Path, toy_data: Path, tmp_path: Path
@@ -383,7 +383,7 @@ class TestShared:
 
 
 class TestFirstFormat:
-    """Files of the first format stay readable for ever; these were written by release 0.1."""
+    """Files of the first format stay readable permanently; these were written by release 0.1."""
 
     def test_a_run_goes_on(self, tmp_path: Path) -> None:
         saved = load_checkpoint(GOLDEN / "format_1_step.pt")
@@ -423,7 +423,7 @@ class TestFirstFormat:
 
 
 def prepare_golden(config: Config, folder: Path):
-    """Build what the golden checkpoint was made with, on generated data of its own."""
+    """Prepare a run with the settings of the golden checkpoint, on separate generated data."""
     import dataclasses
 
     from camoxpert.synthesis.toy import generate_toy

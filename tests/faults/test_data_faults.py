@@ -1,4 +1,4 @@
-"""Data workers are killed or hang: the epoch keeps its batches, or ends in a sentence."""
+"""Data workers are killed or hang: the epoch keeps its batches, or ends with an error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch) -> None:
-    """Deaths are looked for every half second instead of every five."""
+    """Check for dead workers every half second instead of every five."""
     monkeypatch.setattr(supervise, "POLL_SECONDS", 0.5)
 
 
@@ -59,7 +59,7 @@ def loader_of(manifest: Manifest) -> Iterator[Callable[..., Loader]]:
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """The warnings of the test."""
+    """Collect the warnings of the test."""
     texts: list[str] = []
     with console.heard_by(texts.append):
         yield texts
@@ -98,7 +98,7 @@ class TestDeath:
         assert found == expected[0][start:]
         assert len(told) == 1 and "A data worker died" in told[0] and "waited for" in told[0]
         assert epoch_of(loader, 1) == expected[1] and len(told) == 1
-        # The control: what comes after the death depends on where the sampler was set.
+        # Control: the batches after the death depend on where the sampler was set.
         assert len(set(found)) == len(found)
 
     def test_one_a_epoch_and_then_an_error(self, loader_of, told) -> None:
@@ -123,7 +123,7 @@ class TestDeath:
         assert not loader.running, "nobody is left behind"
 
     def test_a_lock_that_the_dead_hold_is_not_waited_for(self, loader_of) -> None:
-        """Killed while it looks whether to end, a worker keeps the lock of that question."""
+        """A worker killed while it checks whether to exit keeps the lock of that check."""
         loader = loader_of(2)
         loader.set_epoch(0)
         batches = iter(loader)
@@ -144,7 +144,7 @@ class TestDeath:
         assert epoch_of(loader, 1) == expected[1] and len(told) == 1
 
     def test_a_sample_that_kills_is_named(self, loader_of, manifest, monkeypatch, told) -> None:
-        """Starting anew does not help here: it happens once, not for ever."""
+        """A restart does not help here: it is tried once, not repeatedly."""
         honest = PairDataset._decoded
         first = loader_of(0)._sampler.batch_indices(0)[0]
 
@@ -180,7 +180,7 @@ class TestDeath:
         before = signal.getsignal(signal.SIGCHLD)
         step_in_which_a_worker_dies()
         assert signal.getsignal(signal.SIGCHLD) is before
-        # The control: with torch's watch left in place the step is interrupted.
+        # Control: with torch's watchdog left in place the step is interrupted.
         deaf = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIG_IGN", "signal")}
         monkeypatch.setattr(supervise, "signal", SimpleNamespace(**deaf))
         try:
@@ -232,7 +232,7 @@ class TestDeath:
 class TestHang:
     @pytest.fixture
     def hangs_at(self, monkeypatch, tmp_path: Path) -> Callable[..., None]:
-        """Let the worker that reads sample 7 stop answering, the first so many times."""
+        """Return a function that hangs the worker reading sample 7, the first few times."""
 
         def set_up(times: int, dataset: type = PairDataset, method: str = "_decoded") -> None:
             honest = getattr(dataset, method)
@@ -279,7 +279,7 @@ class TestHang:
         assert ", ".join(names[:4]) + " and 4 more" in str(caught.value)
 
     def test_slow_is_not_hung(self, loader_of, monkeypatch, told) -> None:
-        """Several looks at the workers pass before the time is up; 0 waits for ever."""
+        """Several checks of the workers pass before the timeout; 0 waits without limit."""
         honest = PairDataset._decoded
 
         def slow(self: PairDataset, place: int) -> Any:

@@ -34,14 +34,14 @@ PEER_GONE = 6
 
 @pytest.fixture(scope="module")
 def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 images, which two processes share equally."""
+    """Return a data set of 24 images, which two processes share equally."""
     root = tmp_path_factory.mktemp("even")
     generate_toy(root, num_train=24, num_test=2, size=32, difficulty=0.1, seed=0)
     return root
 
 
 def short(data: Path, out: Path, *words: str, batch: int = 4) -> list[str]:
-    """A run over all of the images, without accumulation."""
+    """Return the arguments of a run over all images, without accumulation."""
     words = ("--val-fraction", "0", "--accumulation-steps", "1", "--epochs", "2", *words)
     return command(data, out, *words, batch=batch)
 
@@ -54,7 +54,7 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_batch_norm_is_scored_the_same_after_a_stop(
     runner: Runner, data: Path, tmp_path: Path
 ) -> None:
-    """Each process counts statistics of its own; the checkpoint, and so the score, has one set."""
+    """Each process has different statistics; the checkpoint, and so the score, has one set."""
     words = ("--backbone", "resnet18", "--img-size", "64", "--epochs", "1", "--stage1-epochs", "0")
     a, b = (command(data, tmp_path / name, *words) for name in "ab")
     assert runner.run(a, ranks=2) == [0, 0], runner.said()
@@ -91,7 +91,7 @@ class TestSameAsOne:
     ) -> None:
         """Two processes, two micro-batches each, two images in each: the same eight per step.
 
-        Balance left out: a micro-batch sees the counts of the step so far.
+        Without balance, for which a micro-batch sees the counts of the step so far.
         """
         accumulated = tmp_path / "two"
         words = ("--accumulation-steps", "2", "loss.balance=0.0")
@@ -102,7 +102,7 @@ class TestSameAsOne:
     def test_two_machines_with_a_process_each(
         self, runner: Runner, even: Path, tmp_path: Path, one: Path
     ) -> None:
-        """Both decode into the same cache at once, and only the first process writes the run."""
+        """Both decode into the same cache at once; only rank 0 writes the run."""
         assert runner.run(short(even, tmp_path), ranks=2, machines=2) == [0, 0], runner.said()
         assert "processes 2, 1 on this machine" in runner.said()
         assert furthest(weights_of(one), weights_of(tmp_path / "r")) < 1e-5
@@ -110,7 +110,7 @@ class TestSameAsOne:
     def test_the_control_is_another_batch(
         self, runner: Runner, even: Path, tmp_path: Path, one: Path
     ) -> None:
-        """The same two shares without the other's gradients: half of the batch."""
+        """The same shares without exchange of gradients: half of the batch."""
         assert runner.run(short(even, tmp_path)) == [0]
         assert furthest(weights_of(one), weights_of(tmp_path / "r")) > 1e-4
 
@@ -125,7 +125,7 @@ class TestSameAsOne:
         ids=lambda words: words[0].strip("-"),
     )
     def test_any_network(self, runner, even: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-        """No parameter is left without a gradient, whatever is trained, and the end is the same."""
+        """Every trained parameter has a gradient, and the result is the same."""
         for name, ranks in (("one", 1), ("two", 2)):
             arguments = short(even, tmp_path / name, *words, batch=8 // ranks)
             assert set(runner.run(arguments, ranks=ranks)) == {0}, runner.said()
@@ -134,7 +134,7 @@ class TestSameAsOne:
     def test_validation_scores_are_those_of_one_process(
         self, runner: Runner, data: Path, tmp_path: Path
     ) -> None:
-        """Three images over two processes: every figure is equal to the last bit."""
+        """Three images over two processes: every score is equal to the last bit."""
         words = command(data, tmp_path, "--epochs", "2", batch=2)
         assert runner.run(words, ranks=2) == [0, 0], runner.said()
         records = read_jsonl(tmp_path / "r" / "metrics.jsonl")
@@ -150,7 +150,7 @@ class TestSameAsOne:
     def test_one_goes_on_where_two_stopped_and_back(
         self, runner: Runner, even: Path, tmp_path: Path, one: Path
     ) -> None:
-        """The images of a step stay the same; so does the order of what is left of the epoch."""
+        """The images of a step stay the same, and so does the order of the rest of the epoch."""
         words = short(even, tmp_path)
         soon = [["[step 3]", signal.SIGTERM, None]]
         assert runner.run(words, ranks=2, signals=soon, patches=["slow_steps"]) == [143, 143]
@@ -192,7 +192,7 @@ class TestSameAsOne:
 
 
 class TestFaults:
-    """What happens to one happens to all, within seconds; the same command goes on."""
+    """An error or stop of one rank ends all within seconds; the same command continues."""
 
     @pytest.fixture(scope="class")
     def whole(self, runner: Runner, data: Path, tmp_path_factory) -> str:
@@ -241,7 +241,7 @@ class TestFaults:
         self.goes_on(runner, words, tmp_path / "r", whole)
 
     def test_a_loss_that_is_no_number_on_one_rank(self, runner, data, tmp_path: Path) -> None:
-        """Both leave the step out, and it names the images of both."""
+        """Both skip the step, and the log names the images of both."""
         words = command(data, tmp_path, batch=2)
         assert runner.run(words, ranks=2, patches=["rank_1_sees_nan"]) == [0, 0], runner.said()
         skipped = [text for text in events(tmp_path / "r") if "skipped" in text]
@@ -281,7 +281,7 @@ class TestFaults:
 
 
 def test_gradients_are_shared_once_per_step(toy_data: Path) -> None:
-    """Of three micro-batches only the last one's backward pass talks to the others."""
+    """Of three micro-batches only the last one's backward pass exchanges gradients."""
     from camoxpert.config import build_config
     from camoxpert.losses import total_loss
     from camoxpert.training import step
@@ -333,7 +333,7 @@ def test_half_of_torchruns_settings(monkeypatch) -> None:
 
 
 def test_every_life_has_a_name_of_its_own() -> None:
-    """What an earlier life left in the store is neither believed nor waited for."""
+    """Values left in the store by earlier processes are neither used nor waited for."""
     store = torch.distributed.HashStore()
     store.set("life", "old")
     store.set("old/go", "tokens of the dead")
@@ -342,7 +342,7 @@ def test_every_life_has_a_name_of_its_own() -> None:
     def come(rank: int) -> None:
         names[rank] = join_generation(store, rank, 3, timeout=20)
 
-    # The others come first, find the old life, and must not take it for theirs.
+    # The other ranks come first and must not join the old generation they find.
     late = [threading.Thread(target=come, args=(rank,)) for rank in (1, 2)]
     for thread in late:
         thread.start()

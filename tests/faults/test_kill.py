@@ -1,5 +1,4 @@
-"""kill -9 at any instant: the same command goes on, and the end is that of an undisturbed run, bit
-for bit."""
+"""kill -9 at any time: the same command continues, and ends bit for bit as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from camoxpert.runs.store import CheckpointFolder
 
 @pytest.fixture(scope="module")
 def undisturbed(runner: Runner, data: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The ending of a run that nobody disturbed, and how long it took."""
+    """Return the digest of an undisturbed run, and how long it took."""
     out = tmp_path_factory.mktemp("undisturbed")
     started = time.monotonic()
     assert runner.run(command(data, out)) == [0], runner.said()
@@ -29,11 +28,11 @@ def undisturbed(runner: Runner, data: Path, tmp_path_factory: pytest.TempPathFac
 def disturbed(
     runner: Runner, words: list[str], kills: int, longest: float, *, seed: int = 7, **options: Any
 ) -> int:
-    """Kill a run at random instants, then let it finish; return how often it was really killed."""
+    """Kill a run at random times, then let it finish; return how often it was really killed."""
     chance = random.Random(seed)
     done = 0
     while done < kills:
-        # Early and late ones: the whole way is a run's length from its start.
+        # Early and late kills, up to the duration of a run after its start.
         kill = [chance.uniform(0.02, longest), signal.SIGKILL, None]
         codes = set(runner.run(words, signals=[kill], **options))
         assert codes <= {KILLED, 0}, runner.said()[-3000:]
@@ -45,7 +44,7 @@ def disturbed(
 
 
 def test_twenty_kills_change_nothing(runner: Runner, data: Path, tmp_path: Path, undisturbed):
-    """Over as many runs as it takes: a quick machine finishes one before it is killed often."""
+    """Needs several runs: a fast machine finishes one before it is killed often."""
     expected, seconds = undisturbed
     kills = runs = 0
     while kills < 20:
@@ -77,9 +76,9 @@ def test_kills_with_data_workers(runner: Runner, data: Path, tmp_path: Path, und
 
 
 def test_kills_of_two_processes_that_train_together(runner, data, tmp_path: Path) -> None:
-    """Both are killed at once, as a machine that fails does; the pair goes on where it was.
+    """Both are killed at once, as a machine that fails does; the pair continues.
 
-    Stochastic depth draws from each process's own random state, which must come back, too.
+    Stochastic depth draws from the random state of each process, which must be restored as well.
     """
     words = command(data, tmp_path / "whole", "model.drop_path=0.3", batch=2)
     started = time.monotonic()
@@ -91,13 +90,13 @@ def test_kills_of_two_processes_that_train_together(runner, data, tmp_path: Path
 
 
 def test_another_seed_ends_elsewhere(runner: Runner, data, tmp_path: Path, undisturbed) -> None:
-    """The control: the digest sees what was learned."""
+    """Control: the digest depends on what was learned."""
     assert runner.run(command(data, tmp_path, seed=2)) == [0]
     assert ending(tmp_path / "r") != undisturbed[0]
 
 
 def test_a_hundred_saves_under_kill_9(tmp_path: Path) -> None:
-    """No damaged checkpoint is ever taken for a good one, and one good one is always there."""
+    """A damaged checkpoint never passes as a good one, and a good one always exists."""
     folder = tmp_path / "checkpoints"
     saved = CheckpointFolder(folder)
 
@@ -110,7 +109,7 @@ def test_a_hundred_saves_under_kill_9(tmp_path: Path) -> None:
         started = time.monotonic()
         saved.save(values(0), step=0)
         seconds.append(time.monotonic() - started)
-    # So that a child manages a few saves, however busy the machine is.
+    # So that a child completes a few saves on a busy machine.
     longest = min(0.1, 0.01 + 4 * min(seconds))
     chance = random.Random(3)
     newest = 0

@@ -1,4 +1,4 @@
-"""Odd files and odd names: the documented pixels, the right mask or an error that says why."""
+"""Unusual files and names: the documented pixels, the right mask or an error with the reason."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from camoxpert.doctor.inspect import inspect_pair
 from camoxpert.errors import DataError
 
 HEIGHT, WIDTH = 24, 40
-# Dark: a mid-grey picture would look much the same inverted.
+# Dark: a mid-grey picture would look similar when inverted.
 PHOTO = cv2.GaussianBlur(
     np.random.default_rng(0).integers(0, 128, (HEIGHT, WIDTH, 3), dtype=np.uint8), (0, 0), 1
 )
 GREY = np.asarray(Image.fromarray(PHOTO).convert("L"))
-# No symmetry: turned any way it is another picture.
+# Without symmetry: any rotation gives a different picture.
 OBJECT = np.zeros((HEIGHT, WIDTH), bool)
 OBJECT[3:9, 5:30] = OBJECT[9:20, 5:11] = True
 MASK = OBJECT.astype(np.uint8) * 255
@@ -43,13 +43,13 @@ def with_alpha() -> Image.Image:
 
 
 def animation(path: Path) -> None:
-    """Two pictures; the first one counts. Named .png: the content decides."""
+    """Write two pictures, of which the first counts. Named .png: the content decides."""
     first = Image.fromarray(PHOTO).quantize(64)
     first.save(path, format="GIF", save_all=True, append_images=[Image.new("P", first.size)])
 
 
 QUANTISED = np.asarray(Image.fromarray(PHOTO).quantize(64).convert("RGB"))
-# Kind -> (how it is written, the pixels it holds, the largest difference that its format excuses).
+# Kind -> (how it is written, the pixels it holds, the largest difference its format allows).
 IMAGES: dict[str, tuple[Callable[[Path], object], np.ndarray, int]] = {
     "colour": (lambda p: Image.fromarray(PHOTO).save(p), PHOTO, 0),
     "grey": (lambda p: Image.fromarray(GREY).save(p), grey3(GREY), 0),
@@ -80,7 +80,7 @@ def test_the_pixels_are_those_of_the_rule(kind: str, tmp_path: Path) -> None:
     got = read_image(tmp_path / "a.png")
     assert got.shape == expected.shape
     assert np.abs(got.astype(int) - expected).max() <= excused
-    # Control: neither inverted nor with its channels swapped.
+    # Control: neither inverted nor with swapped channels.
     assert np.abs(255 - got.astype(int) - expected).mean() > 20
     if kind in ("colour", "CMYK", "16-bit colour"):
         assert np.abs(got[..., ::-1].astype(int) - expected).mean() > 4
@@ -121,14 +121,14 @@ def test_every_exif_orientation_lands_under_its_mask(
         image, mask = read_pair(path, tmp_path / "stored.png")
         assert image.shape[:2] == (WIDTH, HEIGHT)
         assert np.array_equal(image.mean(2) > 120, mask > 0)
-    # Both tagged: both turned.
+    # Both tagged: both are rotated.
     stored_for(MASK, orientation).save(tmp_path / "tagged.png", exif=exif)
     image, mask = read_pair(path, tmp_path / "tagged.png")
     assert np.array_equal(image.mean(2) > 120, mask > 0)
 
 
 def two_colours(path: Path) -> None:
-    """A palette whose first entry is the object and whose second is transparent background."""
+    """Write a palette image: entry 0 is the object, entry 1 transparent background."""
     picture = Image.fromarray((~OBJECT).astype(np.uint8), mode="P")
     picture.putpalette([255, 255, 255, 0, 0, 0])
     picture.save(path, transparency=1)
@@ -177,7 +177,7 @@ def test_empty_and_full_masks_are_what_they_are(level: int, tmp_path: Path) -> N
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four sound pairs."""
+    """Return a folder with four readable pairs."""
     for name in ("Imgs", "GT"):
         (tmp_path / "d" / name).mkdir(parents=True)
     for index in range(4):

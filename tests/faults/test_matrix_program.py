@@ -1,5 +1,5 @@
-"""Faults of the program itself: leaks, memory never written, evaluation that depends on the batch,
-optional parts that fail, and answers that must not wait for torch."""
+"""Faults of the program: leaks, uninitialised memory, evaluation that depends on the batch,
+optional parts that fail, and help that must not import torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tiny(data: Path, **values: object):
 
 
 class TestLeaks:
-    """Memory and tensors of a run, looked at in the same place of an epoch."""
+    """Memory and tensors of a run, measured at the same point of an epoch."""
 
     @staticmethod
     def census() -> int:
@@ -113,7 +113,7 @@ class TestLeaks:
 
 @pytest.mark.parametrize("family", ["specialist", "uniform"])
 def test_no_parameter_is_left_as_memory_was_found(family: str, monkeypatch) -> None:
-    """Every tensor that torch.empty makes starts as NaN: an initialisation left out would show."""
+    """Every tensor that torch.empty makes starts as NaN: a missing initialisation would show."""
     config = build_config({**TINY, "model.expert_family": family, "model.shared_expert": "edge"})
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     made = poisoned(monkeypatch)
@@ -134,7 +134,7 @@ def test_an_initialisation_left_out_is_noticed(monkeypatch) -> None:
 
 
 def poisoned(monkeypatch) -> list[int]:
-    """Let torch.empty return NaN; what it made is counted in the list."""
+    """Let torch.empty return NaN; return a list that counts its tensors."""
     made: list[int] = []
     original = torch.empty
 
@@ -156,7 +156,7 @@ def test_scores_depend_on_neither_batch_workers_nor_order(
 ) -> None:
     """To the last bit: scores, per-image rows and the hash of the data.
 
-    How many images a forward pass takes is looked at, too: a convolution of this size rounds the
+    The number of images of a forward pass is checked as well: a convolution of this size rounds the
     same for any number, a large one does not.
     """
     predictor = load_predictor(tiny_run)
@@ -187,7 +187,7 @@ def test_scores_depend_on_neither_batch_workers_nor_order(
     assert scored("b", batch_size, workers, False) == expected
     scores, *others = scored("c", batch_size, workers, True)
     assert tuple(others) == expected[1:]
-    # Sums run in another order: the mean may differ in its last bit, no image's score may.
+    # The order of the sums differs: the mean may differ in its last bit, but no image's score.
     assert scores == pytest.approx(expected[0], rel=1e-14)
 
 
@@ -197,7 +197,7 @@ def test_batches_without_object_or_background_have_a_finite_step(
     fill: int, constant: float
 ) -> None:
     torch.manual_seed(0)
-    # Every loss that there is; at 200 the probabilities are 0 and 1, with nothing between.
+    # Every loss there is; at 200 the probabilities are exactly 0 and 1.
     every = {f"loss.{name}": 1.0 for name in ("structure", "bce", "iou", "dice")}
     config = build_config({**TINY, **every})
     model = build_model(config.model).train()
@@ -210,7 +210,7 @@ def test_batches_without_object_or_background_have_a_finite_step(
 
 
 def test_the_uniform_family_compiles_once_and_learns_the_same(toy_data: Path, monkeypatch) -> None:
-    """No break, no second graph for the same shape, the loss of the plain model."""
+    """No graph break, one graph per shape, and the loss of the uncompiled model."""
     from torch._dynamo.utils import counters
 
     original = torch.nn.Module.compile
@@ -303,7 +303,7 @@ HELP = (["--help"], ["--version"], *([c, "--help"] for c in ("train", "evaluate"
 
 
 def test_mistakes_and_help_are_answered_without_torch(tmp_path: Path) -> None:
-    """Time depends on the machine; what was imported does not."""
+    """Check the imports rather than the time, which depends on the machine."""
     (tmp_path / "twice.yaml").write_text("optim: {lr: 1}\noptim: {lr: 2}")
     (tmp_path / "evil.yaml").write_text("run: {name: !!python/object/apply:os.system [x]}")
     code = (
@@ -331,7 +331,7 @@ OPTIONAL = {"matplotlib", "tensorboard", "pynvml", "skimage"}
 
 
 def imported_at_once(source: str) -> set[str]:
-    """Return the packages that a module imports outside of functions."""
+    """Return the packages that a module imports outside functions."""
     found = set()
     waiting = list(ast.parse(source).body)
     while waiting:
@@ -346,8 +346,8 @@ def imported_at_once(source: str) -> set[str]:
 
 
 def test_optional_packages_are_imported_where_they_are_used() -> None:
-    """At the top of a file a missing one would end every command, and no test in a process that
-    has it loaded would notice."""
+    """At the top of a file a missing package would end every command, and no test in a process
+    that has it loaded would notice."""
     for path in (ROOT / "camoxpert").rglob("*.py"):
         assert not OPTIONAL & imported_at_once(path.read_text()), path
     for source in (
@@ -363,7 +363,7 @@ class TestOptionalParts:
     def test_a_run_continues_without_any_of_them(
         self, train, tmp_path: Path, monkeypatch, capsys
     ) -> None:
-        """TensorBoard and matplotlib cannot be imported: one warning, a sentence in the report."""
+        """TensorBoard and matplotlib cannot be imported: a warning and a sentence in the report."""
         for name in ("torch.utils.tensorboard", "tensorboard", "matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
         assert train("--epochs", "1", "--tensorboard", "--run-name", "r") == 0
@@ -374,7 +374,7 @@ class TestOptionalParts:
         assert not list((tmp_path / "r").glob("events*"))
 
     def test_a_disk_that_fills_up_under_tensorboard(self, tmp_path: Path, capsys) -> None:
-        """Its own thread fails; the next call notices, warns, and does not wait for the thread."""
+        """Its thread fails; the next call notices, warns, and does not wait for the thread."""
         log = RunLog(tmp_path, tensorboard=True)
         log.scalars(1, {"a": 1.0})
         thread = log._writer.file_writer.event_writer._async_writer

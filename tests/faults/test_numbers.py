@@ -1,4 +1,4 @@
-"""Numbers that are none: the weights are never poisoned, and the run says what it left out."""
+"""NaN and infinity: they never reach the weights, and the run reports the steps it skipped."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_skipped_step_names_its_images_and_what_they_are_like(run: Run, tmp_pa
 def test_a_save_that_was_owed_follows_the_next_good_step(
     toy_data: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """Steps 2 to 4 are skipped, 2 was to be saved: 5 is."""
+    """Steps 2 to 4 are skipped and step 2 was due: step 5 is saved instead."""
     values = {**SETTINGS, "data.roots": [str(toy_data)], "run.save_every": 2, "train.epochs": 1}
     run = prepare(build_config(values))
     break_steps(run, lambda number: number in (2, 3, 4), float("nan"))
@@ -85,11 +85,11 @@ def test_a_save_that_was_owed_follows_the_next_good_step(
 
     monkeypatch.setattr(CheckpointFolder, "save", save)
     go(run, tmp_path / "run")
-    assert saved == [5, 5]  # as owed, and at the end of the epoch
+    assert saved == [5, 5]  # the late save, and the end of the epoch
 
 
 class TestHalfPrecision:
-    """fp16's loss scale, on a CPU: it falls at every overflow, and the weights stay."""
+    """The loss scale of fp16, on a CPU: an overflow lowers it and leaves the weights unchanged."""
 
     def scaled(self, run: Run, scale: float) -> Run:
         run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -126,7 +126,7 @@ class TestHalfPrecision:
         assert [r["scale"] for r in records if "scale" in r] == [32768.0, 16384.0, 8192.0]
 
     def test_an_infinite_loss_with_finite_gradients(self, run: Run) -> None:
-        """The scaler looks at gradients alone; weights and their average must not part."""
+        """The scaler checks gradients only; weights and EMA must both skip the step."""
         from camoxpert.training.stages import training_loader
 
         self.scaled(run, 1024.0)
@@ -177,7 +177,7 @@ class TestDivergence:
         assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
 
     def test_steps_without_the_protection_poison_the_weights(self, run: Run) -> None:
-        """The control: one such update and the norm of the weights is infinite."""
+        """Control: after one such update the norm of the weights is infinite."""
         optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e20)
         sum(p.square().sum() for p in run.model.parameters()).backward()
         optimizer.step()
@@ -186,7 +186,7 @@ class TestDivergence:
 
 
 class TestOutOfMemory:
-    """Memory that runs out anywhere: a paragraph, and the gradients are freed."""
+    """Out of memory anywhere: an error message, and the gradients are freed."""
 
     def test_in_the_optimizer(self, train, tmp_path: Path, monkeypatch, capsys) -> None:
         def full(*args: Any, **options: Any) -> None:
@@ -209,7 +209,7 @@ class TestOutOfMemory:
         assert newest is not None and newest.values["state"]["position"] > 0
 
     def test_what_did_not_fit_is_let_go(self, run: Run) -> None:
-        """No reference cycle and no traceback keeps the graph while smaller parts are tried."""
+        """No reference cycle or traceback keeps the graph while smaller parts are tried."""
         import weakref
 
         from camoxpert.training.stages import training_loader

@@ -1,5 +1,5 @@
-"""Paths in other people's tables and links in folders of results: nothing is read or written
-outside, and no picture is decoded that claims to be huge."""
+"""Paths in untrusted tables and symlinks in results folders: nothing is read or written outside;
+pictures that claim to be huge are not decoded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OUTSIDE = ("../secret/{}", "{absolute}", "link.{end}", "folder/{}", "in/../../se
 
 @pytest.fixture
 def place(toy_data: Path, tmp_path: Path) -> Path:
-    """A folder with one pair, links that lead out of it, and a pair outside."""
+    """Return a folder with one pair, symlinks that lead out of it, and a pair outside."""
     test = toy_data / "TestDataset" / "toy"
     image, mask = sorted((test / "Imgs").iterdir())[0], sorted((test / "GT").iterdir())[0]
     for name in ("place/in", "secret"):
@@ -57,7 +57,7 @@ def spelled(form: str, place: Path, end: str) -> str:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file with its content, links as what they point to."""
+    """Return every file with its content, symlinks with their targets."""
     return {
         str(p.relative_to(folder)): str(p.readlink()).encode() if p.is_symlink() else p.read_bytes()
         for p in folder.rglob("*")
@@ -122,7 +122,7 @@ def test_training_takes_an_allowed_table(train, place: Path) -> None:
 def test_rows_that_are_no_path_are_an_error(row: str, place: Path) -> None:
     (place / "circle.jpg").symlink_to("circle.jpg")
     if "\\" in row:
-        # One odd name on this system, a way out on another.
+        # Just an odd name on this system, but a path out of the folder on another.
         (place / row).write_bytes((place / "in" / "a.jpg").read_bytes())
         (photo,) = find_photos([table(place, row)])
         made = output_path(place.parent / "out", "map", photo.name)
@@ -169,7 +169,7 @@ class TestLinksAmongResults:
         assert main(words) == 3
         assert "is a link or leads out" in " ".join(capsys.readouterr().err.split())
         assert not list(elsewhere.iterdir())
-        # The folder of results itself may be a link: the user named it.
+        # The results folder itself may be a symlink: the user named it.
         (tmp_path / "named").symlink_to(elsewhere)
         assert main([*words[:-1], str(tmp_path / "named")]) == 0
         assert (elsewhere / "maps" / "a.png").is_file()
@@ -255,7 +255,7 @@ class TestLinksAmongResults:
 
 
 def test_pages_show_hostile_file_names_as_text(tmp_path: Path, monkeypatch) -> None:
-    """No file name holds a slash, so no closing tag: an open one is enough for a browser."""
+    """File names hold no slash, so no closing tag, but browsers run an unclosed one."""
     monkeypatch.chdir(tmp_path)
     names = ('"><img src=x onerror=alert(1)>', "<script>alert(1)<", "'onmouseover='alert(1)")
     mask = np.zeros((24, 24), np.uint8)

@@ -1,5 +1,5 @@
-"""Files made by somebody else: checkpoints, settings, tables, names, pages and pictures never run
-code, reach outside their folder or carry a secret away."""
+"""Untrusted files: checkpoints, settings, tables, names, pages and pictures never run code, reach
+outside their folder or leak a secret."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SOURCES = [
     *sorted((ROOT / "tools").glob("*.py")),
     ROOT / "train_ultimate.py",
 ]
-# Modules that run code from a file, or unpack an archive: none is needed, so none is there.
-# zipfile is: checksums of checkpoints are read with it, and nothing is unpacked.
+# Modules that run code from a file or unpack an archive: none is needed, so none is allowed.
+# zipfile is allowed: it verifies the checksums of checkpoints, and unpacks nothing.
 MODULES = {
     *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"),
     *("tarfile", "pty", "hydra"),
@@ -103,7 +103,7 @@ def test_timm_reads_downloaded_weights_without_code() -> None:
 
 
 class Touch:
-    """Unpickled, it makes a file: what a hostile checkpoint does first."""
+    """Creates a file when unpickled, as a hostile checkpoint could."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,7 +113,7 @@ class Touch:
 
 
 def hostile(folder: Path, kind: str) -> tuple[Path, Path]:
-    """Write a file with a payload; return it and the file that the payload would make."""
+    """Write a file with a payload; return it and the file that the payload would create."""
     touched, path = folder / "touched", folder / "evil.pt"
     values = {"format": FORMAT, "config": to_dict(Config()), "model": {"w": torch.zeros(2)}}
     if kind == "zip":
@@ -138,7 +138,7 @@ def test_a_hostile_checkpoint_is_refused_everywhere(
     assert train("--weights", str(path), "--epochs", "1") == 4
     assert not touched.exists()
     assert "Traceback" not in capsys.readouterr().err
-    # Control: the payload works wherever code is allowed.
+    # Control: the payload works where code is allowed.
     if kind == "plain pickle":
         pickle.loads(path.read_bytes())
     else:
@@ -179,7 +179,7 @@ def test_hostile_settings_are_refused(kind: str, tmp_path: Path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAMO_SECRET", SECRET)
     Path("c.yaml").write_text(SETTINGS[kind])
-    # Printed and left with code 0, if it were taken.
+    # It would print and exit with 0 if it were accepted.
     assert main(["train", "--config", "c.yaml", "--print-config"]) == 2
     captured = capsys.readouterr()
     said = captured.out + captured.err
@@ -205,7 +205,7 @@ def test_hostile_overrides_are_a_paragraph(text: str) -> None:
 def test_a_run_saves_no_secret_and_its_page_runs_nothing(
     train, tmp_path: Path, monkeypatch
 ) -> None:
-    """The run's name is a resolver and a piece of HTML: both stay the text they are."""
+    """The run's name holds a resolver and HTML: both stay plain text."""
     monkeypatch.setenv("CAMO_SECRET", SECRET)
     name = "${oc.env:CAMO_SECRET}" + EVIL
     assert train("--epochs", "1", "--run-name", name) == 0

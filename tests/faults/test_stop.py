@@ -1,4 +1,4 @@
-"""Asked to stop: what was done is saved, the exit code says why, the same command goes on."""
+"""Stop requests: the work is saved, the exit code says why, the same command continues."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_signal_stops_it_anywhere_and_the_same_command_goes_on(
 def test_stopped_in_validation_with_batches_changed_where_the_step_runs(
     runner: Runner, data: Path, tmp_path: Path, workers: str
 ) -> None:
-    """The epoch's last batch is short: the saved position lies beyond the last image."""
+    """The epoch's last batch is short: the saved position is beyond the last image."""
     words = ("--cache", "disk", "data.augment_on=device", "--epochs", "2")
     a, b = (command(data, tmp_path / x, *words, "--num-workers", workers) for x in "ab")
     assert runner.run(a) == [0], runner.said()
@@ -77,7 +77,7 @@ def test_a_run_that_stopped_early_is_scored_and_trains_no_more(
 
 
 def test_a_second_ctrl_c_leaves_at_once(runner: Runner, data: Path, tmp_path: Path) -> None:
-    """The first one waits for a step that takes three seconds; the second one does not."""
+    """The first waits for a step that takes three seconds; the second does not."""
     twice = [["[step 2]", signal.SIGINT, None], [0.3, signal.SIGINT, None]]
     codes = runner.run(command(data, tmp_path), signals=twice, patches=["three_seconds_a_step"])
     assert codes == [130] and runner.seconds < 2
@@ -98,7 +98,7 @@ def test_a_decoding_that_was_stopped_goes_on_where_it_was(runner, data, tmp_path
 def test_a_signal_to_the_whole_group_finds_deaf_workers(
     runner: Runner, data: Path, tmp_path: Path, undisturbed: str
 ) -> None:
-    """Schedulers signal the data workers, too; they must outlive the step that needs them."""
+    """Schedulers also signal the data workers, which must outlive the step that needs them."""
     words = command(data, tmp_path, "--num-workers", "2", "--cache", "none")
     stop = [["[step 2]", signal.SIGTERM, None]]
     codes = runner.run(words, signals=stop, patches=["slow_steps"], whole_group=True)
@@ -109,7 +109,7 @@ def test_a_signal_to_the_whole_group_finds_deaf_workers(
 def test_the_deadline_saves_and_the_next_runs_go_on(
     runner: Runner, data: Path, tmp_path: Path, undisturbed: str
 ) -> None:
-    """Sixteen steps in sessions of five, by a clock that ticks once a step."""
+    """Sixteen steps in sessions of five, with a clock that ticks once per step."""
     words = [*command(data, tmp_path), "--max-hours", str(5 / 3600)]
     codes = [runner.run(words, patches=["clock_of_steps"])[0] for _ in range(4)]
     assert codes == [75, 75, 75, 0], runner.said()

@@ -36,7 +36,7 @@ def cut(path: Path, share: float) -> None:
 
 
 def flip(path: Path) -> None:
-    """Change one bit of the pixels of a PNG: its CRC is wrong then."""
+    """Flip one bit of the pixels of a PNG, which makes its CRC wrong."""
     data = bytearray(path.read_bytes())
     data[data.index(b"IDAT") + 4 + 20] ^= 0x10
     path.write_bytes(data)
@@ -143,10 +143,10 @@ def test_the_same_batches_for_any_workers_and_any_cache(data: Path, tmp_path: Pa
                     cache and on_device and num_workers == 0
                 )
                 assert contents(loader) == expected, (mode, num_workers, on_device)
-    # Around the end: the first pair stands in for the last, changed by the last one's draw.
+    # Wraps around: the first pair replaces the last, augmented by the last one's draw.
     place = next(b for b in expected if 15 in b[3])
     assert place[2][place[3].index(15)] == manifest.pairs[0].name
-    # The control: batches without a bad pair are those of sound data, others are not.
+    # Control: only batches without a bad pair equal those of readable data.
     kept = contents(loader_of(manifest))
     for before, after in zip(sound, kept, strict=True):
         assert (before == after) == (not after[-1])
@@ -189,7 +189,7 @@ class TestCache:
         assert bad.mask.name in str(e.value)
         with pytest.raises(DataError, match=bad.mask.name):
             find_cache(manifest, config_of(tmp_path))
-        # Controls: under skip it is a hit, and so it is for the other pairs under error.
+        # Controls: it is a hit under skip, and under error for the other pairs.
         assert find_cache(manifest, config_of(tmp_path, "skip"))[0] is not None
         part = dataclasses.replace(manifest, pairs=manifest.pairs[:7])
         assert find_cache(part, config_of(tmp_path))[0] is not None
@@ -210,7 +210,7 @@ class TestCache:
     def test_a_row_that_went_bad_after_an_unfinished_build_is_emptied(
         self, data: Path, tmp_path: Path
     ) -> None:
-        """A build under error stops at the end; one under skip takes its rows over."""
+        """A build under error fails at the end; one under skip reuses its rows."""
         manifest = load_train([data])
         flip(manifest.pairs[7].mask)
         with pytest.raises(DataError, match="1 files cannot be decoded"):
@@ -299,7 +299,7 @@ class TestStart:
     def test_more_than_the_bound_is_an_error(self, data: Path, tmp_path: Path, mode: str) -> None:
         config = settings(data, tmp_path, cache=mode, unreadable="skip")
         pairs = find_data(settings(data, tmp_path, cache="none"), World()).train.pairs
-        # One shows in its header, the other only when it is decoded.
+        # One fails in its header, the other only when decoded.
         pairs[0].image.write_bytes(b"")
         pairs[1].image.write_bytes(b"") if mode == "none" else flip(pairs[1].mask)
         with pytest.raises(DataError, match=r"2 of 12 training images.*allows only 1") as caught:
@@ -375,7 +375,7 @@ def test_the_flag(train, data: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_a_run_tells_what_it_replaced(train, toy_data: Path, tmp_path: Path, capsys) -> None:
-    """One broken picture: an error by default; with skip the run ends, and says it twice."""
+    """One broken picture: an error by default; with skip the run finishes, and reports it twice."""
     own = tmp_path / "data"
     shutil.copytree(toy_data, own)
     pictures = sorted((own / "TrainDataset" / "Imgs").iterdir())

@@ -1,4 +1,4 @@
-"""What torchrun starts in a test: the program, and a rank 1 that dies once, in its eighth step."""
+"""The program as torchrun starts it in a test; rank 1 dies once, in its eighth step."""
 
 from __future__ import annotations
 

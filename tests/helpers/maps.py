@@ -1,4 +1,4 @@
-"""Data sets with the maps of two methods, and the command that scores them."""
+"""Data sets with maps of two methods, and the command that scores them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLASSES = ("1-Aquatic-3-Crab", "1-Aquatic-9-Frog", "2-Terrestrial-23-Cat")
 
 
 def pair(index: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
-    """A map and its mask, 36 x 48; the masks depend on the index alone."""
+    """Return a map and its mask, 36 x 48; the mask depends on the index only."""
     shapes, errors = np.random.default_rng(index), np.random.default_rng([index, int(noise * 100)])
     mask = np.zeros((36, 48), np.uint8)
     top, left = shapes.integers(2, 12), shapes.integers(2, 20)

@@ -1,4 +1,4 @@
-"""What an HTML page would load or run, found by reading it as a browser would."""
+"""Parts of an HTML page that a browser would load or run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Reader(HTMLParser):
 
 
 def active_parts(page: str) -> list[str]:
-    """Return everything on a page that runs code or fetches something."""
+    """Return everything on a page that runs code or loads something."""
     reader = _Reader()
     reader.feed(page)
     reader.close()

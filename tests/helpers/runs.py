@@ -1,4 +1,4 @@
-"""Whole runs in other processes, to be killed, stopped and compared."""
+"""Whole runs in other processes, which tests kill, stop and compare."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ TINY_SETTINGS = {
     "data.img_size": 32,
     "data.num_workers": 0,
 }
-# What a clock says, not what was learned.
+# Measured times, which differ between equal runs.
 CLOCKS = ("images_per_second", "data_wait", "gpu", "memory", "time", "seconds")
 
 
 class Runner:
-    """Forks the program from a process that has imported it already; see ``faults/runner.py``."""
+    """Forks the program from a process that has already imported it; see ``faults/runner.py``."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -52,7 +52,8 @@ class Runner:
         self.seconds = 0.0
 
     def run(self, arguments: list[str], **options: Any) -> list[int]:
-        """Return the exit codes of all ranks; ``seconds`` is how long the end took."""
+        """Run the program; return the exit codes of all ranks. ``seconds`` is how long it took to
+        end."""
         self.log.unlink(missing_ok=True)
         request = {"arguments": arguments, "log": str(self.log)} | options
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -68,7 +69,7 @@ class Runner:
 
 
 def command(data: Path, out: Path, *words: str, seed: int = 1, batch: int = 4) -> list[str]:
-    """Return the words of a tiny two-stage training run."""
+    """Return the arguments of a tiny two-stage training run."""
     base = ["train", "--dataset-path", str(data), "--checkpoint-dir", str(out), "--run-name", "r"]
     base += ["--backbone", "tiny_test", "--no-pretrained", "--img-size", "32"]
     base += ["--batch-size", str(batch), "--accumulation-steps", "2", "--num-experts", "3"]
@@ -79,7 +80,7 @@ def command(data: Path, out: Path, *words: str, seed: int = 1, batch: int = 4) -
 
 
 def digest_of(value: Any) -> str:
-    """Return a digest of nested dictionaries, lists, tensors and plain values, clocks left out."""
+    """Return a digest of nested containers, tensors and plain values, without measured times."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:

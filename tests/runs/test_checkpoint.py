@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, verified, kept, and never a way to run code."""
+"""Checkpoints: atomic, verified, retained, and unable to run code."""
 
 import os
 from pathlib import Path

@@ -22,7 +22,7 @@ from camoxpert.runs.folder import run_name
     ],
 )
 def test_names_are_those_of_the_first_version(overrides: list[str], name: str) -> None:
-    """Computed by its code, which had three settings more: a stopped run is found again."""
+    """Names computed by its code, which had three more settings: a stopped run is found again."""
     assert run_name(load_config(overrides=overrides)) == name
 
 

@@ -1,4 +1,4 @@
-"""The log of a run: its records, TensorBoard, phases; a fault of TensorBoard never stops a run."""
+"""The log of a run: its records, TensorBoard, phases; an error of TensorBoard never stops a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readings of the GPU: optional, and never in the way of a run."""
+"""Readings of the GPU: optional; they never stop a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container leaves of the machine."""
+"""Cores and memory under the limits of a container."""
 
 from pathlib import Path
 

@@ -29,8 +29,8 @@ def train_of(**values: object):
 
 
 def device(per_image: float, fixed: float = 1.0, *, saved: float = 4.0, limit: float = 1e9):
-    """A device on which an image takes ``per_image``, ``saved`` times less with recomputation, and
-    nothing above ``limit`` fits."""
+    """Return a measurement of a device on which an image takes ``per_image``, ``saved`` times less
+    with recomputation, and nothing above ``limit`` fits."""
     calls = []
 
     def measure(images: int, recompute: bool) -> int | None:
@@ -125,7 +125,7 @@ class TestPlan:
         assert "may not fit" in chosen.reason
 
     def test_a_wrong_prediction_is_found_by_measuring(self) -> None:
-        """Sixteen images are predicted to fit and do not."""
+        """Sixteen images are predicted to fit, but do not."""
         measure, _ = device(2.0)
 
         def honest(images: int, recompute: bool) -> int | None:
@@ -172,13 +172,13 @@ def test_auto_on_a_cpu_takes_the_default_and_says_so(toy_data: Path) -> None:
     assert "--batch-size auto measures memory on CUDA only" in small.reason
     large = prepared(40)
     assert (large.size, large.steps) == (10, 4), "the largest divisor up to the default of 16"
-    # A run continues as it began, whatever is free that day.
+    # A run continues with its first choice, whatever memory is free now.
     again = prepared(12, continued={"batch": {"size": 3, "checkpointing": True}})
     assert (again.size, again.steps, again.checkpointing) == (3, 4, True)
 
 
 def test_micro_batches_do_not_change_what_is_learned(train, tmp_path: Path, monkeypatch) -> None:
-    """The same effective batch in one, two and four parts: the same weights."""
+    """The same effective batch in one, two and four parts gives the same weights."""
     weights = {}
     for size, effective in ((8, 8), (4, 8), (2, 8), (4, 4)):
         name = f"{size}-{effective}"

@@ -1,4 +1,4 @@
-"""The plan of a run and its schedules, by hand."""
+"""The plan of a run and its schedules, against values computed by hand."""
 
 import math
 
@@ -106,7 +106,7 @@ def test_backbone_learns_at_a_tenth_and_vectors_are_not_decayed() -> None:
 
 
 def test_fused_adamw_skips_where_told() -> None:
-    """The trainer relies on this: found_inf = 1 leaves weights and moments alone."""
+    """The training step relies on this: found_inf = 1 leaves weights and moments unchanged."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     for skip, moved in ((1.0, False), (0.0, True)):

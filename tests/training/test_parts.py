@@ -1,4 +1,4 @@
-"""EMA, precision, checkpointing choice and meters, each on its own."""
+"""Unit tests of EMA, precision, device choice and meters."""
 
 import pytest
 import torch

@@ -36,7 +36,7 @@ SETTINGS = {
 def images_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     colour = torch.randint(0, 200, (count, 3, 1, 1), generator=generator)
-    # Plain colours, stripes and noise: a router has something to tell apart.
+    # Plain colours, stripes and noise: a router can tell them apart.
     grain = torch.randint(0, 56, (count, 3, 32, 32), generator=generator)
     stripes = 50 * (torch.arange(32) // 4 % 2).expand(count, 3, 32, 32)
     kind = (torch.arange(count) % 3)[:, None, None, None]
@@ -156,7 +156,7 @@ def test_bias_balancing_spreads_the_choices(toy_data: Path) -> None:
             toy_data, **{"optim.router_bias_rate": rate, "loss.balance": 0.0, "model.top_k": 1}
         )
         for level in run.model.moe_levels:
-            level.router.gate.bias.data[0] = 1.0  # the first expert is everybody's
+            level.router.gate.bias.data[0] = 1.0  # every image chooses the first expert
         meter = run.meter
         for step in range(40):
             if step == 30:

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: it learns, stages do what they say, nothing is lost or poisoned."""
+"""Whole runs of a tiny model: learning, stages, out of memory, skipped steps, resuming."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def batches_of(run: Run) -> list:
 
 @pytest.mark.slow
 def test_it_learns_and_the_control_does_not(tmp_path: Path) -> None:
-    """Trained on the right masks it beats the same model trained on another image's masks."""
+    """Trained on its masks it beats the same model trained on the masks of other images."""
     generate_toy(tmp_path / "data", num_train=120, num_test=0, size=32, difficulty=0.0, seed=1)
     scores = {}
     kinds = ("rotate", "scale", "translate", "brightness", "contrast", "saturation", "hue")
@@ -116,7 +116,7 @@ def test_out_of_memory_says_what_to_lower(toy_data: Path, tmp_path: Path, monkey
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     toy_data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """Room for two images: 8 are taken two by two, with the weights and records of all at once."""
+    """Only two images fit: 8 are taken in pairs, with the weights and records of all at once."""
     refused = []
 
     def cramped(output, *args: object, **counts: object):
@@ -125,7 +125,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
             raise torch.OutOfMemoryError("injected")
         return total_loss(output, *args, **counts)
 
-    # In float64 nothing but the order of sums differs; balance apart, which sees the step so far.
+    # In float64 only the order of sums differs, except for balance, which sees the step so far.
     runs = {}
     for name in ("roomy", "cramped"):
         run = run_of(toy_data, loss__balance=0.0, train__epochs=1, optim__lr=1e-4)
@@ -188,7 +188,7 @@ def test_progressive_unfreeze_frees_the_deepest_first(toy_data: Path) -> None:
 
 
 def test_accumulated_micro_batches_equal_one_batch(toy_data: Path) -> None:
-    """Windows of 3, 3 and 2 images give the gradient of the 8 together, short window included."""
+    """Micro-batches of 3, 3 and 2 images give the gradient of the 8 together."""
     gradients = []
     run = run_of(toy_data, loss__balance=0.0, optim__clip_grad_norm=0.0)
     batch = batches_of(run)[0]
@@ -261,7 +261,7 @@ def test_endless_non_finite_steps_end_the_run(toy_data: Path, tmp_path: Path) ->
 
 
 class StopAt(Stop):
-    """Asks to stop after a number of looks."""
+    """Requests a stop after a number of checks."""
 
     def __init__(self, looks: int) -> None:
         super().__init__()

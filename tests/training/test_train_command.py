@@ -1,4 +1,4 @@
-"""`camoxpert train` from start to report: what it writes, continues, refuses and says."""
+"""`camoxpert train` from start to report: what it writes, continues, refuses and prints."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TestCommand:
     def test_a_checkpoint_in_no_run_folder_is_refused(
         self, train, stopped, tmp_path: Path, capsys
     ) -> None:
-        """The folder two above it is somebody else's: nothing is written there."""
+        """The folder two levels above is not a run folder: nothing is written there."""
         words = ("--run-name", "x", "--no-test", "--no-report", "--epochs", "2")
         assert stopped(*words) == 75
         (tmp_path / "other" / "deep").mkdir(parents=True)
