@@ -62,9 +62,11 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
             with stop.outcome(NOTHING_YET), console.remembering() as decisions:
                 folder = world.from_first(lambda: find_run(config))
                 stack.callback(folder.close)
-                prepared = prepare(config, continued=folder.info, world=world)
-                changes = open_folder(prepared, folder)
-                open_log(prepared, folder.checkpoint, changes, argv, decisions)
+                unchanged = f"{folder.path} is as it was; the same command continues it."
+                with stop.outcome(NOTHING_YET if folder.checkpoint is None else unchanged):
+                    prepared = prepare(config, continued=folder.info, world=world)
+                    changes = open_folder(prepared, folder)
+                    open_log(prepared, folder.checkpoint, changes, argv, decisions)
             prepared.log.add_phase("start", time.monotonic() - started)
             scores = train_and_score(prepared)
         if world.first:
@@ -189,7 +191,8 @@ def train_and_score(run: Run) -> dict[str, dict[str, float]]:
         train(run)
         if run.world.first:
             # Rank 0 scores and reports alone; the other ranks do not wait for it.
-            with run.stop.undeferred():
+            outcome = f"Training is done and saved in {run.path}; the same command scores it."
+            with stop.outcome(outcome), run.stop.undeferred():
                 scores = share_and_score(run)
         status = "finished"
     except Stopped:
@@ -206,9 +209,11 @@ def train_and_score(run: Run) -> dict[str, dict[str, float]]:
             "the checkpoints already written are intact."
         ) from error
     finally:
-        run.log.close()
-        if run.world.first:
-            close_run(run, status)
+        # A stop in here would leave a finished run without its report, or one that is neither.
+        with run.stop.deferred():
+            run.log.close()
+            if run.world.first:
+                close_run(run, status)
     return scores
 
 
@@ -220,20 +225,18 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
     from camoxpert.pages.tables import text_table
 
     best = run.folder / "checkpoints" / "best.pt"
-    outcome = f"Training is done and saved in {run.path}; the same command scores it."
-    with stop.outcome(outcome):
-        if best.is_file():
-            write_shared(run.folder / "model", load_checkpoint(best))
-        if not (run.config.run.test and run.data.tests):
-            return {}
-        predictor = Predictor(load_checkpoint(best), device=run.device, precision=run.precision)
-        with run.log.phase("testing"):
-            results = evaluate_run(
-                predictor,
-                run.data.tests,
-                ScoringOptions(gallery=run.config.run.num_images),
-                batch_size=run.plan.stages[-1].batch_size,
-            )
+    if best.is_file():
+        write_shared(run.folder / "model", load_checkpoint(best))
+    if not (run.config.run.test and run.data.tests):
+        return {}
+    predictor = Predictor(load_checkpoint(best), device=run.device, precision=run.precision)
+    with run.log.phase("testing"):
+        results = evaluate_run(
+            predictor,
+            run.data.tests,
+            ScoringOptions(gallery=run.config.run.num_images),
+            batch_size=run.plan.stages[-1].batch_size,
+        )
     rows = [result.to_dict() for result in results]
     console.say(text_table(rows, tuple(results[0].scores)))
     return {result.dataset: result.scores for result in results}

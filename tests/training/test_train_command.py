@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,61 @@ def test_a_folder_of_somebody_else_is_left_alone(train, tmp_path: Path) -> None:
     assert train("--run-name", "r", "--epochs", "1", "--no-test", "--no-report") == 0
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["thesis.txt"]
     assert (tmp_path / "r-2" / "run.json").is_file()
+
+
+def test_a_signal_while_the_report_is_written_does_not_undo_a_finished_run(
+    train, tmp_path: Path, monkeypatch
+) -> None:
+    """Otherwise the command fails on a finished run, and starts a second one next time."""
+    from camoxpert.pages import report
+
+    written = []
+
+    def interrupted(folder: Path) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        written.append(folder)
+        return folder
+
+    monkeypatch.setattr(report, "write_report", interrupted)
+    assert train("--run-name", "r", "--epochs", "1", "--no-test") == 0
+    assert written == [tmp_path / "r"]
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_signal_during_the_last_save_says_that_training_is_done(
+    train, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from camoxpert.training import session
+
+    honest = session.train
+
+    def interrupted(run):
+        state = honest(run)
+        with run.stop.deferred():
+            signal.raise_signal(signal.SIGTERM)
+        return state
+
+    monkeypatch.setattr(session, "train", interrupted)
+    words = ("--run-name", "r", "--epochs", "1", "--no-report")
+    assert train(*words) == 143
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Training is done and saved" in said and "the same command scores it" in said
+    monkeypatch.undo()
+    assert train(*words) == 0 and not (tmp_path / "r-2").exists()
+
+
+def test_a_signal_while_a_run_is_resumed_says_that_it_is_unchanged(
+    train, stopped, monkeypatch, capsys
+) -> None:
+    from camoxpert.training import session
+
+    words = ("--run-name", "r", "--epochs", "2", "--no-test", "--no-report")
+    assert stopped(*words) == 75
+    capsys.readouterr()
+    monkeypatch.setattr(
+        session, "prepare", lambda *args, **options: signal.raise_signal(signal.SIGTERM)
+    )
+    assert train(*words) == 143
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is as it was; the same command continues it" in said
+    assert "Nothing was trained yet" not in said
