@@ -101,7 +101,7 @@ def test_skipped_images_are_counted_and_cost_nothing(square):
     assert (evaluator.num_images, evaluator.num_skipped) == (1, 1)
     assert evaluator.results()["wFmeasure"] == pytest.approx(1)
     assert [row["name"] for row in evaluator.rows()] == ["square"]
-    with pytest.raises(DataError, match="scored before"):
+    with pytest.raises(DataError, match="already scored"):
         evaluator.add("nothing", square, square)
 
 

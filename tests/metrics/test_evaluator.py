@@ -123,10 +123,10 @@ def test_loading_replaces():
 def test_doubled_names_are_refused_and_nothing_is_taken_over():
     items = list(images())
     evaluator = filled(items[:6])
-    with pytest.raises(DataError, match=r"^image 0: scored before"):
+    with pytest.raises(DataError, match=r"^image 0: already scored"):
         evaluator.add(*items[0])
     before = content(evaluator)
-    with pytest.raises(DataError, match="image 4 and 1 more: scored before"):
+    with pytest.raises(DataError, match="image 4 and 1 more: already scored"):
         evaluator.merge(filled(items[4:]))
     assert content(evaluator) == before
 
