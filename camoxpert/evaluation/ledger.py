@@ -119,7 +119,8 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
             if not line.strip() or line.startswith(START) or START.startswith(line):
                 continue
             raise DataError(
-                f"{path}, line {number}: not JSON. Name a file that `evaluate --ledger` wrote."
+                f"{path}, line {number}: not a ledger (JSON lines). Name a file that "
+                "`evaluate --ledger` wrote."
             ) from None
         if not _is_row(row):
             raise DataError(

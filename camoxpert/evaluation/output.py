@@ -128,7 +128,7 @@ class OutputFolder:
         for name in self.files():
             place = target / name
             if place.exists() or leads_outside(target, place):
-                raise OSError(f"{place} is in the way")
+                raise OSError(f"{place} already exists or leads out of {target}")
             place.parent.mkdir(parents=True, exist_ok=True)
             (self.unfinished / name).rename(place)
         shutil.rmtree(self.unfinished)

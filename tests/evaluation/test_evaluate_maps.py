@@ -195,7 +195,7 @@ class TestNothingSilently:
         assert evaluate(*CAMO, "--gt-threshold", "128", "-o", "b") == 0
         assert summary("a")["results"][0]["scores"] == summary("b")["results"][0]["scores"]
         write(world / "data/CAMO/GT/camo_50.png", pair(50, 1)[1] // 3)
-        assert "would vanish" in self.run(capsys, *CAMO, "--gt-threshold", "128")
+        assert "no object would be left" in self.run(capsys, *CAMO, "--gt-threshold", "128")
 
     def test_sixteen_bits_of_unclear_scale(self, world: Path, capsys) -> None:
         path = world / "maps/good/CAMO/camo_50.png"
@@ -250,12 +250,12 @@ class TestFlags:
             ([*CAMO, "--data", "data"], "--data belongs to a checkpoint"),
             ([*CAMO, "--device", "cpu"], "--device belongs to a checkpoint"),
             (["run", "--resize=bilinear"], "--resize belongs to prediction maps"),
-            ([*CAMO, "--measures", ","], "names none"),
+            ([*CAMO, "--measures", ","], "names no measure"),
             (["run", "--measures", "fast"], "belongs to prediction maps"),
             ([*CAMO, "--images", "a", "b"], "one for each"),
             (
                 ["--predictions", "maps/good", "maps/bad", "--gt", "data", "--method", "x"],
-                "names one method",
+                "renames a single method",
             ),
         ],
     )
@@ -373,7 +373,7 @@ class TestWritten:
         content["files"].append("../data/CAMO/GT/camo_50.png")
         Path("out/scores.json").write_text(json.dumps(content))
         assert evaluate(*CAMO, "-o", "out") == 2
-        assert "outside of it" in " ".join(capsys.readouterr().err.split())
+        assert "outside its folder" in " ".join(capsys.readouterr().err.split())
         assert Path("data/CAMO/GT/camo_50.png").is_file()
 
     def test_names_that_make_one_file_name(self, world: Path) -> None:

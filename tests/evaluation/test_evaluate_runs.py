@@ -139,7 +139,7 @@ class TestLedger:
         assert evaluate("--predictions", "maps/bad", *words) == 0
         assert main(["report", "led.jsonl"]) == 3
         said = " ".join(capsys.readouterr().err.split())
-        assert "cannot stand in one column" in said and "data hash" in said
+        assert "cannot be compared in one table" in said and "data hash" in said
         assert main(["report", "led.jsonl", "--method", "good"]) == 0
         # The newest row of a method counts: scored again, all is well.
         assert evaluate("--predictions", "maps/good", *words) == 0
