@@ -111,8 +111,8 @@ def find_sets(
     sets = find_test_sets(data.roots, replace(search, layout=data.layout, noncam=data.noncam))
     if not sets:
         raise DataError(
-            f"The run has no test set: none found for data.roots {', '.join(data.roots)}. Name one "
-            "with --data DIR."
+            f"No test set found for the run's data ({', '.join(data.roots) or 'not recorded'}). "
+            "Name one with --data DIR."
         )
     return sets
 

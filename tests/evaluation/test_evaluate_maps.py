@@ -1,4 +1,4 @@
-"""Scoring any model's maps through the command line: what is found, refused, written and kept."""
+"""Score any model's maps through the command line: what is found, refused, written and kept."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TestFinding:
 
 
 class TestNothingSilently:
-    """Each of these costs nothing in scripts that score the intersection of names."""
+    """Scripts that score the intersection of names miss each of these faults."""
 
     def run(self, capsys, *words: str) -> str:
         assert evaluate(*words) == 3
@@ -391,7 +391,7 @@ class TestWritten:
         assert Path("evaluation/curves/CAMO.png").is_file()
 
     def test_pictures_show_what_the_scores_mean(self, world: Path) -> None:
-        """Maps of 85 on the object are perfect once stretched, and the picture says so."""
+        """Maps of 85 on the object are perfect after the stretch, and the picture shows it."""
         for index in range(50, 56):
             write(world / f"maps/faint/camo_{index}.png", pair(index, 0.5)[1] // 3)
         words = ("--gt", "data/CAMO/GT", "--gallery", "1", "-o")
