@@ -129,8 +129,8 @@ class Predictor:
         """
         if batch_size < 1 or not 0 <= threshold <= 1:
             raise ConfigError(
-                f"batch_size {batch_size} must be at least 1 and threshold {threshold} between 0 "
-                "and 1."
+                "batch_size must be at least 1 and threshold between 0 and 1; they are "
+                f"{batch_size} and {threshold}."
             )
         chosen = find_photos([str(images)]) if isinstance(images, (str, Path)) else images
         attempts = self.attempts(chosen, threshold=threshold, batch_size=batch_size)

@@ -213,7 +213,7 @@ class TestNothingSilently:
         (world / "maps/later/out").rmdir()
         (world / "maps/later").rmdir()
         (world / "maps/good/camo").mkdir()
-        assert "are both CAMO" in self.run(capsys, *both)
+        assert "are both named like the data set CAMO" in self.run(capsys, *both)
         (world / "maps/good/camo").rmdir()
         (world / "maps/good/NC4K").mkdir()
         assert evaluate(*both) == 0
