@@ -8,7 +8,7 @@
     prediction = model.predict("photo.jpg")
     prediction.save("out")
 
-Faults are raised as exceptions of ``camoxpert.errors``. Importing this package imports neither
+Errors are raised as exceptions from ``camoxpert.errors``. Importing this package imports neither
 torch nor numpy; the first call does.
 """
 
@@ -54,8 +54,8 @@ __all__ = [
 ]
 __version__: str
 
-# The second line behind data.max_pixels, which is checked from the header by another decoder.
-# OpenCV reads it when it is loaded, and several parts load OpenCV: so it stands here.
+# A second limit behind data.max_pixels, which another decoder checks from the header. It is set
+# here because OpenCV reads it on import, and several modules import OpenCV.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "200000000")
 
 _PLACES = {
@@ -67,7 +67,7 @@ _PLACES = {
         ("CamoXpertError", "CheckpointError", "ConfigError", "DataError", "NumericError"), "errors"
     ),
 }
-"""Name -> module that has it, imported when the name is first used."""
+"""Name -> module that defines it, imported when the name is first used."""
 
 
 def __getattr__(name: str) -> object:
@@ -98,7 +98,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         precision: number format of the forward pass: auto, fp32, bf16 or fp16.
 
     Raises:
-        CheckpointError: no usable checkpoint there.
+        CheckpointError: no usable checkpoint at ``model``.
         ConfigError: the device or precision is not available.
     """
     from pathlib import Path
@@ -117,9 +117,9 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
         camoxpert.train(data__roots=["data/toy"], model={"num_experts": 3}, optim__lr=3e-4)
 
     Args:
-        config: YAML file, settings tree or nested mapping; None takes the defaults.
-        **settings: what overrides it: names of flags (``epochs``), dotted names with ``__`` for the
-            dots (``train__epochs``), or groups (``train={"epochs": 2}``).
+        config: YAML file, settings tree or nested mapping; None: the defaults.
+        **settings: overrides of ``config``: names of flags (``epochs``), dotted names with ``__``
+            for the dots (``train__epochs``), or groups (``train={"epochs": 2}``).
 
     Returns:
         ``path``, the run folder, and ``scores`` of the best weights: data set -> measure -> value.
@@ -154,7 +154,7 @@ def evaluate(
     """Score a model on data sets, as ``camoxpert evaluate`` does.
 
     Args:
-        model: of ``load``, or what ``load`` takes.
+        model: a loaded model, or a path that ``load`` takes.
         data: one or more data sets; empty: the test sets of the model's run.
         output: folder for tables, curves, pictures and a page; None writes nothing.
         layout: name of a known layout of data sets, or auto.
@@ -163,8 +163,8 @@ def evaluate(
         protocol: pysod stretches every map to 0..1 first, as the field does; raw does not.
         empty_gt: images without an object: pysod, correct or skip (see docs/evaluation.md).
         intervals: also compute 95 % confidence intervals.
-        gallery: pictures of the best and of the worst images, so many of each.
-        batch_size, num_workers: how the data is read; they do not change a number.
+        gallery: number of best and of worst images to write as pictures.
+        batch_size, num_workers: how the data is read; they do not change the scores.
 
     Returns:
         One result per data set; ``result.scores["Smeasure"]`` is a fraction.
@@ -218,15 +218,16 @@ def score_maps(
     """Score any model's prediction maps, as ``camoxpert evaluate --predictions`` does.
 
     Args:
-        predictions: folders of maps, of one folder per data set, or of one folder per method.
+        predictions: folders of maps, folders with one folder per data set, or folders with one
+            folder per method.
         gt: folders of masks, folders of such folders, or data sets.
         output: folder for tables, comparisons, curves, pictures and a page; None writes nothing.
-        images: folders of the images for the pictures, one for each ``gt``.
+        images: folders of the images to show in the pictures, one for each ``gt``.
         measures: default, fast, all, or names of measures.
         noncam: exclude or include COD10K images without a camouflaged object.
         allow_missing, allow_extra: leave out masks without a map, maps without a mask.
-        resize: maps of another size than their mask: error or bilinear.
-        gt_threshold: accept grey masks: levels above it (of 255) are object.
+        resize: for maps of another size than their mask: error or bilinear.
+        gt_threshold: accept grey masks; levels above it (of 255) are object.
         protocol, empty_gt, intervals, gallery: see ``evaluate``.
         num_workers: worker processes; a script that uses them needs an
             ``if __name__ == "__main__"`` block.
@@ -235,7 +236,7 @@ def score_maps(
         One result per method and data set.
 
     Raises:
-        DataError: maps and masks do not match, or cannot be read; all faults are listed.
+        DataError: maps and masks do not match, or cannot be read; all errors are listed.
         ConfigError: an unknown measure or option.
     """
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Score a model on a data set and print the field's measures with their intervals.
+"""Score a model on a data set and print the field's measures with their 95 % intervals.
 
 python examples/evaluate_model.py runs/beetle data/NC4K
 """

@@ -1,4 +1,4 @@
-"""Find the hidden object in one photo and save the pictures.
+"""Find the hidden object in one photo and save pictures of it.
 
 python examples/predict_photo.py runs/beetle photo.jpg out/
 """

@@ -1,4 +1,4 @@
-"""Score the prediction maps of any model against masks; needs no torch.
+"""Score the prediction maps of any model against masks, without torch.
 
 python examples/score_maps.py maps/ours data/CAMO/GT
 """

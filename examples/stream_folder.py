@@ -1,4 +1,4 @@
-"""Predict a folder of any size in constant memory, and list the photos with the largest objects.
+"""Predict a folder of any size in constant memory and list the photos with the largest objects.
 
 python examples/stream_folder.py runs/beetle photos/
 """
@@ -10,7 +10,7 @@ import camoxpert
 
 
 def main(model: str, folder: str) -> None:
-    """Print the names of the photos of which the object covers most."""
+    """Print the names of the photos with the largest objects, and the share they cover."""
     predictions = camoxpert.load(model).stream(folder, batch_size=8)
     largest = heapq.nlargest(5, ((p.object_fraction, p.name) for p in predictions))
     for fraction, name in largest:

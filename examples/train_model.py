@@ -9,7 +9,7 @@ import camoxpert
 
 
 def main(data: str, runs: str, **settings: object) -> None:
-    """Train with settings given as keywords, under the names of the command's flags."""
+    """Train with settings given as keywords, named like the flags of the command."""
     result = camoxpert.train(dataset_path=data, checkpoint_dir=runs, **settings)
     print(f"weights in {result.path / 'checkpoints'}")
     for dataset, scores in result.scores.items():

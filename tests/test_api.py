@@ -1,4 +1,4 @@
-"""The Python API: light to import, and the same results as the command line."""
+"""The Python API imports fast and gives the same results as the command line."""
 
 from __future__ import annotations
 

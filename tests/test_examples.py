@@ -1,4 +1,4 @@
-"""The examples run as they are, on a tiny model and generated data."""
+"""The examples run unchanged on a tiny model and generated data."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The ledger: one line of JSON per evaluation, appended, never rewritten.
 
-It outlives run folders: which method scored what, on exactly which images and masks, under which
-protocol, with which release.
+It outlives run folders, and records which method scored what, on which images and masks, under
+which protocol and with which release.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from camoxpert.text import shorten
 
 TEXTS = ("method", "dataset", "data_hash", "protocol", "empty_gt")
 START = '{"time"'
-"""How a row begins; a shorter line is what a killed writer left."""
+"""How a row begins. A killed writer can leave a shorter line."""
 
 
 class LedgerRow(TypedDict):
-    """What the ledger keeps of an evaluation's result."""
+    """A row of the ledger: the result of one method on one data set."""
 
     time: str
     method: str
@@ -61,7 +61,7 @@ def ledger_row(result: EvaluationResult) -> LedgerRow:
 
 
 def append_rows(path: Path, rows: Sequence[LedgerRow]) -> None:
-    """Append rows in one write, under a lock: parallel evaluations never tear each other's lines.
+    """Append rows in one write, under a lock, so that parallel evaluations never mix their lines.
 
     Raises:
         DataError: the file cannot be written, or is not a ledger.
@@ -72,7 +72,7 @@ def append_rows(path: Path, rows: Sequence[LedgerRow]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The ledger is its own lock file.
         with lock(path.resolve()), path.open("a+b") as file:
-            # A writer that was killed may have left half a line: it must not swallow this one.
+            # A killed writer may have left half a line: start a new one.
             if file.seek(0, os.SEEK_END) and not _ends_line(file):
                 text = "\n" + text
             file.write(text.encode())
@@ -87,7 +87,7 @@ def check_ledger(path: Path) -> None:
     if path.exists():
         read_ledger(path)
         if not os.access(path, os.W_OK):
-            raise DataError(f"The ledger {path} may not be written: no permission.")
+            raise DataError(f"The ledger {path} cannot be written: no permission.")
         return
     folder = Path(os.path.abspath(path)).parent
     while not folder.exists():
@@ -102,7 +102,7 @@ def _ends_line(file: IO[bytes]) -> bool:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Read all rows; half a line, left by a writer that was killed, is skipped.
+    """Return all rows; half a line, left by a killed writer, is skipped.
 
     Raises:
         DataError: no such file, or its rows are not a ledger's.
@@ -118,7 +118,10 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             if not line.strip() or line.startswith(START) or START.startswith(line):
                 continue
-            raise DataError(f"{path}, line {number}: not a ledger (JSON lines).") from None
+            raise DataError(
+                f"{path}, line {number}: not a ledger (JSON lines). Name a file that "
+                "`evaluate --ledger` wrote."
+            ) from None
         if not _is_row(row):
             raise DataError(
                 f"{path}, line {number}: not a ledger row; it needs {', '.join(TEXTS)}, num_images "
@@ -143,14 +146,14 @@ def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the newest row of each method and data set, ready for a table.
 
     Raises:
-        DataError: a data set's rows were scored on different images or masks, or in different
-            ways: their numbers do not belong in one column.
+        DataError: a data set's rows were scored on different images or masks, or under different
+            protocols, so their numbers are not comparable.
     """
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         entry = dict(row)
         if row.get("resize") == "bilinear":
-            # Resizing changes the third decimal: these scores are not the method's alone.
+            # Resizing changes the third decimal: these scores do not depend on the method alone.
             entry["method"] = f"{row['method']} (resized)"
         newest[row["dataset"], entry["method"]] = entry
     problems = []
@@ -169,7 +172,7 @@ def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 problems.append(f"{dataset}: {meaning}: {shown}")
     if problems:
         raise DataError(
-            "These rows of the ledger cannot stand in one column:\n  "
+            "These rows of the ledger cannot be compared in one table:\n  "
             + "\n  ".join(problems)
             + "\nScore them again on the same data, or choose rows with --dataset and --method."
         )

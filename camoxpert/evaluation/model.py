@@ -41,7 +41,7 @@ SHOWN = ("wFmeasure", "Smeasure", "MAE")
 
 
 class Gallery:
-    """Keeps the pictures of the ``size`` best and worst images by weighted F, and no others."""
+    """Keeps the pictures of only the ``size`` best and ``size`` worst images by weighted F."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -50,7 +50,7 @@ class Gallery:
         self._order = itertools.count()
 
     def offer(self, row: Row, picture: Callable[[], Picture]) -> None:
-        """Consider an image; ``picture`` is called only if it is kept for now."""
+        """Keep an image if it is among the best or worst so far; only then call ``picture``."""
         value, order = float(row["wFmeasure"]), next(self._order)
         if math.isnan(value):  # skipped: it has no object
             return
@@ -87,13 +87,13 @@ def find_sets(
     """Return the data sets to score, by name.
 
     Args:
-        predictor: its run's test sets are taken where no path is given.
+        predictor: the test sets of its run are used if no path is given.
         paths: data sets.
         search: how to find their pairs.
         split: test or train, where a data set has splits.
 
     Raises:
-        DataError: nothing found, two data sets of one name, or a fault in one of them.
+        DataError: nothing found, two data sets with the same name, or an unusable data set.
     """
     for path in paths:
         if not Path(path).exists():
@@ -107,10 +107,13 @@ def find_sets(
     if paths:
         return sets
     data = predictor.config.data
-    # Not data.allow_outside: a checkpoint may come from anybody.
+    # Not data.allow_outside: the checkpoint may come from an untrusted source.
     sets = find_test_sets(data.roots, replace(search, layout=data.layout, noncam=data.noncam))
     if not sets:
-        raise DataError("The run's data has no test set beside it. Give one with --data DIR.")
+        raise DataError(
+            f"No test set found for the run's data ({', '.join(data.roots) or 'not recorded'}). "
+            "Name one with --data DIR."
+        )
     return sets
 
 
@@ -137,7 +140,7 @@ def default_output(predictor: Predictor) -> Path:
         return Path("evaluation", predictor.checkpoint.path.stem)
     if leads_outside(folder, folder / "evaluation" / "file"):
         raise DataError(
-            f"{folder / 'evaluation'} is a link that leads out of {folder}. Remove it, or name "
+            f"{folder / 'evaluation'} is a symlink that leads out of {folder}. Remove it, or name "
             f"another folder with -o."
         )
     return folder / "evaluation"
@@ -160,11 +163,11 @@ def evaluate_model(
         predictor: the model.
         sets: data sets by name.
         options: how to score them.
-        method: the model's name in tables and in the ledger; "": that of its run.
-        batch_size: images the loader reads at a time; it does not change a number.
+        method: the model's name in tables and in the ledger; "": the name of its run.
+        batch_size: images the loader reads at a time; it does not change the scores.
         num_workers: data worker processes.
         output: see ``evaluation.output``; None writes nothing.
-        command: what was typed, for the page.
+        command: the command line, for the page.
 
     Returns:
         One result per data set.
@@ -205,7 +208,7 @@ def evaluate_run(
     batch_size: int,
     command: Sequence[str] = (),
 ) -> list[EvaluationResult]:
-    """Score a run's model into its own folder; see ``evaluate_model``."""
+    """Score a run's model and write the results to its run folder; see ``evaluate_model``."""
     with OutputFolder(default_output(predictor)) as folder:
         results = evaluate_model(
             predictor, sets, options, batch_size=batch_size, output=folder, command=command

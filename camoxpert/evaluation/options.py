@@ -1,4 +1,4 @@
-"""How scores are computed, and which measures were asked for."""
+"""Options of scoring, and the names of measures on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from camoxpert.metrics import FAST_KEYS, KNOWN_KEYS, RESULT_KEYS, Evaluator
 from camoxpert.text import closest
 
 SETS = {"default": RESULT_KEYS, "fast": FAST_KEYS, "all": KNOWN_KEYS}
-"""Names for several measures at once."""
+"""Names of groups of measures."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class ScoringOptions:
     """How images are scored and what is reported of them.
 
     Attributes:
-        protocol, empty_gt, keys: of the Evaluator.
+        protocol, empty_gt, keys: options of the Evaluator.
         intervals: also compute confidence intervals, and compare methods with each other.
-        gallery: pictures of the best and of the worst images, so many of each.
+        gallery: number of best and of worst images to write as pictures.
     """
 
     protocol: str = "pysod"
@@ -38,10 +38,11 @@ def choose_measures(asked: Iterable[str]) -> tuple[str, ...]:
     """Return the measures that names stand for, in the order of KNOWN_KEYS.
 
     Args:
-        asked: measures in any case, ``default``, ``fast`` or ``all``; commas separate as well.
+        asked: measures in upper or lower case, ``default``, ``fast`` or ``all``; each text may hold
+            several, separated by commas.
 
     Raises:
-        ConfigError: an unknown name, with the nearest one, or none at all.
+        ConfigError: an unknown name, with the nearest one, or no name.
     """
     wanted: list[str] = []
     known = {name.lower(): name for name in KNOWN_KEYS}
@@ -58,5 +59,5 @@ def choose_measures(asked: Iterable[str]) -> tuple[str, ...]:
                 f"{', '.join(KNOWN_KEYS)}."
             )
     if not wanted:
-        raise ConfigError("--measures names none. Leave it out for the usual ones.")
+        raise ConfigError("--measures names no measure. Leave it out for the default ones.")
     return tuple(key for key in KNOWN_KEYS if key in wanted)

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: everything is written or nothing, and never over foreign files.
+"""The output folder of an evaluation: written completely or not at all, never over other files.
 
 ::
 
@@ -32,22 +32,22 @@ from camoxpert.runs.info import versions
 from camoxpert.text import free_name
 
 MARKER = "scores.json"
-"""Lists, under "files", what an evaluation wrote; only that may be replaced."""
+"""Lists, under "files", what an evaluation wrote; only those files may be replaced."""
 
 
 class OutputFolder:
-    """Collects files in an unfinished folder and puts them in place at the end.
+    """Collects files in an unfinished folder and moves them to the final one at the end.
 
-    The unfinished folder lies on the same disk as the final one: inside it if that exists (it may
-    be a mount point), else beside it. Left in any way but ``finish``, it disappears.
+    The unfinished folder is on the same disk as the final one: inside it if that exists (it may be
+    a mount point), else beside it. It is deleted unless ``finish`` was called.
 
     Args:
         target: final folder. It may exist if it is empty or holds an earlier evaluation, whose
-            files are then replaced. None takes ``evaluation``, ``evaluation-2`` ... in the working
-            directory.
+            files are then replaced. None: the first free name of ``evaluation``, ``evaluation-2``
+            ... in the working directory.
 
     Raises:
-        ConfigError: the target is a file, holds something else, or cannot be written.
+        ConfigError: the target is a file, holds other files, or cannot be written.
     """
 
     def __init__(self, target: Path | None) -> None:
@@ -76,29 +76,29 @@ class OutputFolder:
             shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def files(self) -> list[str]:
-        """Return what was written so far, relative to the folder, sorted."""
+        """Return the files written so far, relative to the folder, sorted."""
         root = self.unfinished
         return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
 
     def finish(self) -> Path:
-        """Put everything in place; return the final folder.
+        """Move everything to the final folder and return it.
 
         Raises:
-            DataError: that failed; the finished files are kept, and the message says where.
+            DataError: a file could not be moved; the results are kept, and the message says where.
         """
         try:
             with stop.current().deferred():
                 return self._put_in_place()
         except OSError as error:
             raise _NotMovedError(
-                f"The results are complete but could not be put in place ({error}). They are in "
-                f"{self.unfinished}."
+                f"The results are complete but could not be moved to their folder: {error}. They "
+                f"are in {self.unfinished}."
             ) from error
 
     def _put_in_place(self) -> Path:
         if self.target is not None and self._replaces:
             return self._replace(self.target)
-        # mkdtemp makes private folders; results are meant to be read by others.
+        # mkdtemp makes private folders; others should be able to read the results.
         self.unfinished.chmod(0o755)
         if self.target is not None:
             self.unfinished.rename(self.target)
@@ -109,7 +109,7 @@ class OutputFolder:
         number = 1
         while True:
             target = Path("evaluation" if number == 1 else f"evaluation-{number}")
-            # Renaming onto an empty folder would succeed: mkdir decides which process gets it.
+            # Renaming onto an empty folder succeeds, so mkdir decides which process gets the name.
             try:
                 target.mkdir()
             except FileExistsError:
@@ -128,7 +128,7 @@ class OutputFolder:
         for name in self.files():
             place = target / name
             if place.exists() or leads_outside(target, place):
-                raise OSError(f"{place} is in the way")
+                raise OSError(f"{place} already exists or leads out of {target}")
             place.parent.mkdir(parents=True, exist_ok=True)
             (self.unfinished / name).rename(place)
         shutil.rmtree(self.unfinished)
@@ -137,7 +137,7 @@ class OutputFolder:
 
 @contextmanager
 def written_to(target: str | Path | None) -> Iterator[OutputFolder | None]:
-    """Open an output folder for the block and put it in place after it; None opens none."""
+    """Open an output folder for the block and finish it at the end; None writes nothing."""
     if target is None:
         yield None
         return
@@ -151,7 +151,7 @@ class _NotMovedError(DataError):
 
 
 def _own_files(target: Path) -> list[str]:
-    """Return the files of the evaluation that the target holds; [] if it is empty."""
+    """Return the files of the earlier evaluation in ``target``; [] if it is empty."""
     present = [p for p in target.iterdir() if not p.name.startswith(".evaluation-")]
     if not present:
         return []
@@ -167,19 +167,23 @@ def _own_files(target: Path) -> list[str]:
         ) from None
     root = os.path.abspath(target)
     for name in names:
-        # A list that was tampered with must not reach outside.
+        # A list that was tampered with must not reach files outside.
         if not os.path.abspath(target / name).startswith(root + os.sep):
-            raise ConfigError(f"{target / MARKER} names a file outside of it: {name}.")
+            raise ConfigError(
+                f"{target / MARKER} names a file outside its folder: {name}. Name another folder."
+            )
         if leads_outside(target, target / name):
             raise ConfigError(
-                f"--output {target}: {Path(name).parent} is a link. Name another folder."
+                f"--output {target}: {Path(name).parent} is a symlink. Name another folder."
             )
     return names
 
 
 def _is_old_layout(present: Sequence[Path]) -> bool:
-    """Whether these are the files that releases up to 0.1 wrote for a checkpoint: DATASET.json,
-    DATASET.csv and DATASET.png, and tables of all scores."""
+    """Return whether these are the files that releases up to 0.1 wrote for a checkpoint.
+
+    That is DATASET.json, DATASET.csv and DATASET.png, and tables of all scores.
+    """
     datasets = {path.stem for path in present if path.suffix == ".json"}
     known = {f"{stem}{end}" for stem in datasets for end in (".json", ".csv", ".png")}
     known |= {"scores.csv", "scores.md", "scores.tex"}
@@ -198,14 +202,14 @@ def write_evaluation(
     intervals: bool,
     command: Sequence[str],
 ) -> None:
-    """Write everything but the pictures of the gallery, which are there, into ``output``.
+    """Write everything into ``output`` except the gallery's pictures, which are already there.
 
     Args:
         output: the unfinished folder.
         scored: one entry per method and data set.
-        gallery: of the pictures.
+        gallery: entries of the pictures.
         intervals: also compare the methods in pairs.
-        command: what was typed, for the page.
+        command: the command line, for the page.
     """
     results = [item.result for item in scored]
     keys = scored[0].evaluator.keys
@@ -253,19 +257,19 @@ def write_curves(
         try:
             picture = charts.plot_curves(curves)
         except Exception as error:
-            # Matplotlib missing, or a name it cannot draw: no reason to lose the scores.
+            # Matplotlib is missing, or cannot draw a name: the scores must not be lost.
             console.warn(f"no curves are drawn: {error}")
             return
         write_bytes(folder / f"{files[dataset]}.png", picture)
 
 
 def safe_name(name: str) -> str:
-    """Turn any text into a file name that stays in its folder."""
+    """Return a file name for any text, without path separators and leading dots."""
     return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
 
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
-    """Return a file name for each name, no two the same on any disk."""
+    """Return a file name for each name, unique on case-insensitive disks as well."""
     files: dict[str, str] = {}
     for name in dict.fromkeys(names):
         files[name] = free_name(safe_name(name), files.values())

@@ -1,4 +1,4 @@
-"""From scored images to results: one for each method and data set, and comparisons between them."""
+"""Results of scored images, one for each method and data set, and comparisons between methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from camoxpert.metrics.statistics import Scores, breakdown, compare, confidence_
 DECIDING = ("wFmeasure", "Smeasure", "IoU", "MAE")
 """The first of these that was computed ranks images and methods."""
 FEW_METHODS = 4
-"""Up to so many methods are compared in pairs; of more, each with the best."""
+"""Up to this many methods, every pair is compared; of more, each method with the best."""
 
 Breakdown = dict[str, dict[str, dict[str, float]]]
 
@@ -33,8 +33,8 @@ class ModelSource:
         checkpoint: name of its file.
         img_size: side of its input, pixels.
         precision: fp32, bf16 or fp16.
-        baseline: ``all_foreground``: the scores of calling every pixel object, which a model has
-            to beat.
+        baseline: ``all_foreground``: the scores of marking every pixel as object, which a model
+            has to beat.
     """
 
     checkpoint: str
@@ -51,7 +51,7 @@ class MapSource:
         num_missing: masks without a map that were left out.
         num_extra: maps without a mask that were left out.
         resize: error, or bilinear: maps were resized to their masks.
-        gt_threshold: levels of grey masks above it were taken as object; None: no grey masks.
+        gt_threshold: levels of grey masks above it count as object; None: no grey masks.
     """
 
     num_missing: int
@@ -62,11 +62,11 @@ class MapSource:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Everything that is reported of one method on one data set.
+    """The result of one method on one data set.
 
     Attributes:
         dataset, method: names.
-        num_images: images that the scores are made of.
+        num_images: images in the scores.
         num_skipped: images without an object that were left out.
         scores: measure -> value, a fraction (HCE: a count).
         intervals: measure -> (low, high), 95 %; empty where they were not asked for.
@@ -93,7 +93,7 @@ class EvaluationResult:
     source: ModelSource | MapSource
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of ``scores.json``: all values, those of the source among them."""
+        """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         source = asdict(values.pop("source"))
         return {**values, **source}
@@ -144,7 +144,7 @@ def summarise(
     seconds: float,
     source: ModelSource | MapSource,
 ) -> Scored:
-    """Derive the result of one method on one data set from the scores of its images.
+    """Return the result of one method on one data set from the scores of its images.
 
     Raises:
         DataError: every image was left out, because none has an object.
@@ -194,7 +194,7 @@ def break_down(rows: Sequence[Row], keys: Sequence[str]) -> Breakdown:
 
 
 def compare_all(scored: Sequence[Scored]) -> list[ComparisonEntry]:
-    """Compare methods in pairs on each data set where they saw the same images.
+    """Compare methods in pairs on each data set where they have scores of the same images.
 
     Returns:
         One entry per data set and pair, the better one (by ``DECIDING``) first.

@@ -1,4 +1,4 @@
-"""Predicting folders of photos: pictures and a table, in any number of calls."""
+"""Predict folders of photos into pictures and a table; repeating a call finishes a stopped one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ COLUMNS = ("image", "height", "width", "object_fraction", "confidence", "seconds
 
 @dataclass(frozen=True)
 class PhotoOptions:
-    """What is written of each photo.
+    """What is written for each photo.
 
     Attributes:
-        kinds: pictures: map (probability, 0..255), mask (0 or 255), cutout (RGBA), overlay.
+        kinds: pictures to write: map (probability, 0..255), mask (0 or 255), cutout (RGBA),
+            overlay.
         batch_size: images per forward pass.
         threshold: probability above which a pixel is object, for mask and table.
-        overwrite: predict again what is already there.
+        overwrite: predict photos whose outputs exist again.
     """
 
     kinds: Sequence[str] = KINDS
@@ -49,7 +50,7 @@ def predict_photos(
     """Predict every photo at its original size and write the outputs.
 
     Photos whose outputs are complete are skipped, so that the same call finishes a stopped one. An
-    unreadable photo is reported and does not hold up the others.
+    unreadable photo is reported; the others are still predicted.
 
     Args:
         predictor: the model.
@@ -58,7 +59,7 @@ def predict_photos(
         options: what to write.
 
     Raises:
-        DataError: an output would lie outside of ``output``, or cannot be written.
+        DataError: an output would be written outside ``output``, or cannot be written.
         Stopped: the command was asked to stop.
     """
     result = BatchResult()
@@ -85,7 +86,8 @@ def predict_photos(
             if isinstance(found, DataError):
                 result.failed.append((photo.path, str(found)))
                 continue
-            # A picture without its row would be skipped by the next call, and never get one.
+            # No stop between pictures and row: the next call would skip the photo, and its row
+            # would never be written.
             with stop.current().deferred():
                 found.save(output, options.kinds)
                 writer.writerow(

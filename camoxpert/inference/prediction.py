@@ -1,4 +1,4 @@
-"""What a model says about one image, and the pictures made from it."""
+"""The prediction for one image, and the pictures made from it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ KINDS = tuple(FOLDERS)
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model says about one image.
+    """A model's prediction for one image.
 
     Attributes:
-        name: of the image; its files are named after it.
+        name: name of the image, and of the files that ``save`` writes.
         image_HWC: the image, uint8 RGB (H, W, 3).
         probability_HW: probability that a pixel belongs to a hidden object, float32 (H, W) in 0..1,
             at the image's own size.
-        seconds: time of the forward pass, an equal share of its batch's.
+        seconds: time of the forward pass, divided equally among the images of its batch.
         threshold: probability above which a pixel counts as object.
-        presence: probability that anything is hidden in the image; None: the model has no head for
-            it.
+        presence: probability that the image contains a hidden object; None: the model has no head
+            for it.
     """
 
     name: str
@@ -80,14 +80,14 @@ class Prediction:
         Args:
             folder: gets ``maps/NAME.png``, ``masks/NAME.png``, ``cutouts/NAME.png`` and
                 ``overlays/NAME.jpg``.
-            kinds: of ``map``, ``mask``, ``cutout`` and ``overlay``.
+            kinds: any of ``map``, ``mask``, ``cutout`` and ``overlay``.
 
         Returns:
-            The files, in the order of ``kinds``; each is written whole or not at all.
+            The files, in the order of ``kinds``; each is written completely or not at all.
 
         Raises:
             ConfigError: an unknown kind.
-            DataError: a file would lie outside of ``folder``, or cannot be written.
+            DataError: a file would be written outside ``folder``, or cannot be written.
         """
         paths = [output_path(Path(folder), kind, self.name) for kind in kinds]
         for kind, path in zip(kinds, paths, strict=True):
@@ -103,7 +103,7 @@ class Prediction:
 
 
 def output_path(output: Path, kind: str, name: str) -> Path:
-    """Return the place of one picture of an image; always inside ``output``.
+    """Return the path of one picture of an image, always inside ``output``.
 
     Raises:
         ConfigError: an unknown kind.
@@ -111,12 +111,12 @@ def output_path(output: Path, kind: str, name: str) -> Path:
     """
     if kind not in FOLDERS:
         hint = did_you_mean(kind, KINDS)
-        raise ConfigError(f"Unknown picture {kind!r}.{hint} There are {', '.join(KINDS)}.")
+        raise ConfigError(f"Unknown picture {kind!r}.{hint} Choose from {', '.join(KINDS)}.")
     suffix = ".jpg" if kind == "overlay" else ".png"
     path = output / FOLDERS[kind] / f"{name}{suffix}"
     if leads_outside(output / FOLDERS[kind], path) or leads_outside(output, path):
         raise DataError(
-            f"{path} would be written outside of {output}: {path.parent} is a link or leads out. "
+            f"{path} would be written outside {output}: {path.parent} is a symlink or leads out. "
             f"Remove it, or name another folder with -o."
         )
     return path

@@ -33,15 +33,15 @@ from camoxpert.runtime.device import (
 
 Input = TypeVar("Input", bound=ImageInput)
 DECODERS = 2
-"""Threads that read images while the model works."""
+"""Threads that read images during the forward pass."""
 
 
 class Predictor:
     """A model in evaluation mode with its preprocessing; ``camoxpert.load`` makes one.
 
     Args:
-        checkpoint: a verified checkpoint; its EMA weights are used where it has them.
-        device: where to run.
+        checkpoint: a verified checkpoint; its EMA weights are used if it has them.
+        device: device of the model.
         precision: number format of the forward pass.
     """
 
@@ -53,7 +53,7 @@ class Predictor:
         self.device = device
         self.precision = precision
         self.img_size = self.config.data.img_size
-        # The checkpoint brings the weights: nothing is downloaded.
+        # The checkpoint has the weights: nothing is downloaded.
         model = dataclasses.replace(checkpoint.config.model, pretrained=False, weights="")
         self.model = build_model(model)
         try:
@@ -91,13 +91,14 @@ class Predictor:
             images: a path, uint8 RGB pixels (H, W, 3) or a Pillow image; or a list or tuple of
                 these.
             threshold: probability above which a pixel counts as object, 0..1.
-            batch_size: images per forward pass, of a list.
+            batch_size: images per forward pass, for a list.
 
         Returns:
             A Prediction, or a list of them in order.
 
         Raises:
-            DataError: an image that cannot be read.
+            DataError: an image cannot be read.
+            ConfigError: ``threshold`` or ``batch_size`` is out of range.
         """
         if isinstance(images, (list, tuple)):
             return list(self.stream(images, threshold=threshold, batch_size=batch_size))
@@ -111,22 +112,26 @@ class Predictor:
         threshold: float = 0.5,
         batch_size: int = 8,
     ) -> Iterator[Prediction]:
-        """Yield a prediction for each image, in order, in memory for two batches.
+        """Yield a prediction for each image, in order, with two batches of images in memory.
 
-        The next batch is read while the model works on this one. At the same batch size the values
-        are those of ``camoxpert predict``.
+        The next batch is read during the forward pass of the current one. With the same batch size
+        the values equal those of ``camoxpert predict``.
 
         Args:
-            images: any iterable of paths, uint8 RGB pixels and Pillow images, also an endless one;
-                or a folder, glob or CSV file, as the command line takes it.
+            images: any iterable of paths, uint8 RGB pixels and Pillow images, finite or not; or a
+                folder, glob or CSV file, as on the command line.
             threshold: probability above which a pixel counts as object, 0..1.
             batch_size: images per forward pass.
 
         Raises:
-            DataError: an image that cannot be read, when its turn comes; or no image was found.
+            DataError: no image was found; or, during the iteration, an image cannot be read.
+            ConfigError: ``threshold`` or ``batch_size`` is out of range.
         """
         if batch_size < 1 or not 0 <= threshold <= 1:
-            raise ConfigError("batch_size must be at least 1 and threshold between 0 and 1.")
+            raise ConfigError(
+                "batch_size must be at least 1 and threshold between 0 and 1; they are "
+                f"{batch_size} and {threshold}."
+            )
         chosen = find_photos([str(images)]) if isinstance(images, (str, Path)) else images
         attempts = self.attempts(chosen, threshold=threshold, batch_size=batch_size)
         return (_or_raise(found) for _, found in attempts)
@@ -134,7 +139,7 @@ class Predictor:
     def attempts(
         self, images: Iterable[Input], *, threshold: float, batch_size: int
     ) -> Iterator[tuple[Input, Prediction | DataError]]:
-        """Yield each image with its prediction, or with the reason why it cannot be read.
+        """Yield each image with its prediction, or with the error if it cannot be read.
 
         Args:
             images, threshold, batch_size: see ``stream``.
@@ -171,7 +176,7 @@ class Predictor:
             return error
 
     def _batch(self, images: Sequence[NDArray[np.uint8]], threshold: float) -> list[Prediction]:
-        """Return predictions of uint8 RGB images from one forward pass; names are still missing."""
+        """Return predictions of uint8 RGB images from one forward pass, still without names."""
         if not images:
             return []
         started = time.monotonic()
@@ -184,7 +189,7 @@ class Predictor:
         ]
 
     def prepare(self, image_HWC: NDArray[np.uint8]) -> Tensor:
-        """Resize an RGB uint8 image (H, W, 3) to the training size; uint8 (3, S, S)."""
+        """Return an RGB uint8 image (H, W, 3) resized to the training size, uint8 (3, S, S)."""
         size = (self.img_size, self.img_size)
         shrink = min(image_HWC.shape[:2]) > self.img_size
         resized = cv2.resize(
@@ -211,7 +216,7 @@ def load_predictor(path: Path, *, device: str = "auto", precision: str = "auto")
     """Load a predictor from a checkpoint file, a run folder or a folder of shared weights.
 
     Raises:
-        CheckpointError: no usable checkpoint there.
+        CheckpointError: no usable checkpoint at ``path``.
         ConfigError: the device or precision is not available.
     """
     checkpoint = load_checkpoint(resolve_checkpoint(path))

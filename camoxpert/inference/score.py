@@ -1,4 +1,4 @@
-"""Scoring a model on a set of images at their original size, through the metric engine."""
+"""Score a model on a set of images at their original size, with the metric engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from camoxpert.models.router import Routing
 from camoxpert.runtime.device import Precision
 
 FORWARD_BATCH = {"cpu": 1}
-"""Images per forward pass by kind of device: as fast as any other on a CPU."""
+"""Images per forward pass by device type: on a CPU, 1 is as fast as any other number."""
 FORWARD_BATCH_ELSEWHERE = 16
 
 
@@ -35,7 +35,7 @@ class Item:
         image: uint8 (3, S, S), resized.
         size: (height, width) of the original.
         mask: uint8 (H, W), 0 or 255.
-        original: uint8 RGB (H, W, 3), or None where the loader keeps none.
+        original: uint8 RGB (H, W, 3), or None if the loader does not keep it.
     """
 
     name: str
@@ -62,10 +62,10 @@ def probability_maps(
     The logits are resized (bilinear, align_corners=False), then the sigmoid is taken.
 
     Args:
-        model: returns a ModelOutput; its mode is left alone.
+        model: returns a ModelOutput; its mode is not changed.
         images_BCHW: uint8 images on the model's device.
         sizes: (height, width) of every original image.
-        precision: number format of the forward pass; None: that of the weights.
+        precision: number format of the forward pass; None: the format of the weights.
 
     Returns:
         float32 tensors (H, W) in 0..1 on the device; routing records.
@@ -83,8 +83,7 @@ def probability_maps(
 
 
 def to_uint8(probability_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Turn probabilities into the 0..255 map that is saved and scored: truncated, as the field
-    does."""
+    """Return the 0..255 map that is saved and scored: truncated, as the field does."""
     return (probability_HW * 255).astype(np.uint8)
 
 
@@ -104,8 +103,8 @@ def score(
     The forward pass always takes the same number of images, whatever the loader's batch size: how a
     convolution rounds depends on it, and a score must not.
 
-    On a CUDA device the maps are scored where they are, and the host waits once per batch, while
-    the next one is being computed.
+    On a CUDA device the maps are scored there, and the host waits once per batch, while the next
+    one is being computed.
 
     Args:
         model: put into evaluation mode during the call.
@@ -113,9 +112,9 @@ def score(
         device: the model's device.
         evaluator: receives one map per image.
         groups: image name -> label of its row.
-        precision: number format of the forward pass; None: that of the weights.
+        precision: number format of the forward pass; None: the format of the weights.
         seen: called for every image, in order.
-        on_device: score the maps by the torch path; None does on CUDA devices.
+        on_device: score the maps with the torch path; None: only on CUDA devices.
 
     Raises:
         Stopped: the command was asked to stop.

@@ -1,4 +1,4 @@
-"""Images to predict: files, folders, globs and CSV tables, and the name each one's outputs get."""
+"""Images to predict from files, folders, globs and CSV tables, and the names of their outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 @dataclass(frozen=True)
 class Photo:
-    """An input image and the relative name its outputs get."""
+    """An input image and the relative name of its outputs."""
 
     path: Path
     name: str
@@ -33,11 +33,11 @@ ImageInput = str | Path | NDArray[np.uint8] | Image.Image | Photo
 def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[Photo]:
     """Expand files, folders (recursive), globs and CSV files (column ``image``) into photos.
 
-    Two inputs that would write the same output are an error: one result would be lost.
+    Two inputs that would write the same output are an error, because one result would be lost.
 
     Args:
-        inputs: as typed.
-        allow_outside: a CSV may name images outside its own folder.
+        inputs: paths and globs as given on the command line.
+        allow_outside: a CSV may name images outside its folder.
 
     Raises:
         DataError: an input matches nothing, or two share an output name.
@@ -57,8 +57,8 @@ def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[P
             found = [Photo(p, p.stem) for p in matches if p.suffix.lower() in SUFFIXES]
         if not found:
             raise DataError(
-                f"No image found for {text!r}: not an image, a folder with images, a glob that "
-                f"matches, or a CSV file with a column 'image'. Known endings: "
+                f"No image found for {text!r}. Give an image, a folder with images, a glob that "
+                f"matches images, or a CSV file with a column 'image'. Known endings: "
                 f"{', '.join(sorted(SUFFIXES))}."
             )
         photos += found
@@ -74,7 +74,7 @@ def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[P
 
 
 def _glob(pattern: str) -> Iterator[Path]:
-    """Expand a glob that the shell did not; ``Path.glob`` takes relative patterns only."""
+    """Expand a glob that the shell did not expand; ``Path.glob`` takes only relative patterns."""
     path = Path(pattern)
     root = Path(path.anchor) if path.is_absolute() else Path()
     relative = path.relative_to(path.anchor) if path.is_absolute() else path
@@ -93,7 +93,7 @@ def _from_csv(path: Path, allow_outside: bool) -> list[Photo]:
 
 
 def name_of(image: ImageInput, otherwise: str) -> str:
-    """Return the name of an image's outputs: a file's stem, or ``otherwise`` for bare pixels."""
+    """Return the name of an image's outputs: a file's stem, or ``otherwise`` for an array."""
     if isinstance(image, Photo):
         return image.name
     file = getattr(image, "filename", "") if isinstance(image, Image.Image) else image

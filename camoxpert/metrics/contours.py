@@ -1,12 +1,13 @@
 """Two measures of the outline: Boundary IoU, and the effort a human needs to correct a mask.
 
-Both take binary maps (value > 0.5), not histograms: they ask where a pixel is.
+Both take binary maps (value > 0.5), not histograms, because they depend on pixel positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,7 +27,8 @@ def boundary_iou(prediction_HW: Mask, mask_HW: Mask, *, dilation_ratio: float = 
     Args:
         prediction_HW: bool, True where the object was found.
         mask_HW: bool, True on the object.
-        dilation_ratio: width of the band over the image's diagonal; at least one pixel.
+        dilation_ratio: width of the band as a fraction of the image diagonal; the band is at least
+            one pixel wide.
 
     Returns:
         0..1; 0 where both bands are empty.
@@ -42,7 +44,8 @@ def _boundary_band(mask_HW: Mask, width: int) -> Mask:
     # A border of background, so that an object cut off by the image border has an outline there.
     padded = cv2.copyMakeBorder(mask_HW.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=width)
-    return mask_HW & (inner[1:-1, 1:-1] == 0)
+    band_HW: Mask = mask_HW & (inner[1:-1, 1:-1] == 0)
+    return band_HW
 
 
 def human_correction_effort(
@@ -51,20 +54,21 @@ def human_correction_effort(
     """Return how many clicks correct the map (Qin et al., DIS, ECCV 2022, section 5).
 
     Wrong regions thinner than about ``2 * relax`` pixels are forgiven, unless the object's skeleton
-    runs through them. What is left costs the corners of its polygons, where it borders on what is
-    right, and one click for each region that stands alone.
+    runs through them. The other wrong regions cost one click for each polygon corner on their
+    border with the object (false alarms) or the background (misses); a region without such a border
+    costs one click.
 
     Args:
         prediction_HW: bool, True where the object was found.
         mask_HW: bool, True on the object.
-        relax: erosions that wrong regions have to survive.
+        relax: number of erosions that a wrong region must survive to count.
         epsilon: tolerance of the polygons (Douglas and Peucker, 1973), pixels.
 
     Returns:
         Number of clicks, 0 for a perfect map.
 
     Raises:
-        ConfigError: scikit-image, which finds the skeleton, is not installed.
+        ConfigError: scikit-image, which computes the skeleton, is not installed.
     """
     try:
         from skimage.morphology import skeletonize
@@ -85,20 +89,21 @@ def human_correction_effort(
     )
 
 
-def _filtered(operation: object, mask_HW: Mask, *, iterations: int = 1) -> Mask:
-    done = operation(mask_HW.view(np.uint8), CROSS, iterations=iterations)  # type: ignore[operator]
-    return done.view(np.bool_)
+def _filtered(operation: Callable[..., Any], mask_HW: Mask, *, iterations: int = 1) -> Mask:
+    done_HW = operation(mask_HW.view(np.uint8), CROSS, iterations=iterations)
+    filtered_HW: Mask = done_HW.view(np.bool_)
+    return filtered_HW
 
 
 def _regrow(seed_HW: Mask, allowed_HW: Mask, steps: int) -> Mask:
-    """Grow a region back by one pixel at a time, within what is allowed."""
+    """Grow a region by ``steps`` pixels, within ``allowed_HW``."""
     for _ in range(steps):
         seed_HW = _filtered(cv2.dilate, seed_HW) & allowed_HW
     return seed_HW
 
 
 def _clicks(region_HW: Mask, beside_HW: Mask, epsilon: float) -> int:
-    """Count the corners of the outlines that touch ``beside``, and the regions that have none."""
+    """Count polygon corners along ``beside_HW``, and each region that does not touch it as one."""
     near = _filtered(cv2.dilate, np.ascontiguousarray(beside_HW))
     num_labels, labels = cv2.connectedComponents(region_HW.view(np.uint8), connectivity=8)
     alone = np.ones(num_labels, bool)
@@ -116,7 +121,7 @@ def _clicks(region_HW: Mask, beside_HW: Mask, epsilon: float) -> int:
         alone[labels[row[kept], column[kept]]] = False
         runs = list(_runs(np.asarray(contour, np.int32), kept))
         if len(runs) > 1 and np.abs(runs[0][0] - runs[-1][-1]).max() == 1:
-            # The contour's start lies inside a run: join its two halves.
+            # The contour starts in the middle of a run: join the two halves.
             runs[-1] = np.concatenate([runs[-1], runs.pop(0)[::-1]])
         corners += sum(len(cv2.approxPolyDP(run, epsilon, False)) for run in runs)
     return corners + int(np.count_nonzero(alone))

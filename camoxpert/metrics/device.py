@@ -1,8 +1,8 @@
-"""The torch path of the metric engine: maps are scored where they are, and the host reads a batch
-at a time, late.
+"""The torch path of the metric engine: maps are scored on their device, and the host reads the
+results of a whole batch at once, one batch later.
 
-What crosses to the host is 2048 counts and one number per image. Measures are then derived from the
-counts by the very code of the numpy path, so that they agree to the last bit; weighted F, which
+Only 2048 counts and one number per image are copied to the host. The code of the numpy path then
+derives the measures from the counts, so that both paths agree to the last bit; weighted F, which
 needs pixels, is computed on the device in float64 and agrees to rounding (1e-12).
 
 Shape letters: H, W height and width; L 256 grey levels.
@@ -27,7 +27,7 @@ from camoxpert.metrics.scoring import Row, assemble, count_objects, digest_mask
 from camoxpert.metrics.weighted import EPS, GAUSSIAN, NEIGHBOURS, PAD, RADIUS
 
 CHUNK_ELEMENTS = 1 << 26
-"""Distances compared at a time: 256 MiB of int32."""
+"""Distances in memory at a time: 256 MiB of int32."""
 
 
 @dataclass
@@ -41,17 +41,17 @@ class _Pending:
 
 
 class DeviceScorer:
-    """Feeds an Evaluator with maps that live on a device.
+    """Scores maps on their device and adds the scores to an Evaluator.
 
-    ``add`` only queues work there; ``flush`` waits once for all that was queued. Call it after the
-    next batch's forward pass was queued, and the device never idles.
+    ``add`` only queues work; ``flush`` waits once for everything that was queued. Call ``flush``
+    after queueing the next batch's forward pass, so that the device never idles.
 
     Args:
-        evaluator: receives the scores; its options hold. Of the measures that need pixels only
-            wFmeasure exists here.
+        evaluator: receives the scores; its options apply. Of the measures that need pixels, only
+            wFmeasure is available here.
 
     Raises:
-        ConfigError: the evaluator wants BoundaryIoU or HCE.
+        ConfigError: the evaluator's measures include BoundaryIoU or HCE.
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
@@ -85,10 +85,10 @@ class DeviceScorer:
         self._pending.append(_Pending(name, group, prediction_HW, mask_HW, split, counts))
 
     def flush(self) -> list[Row]:
-        """Wait for what is queued, hand it to the evaluator; return the rows, in order.
+        """Wait for the queued images, add them to the evaluator and return their rows, in order.
 
         Raises:
-            DataError: a name was added before.
+            DataError: a name was already added.
         """
         waiting, self._pending = self._pending, []
         if not waiting:
@@ -128,20 +128,20 @@ def joint_counts(prediction_HW: Tensor, mask_HW: Tensor, split: tuple[int, int])
         split: first row and column of the lower right block.
 
     Returns:
-        int64 (4, 2, 256). Nothing is read back to the host.
+        int64 (4, 2, 256) on the device. Nothing is read back to the host.
     """
     keys_HW = prediction_HW.long() + (mask_HW.long() << 8)
     row, column = split
     keys_HW[row:] += 2 << 9
     keys_HW[:, column:] += 1 << 9
     counts = torch.zeros(2048, dtype=torch.int64, device=keys_HW.device)
-    # Not bincount, which asks the device for the largest key and waits.
+    # Not bincount, which reads the largest key back and therefore waits for the device.
     flat = keys_HW.ravel()
     return counts.scatter_add_(0, flat, torch.ones_like(flat)).view(4, 2, 256)
 
 
 def _level_values(prediction_HW: Tensor, *, normalise: bool) -> Tensor:
-    """Return ``level_values`` without knowing the histogram on the host, float64 (256,)."""
+    """Return ``level_values`` without reading the histogram on the host, float64 (256,)."""
     values = torch.arange(256, dtype=torch.float64, device=prediction_HW.device) / 255
     if not normalise:
         return values
@@ -190,7 +190,7 @@ def squared_distance(mask_HW: Tensor) -> Tensor:
     """Return the exact squared distance of every pixel to the nearest object pixel, int32 (H, W).
 
     Columns first, by running maxima, then rows, by comparing every pair of columns: O(H W^2), all
-    of it parallel. Without an object the values are large and mean nothing.
+    of it parallel. Without an object the values are large and meaningless.
     """
     height, width = mask_HW.shape
     device = mask_HW.device

@@ -65,14 +65,14 @@ class Evaluator:
         protocol: "pysod" stretches every map to its own full range first, as the field's evaluation
             code does: these are the numbers of the papers. "raw" takes the values as they are, and
             a model that is unsure looks unsure.
-        empty_gt: what an image without an object scores. "pysod": as the papers' code, 0 in F,
+        empty_gt: how an image without an object is scored. "pysod": as in the papers' code, 0 in F,
             weighted F, IoU and Dice even where nothing was predicted. "correct": a map that claims
             no object scores 1 in these and in E; a false claim scores as in "pysod"; MAE and
             S-measure are the same in both. A claim is a value above one half before the stretch,
-            which would blow the least noise up to certainty. "skip": left out, and counted in
-            ``num_skipped``.
-        keys: measures to compute, of RESULT_KEYS and EXTRA_KEYS. Without wFmeasure, BoundaryIoU and
-            HCE an image costs a millisecond, as nothing but its histogram is looked at.
+            because the stretch would turn even faint noise into certainty. "skip": left out, and
+            counted in ``num_skipped``.
+        keys: measures to compute, from RESULT_KEYS and EXTRA_KEYS. Without wFmeasure, BoundaryIoU
+            and HCE an image costs a millisecond, because only its histogram is used.
 
     Raises:
         ConfigError: an unknown option or measure.
@@ -99,7 +99,7 @@ class Evaluator:
 
     @property
     def num_images(self) -> int:
-        """Number of images that the results are made of."""
+        """Number of images in the results."""
         return len(self._scores)
 
     @property
@@ -110,7 +110,7 @@ class Evaluator:
     def add(
         self, name: str, prediction: NDArray[Any], mask: NDArray[Any], *, group: str = ""
     ) -> Row:
-        """Score one image. Threads may call this at the same time, with different names.
+        """Score one image. Threads may call this concurrently, with different names.
 
         Args:
             name: unique within the data set; goes into the row and into every error.
@@ -124,7 +124,7 @@ class Evaluator:
             num_objects. The scores of a skipped image are NaN.
 
         Raises:
-            DataError: the name was added before, or prediction or mask are not as above.
+            DataError: the name was already added, or prediction or mask are not as above.
         """
         self._check_new({name})
         prediction_HW = checked_prediction(name, prediction)
@@ -153,25 +153,25 @@ class Evaluator:
         return dict(score.row)
 
     def add_score(self, score: ImageScore) -> Row:
-        """Take an image that was scored elsewhere, with these options; returns its row.
+        """Add an image that was scored elsewhere with the same options; return its row.
 
         Raises:
-            DataError: the name was added before.
+            DataError: the name was already added.
         """
         self._check_new({score.row["name"]})
         self._scores[score.row["name"]] = score
         return dict(score.row)
 
     def skip(self, score: ImageScore) -> None:
-        """Note an image without an object that was scored elsewhere and is left out."""
+        """Record an image without an object that was scored elsewhere and is left out."""
         self._check_new({score.row["name"]})
         self._skipped[score.row["name"]] = score.mask_digest
 
     def merge(self, other: Evaluator) -> None:
-        """Take over the images of another evaluator, which stays as it is.
+        """Add the images of another evaluator, which is not changed.
 
         Raises:
-            DataError: the options differ, or an image is in both; nothing is taken over then.
+            DataError: the options differ, or an image is in both; nothing is added then.
         """
         self._check_options(other.protocol, other.empty_gt, other.keys)
         self._check_new(other._scores.keys() | other._skipped.keys())
@@ -181,8 +181,8 @@ class Evaluator:
     def results(self) -> dict[str, float]:
         """Return the mean over images of every measure, as fractions (HCE: as a count).
 
-        The curves are averaged over images first, and their mean and maximum taken then: one
-        threshold for the whole data set, not the best one for each image.
+        Curves are averaged over images before their mean and maximum are taken: one threshold for
+        the whole data set, not the best one for each image.
 
         Raises:
             DataError: no image was added.
@@ -225,8 +225,8 @@ class Evaluator:
     def data_hash(self) -> str:
         """Return a sha256 over the names and masks of all images, skipped ones included.
 
-        Two evaluations with equal hashes looked at the same images through the same masks, however
-        these were stored.
+        Two evaluations with equal hashes used the same images and masks, whatever file format the
+        masks were stored in.
         """
         digests = {name: score.mask_digest for name, score in self._scores.items()} | self._skipped
         digest = hashlib.sha256()
@@ -242,7 +242,7 @@ class Evaluator:
         return [dict(score.row) for score in self._sorted()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as plain Python and numpy: to be pickled, or gathered from ranks."""
+        """Return the state as plain Python and numpy objects, to pickle or to gather from ranks."""
         scores = self._sorted()
         counts = np.array([score.counts_CL for score in scores], np.int64)
         return {
@@ -258,10 +258,10 @@ class Evaluator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the content by that of ``state_dict``.
+        """Replace the state with one that ``state_dict`` returned.
 
         Raises:
-            DataError: the state has another version or was made with other options.
+            DataError: the state has another version or other options.
         """
         if state.get("version") != STATE_VERSION:
             raise DataError(
@@ -299,6 +299,6 @@ class Evaluator:
         if doubled:
             more = f" and {len(doubled) - 1} more" if len(doubled) > 1 else ""
             raise DataError(
-                f"{doubled[0]}{more}: scored before. Every image counts once: put the data set or"
-                " folder in front of names that repeat, and let no two ranks share an image."
+                f"{doubled[0]}{more}: already scored. Every image counts once: prefix repeated"
+                " names with their data set or folder, and give each image to one rank only."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 SIZES = ("none", "tiny < 1 %", "small 1-5 %", "medium 5-20 %", "large >= 20 %")
-"""Sizes of what is to be found, as a share of the image."""
+"""Object sizes, as a share of the image."""
 _LIMITS = (0.01, 0.05, 0.2)
 
 
@@ -15,7 +15,7 @@ def size_class(object_fraction: float) -> int:
 
 
 def size_label(object_fraction: float) -> str:
-    """Return the name of a size with its position before it, so that names sort by size."""
+    """Return the name of a size, prefixed with its position so that names sort by size."""
     position = size_class(object_fraction)
     return f"{position} {SIZES[position]}"
 

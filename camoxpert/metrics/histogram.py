@@ -1,9 +1,9 @@
-"""The joint histogram of one prediction and its mask, from which nearly every measure follows.
+"""The joint histogram of one prediction and its mask, from which nearly every measure is computed.
 
-A prediction has only 256 grey levels. Counting how often each meets the object and the background,
-in each of the four blocks around the object's centroid, keeps all that MAE, S-, E- and F-measure,
-IoU and Dice need to know about an image: 2048 integers instead of a million pixels, and a measure
-costs microseconds.
+A prediction has only 256 grey levels. Counting each level on the object and on the background, in
+each of the four blocks around the object's centroid, keeps everything that MAE, S-, E- and
+F-measure, IoU and Dice need: 2048 integers instead of a million pixels, and a measure costs
+microseconds.
 
 Suffixes: H, W height and width; Q 4 blocks; C background (0), foreground (1); L 256 grey levels.
 """
@@ -50,7 +50,7 @@ def joint_histogram(prediction_HW: NDArray[np.uint8], mask_HW: NDArray[np.bool_]
 
 
 def _common(part: slice, start: int, stop: int) -> slice:
-    """Return what a block's slice, open at one end, has in common with start:stop."""
+    """Return the intersection of start:stop with a block's slice, which is open at one end."""
     low = max(part.start or 0, start)
     high = stop if part.stop is None else min(part.stop, stop)
     return slice(low, max(low, high))
@@ -63,12 +63,12 @@ def _level_counts(
     counts_L = np.zeros(256, np.int64)
     if pixels_HW.size == 0:
         return counts_L
-    # OpenCV counts exactly but answers in float32: no band may hold more pixels than that can tell.
+    # OpenCV counts exactly but returns float32: no band may exceed what float32 can count.
     rows = max(1, EXACT_IN_FLOAT32 // pixels_HW.shape[1])
     for top in range(0, pixels_HW.shape[0], rows):
         band = slice(top, top + rows)
-        # Most pixels of most maps are 0, and a histogram is slow where one level follows itself:
-        # these are counted another way, ten times as fast.
+        # Most pixels of most maps are 0, and calcHist is slow on runs of one level: zeros are
+        # counted with countNonZero instead, ten times as fast.
         where = pixels_HW[band] if where_HW is None else where_HW[band]
         counts = cv2.calcHist([pixels_HW[band]], [0], where, [256], [0, 256])
         counts_L += counts.ravel().astype(np.int64)
@@ -88,22 +88,23 @@ def level_values(histogram: JointHistogram, *, normalise: bool) -> NDArray[np.fl
     Returns:
         float64 (256,), rising. Levels outside the image's range are clipped to 0 and 1.
     """
-    values = np.arange(256) / 255
+    values: NDArray[np.float64] = np.arange(256) / 255
     if not normalise:
         return values
     present = np.flatnonzero(histogram.totals.sum(axis=0))
     low, high = values[present[0]], values[present[-1]]
     if low == high:
         return values
-    # Same order of operations as the oracle: thresholds fall between the very same doubles.
-    return np.clip((values - low) / (high - low), 0.0, 1.0)
+    # Same order of operations as the oracle, so that thresholds fall between the same doubles.
+    values = np.clip((values - low) / (high - low), 0.0, 1.0)
+    return values
 
 
 def split_point(mask_HW: NDArray[np.bool_]) -> tuple[int, int]:
     """Return the first row and column of the lower right block: the rounded centroid, plus one.
 
-    The one is a MATLAB index that the S-measure's reference code carried along; every published
-    number has it. A centroid in the last row or column therefore leaves blocks without a pixel.
+    The plus one is a MATLAB index that the S-measure's reference code kept; every published number
+    includes it. A centroid in the last row or column therefore leaves blocks without a pixel.
     """
     return _centroid_split(*_projections(mask_HW))
 
@@ -154,12 +155,13 @@ class JointHistogram:
     split: tuple[int, int]
     """First row and first column of the lower right block."""
     box: Slices | None = None
-    """The rows and columns of the object's bounding box, where they are known."""
+    """Rows and columns of the object's bounding box; None if unknown."""
 
     @property
     def totals(self) -> NDArray[np.int64]:
         """Counts of the whole image, (2, 256)."""
-        return self.counts.sum(axis=0)
+        totals: NDArray[np.int64] = self.counts.sum(axis=0)
+        return totals
 
     @property
     def num_pixels(self) -> int:

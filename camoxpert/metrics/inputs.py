@@ -1,7 +1,7 @@
-"""What the evaluator accepts, and the one paragraph it answers with otherwise.
+"""Checks of predictions and masks, with errors that say what to change.
 
 Strict on purpose: a mask of 0 and 1, thresholded at 128 as published masks are, silently turns into
-"no object here", and a wrong number in a table looks like any other number.
+a mask without an object, and a wrong number in a table looks like any other number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def checked_prediction(name: str, prediction: object) -> NDArray[np.uint8]:
     Args:
         name: of the image, for the message.
         prediction: (H, W), uint8 0..255, or floating point 0..1. The latter becomes trunc(255 * x)
-            in its own precision (half precision in single): what a map holds after it was saved as
+            in the array's precision (float16 in float32): what a map holds after it was saved as
             PNG the usual way.
 
     Raises:
@@ -59,8 +59,10 @@ def checked_mask(name: str, mask: object) -> NDArray[np.bool_]:
     """
     array = _checked_shape(name, "mask", mask)
     if array.dtype == np.bool_:
-        # Some makers of bool arrays (Pillow's 1-bit pictures) leave 255 in the bytes of True.
-        return np.ascontiguousarray(array).view(np.uint8) != 0
+        # Some bool arrays (from Pillow's 1-bit pictures) store True as 255.
+        array = np.ascontiguousarray(array).view(np.uint8)
+        object_HW: NDArray[np.bool_] = array != 0
+        return object_HW
     if array.dtype != np.uint8:
         raise DataError(
             f"{name}: the mask is {array.dtype}. Give bool, or uint8 with 0 and 255 (or 0 and 1)."
@@ -76,7 +78,8 @@ def checked_mask(name: str, mask: object) -> NDArray[np.bool_]:
             " 1, are unambiguous. Was it resized with interpolation, or saved as JPEG? Use the"
             " original, or threshold it yourself."
         )
-    return array != 0
+    object_HW = array != 0
+    return object_HW
 
 
 def check_same_size(name: str, shape: tuple[int, ...], mask_HW: NDArray[np.bool_]) -> None:
@@ -85,8 +88,8 @@ def check_same_size(name: str, shape: tuple[int, ...], mask_HW: NDArray[np.bool_
         mask_height, mask_width = mask_HW.shape
         raise DataError(
             f"{name}: the prediction is {shape[0]} x {shape[1]} and the mask {mask_height} x"
-            f" {mask_width} (height x width). Resize the prediction to the mask; it is not done"
-            " here, because the way it is done changes the third decimal."
+            f" {mask_width} (height x width). Resize the prediction to the mask's size yourself:"
+            " the choice of interpolation changes the third decimal of the scores."
         )
 
 

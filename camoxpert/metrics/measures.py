@@ -39,7 +39,7 @@ class Confusion(NamedTuple):
 
     @property
     def tn(self) -> Any:
-        """Background pixels left alone."""
+        """Background pixels that were not marked as object."""
         return self.num_background - self.fp
 
 
@@ -94,9 +94,9 @@ def adaptive_confusion(
     Args:
         histogram: of the image.
         values: (256,) value of each grey level.
-        pixels: returns the map, for parity to the last bit. A level that lies on the threshold
-            falls to either side with the rounding of the mean; then, and only then, the mean is
-            taken of the pixels, summed as an array, the way the reference does.
+        pixels: returns the map, for parity to the last bit. If a level equals the threshold, the
+            rounding of the mean decides which side it falls on; only then the mean is computed
+            from the pixels, summed as an array, as the reference does.
     """
     threshold = 2 * mean_value(histogram, values)
     if pixels is not None and (np.abs(values - threshold) < 1e-9).any():
@@ -135,7 +135,7 @@ def specificity(confusion: Confusion) -> Any:
 
 
 def fmeasure(confusion: Confusion, *, beta_squared: float = 0.3) -> Any:
-    """Return the F-measure (Achanta et al., CVPR 2009), by default precision over recall."""
+    """Return the F-measure (Achanta et al., CVPR 2009); the default beta favours precision."""
     p, r = precision(confusion), recall(confusion)
     return _ratio((1 + beta_squared) * p * r, beta_squared * p + r)
 
@@ -251,9 +251,9 @@ def _flat_similarity(histogram: JointHistogram, index: int, value: float) -> flo
     """Return the similarity of a block where map and mask are both constant.
 
     It is 1 in exact arithmetic. The field's code gives 0 where the floating-point mean of equal
-    numbers is not that number, which is so for 7 grey blocks in 10, and S jumps by up to a half. To
-    report the same number the sum is repeated on the same memory layout. Black and white blocks,
-    all that a map which uses its full range tends to hold, add up exactly.
+    numbers differs from that number, as it does for 7 grey blocks in 10, and S changes by up to a
+    half. To report the same number, the sum is repeated on the same memory layout. Black and white
+    blocks, usually the only flat blocks of a map that uses its full range, add up exactly.
     """
     if value in (0.0, 1.0):
         return 1.0

@@ -1,4 +1,4 @@
-"""One image: its row of scores, and the small histogram that its curves follow from."""
+"""Scores of one image: its row, and the small histogram from which its curves are computed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ RESULT_KEYS = (
     "IoU",
     "Dice",
 )
-"""What is computed unless asked otherwise, in the order in which papers print it."""
+"""Measures computed by default, in the order in which papers print them."""
 
 EXTRA_KEYS = ("Precision", "Recall", "Specificity", "BER", "BoundaryIoU", "HCE")
-"""Computed where asked for: at the threshold 0.5; BER and HCE are errors, HCE is not a fraction."""
+"""Measures computed on request, at the threshold 0.5. BER and HCE are errors; HCE is a count."""
 
 FAST_KEYS = tuple(key for key in RESULT_KEYS if key != "wFmeasure")
-"""What the histogram alone gives: an image in a millisecond."""
+"""Measures that need only the histogram: a millisecond per image."""
 
 PROTOCOLS = ("pysod", "raw")
 EMPTY_GT = ("pysod", "correct", "skip")
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 
 class ImageScore(NamedTuple):
-    """All that is kept of an image."""
+    """What is kept of an image."""
 
     row: Row
     """name, group, the values of the measures, object_fraction, num_objects."""
@@ -52,7 +52,7 @@ class ImageScore(NamedTuple):
     rightly_empty: bool
     """There is no object, none was claimed, and the evaluator gives credit for that."""
     mask_digest: str
-    """Of the mask's shape and pixels, hexadecimal."""
+    """Hash of the mask's shape and pixels, hexadecimal."""
 
 
 def score_image(
@@ -74,11 +74,11 @@ def score_image(
         group: goes into the row.
         protocol: one of PROTOCOLS.
         empty_gt: one of EMPTY_GT; "skip" scores like "pysod" here, the caller skips.
-        keys: of the measures wanted.
+        keys: measures to compute.
     """
     histogram = joint_histogram(prediction_HW, mask_HW)
     values = level_values(histogram, normalise=protocol == "pysod")
-    # Measures that need the pixels; each is a function, so that what nobody asked for costs
+    # Measures that need the pixels. Each is a function, so that measures nobody asked for cost
     # nothing.
     of_pixels: dict[str, Callable[[], float]] = {
         "wFmeasure": lambda: weighted_fmeasure(prediction_HW, values, mask_HW),
@@ -112,7 +112,7 @@ def assemble(
     mask_digest: str,
     num_objects: int,
 ) -> ImageScore:
-    """Derive an image's row from its histogram and from what was computed of its pixels.
+    """Derive an image's row from its histogram and the measures computed from its pixels.
 
     Args:
         name: goes into the row.
@@ -122,8 +122,8 @@ def assemble(
         pixels: returns the map, for the last bit of adaptive measures; see ``adaptive_confusion``.
         group: goes into the row.
         empty_gt: one of EMPTY_GT.
-        keys: of the measures wanted.
-        mask_digest: of the mask.
+        keys: measures to compute.
+        mask_digest: see ``digest_mask``.
         num_objects: goes into the row.
     """
     counts_CL = measures.quantised_counts(histogram, values)
@@ -159,13 +159,13 @@ def assemble(
 
 
 def count_objects(mask_HW: NDArray[np.bool_], box: Slices | None = None) -> int:
-    """Return the number of 8-connected objects, those of under 0.01 % of the image left out.
+    """Return the number of 8-connected objects that cover at least 0.01 % of the image.
 
-    Specks of a few pixels are slips of the annotator's brush.
+    Specks of a few pixels are annotation errors.
 
     Args:
         mask_HW: True on the objects.
-        box: their bounding box, to look at no more than that.
+        box: their bounding box; only this part is searched.
     """
     contours, hierarchy = cv2.findContours(
         mask_HW[box or ...].view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE

@@ -1,4 +1,4 @@
-"""How sure a score is: bootstrap intervals, and paired tests of two methods on the same images.
+"""Bootstrap intervals of scores, and paired tests of two methods on the same images.
 
 Both resample images. A measure taken from averaged curves (mean and max of E and F) is recomputed
 from the resampled curves, not averaged over images: the statistic is the one in the table.
@@ -7,7 +7,7 @@ from the resampled curves, not averaged over images: the statistic is the one in
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Method a against method b in one measure."""
+    """Methods a and b compared in one measure."""
 
     difference: float
     """Score of a minus score of b."""
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
     high: float
     """Upper end."""
     p_value: float
-    """Of the hypothesis that the two names could be swapped on any image, two-sided."""
+    """Two-sided p-value of the hypothesis that the methods can be swapped on any image."""
 
 
 class Scores:
@@ -85,8 +85,8 @@ def confidence_intervals(
 ) -> dict[str, Interval]:
     """Return the percentile bootstrap interval of every measure (Efron, 1979).
 
-    It tells how much the score would move with other images of the same kind. It says nothing about
-    other training seeds.
+    The interval shows how much the score would vary with other images of the same kind. It says
+    nothing about other training seeds.
 
     Args:
         scores: of one method on one data set.
@@ -110,15 +110,15 @@ def compare(
 ) -> dict[str, Comparison]:
     """Compare two methods on the same images, measure by measure.
 
-    The interval is a paired bootstrap; the p-value a permutation test: on every image the two
-    methods are swapped by the toss of a coin, and it counts how often the difference is at least as
-    large as the one observed (Fisher, 1935; (1 + count) / (1 + tosses), never 0). Looking at many
-    measures or methods calls for a correction such as Holm's, which is not done here.
+    The interval is a paired bootstrap, the p-value a permutation test: on every image the two
+    methods are swapped by a coin toss, and the test counts how often the difference is at least as
+    large as the observed one (Fisher, 1935; (1 + count) / (1 + tosses), never 0). Many measures or
+    methods need a correction such as Holm's, which is not applied here.
 
     Args:
         a, b: scores of the two methods; the same images and measures.
         level: coverage of the interval.
-        resamples: of each kind.
+        resamples: number of bootstrap resamples, and of coin tosses.
         seed: equal seeds give equal results.
 
     Raises:
@@ -127,11 +127,14 @@ def compare(
     if a.names != b.names:
         only = sorted(set(a.names) ^ set(b.names))
         raise DataError(
-            f"Two methods can be compared on the same images only; {len(only)} images were scored"
+            f"Two methods can be compared only on the same images; {len(only)} images were scored"
             f" for one of them, for example {only[0] if only else a.names[0]}."
         )
     if a.keys != b.keys:
-        raise DataError("Two methods can be compared in the same measures only.")
+        raise DataError(
+            f"Two methods can be compared only in the same measures; a has {', '.join(a.keys)} and"
+            f" b has {', '.join(b.keys)}."
+        )
     number = len(a.names)
     even = np.full((1, number), 1 / number)
     observed_K = (a.statistics(even) - b.statistics(even))[0]
@@ -146,7 +149,7 @@ def compare(
     low_K, high_K = np.quantile(differences_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
     at_least_K = np.zeros(len(a.keys), np.int64)
-    # Sums in another order differ in the last bits; equal must count as equal.
+    # Sums in another order differ in the last bits; equal differences must count as equal.
     threshold_K = np.abs(observed_K) - 1e-12
     for kept_RN in _coin_tosses(rng, number, resamples):
         swapped_RN = 1 / number - kept_RN
@@ -159,7 +162,7 @@ def compare(
 
 
 def _mixed(a: Scores, b: Scores, weights_a_RN: Floats, weights_b_RN: Floats) -> Floats:
-    """Return the statistics of a method made of images of a and images of b."""
+    """Return the statistics of a method that takes some images from a and the others from b."""
     values_RK = weights_a_RN @ a.table_NK + weights_b_RN @ b.table_NK
     for letter in a.curves_NL:
         averaged_RL = weights_a_RN @ a.curves_NL[letter] + weights_b_RN @ b.curves_NL[letter]
@@ -179,21 +182,21 @@ def _resampled_weights(rng: np.random.Generator, number: int, resamples: int) ->
 
 
 def _coin_tosses(rng: np.random.Generator, number: int, tosses: int) -> Iterator[Floats]:
-    """Yield chunks (R, N) of weights, 1 / N or 0 by the toss of a coin."""
+    """Yield chunks (R, N) of weights, 1 / N or 0 by a coin toss."""
     for start in range(0, tosses, CHUNK):
         size = min(CHUNK, tosses - start)
         yield rng.integers(0, 2, (size, number)) / number
 
 
 def breakdown(
-    rows: Sequence[Mapping[str, object]], labels: Sequence[str], keys: Sequence[str]
+    rows: Sequence[Mapping[str, Any]], labels: Sequence[str], keys: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Return the mean of every measure over the images of each label, with their number.
 
-    Curve measures are means of the images' own values here (an image's own best threshold).
+    Curve measures here are means of each image's value, at that image's best threshold.
 
     Args:
-        rows: of an Evaluator.
+        rows: from ``Evaluator.rows``.
         labels: one for each row; "" leaves the row out.
         keys: measures.
 
@@ -203,6 +206,6 @@ def breakdown(
     table: dict[str, dict[str, float]] = {}
     for label in sorted(set(labels) - {""}):
         chosen = [row for row, own in zip(rows, labels, strict=True) if own == label]
-        means = {key: float(np.mean([float(row[key]) for row in chosen])) for key in keys}  # type: ignore[arg-type]
+        means = {key: float(np.mean([float(row[key]) for row in chosen])) for key in keys}
         table[label] = {"images": float(len(chosen)), **means}
     return table

@@ -1,4 +1,4 @@
-"""The weighted F-measure (Margolin et al., CVPR 2014), the one measure that needs the pixels.
+"""The weighted F-measure (Margolin et al., CVPR 2014), which needs the pixels.
 
 Two ideas: an error inside the object counts less where its neighbourhood is right (7 x 7 Gaussian),
 and a false alarm counts more, up to twice, the farther it is from the object.
@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 EPS = float(np.spacing(1))
 RADIUS = 3
-"""Of the 7 x 7 Gaussian, in pixels."""
+"""Radius of the 7 x 7 Gaussian, in pixels."""
 SIGMA = 5.0
-"""Of the Gaussian, in pixels."""
+"""Standard deviation of the Gaussian, in pixels."""
 FAR = 260
 """Distance in pixels from which a false alarm's weight is 2 to the last bit."""
 FALSE_ALARM_WEIGHT = 2 - np.exp(np.log(0.5) / 5 * np.sqrt(np.arange(FAR * FAR + 1)))
-"""By squared distance: 1 at the object, half of the way to 2 after 5 pixels."""
+"""Weight by squared distance: 1 at the object, 1.5 at 5 pixels, rising to 2."""
 
 
 def _neighbours_by_distance() -> dict[int, NDArray[np.int64]]:
     """Return the offsets (row, column) at each squared distance up to 18, by column, then row.
 
     18 = 3 * 3 + 3 * 3 is the farthest that the Gaussian of an object pixel reaches. The order is
-    the rule by which scipy's exact distance transform, which the field's code uses, breaks ties.
+    the one in which scipy's exact distance transform, which the field's code uses, breaks ties.
     """
     table: dict[int, list[tuple[int, int]]] = {}
     reach = range(-RADIUS - 1, RADIUS + 2)
@@ -64,7 +64,7 @@ def weighted_fmeasure(
     num_foreground = cv2.countNonZero(object_HW)
     if num_foreground == 0:
         return 0.0
-    # Outside of the box that holds the object, its surroundings and all errors, nothing counts.
+    # Pixels outside the box of the object, its surroundings and all errors do not count.
     wrong_HW = np.asarray(cv2.LUT(prediction_HW, (values_L > 0).view(np.uint8)), np.uint8)
     x, y, width, height = cv2.boundingRect(wrong_HW | object_HW)
     part = (slice(max(y - PAD, 0), y + height + PAD), slice(max(x - PAD, 0), x + width + PAD))
@@ -74,7 +74,7 @@ def weighted_fmeasure(
     if num_foreground == object_HW.size:
         distance_HW: NDArray[Any] = np.zeros(object_HW.shape, np.float32)
     else:
-        # Exact but for the float32 root; its square is rounded to the integer that it was.
+        # Exact except for the float32 root; rounding its square restores the integer.
         distance_HW = cv2.distanceTransform(background_HW, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     object_error = _object_error(prediction_HW, values_L, object_HW, distance_HW)
 
@@ -82,7 +82,7 @@ def weighted_fmeasure(
     places = np.flatnonzero((wrong_HW & background_HW).view(np.bool_))
     errors = values_L[prediction_HW.ravel()[places]]
     weights = FALSE_ALARM_WEIGHT[_squares(np.minimum(distance_HW.ravel()[places], FAR))]
-    # Not a dot product: BLAS splits a long one by the number of threads, and so would the last bit.
+    # Not a dot product: BLAS splits long ones by thread count, so the last bit would vary.
     false_alarms = float((errors * weights).sum())
 
     hits = num_foreground - object_error
@@ -99,11 +99,11 @@ def _object_error(
 ) -> float:
     """Return the sum of the object's errors, each at most the mean error around it.
 
-    A background pixel takes part with the error of its nearest object pixel; those farther than
-    the Gaussian reaches stay 0: no object pixel sees them.
+    A background pixel gets the error of its nearest object pixel. Pixels beyond the Gaussian's
+    reach stay 0, because they affect no object pixel.
     """
-    # Everything happens in the object's box with a margin as wide as a neighbour may be far, so
-    # that in the flat arrays a step never ends on the object in another row.
+    # Work in the object's box, with a margin as wide as the farthest neighbour, so that an offset
+    # in the flat arrays never reaches the object in another row.
     x, y, width, height = cv2.boundingRect(object_HW)
     box = (slice(y, y + height), slice(x, x + width))
     error_BB = cv2.LUT(np.ascontiguousarray(prediction_HW[box]), 1 - values_L)
@@ -113,7 +113,7 @@ def _object_error(
     object_BB = cv2.copyMakeBorder(object_HW[box], *margin, value=0)
     distance_BB = _with_margin(distance_HW, box)
 
-    # Reads on the object, writes off it: one array does for both.
+    # Reads are on the object and writes are off it, so one array is enough.
     flat_error, inside = error_BB.ravel(), object_BB.view(np.bool_).ravel()
     band = np.flatnonzero(cv2.inRange(distance_BB, 0.5, PAD + 0.5) > 0)
     squared = _squares(distance_BB.ravel()[band])
@@ -122,7 +122,7 @@ def _object_error(
         if len(chosen):
             steps = offsets[:, 0] * object_BB.shape[1] + offsets[:, 1]
             sources = chosen[:, None] + steps
-            # The first in the table's order that is the object's; at this distance there is one.
+            # The first in the table's order that is on the object; at this distance there is one.
             first = inside.take(sources, mode="clip").argmax(axis=1)
             flat_error[chosen] = flat_error[sources[np.arange(len(chosen)), first]]
     smooth_BB = cv2.sepFilter2D(
@@ -137,7 +137,7 @@ def _with_margin(distance_HW: NDArray[np.float32], box: tuple[slice, slice]) -> 
     (top, rows, bottom), (left, columns, right) = (
         _grown(part, length) for part, length in zip(box, distance_HW.shape, strict=True)
     )
-    return cv2.copyMakeBorder(  # type: ignore[return-value]
+    return cv2.copyMakeBorder(  # type: ignore[return-value]  # cv2's stubs drop the float32
         distance_HW[rows, columns], top, bottom, left, right, cv2.BORDER_CONSTANT, value=0
     )
 
@@ -150,4 +150,5 @@ def _grown(part: slice, length: int) -> tuple[int, slice, int]:
 
 
 def _squares(distances: NDArray[np.float32]) -> NDArray[np.int32]:
-    return np.rint(distances * distances).astype(np.int32)
+    squares: NDArray[np.int32] = np.rint(distances * distances).astype(np.int32)
+    return squares

@@ -1,4 +1,4 @@
-"""Two data sets, two methods."""
+"""Maps of two methods on two data sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.maps import CLASSES, pair, write
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two data sets, two methods; the working directory."""
+    """Write two data sets and two methods' maps; return their folder, now the working directory."""
     monkeypatch.chdir(tmp_path)
     for dataset, count, start in (("COD10K", 12, 0), ("CAMO", 6, 50)):
         for index in range(start, start + count):

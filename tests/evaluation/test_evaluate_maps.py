@@ -1,4 +1,4 @@
-"""Scoring any model's maps through the command line: what is found, refused, written and kept."""
+"""Score any model's maps through the command line: what is found, refused, written and kept."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TestFinding:
 
 
 class TestNothingSilently:
-    """Each of these costs nothing in scripts that score the intersection of names."""
+    """Scripts that score the intersection of names miss each of these faults."""
 
     def run(self, capsys, *words: str) -> str:
         assert evaluate(*words) == 3
@@ -195,7 +195,7 @@ class TestNothingSilently:
         assert evaluate(*CAMO, "--gt-threshold", "128", "-o", "b") == 0
         assert summary("a")["results"][0]["scores"] == summary("b")["results"][0]["scores"]
         write(world / "data/CAMO/GT/camo_50.png", pair(50, 1)[1] // 3)
-        assert "would vanish" in self.run(capsys, *CAMO, "--gt-threshold", "128")
+        assert "no object would be left" in self.run(capsys, *CAMO, "--gt-threshold", "128")
 
     def test_sixteen_bits_of_unclear_scale(self, world: Path, capsys) -> None:
         path = world / "maps/good/CAMO/camo_50.png"
@@ -213,7 +213,7 @@ class TestNothingSilently:
         (world / "maps/later/out").rmdir()
         (world / "maps/later").rmdir()
         (world / "maps/good/camo").mkdir()
-        assert "are both CAMO" in self.run(capsys, *both)
+        assert "are both named like the data set CAMO" in self.run(capsys, *both)
         (world / "maps/good/camo").rmdir()
         (world / "maps/good/NC4K").mkdir()
         assert evaluate(*both) == 0
@@ -250,12 +250,12 @@ class TestFlags:
             ([*CAMO, "--data", "data"], "--data belongs to a checkpoint"),
             ([*CAMO, "--device", "cpu"], "--device belongs to a checkpoint"),
             (["run", "--resize=bilinear"], "--resize belongs to prediction maps"),
-            ([*CAMO, "--measures", ","], "names none"),
+            ([*CAMO, "--measures", ","], "names no measure"),
             (["run", "--measures", "fast"], "belongs to prediction maps"),
             ([*CAMO, "--images", "a", "b"], "one for each"),
             (
                 ["--predictions", "maps/good", "maps/bad", "--gt", "data", "--method", "x"],
-                "names one method",
+                "renames a single method",
             ),
         ],
     )
@@ -373,7 +373,7 @@ class TestWritten:
         content["files"].append("../data/CAMO/GT/camo_50.png")
         Path("out/scores.json").write_text(json.dumps(content))
         assert evaluate(*CAMO, "-o", "out") == 2
-        assert "outside of it" in " ".join(capsys.readouterr().err.split())
+        assert "outside its folder" in " ".join(capsys.readouterr().err.split())
         assert Path("data/CAMO/GT/camo_50.png").is_file()
 
     def test_names_that_make_one_file_name(self, world: Path) -> None:
@@ -391,7 +391,7 @@ class TestWritten:
         assert Path("evaluation/curves/CAMO.png").is_file()
 
     def test_pictures_show_what_the_scores_mean(self, world: Path) -> None:
-        """Maps of 85 on the object are perfect once stretched, and the picture says so."""
+        """Maps of 85 on the object are perfect after the stretch, and the picture shows it."""
         for index in range(50, 56):
             write(world / f"maps/faint/camo_{index}.png", pair(index, 0.5)[1] // 3)
         words = ("--gt", "data/CAMO/GT", "--gallery", "1", "-o")

@@ -26,7 +26,7 @@ from camoxpert.pages.tables import text_table
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three photos of unlike sizes in a tree."""
+    """Three photos of different sizes in nested folders."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ class TestEvaluate:
         assert mine.read_text() == theirs.read_text()
 
     def test_the_torch_path_gives_the_same_scores(self, tiny_run: Path, toy_data: Path) -> None:
-        """What a GPU run goes through, here on the CPU: late reading, one batch behind."""
+        """The path of a GPU run, here on the CPU: results are read one batch late."""
         predictor = load_predictor(tiny_run, device="cpu")
         (manifest,) = load_eval(toy_data).values()
         both = []

@@ -1,4 +1,4 @@
-"""Scoring maps in processes, stopped half way, and kept in a ledger."""
+"""Score maps in worker processes, stop halfway, and keep scores in a ledger."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class TestWorkers:
         )  # fmt: skip
         deadline = time.monotonic() + 60
         while listing(world) == before and time.monotonic() < deadline:
-            time.sleep(0.05)  # until the unfinished folder is there
+            time.sleep(0.05)  # until the unfinished folder exists
         time.sleep(0.3)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
@@ -139,9 +139,9 @@ class TestLedger:
         assert evaluate("--predictions", "maps/bad", *words) == 0
         assert main(["report", "led.jsonl"]) == 3
         said = " ".join(capsys.readouterr().err.split())
-        assert "cannot stand in one column" in said and "data hash" in said
+        assert "cannot be compared in one table" in said and "data hash" in said
         assert main(["report", "led.jsonl", "--method", "good"]) == 0
-        # The newest row of a method counts: scored again, all is well.
+        # The newest row of a method counts, so scoring it again removes the conflict.
         assert evaluate("--predictions", "maps/good", *words) == 0
         assert main(["report", "led.jsonl"]) == 0
 
@@ -184,7 +184,7 @@ class TestLedger:
     def test_a_checkpoint_goes_into_the_same_ledger(
         self, tiny_run: Path, toy_data: Path, tmp_path: Path, monkeypatch, capsys
     ) -> None:
-        """Scored as a model and as its saved maps: the same images, the same masks."""
+        """A model and its saved maps are scored on the same images and masks."""
         monkeypatch.chdir(tmp_path)
         words = ["--ledger", "led.jsonl", "--gallery", "0", "--no-intervals"]
         assert main(["evaluate", str(tiny_run), "--data", str(toy_data), "-o", "out", *words]) == 0

@@ -137,7 +137,7 @@ def test_rows_that_are_no_path_are_an_error(row: str, place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../a", "/etc/a", "a/../../b", "x/../../../b"])
 def test_no_name_leads_out_of_the_results(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="outside of"):
+    with pytest.raises(DataError, match="outside"):
         output_path(tmp_path / "out", "map", name)
     assert output_path(tmp_path / "out", "map", "a/b").name == "b.png"
 
@@ -167,7 +167,7 @@ class TestLinksAmongResults:
         (out / "masks").symlink_to(elsewhere)
         words = ["predict", str(tiny_run), str(place / "in" / "a.jpg"), "-o", str(out)]
         assert main(words) == 3
-        assert "is a link or leads out" in " ".join(capsys.readouterr().err.split())
+        assert "is a symlink or leads out" in " ".join(capsys.readouterr().err.split())
         assert not list(elsewhere.iterdir())
         # The results folder itself may be a symlink: the user named it.
         (tmp_path / "named").symlink_to(elsewhere)
@@ -194,7 +194,7 @@ class TestLinksAmongResults:
             (out / linked).rename(tmp_path / linked)
             (out / linked).symlink_to(elsewhere)
             assert main([*words, str(out)]) == 2
-            assert "is a link" in " ".join(capsys.readouterr().err.split())
+            assert "is a symlink" in " ".join(capsys.readouterr().err.split())
             (out / linked).unlink()
             (tmp_path / linked).rename(out / linked)
         run = tmp_path / "run"
@@ -202,7 +202,7 @@ class TestLinksAmongResults:
         shutil.rmtree(run / "evaluation")
         (run / "evaluation").symlink_to(elsewhere)
         assert main(["evaluate", str(run), "--data", str(toy_data)]) == 3
-        assert "is a link that leads out" in " ".join(capsys.readouterr().err.split())
+        assert "is a symlink that leads out" in " ".join(capsys.readouterr().err.split())
         assert not list(elsewhere.iterdir())
 
     def test_maps_are_scored_into_no_linked_folder(self, tmp_path: Path, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""The oracle: pysodmetrics, behind the framework's own result keys."""
+"""The oracle: pysodmetrics under the framework's result keys."""
 
 import warnings
 
@@ -7,11 +7,11 @@ import pytest
 
 
 def oracle_scores(prediction, mask, *, normalise=True):
-    """Return (results, curves) of one uint8 pair, by pysodmetrics."""
+    """Return (results, curves) of one uint8 pair from pysodmetrics."""
     oracle = pytest.importorskip("py_sod_metrics")
     binary = {"with_dynamic": False, "with_adaptive": False, "with_binary": True}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own class F is deprecated; empty blocks divide by 0
+        warnings.simplefilter("ignore")  # its F class is deprecated; empty blocks divide by 0
         measures = {
             "S": oracle.Smeasure(),
             "MAE": oracle.MAE(),
@@ -52,7 +52,7 @@ def oracle():
 
 @pytest.fixture
 def square():
-    """A 64 x 64 mask (0, 255) with a 20 x 24 object, 11.7 % of the image."""
+    """Return a 64 x 64 mask (0, 255) with a 20 x 24 object, 11.7 % of the image."""
     mask = np.zeros((64, 64), np.uint8)
     mask[20:40, 18:42] = 255
     return mask

@@ -1,4 +1,4 @@
-"""Boundary IoU by hand, and the correction effort against its oracle."""
+"""Boundary IoU computed by hand, and the correction effort against its oracle."""
 
 import sys
 
@@ -43,7 +43,7 @@ def test_the_image_border_is_an_outline():
     full = np.ones((50, 50), bool)
     inner = square(50, 1, 49)
     assert boundary_iou(full, full) == 1
-    # Band width 1: the two rings lie side by side.
+    # Band width 1: the two rings are adjacent.
     assert boundary_iou(inner, full) == 0
 
 
@@ -77,7 +77,7 @@ def test_the_correction_effort_by_hand():
     pytest.importorskip("skimage")
     mask = square(100, 20, 80)
     assert human_correction_effort(mask, mask) == 0
-    # A rim of 2 pixels is forgiven, a square that stands alone is one click.
+    # A rim of 2 pixels is forgiven; an isolated square is one click.
     assert human_correction_effort(square(100, 22, 78), mask) == 0
     assert human_correction_effort(mask | np.roll(square(100, 0, 14), 84, axis=(0, 1)), mask) == 1
 

@@ -1,4 +1,4 @@
-"""The torch path against the numpy path; on a GPU as well where there is one."""
+"""The torch path against the numpy path, on the CPU and on a GPU if there is one."""
 
 import cv2
 import numpy as np
@@ -28,8 +28,8 @@ def pairs(count=40):
         shape = tuple(rng.integers(1, 90, 2))
         field = cv2.GaussianBlur(rng.standard_normal(shape), (0, 0), rng.uniform(0.5, 6))
         mask = field > np.quantile(field, rng.choice([0.0, 0.5, 0.9, 0.98]))
-        mask &= index % 7 != 0  # empty now and then
-        mask |= index % 11 == 5  # or full
+        mask &= index % 7 != 0  # sometimes empty
+        mask |= index % 11 == 5  # sometimes full
         noise = rng.standard_normal(shape) * rng.uniform(0, 1.5)
         prediction = 255 / (1 + np.exp(-6 * (field / (field.std() + 1e-9) + noise - 0.5)))
         prediction = (prediction // rng.choice([1, 40])).astype(np.uint8)
@@ -91,7 +91,7 @@ def test_counts_equal_the_numpy_histogram():
 
 
 def test_the_host_is_asked_once_a_batch():
-    """``add`` must not read a value back: a fake tensor refuses to give one."""
+    """``add`` must not read a value back: a fake tensor raises if it does."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mask = np.zeros((20, 30), bool)

@@ -1,4 +1,4 @@
-"""Degenerate images: where the field's code is followed, and the few places where it is not."""
+"""Degenerate images: where the scores follow the field's code, and the few exceptions."""
 
 import math
 
@@ -9,7 +9,7 @@ from camoxpert.errors import DataError
 from camoxpert.metrics import RESULT_KEYS, Evaluator, measures
 from camoxpert.metrics.histogram import joint_histogram
 
-FULL_SCALE = 4096 / 4095  # of E on 64 x 64 pixels: the reference divides by N - 1
+FULL_SCALE = 4096 / 4095  # full marks in E on 64 x 64 pixels: the reference divides by N - 1
 
 
 def score(prediction, mask, **options):
@@ -29,7 +29,7 @@ def test_perfect_prediction(square):
     row = score(square, square)
     expect(row, 1e-9, Smeasure=1, MAE=0, wFmeasure=1, adpFm=1, maxFm=1, IoU=1, Dice=1)
     expect(row, 5e-5, adpEm=FULL_SCALE, maxEm=FULL_SCALE, meanEm=0.9973, meanFm=0.9967)
-    assert row["meanFm"] < 1  # threshold 0 takes the whole image, even here
+    assert row["meanFm"] < 1  # threshold 0 always takes the whole image
 
 
 def test_stretching_hides_how_sure_a_map_is(square):
@@ -101,17 +101,17 @@ def test_skipped_images_are_counted_and_cost_nothing(square):
     assert (evaluator.num_images, evaluator.num_skipped) == (1, 1)
     assert evaluator.results()["wFmeasure"] == pytest.approx(1)
     assert [row["name"] for row in evaluator.rows()] == ["square"]
-    with pytest.raises(DataError, match="scored before"):
+    with pytest.raises(DataError, match="already scored"):
         evaluator.add("nothing", square, square)
 
 
 @pytest.mark.parametrize("block", [np.s_[-1:, :], np.s_[:, -1:], np.s_[-1:, -1:]])
 def test_exception_centroid_in_the_last_row_or_column(oracle, block):
-    """The oracle divides by the size of an empty block and poisons the data set's mean."""
+    """The oracle divides by the size of an empty block, so the data set's mean is NaN."""
     mask = blank()
     mask[block] = 255
     assert math.isnan(oracle(mask, mask)[0]["Smeasure"])
-    # For a single pixel the 2**-52 in the formula's denominator shows.
+    # For a single pixel the 2**-52 in the formula's denominator is visible.
     assert score(mask, mask)["Smeasure"] == pytest.approx(1, abs=1e-5)
     assert 0 < score(255 - mask, mask)["Smeasure"] + 0.1 < 0.2
     half = mask // 2 + 100
@@ -149,9 +149,9 @@ def test_exception_one_pixel_image_has_a_finite_emeasure(oracle):
 
 
 def test_flat_grey_blocks_follow_the_rounding_of_the_oracle(oracle):
-    """Where map and mask are constant in a block, S hangs on the rounding of a sum."""
+    """If map and mask are constant in a block, S depends on the rounding of a sum."""
     mask = np.zeros((61, 67), np.uint8)
-    mask[5:15, 5:15] = mask[45:55, 50:60] = 255  # the other diagonal holds background only
+    mask[5:15, 5:15] = mask[45:55, 50:60] = 255  # only background on the other diagonal
     jumps = set()
     for level in range(60, 140, 4):
         flat = np.full_like(mask, level)

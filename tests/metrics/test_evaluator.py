@@ -1,4 +1,4 @@
-"""The bookkeeping: names, parts that come together again, options, directions."""
+"""The evaluator's bookkeeping: names, merging of parts, options, directions of measures."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ KEYS = (
 
 
 def images(count=12):
-    """Name, prediction, mask; every fourth mask is empty."""
+    """Yield (name, prediction, mask) of each image; every fourth mask is empty."""
     rng = np.random.default_rng(4)
     for index in range(count):
         shape = rng.integers(10, 40, 2)
@@ -43,7 +43,7 @@ def filled(items, **options):
 
 
 def content(evaluator):
-    """Everything an evaluator reports; repr keeps every bit of a float."""
+    """Return everything an evaluator reports as text; repr keeps every bit of a float."""
     curves = {key: curve.tobytes() for key, curve in evaluator.curves().items()}
     return repr((evaluator.results(), evaluator.rows(), curves, evaluator.num_skipped))
 
@@ -88,7 +88,7 @@ def test_parts_in_any_order_give_the_same_bits(empty_gt):
             received.load_state_dict(pickle.loads(pickle.dumps(worker.state_dict())))
             merged.merge(received)
         assert content(merged) == whole
-    # Negative control: one image more or less is seen.
+    # Negative control: one image more or less changes the result.
     assert content(filled(items[:-1], empty_gt=empty_gt)) != whole
 
 
@@ -123,10 +123,10 @@ def test_loading_replaces():
 def test_doubled_names_are_refused_and_nothing_is_taken_over():
     items = list(images())
     evaluator = filled(items[:6])
-    with pytest.raises(DataError, match=r"^image 0: scored before"):
+    with pytest.raises(DataError, match=r"^image 0: already scored"):
         evaluator.add(*items[0])
     before = content(evaluator)
-    with pytest.raises(DataError, match="image 4 and 1 more: scored before"):
+    with pytest.raises(DataError, match="image 4 and 1 more: already scored"):
         evaluator.merge(filled(items[4:]))
     assert content(evaluator) == before
 
@@ -241,7 +241,7 @@ def test_objects_are_counted():
 
 
 def test_a_bool_mask_with_other_bytes_than_one():
-    """Pillow's 1-bit pictures become bool arrays whose True is stored as 255."""
+    """Pillow's 1-bit pictures become bool arrays that store True as 255."""
     _, prediction, mask = list(images())[3]
     strange = (mask.astype(np.uint8) * 255).view(np.bool_)
     assert strange.view(np.uint8).max() == 255

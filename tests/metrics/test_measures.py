@@ -1,4 +1,4 @@
-"""Numbers small enough for pencil and paper, the extra measures, properties that always hold."""
+"""Measures computed by hand on small maps, the extra measures, and properties that always hold."""
 
 import numpy as np
 import pytest
@@ -61,14 +61,14 @@ def test_fixed_thresholds_by_hand():
 
 
 def test_adaptive_and_binary_thresholds_by_hand():
-    # Twice the mean is 0.8: only the first pixel. Half: the same.
+    # Twice the mean is 0.8: only the first pixel is above. At 0.5: the same pixel.
     for confusion in (measures.adaptive_confusion(*both()), measures.binary_confusion(*both())):
         assert (confusion.tp, confusion.fp, confusion.fn, confusion.tn) == (1, 0, 1, 2)
         assert measures.iou(confusion) == 0.5
         assert measures.dice(confusion) == pytest.approx(2 / 3)
         assert measures.specificity(confusion) == 1
         assert measures.balanced_error_rate(confusion) == pytest.approx(0.25)
-    # Exactly on the adaptive threshold counts, exactly on one half does not.
+    # A value exactly on the adaptive threshold counts; a value of exactly one half does not.
     half = np.array([[255, 0], [0, 255]], np.uint8)
     histogram, values = both(half)
     assert measures.adaptive_confusion(histogram, values, pixels=lambda: half).tp == 1
@@ -97,7 +97,7 @@ def test_smeasure_by_hand():
 
 
 def test_weighted_fmeasure_by_hand():
-    """A false alarm at distance 5 weighs one and a half; a missed pixel's error is smoothed."""
+    """A false alarm at distance 5 has weight 1.5; a missed pixel's error is smoothed."""
     mask = np.zeros((1, 20), bool)
     mask[0, 3] = True
     prediction = mask.astype(np.uint8) * np.uint8(255)

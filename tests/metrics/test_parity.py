@@ -1,4 +1,4 @@
-"""The field's numbers, to 1e-6, on every kind of pair that could tell implementations apart."""
+"""Equality with the field's numbers, to 1e-6, on every kind of pair that exposes differences."""
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ STRIPS = ((1, 30), (30, 1), (1, 2), (2, 1))
 
 
 def blob(rng, height, width):
-    """A smooth random field, and the mask of its high part."""
+    """Return a smooth random field, and the mask of its high values."""
     noise = rng.standard_normal((height, width))
     field = cv2.GaussianBlur(noise, (0, 0), max(rng.uniform(0.02, 0.12) * min(height, width), 0.4))
     field = (field - field.mean()) / (field.std() + 1e-9)
@@ -95,7 +95,7 @@ def inverted(rng, height, width):
 
 
 def strip(rng, height, width):
-    """One pixel high or wide, whatever size was asked for."""
+    """Return a pair one pixel high or wide, whatever the size given."""
     return noise(rng, *STRIPS[rng.integers(len(STRIPS))])
 
 
@@ -116,7 +116,7 @@ PAIRS = {name: (prediction, mask) for name, prediction, mask in pairs()}
 
 
 def worst_deviation(ours, theirs):
-    """Largest difference over the keys where the oracle has a number."""
+    """Return the largest difference over the keys where the oracle is not NaN."""
     return max(abs(ours[key] - theirs[key]) for key in RESULT_KEYS if not np.isnan(theirs[key]))
 
 
@@ -139,7 +139,7 @@ def test_every_pair_and_curve_equals_the_oracle(oracle, protocol):
 
 
 def test_dataset_results_equal_the_oracle(oracle):
-    """Curves first averaged over images, then their maximum: not the mean of the maxima."""
+    """Curves are averaged over images before their maximum is taken: not the mean of the maxima."""
     names = [name for name in PAIRS if name.startswith(("smooth", "binary", "thin"))]
     evaluator = Evaluator()
     scores, curves = [], []
@@ -163,7 +163,7 @@ def test_dataset_results_equal_the_oracle(oracle):
 
 
 def drop(evaluator, name):
-    """The same evaluator without one image."""
+    """Return the same evaluator without one image."""
     state = evaluator.state_dict()
     keep = [index for index, row in enumerate(state["rows"]) if row["name"] != name]
     for key in ("rows", "rightly_empty", "digests"):
@@ -201,7 +201,7 @@ def test_false_alarms_far_from_the_object_equal_the_oracle(oracle):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_perturbed_prediction_breaks_parity(oracle, seed):
-    """Negative control: the check above sees one row of pixels that is off by a few levels."""
+    """Negative control: the check above fails if one row of pixels is off by a few levels."""
     rng = np.random.default_rng(seed)
     prediction, mask = smooth(rng, 60, 80)
     theirs, _ = oracle(prediction, mask)

@@ -1,4 +1,4 @@
-"""Intervals and tests of scores, against numbers worked out another way."""
+"""Intervals and tests of scores, against numbers computed another way."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from camoxpert.metrics.statistics import Scores, breakdown, compare, confidence_
 
 
 def scored(noise, *, seed=0, count=60, names="image"):
-    """The same masks every time, and maps that are wrong in a share ``noise`` of the pixels."""
+    """Score maps that are wrong in a share ``noise`` of the pixels, on fixed masks."""
     masks, errors = np.random.default_rng(1), np.random.default_rng(seed)
     evaluator = Evaluator()
     for index in range(count):
@@ -80,7 +80,7 @@ def test_curve_measures_are_compared_as_they_are_reported():
 
 
 def test_a_method_does_not_differ_from_itself_nor_from_its_equal():
-    """Negative control, and the size of the test: 5 % of equals are told apart at 5 %."""
+    """Negative control, and the size of the test: at 5 %, 5 % of equal methods differ."""
     scores = Scores(scored(0.3))
     for value in compare(scores, scores).values():
         assert value == (0, 0, 0, 1)

@@ -40,20 +40,20 @@ def evaluate_maps(
 ) -> list[EvaluationResult]:
     """Score all tasks, then write everything into the unfinished ``output``.
 
-    Nothing is written before the last image was scored.
+    Nothing is written until the last image is scored.
 
     Args:
         tasks: methods and data sets.
         options: how to score them.
-        num_workers: processes; 0 scores in this one.
+        num_workers: worker processes; 0 scores in this process.
         output: see ``evaluation.output``; None writes nothing.
-        command: what was typed, for the page.
+        command: the command line, for the page.
 
     Returns:
         One result per method and data set.
 
     Raises:
-        DataError: an image cannot be scored; all faults are listed.
+        DataError: images cannot be scored; all of them are listed.
         Stopped: the command was asked to stop.
     """
     refuse_other_images(tasks)
@@ -81,18 +81,17 @@ def evaluate_maps(
 
 
 def refuse_other_images(tasks: Sequence[MapTask]) -> None:
-    """Raise DataError if two methods have maps of other images of one data set.
+    """Raise DataError if two methods have maps of different images of one data set.
 
-    It can happen only with ``--allow-missing``: the means would not be comparable.
+    Possible only with ``--allow-missing``; the means would not be comparable.
     """
     for dataset in {task.dataset for task in tasks}:
         own = [task for task in tasks if task.dataset == dataset]
         if len({tuple(job.name for job in task.jobs) for task in own}) > 1:
             shown = ", ".join(f"{task.method} {len(task.jobs)}" for task in own)
             raise DataError(
-                f"{dataset}: the methods have maps of different images ({shown}), so that their "
-                "scores do not belong in one table. Score each in a call of its own, or complete "
-                "the maps."
+                f"{dataset}: the methods have maps of different images ({shown}), so their scores "
+                "are not comparable. Score each method in a separate call, or add the missing maps."
             )
 
 
@@ -165,7 +164,7 @@ def _panel(
     for method, job in jobs.items():
         prediction = read_prediction(job, mask.shape, options)
         low, high = int(prediction.min()), int(prediction.max())
-        # As the scores count it: above one half, of the stretched map under "pysod".
+        # As in the scores: above one half, of the stretched map under "pysod".
         cut = (low + high) / 2 if options.protocol == "pysod" and high > low else 127.5
         found[f"{method} {values[method]:.2f}"] = prediction > cut
     return comparison_panel(image, mask, found)

@@ -1,7 +1,6 @@
-"""Prediction maps on disk: which methods and data sets there are, and which map belongs to which
-mask.
+"""Find methods, data sets and prediction maps on disk, and pair each map with its mask.
 
-Nothing is intersected silently: a map without a mask, a mask without a map and a file that is no
+Nothing is intersected silently: a map without a mask, a mask without a map and a file that is not
 image are faults, unless the caller says otherwise.
 """
 
@@ -28,18 +27,18 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.text import shorten
 
 SHOWN = 10
-"""Names listed of those that a message is about."""
+"""Names that a message lists before it says how many more there are."""
 
 
 @dataclass(frozen=True)
 class MaskSet:
-    """The truth of one data set.
+    """The ground truth of one data set.
 
     Attributes:
         name: of the data set.
         masks: image stem -> mask file.
-        images: image stem -> image file, for pictures only; may lack any.
-        notes: sentences for the user.
+        images: image stem -> image file, for pictures only; may be incomplete.
+        notes: messages for the user.
     """
 
     name: str
@@ -79,7 +78,7 @@ class MapTask:
 
 @dataclass(frozen=True)
 class PairOptions:
-    """What is scored of the maps and masks that were found.
+    """Which of the maps and masks that were found are scored.
 
     Attributes:
         noncam: exclude or include COD10K images without a camouflaged object.
@@ -101,16 +100,16 @@ def find_tasks(
     *,
     images: Sequence[Path] = (),
 ) -> list[MapTask]:
-    """Find maps and masks and pair them; notes are printed.
+    """Find maps and masks, pair them and print notes.
 
     Args:
         predictions: see ``find_maps``.
         gt, images: see ``find_masks``.
-        options: what to score of them.
+        options: which of them to score.
 
     Raises:
         ConfigError: flags that contradict each other.
-        DataError: every fault of every folder in one list, or nothing found.
+        DataError: a list of all errors in all folders, or nothing found.
     """
     sets = find_masks(gt, images=images, noncam=options.noncam)
     tasks = find_maps(
@@ -125,10 +124,13 @@ def find_tasks(
 def chosen_tasks(
     tasks: Sequence[MapTask], sets: Mapping[str, MaskSet], options: PairOptions
 ) -> list[MapTask]:
-    """Return the tasks under the method's other name, and print the notes of the data sets."""
+    """Return the tasks, renamed if ``options.method`` is set, and print the data sets' notes."""
     names = sorted({task.method for task in tasks})
     if options.method and len(names) > 1:
-        raise ConfigError(f"--method names one method; there are {', '.join(names)}.")
+        raise ConfigError(
+            f"--method {options.method} renames a single method, but there are {len(names)}: "
+            f"{', '.join(names)}. Leave it out, or give names with --list FILE."
+        )
     for mask_set in sets.values():
         for note in mask_set.notes:
             console.note(note)
@@ -138,16 +140,16 @@ def chosen_tasks(
 def find_masks(
     paths: Sequence[Path], *, images: Sequence[Path] = (), noncam: str = "exclude"
 ) -> dict[str, MaskSet]:
-    """Find the truth: folders of masks, folders of such folders, or known data set layouts.
+    """Find masks: folders of masks, folders of such folders, or data sets in a known layout.
 
     Args:
         paths: one or more folders.
         images: folders of the images, in the order of ``paths``; without them a folder of images
-            beside the masks is taken.
+            beside the masks is used.
         noncam: exclude or include COD10K images without a camouflaged object.
 
     Raises:
-        DataError: no masks there, or two data sets of one name.
+        DataError: no masks found, or two data sets with the same name.
     """
     if images and len(images) != len(paths):
         raise ConfigError(
@@ -179,7 +181,7 @@ def _mask_sets(path: Path, images: Path | None, noncam: str) -> list[MaskSet]:
             f"--images belongs to a --gt that is one folder of masks; {path} holds several."
         )
     layout = recognise(path)
-    # A folder of data sets is read below, where a set without masks is noticed.
+    # A folder of data sets is read below, so that a set without masks is reported.
     if layout is not None and layout[0].name != "folder of data sets":
         return [
             MaskSet(
@@ -206,7 +208,7 @@ def _mask_sets(path: Path, images: Path | None, noncam: str) -> list[MaskSet]:
 
 
 def _mask_folder(path: Path) -> Path | None:
-    """Return the folder that holds masks: this one, or GT (or the like) in it; None without."""
+    """Return the folder with masks: this one, or GT (or similar) in it; None if there is none."""
     if image_files(path):
         return path
     inner = (path / name for name in MASK_FOLDERS)
@@ -240,7 +242,7 @@ def plain_set(path: Path, images: Path | None, noncam: str) -> MaskSet:
     try:
         return MaskSet(name, kept, _by_stem(folder) if folder is not None else {}, notes)
     except DataError as error:
-        # Nobody named these images: they are only for pictures.
+        # The user did not name these images, and they are only for pictures: not an error.
         return MaskSet(name, kept, {}, (*notes, f"{name}: no images in the pictures: {error}"))
 
 
@@ -387,7 +389,10 @@ def dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
         if name is None:
             other.append(folder.name)
         elif name in found:
-            raise DataError(f"{found[name]} and {folder} are both {name}; which one is meant?")
+            raise DataError(
+                f"{found[name]} and {folder} are both named like the data set {name}. Remove or "
+                "rename one."
+            )
         else:
             found[name] = folder
     if found and other:
@@ -396,7 +401,7 @@ def dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
 
 
 def _match(name: str, sets: Mapping[str, MaskSet]) -> str | None:
-    """Return the data set of that name, in any case; None if there is none."""
+    """Return the data set of that name, in upper or lower case; None if there is none."""
     return next((own for own in sets if own.lower() == name.lower()), None)
 
 
@@ -427,11 +432,11 @@ def _by_stem(folder: Path) -> dict[str, Path]:
         # macOS writes decomposed accents: the same name must compare equal.
         stem = unicodedata.normalize("NFC", path.stem)
         if stem in files:
-            raise DataError(f"{files[stem]} and {path} have the same name; which one is meant?")
+            raise DataError(f"{files[stem]} and {path} have the same name. Remove or rename one.")
         files[stem] = path
     return files
 
 
 def absolute(path: Path) -> Path:
-    """Return the path from the root, links kept: a link's name is the name its user gave."""
+    """Return the absolute path without resolving symlinks: their names are the user's choice."""
     return Path(os.path.abspath(path))

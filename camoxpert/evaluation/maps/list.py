@@ -21,7 +21,7 @@ from camoxpert.evaluation.maps.find import (
 
 
 def list_tasks(path: Path, options: PairOptions) -> list[MapTask]:
-    """Return what a YAML list says is to be scored; see ``read_list`` and ``find_tasks``."""
+    """Return the tasks of a YAML list; see ``read_list`` and ``find_tasks``."""
     sets, methods = read_list(path, noncam=options.noncam)
     tasks = pair_maps(
         methods, sets, allow_missing=options.allow_missing, allow_extra=options.allow_extra
@@ -47,7 +47,7 @@ def read_list(
         noncam: exclude or include COD10K images without a camouflaged object.
 
     Raises:
-        ConfigError: not such a file.
+        ConfigError: no such file, or another content.
         DataError: a folder does not exist or holds no masks.
     """
     if not path.is_file():

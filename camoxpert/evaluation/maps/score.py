@@ -1,4 +1,4 @@
-"""Scoring prediction maps with worker processes: every map is checked, every fault is named."""
+"""Score prediction maps in worker processes; every map is checked and every error is listed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from camoxpert.text import bullet_list
 CHUNK = 8
 """Images per message to a worker."""
 FEW = 32
-"""Up to so many images, starting workers costs more than it gives."""
+"""Up to this many images, starting workers costs more time than it saves."""
 FULL_SCALE = (1, 255, 65535)
 
 
@@ -40,8 +40,8 @@ class MapOptions(ScoringOptions):
     """How maps are scored.
 
     Attributes:
-        resize: "error", or "bilinear" for maps of another size than their mask.
-        gt_threshold: masks' levels above it are object; None accepts two-level masks only.
+        resize: for maps of another size than their mask: "error" or "bilinear".
+        gt_threshold: mask levels above it are object; None accepts two-level masks only.
         max_pixels: larger files are refused.
     """
 
@@ -59,15 +59,15 @@ class Fault:
 
 
 class GreyMaskError(DataError):
-    """A mask with levels that could mean anything; its text is the file and its levels."""
+    """A mask with ambiguous levels; the text is the file and its levels."""
 
 
 def read_truth(job: MapJob, options: MapOptions) -> NDArray[np.bool_]:
     """Return the mask of a job, bool (H, W).
 
     Raises:
-        DataError: unreadable.
-        GreyMaskError: other levels than two that are unambiguous.
+        DataError: the mask is unreadable.
+        GreyMaskError: its levels are not two unambiguous ones.
     """
     levels = read_levels(job.mask, max_pixels=options.max_pixels)
     if levels.dtype == bool:
@@ -83,14 +83,14 @@ def read_truth(job: MapJob, options: MapOptions) -> NDArray[np.bool_]:
     cut = options.gt_threshold * (257 if values[-1] > 255 else 1)
     if 0 < values[-1] <= cut:
         raise DataError(
-            f"{job.mask}: none of its levels ({shown}) is above --gt-threshold, so that the object "
-            "would vanish"
+            f"{job.mask}: none of its levels ({shown}) is above --gt-threshold "
+            f"{options.gt_threshold}, so no object would be left"
         )
     return np.ascontiguousarray(levels > cut)
 
 
 def read_prediction(job: MapJob, shape: tuple[int, ...], options: MapOptions) -> NDArray[np.uint8]:
-    """Return the map of a job, uint8 (H, W), resized to the mask's shape if that was asked for."""
+    """Return the map of a job, uint8 (H, W), resized to the mask's shape if the options say so."""
     prediction = read_map(job.map, max_pixels=options.max_pixels)
     if prediction.shape != shape and options.resize == "bilinear":
         size = (shape[1], shape[0])
@@ -99,7 +99,7 @@ def read_prediction(job: MapJob, shape: tuple[int, ...], options: MapOptions) ->
 
 
 def score_job(job: MapJob, options: MapOptions) -> ImageScore | Fault:
-    """Read and score one pair of files; a fault is returned, not raised."""
+    """Read and score one pair of files; return a fault instead of raising it."""
     try:
         mask = read_truth(job, options)
     except GreyMaskError as error:
@@ -138,19 +138,19 @@ def score_job(job: MapJob, options: MapOptions) -> ImageScore | Fault:
 
 
 def score_chunk(jobs: Sequence[MapJob], options: MapOptions) -> list[ImageScore | Fault]:
-    """Score a few jobs; what a worker process runs."""
+    """Score a few jobs; this is what a worker process runs."""
     return [score_job(job, options) for job in jobs]
 
 
 def score_chunks(
     task: MapTask, options: MapOptions, num_workers: int
 ) -> Iterator[list[ImageScore | Fault]]:
-    """Yield the scores of a task's images in order, a chunk at a time, as they are done.
+    """Yield the scores of a task's images in order, chunk by chunk.
 
     Args:
         task: what to score.
         options: how to score it.
-        num_workers: processes; 0 scores in this one, and so does any number for a few images.
+        num_workers: worker processes; 0 scores in this process, as does any number for few images.
     """
     work = partial(score_chunk, options=options)
     chunks = [task.jobs[i : i + CHUNK] for i in range(0, len(task.jobs), CHUNK)]
@@ -166,12 +166,12 @@ def score_task(
     Args:
         task: what to score.
         options: how to score it.
-        num_workers: processes; 0 scores in this one.
+        num_workers: worker processes; 0 scores in this process.
         label: shown before the progress bar.
-        max_faults: faults after which the remaining images are not read.
+        max_faults: number of faults after which the remaining images are not read.
 
     Raises:
-        DataError: every fault found, by kind.
+        DataError: all faults found, by kind.
         Stopped: the command was asked to stop.
     """
     evaluator = options.evaluator()
@@ -200,15 +200,15 @@ def _in_workers(
     chunks: Sequence[Sequence[MapJob]],
     num_workers: int,
 ) -> Iterator[list[ImageScore | Fault]]:
-    """Yield results in order; only a few chunks wait in the queue, so that memory stays flat."""
-    # Not fork: the progress bar has a thread, and a forked lock may never open.
+    """Yield results in order; only a few chunks are queued, so that memory use stays constant."""
+    # Not fork: the progress bar has a thread, and a lock held during the fork is never released.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     waiting: list[Future[list[ImageScore | Fault]]] = []
     todo = iter(chunks)
     try:
-        # A worker inherits the block until it can say that it ignores Ctrl-C; the signal itself is
-        # not lost, it arrives here a little later.
+        # Workers inherit the blocked SIGINT until they ignore it themselves. A Ctrl-C during this
+        # time is not lost: this process receives it after unblocking.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             first = itertools.islice(todo, 4 * num_workers)
@@ -228,14 +228,14 @@ def _in_workers(
 
 
 def _start_worker() -> None:
-    # Ctrl-C goes to every process of the terminal; the main one decides what it means.
+    # The terminal sends Ctrl-C to every process; only the main one handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
 def _follow_parent() -> None:
-    """End with the main process, however it ended: nobody would read the results."""
+    """Exit when the main process has exited, for whatever reason: nobody reads the results."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -243,7 +243,7 @@ def _follow_parent() -> None:
 
 
 def choose_map_workers(asked: int | None) -> int:
-    """Return the number of scoring processes: as asked, or one per usable core, at most 8."""
+    """Return the number of worker processes: as asked, or one per usable core, at most 8."""
     if asked is not None:
         return asked
     cores = usable_cores()
