@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from camoxpert import console, stop
 from camoxpert.data.samples.sampler import BatchPlaces
@@ -134,23 +135,14 @@ class Supervised(Generic[B]):
                 self.loader = self._make()
 
     def _begin(self, delivered: int) -> Iterator[Any]:
-        """Start the workers at batch ``delivered``, without torch's SIGCHLD handler."""
-        previous = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        try:
-            # Workers started while Stopped is raised would never be ended and would hang the exit.
-            with self._sampler.at_batch(delivered), stop.current().deferred():
-                iterator = iter(self.loader)
-                self.running[:] = [iterator]
-            stop.check()
-            return iterator
-        finally:
-            if (
-                previous is not None
-                and threading.current_thread() is threading.main_thread()
-                and signal.getsignal(signal.SIGCHLD) is not previous
-            ):
-                # A signal handler that raises would interrupt an optimizer step.
-                signal.signal(signal.SIGCHLD, previous)
+        """Start the workers at batch ``delivered``, unknown to torch's SIGCHLD handler."""
+        # Workers started while Stopped is raised would never be ended and would hang the exit.
+        with self._sampler.at_batch(delivered), stop.current().deferred():
+            iterator = iter(self.loader)
+            self.running[:] = [iterator]
+            unwatch(iterator)
+        stop.check()
+        return iterator
 
     def _failed(self, error: BaseException) -> bool:
         """Return whether the workers failed; errors of our own code in one keep their traceback.
@@ -192,6 +184,17 @@ class Supervised(Generic[B]):
                 patient = not self._timeout or waits * self.loader.timeout < self._timeout
                 if not is_timeout(error) or not patient:
                     raise
+
+
+def unwatch(iterator: Any) -> None:
+    """Take an iterator's workers off the list that torch's SIGCHLD handler checks.
+
+    The handler is installed once per process by whichever DataLoader starts workers first, perhaps
+    one that is not ours, and it stays. So the handler is left alone and finds nothing to report.
+    """
+    if getattr(iterator, "_worker_pids_set", False):
+        _remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
 
 
 def is_timeout(error: BaseException) -> bool:
