@@ -76,10 +76,14 @@ class _Event(TypedDict):
 
 
 class EventRecord(_Event, total=False):
-    """Something worth a line in the report; the last five keys belong to a skipped step."""
+    """Something worth a line in the report; the last five keys belong to a skipped step.
+
+    With ``epoch_end`` it belongs to the end of an epoch: routing and validation.
+    """
 
     step: int
     epoch: int
+    epoch_end: bool
     loss: float
     grad_norm: float
     lr: float

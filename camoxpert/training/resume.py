@@ -139,7 +139,8 @@ def data_changes(run_dir: Path, data: RunData) -> str:
                 (row["dataset"], row["name"]): (int(row["image_bytes"]), int(row["mask_bytes"]))
                 for row in csv.DictReader(file)
             }
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        # TypeError: a line without all its columns.
         return ""
     now = data.train.files() | data.validation.files()
     kinds = {

@@ -15,6 +15,7 @@ from camoxpert.config import Config
 from camoxpert.data.samples.batches import Batch
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.runs.log import RunLog
+from camoxpert.runs.records import EventRecord
 from camoxpert.runtime.device import Precision
 from camoxpert.runtime.processes import World
 from camoxpert.stop import Stop
@@ -146,15 +147,22 @@ class Run:
         self.state.images += self.world.size * sum(len(batch.names) for batch in window)
         self.state.step += 1
 
-    def note_event(self, text: str, *, coming: bool = False) -> None:
+    def note_event(self, text: str, *, coming: bool = False, epoch_end: bool = False) -> None:
         """Log an event for the report.
 
         Args:
             text: one sentence.
             coming: the event belongs to the next step; a run that resumes before it logs it again.
+            epoch_end: the event belongs to the end of the epoch, which is repeated as a whole.
         """
         # Counted from 1: the epoch in progress, or between epochs the last finished one.
         epoch = self.state.epoch + bool(self.state.position or coming)
-        self.log.write(
-            {"kind": "event", "step": self.state.step + coming, "epoch": epoch, "text": text}
-        )
+        record: EventRecord = {
+            "kind": "event",
+            "step": self.state.step + coming,
+            "epoch": epoch,
+            "text": text,
+        }
+        if epoch_end:
+            record["epoch_end"] = True
+        self.log.write(record)

@@ -24,6 +24,7 @@ from camoxpert.training.checkpoints import restore
 from camoxpert.training.prepare import prepare
 from camoxpert.training.resume import Changes, changes_since, write_samples
 from camoxpert.training.run import Run
+from camoxpert.training.step import memory_explained
 from camoxpert.training.trainer import train
 from camoxpert.training.trial import trial_step
 
@@ -81,7 +82,11 @@ def dry_run(config: Config) -> None:
         folder.close()
         run = prepare(config, continued=folder.info, write=False, world=world)
         largest = max(stage.batch_size for stage in run.plan.stages)
-        trial_step(run.model, config, run.device, run.precision, largest)
+        if folder.checkpoint is not None and folder.path is not None:
+            for change in changes_since(folder.checkpoint, run, folder.path).lines:
+                console.say(f"changed     {change}")
+        with memory_explained(run):
+            trial_step(run.model, config, run.device, run.precision, largest)
         console.say("dry run     one step forward and back worked; nothing was written")
 
 
@@ -191,7 +196,7 @@ def train_and_score(run: Run) -> dict[str, dict[str, float]]:
         train(run)
         if run.world.first:
             # Rank 0 scores and reports alone; the other ranks do not wait for it.
-            outcome = f"Training is done and saved in {run.path}; the same command scores it."
+            outcome = f"Training is done and saved in {run.path}; the same command finishes it."
             with stop.outcome(outcome), run.stop.undeferred():
                 scores = share_and_score(run)
         status = "finished"

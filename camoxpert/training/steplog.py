@@ -308,7 +308,7 @@ def log_routing(run: Run, stage: Stage, epoch: int) -> None:
     top_k = active_experts(run.config, epoch)
     alarm = collapse_alarm(levels, meter.experts, images=meter.images, top_k=top_k)
     if alarm:
-        log.write({"kind": "event", "step": step, "epoch": epoch + 1, "text": alarm})
+        run.note_event(alarm, epoch_end=True)
         if not meter.alarmed:
             # Printed once: the report and metrics.jsonl have the alarms of all epochs.
             console.note(f"warning     {alarm}")

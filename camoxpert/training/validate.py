@@ -57,9 +57,10 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     if left_out:
         record["unreadable"] = left_out
     run.log.write(record)
-    if left_out and state.epoch == config.validate_every:
+    if left_out and state.epoch <= config.validate_every:
+        # Said at the first validation only; every record has the names.
         text = f"{len(left_out)} validation images are left out, for example {left_out[0]}"
-        run.note_event(text)
+        run.note_event(text, epoch_end=True)
         console.note(f"warning     {text}")
     run.log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
     console.say(
