@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from camoxpert.errors import CamoXpertError, ConfigError, Stopped
+from camoxpert.runtime.host import wait_passively
 from camoxpert.text import did_you_mean
 
 # Command -> what it does. The module camoxpert.cli.<command> has add_arguments() and run().
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A terminal that cannot show an arrow or an accent shows its code instead of failing.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    wait_passively()
     try:
         return run_command(typed)
     except (CamoXpertError, Stopped) as error:

@@ -1,6 +1,7 @@
 """The benchmark command: its figures are consistent. No speed is asserted here."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -100,6 +101,25 @@ def test_train_times_the_whole_step(tmp_path: Path) -> None:
     )
     assert result["images_per_second"] > 0
     assert main(["benchmark", "train", *words, "--precision", "fp8"]) == 2
+
+
+@pytest.mark.slow
+def test_train_beside_a_busy_process(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Both policies are measured, alone and beside the process; no process is left behind."""
+    honest, started = subprocess.Popen, []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(honest(*a, **k)) or started[-1]
+    )
+    file = tmp_path / "busy.json"
+    words = ["--busy", "--rounds", "1", "--width", "16", "--backbone", "edgenext_xx_small"]
+    words += ["--img-size", "32", "--batch-size", "2", "--num-experts", "2", "-o", str(file)]
+    assert main(["benchmark", "train", *words, "--device", "cpu"]) == 0
+    result = json.loads(file.read_text())
+    assert set(result["milliseconds"]) == {
+        f"{load}, {policy}" for load in ("quiet", "busy") for policy in ("passive", "active")
+    }
+    assert "busy, active over busy, passive" in capsys.readouterr().out
+    assert len(started) >= 3 and all(process.poll() is not None for process in started)
 
 
 def test_data_measures_every_loader(tmp_path: Path, capsys) -> None:
