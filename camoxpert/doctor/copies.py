@@ -29,8 +29,13 @@ FINE, COARSE, TINY = 96, 48, 12
 WINDOWS = (1.0, 0.9, 0.8)
 # Candidates per picture and flip that are compared closely.
 CANDIDATES = 2
-# Below this similarity at the coarse size, the fine size is not compared.
-WORTH_A_LOOK = 0.4
+# Below this similarity of their best windows, two pictures are not compared closely. Of 400 planted
+# copies, cropped to 64 % at least, the lowest reached 0.59; half of the pictures have no other
+# picture above 0.65.
+LIKELY = 0.55
+# Below this similarity at the coarse size, the fine size is not compared: no copy that the fine size
+# accepts is lost, and nine of ten other candidates end here, at an eighth of the time.
+WORTH_A_LOOK = 0.5
 SMALLEST_CROP = 0.76
 # Spread of a locally normalised picture that has no structure; photographs have 15 and more.
 FLAT = 3.0
@@ -156,10 +161,10 @@ def candidates(prints: Sequence[Fingerprint]) -> list[tuple[int, int, int]]:
             score[own - start, own] = -1
             take = min(CANDIDATES, count - 1)
             best = np.argpartition(-score, take - 1, axis=1)[:, :take]
-            for a, others in zip(own.tolist(), best.tolist(), strict=True):
-                for b in others:
-                    # A flip is its own inverse: (b, a) differs only if one is a crop of the other.
-                    chosen[a, b, flip] = None
+            likely = np.take_along_axis(score, best, axis=1) >= LIKELY
+            for row, column in zip(*np.nonzero(likely), strict=True):
+                # A flip is its own inverse: (b, a) differs only if one is a crop of the other.
+                chosen[int(own[row]), int(best[row, column]), flip] = None
     return list(chosen)
 
 
