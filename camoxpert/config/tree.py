@@ -68,6 +68,12 @@ class DataConfig:
         minimum=0,
         maximum=0.5,
     )
+    group_copies: bool = setting(
+        True,
+        "keep copies of a picture (identical files, or re-encoded, resized, cropped or flipped "
+        "ones) on one side of the validation split",
+        flag="--group-copies",
+    )
     img_size: int = setting(
         352, "side of the square training image, a multiple of 32", flag="--img-size", minimum=32
     )

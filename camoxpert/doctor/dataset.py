@@ -14,10 +14,11 @@ from camoxpert.data.files.manifest import (
     Search,
     load_eval,
     load_train,
-    split_validation,
 )
 from camoxpert.data.files.pairing import Pair, pair_files
-from camoxpert.doctor.copies import CANDIDATES, Match, find_copies, fingerprints
+from camoxpert.data.files.split import split_validation
+from camoxpert.doctor.copies import Match, families_of, find_all_copies, fingerprints
+from camoxpert.doctor.families import copy_families
 from camoxpert.doctor.finding import Finding
 from camoxpert.doctor.inspect import PairFacts, identical_files, inspect_pairs
 from camoxpert.errors import DataError
@@ -25,7 +26,6 @@ from camoxpert.files import write_rows
 from camoxpert.metrics.groups import SIZES
 from camoxpert.text import count
 
-MORE_ROUNDS = 4
 # Number of pictures on the contact sheet of a split.
 SHEET_PICTURES = 48
 PARTS = ("training", "validation", "test")
@@ -226,7 +226,8 @@ def _check_copies(
     """Look for duplicate pictures, and report the splits that they are in."""
     sound = [facts for facts in found.facts if not facts.faults]
     if copies:
-        matches = _find_all_copies(sound, max_pixels)
+        prints = fingerprints([facts.pair.image for facts in sound], max_pixels=max_pixels)
+        matches = find_all_copies(prints)
     else:
         matches = [
             Match(group[0], other, 1.0, "the same file")
@@ -241,7 +242,7 @@ def _check_copies(
         return "validation" if (facts.pair.dataset, facts.pair.name) in validation else "training"
 
     left_out = {row[:3] for row in found.clean_list}
-    for members in _families(matches):
+    for members in families_of(matches):
         # Keep one of each family. Test sets are never cleaned, so that scores stay comparable;
         # validation takes precedence over training.
         ranked = sorted(members, key=lambda i: (-PARTS.index(part(sound[i])), i))
@@ -270,45 +271,6 @@ def _check_copies(
         found.add("note", "copies", f"No {sought} found among {len(sound)} images.")
 
 
-def _find_all_copies(sound: Sequence[PairFacts], max_pixels: int) -> list[Match]:
-    """Return the duplicate pictures, including families with more members than candidates."""
-    prints = fingerprints([facts.pair.image for facts in sound], max_pixels=max_pixels)
-    matches = find_copies(prints)
-    for _ in range(MORE_ROUNDS):
-        # A picture has few candidates: in a large family they may hide a match with another family.
-        large = [family for family in _families(matches) if len(family) > CANDIDATES]
-        if not large:
-            break
-        left = list(prints)
-        for family in large:
-            for index in family[1:]:
-                left[index] = None
-        known = {(match.a, match.b) for match in matches}
-        more = [match for match in find_copies(left) if (match.a, match.b) not in known]
-        if not more:
-            break
-        matches += more
-    return matches
-
-
-def _families(matches: Sequence[Match]) -> list[list[int]]:
-    """Join matches that share a picture: a copy of a copy is a copy."""
-    parent: dict[int, int] = {}
-
-    def root(index: int) -> int:
-        while parent.setdefault(index, index) != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    for match in matches:
-        parent[root(match.a)] = root(match.b)
-    families: dict[int, list[int]] = {}
-    for index in sorted(parent):
-        families.setdefault(root(index), []).append(index)
-    return list(families.values())
-
-
 def _check_training(
     found: Examination, data: DataConfig, search: Search, seed: int
 ) -> set[tuple[str, str]]:
@@ -323,7 +285,8 @@ def _check_training(
         elif not any(finding.level == "error" for finding in found.findings):
             found.add("error", "training", f"Training would stop here: {error}")
         return set()
-    _, validation = split_validation(whole, data.val_fraction, seed)
+    families = copy_families(whole, data) if data.group_copies else []
+    _, validation = split_validation(whole, data.val_fraction, seed, families)
     return {(pair.dataset, pair.name) for pair in validation.pairs}
 
 

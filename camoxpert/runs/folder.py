@@ -95,13 +95,21 @@ def what_is_trained(config: Config) -> dict[str, Any]:
     }
 
 
+ADDED = ("data.group_copies",)
+"""Settings that runs of the first version did not have."""
+
+
 def run_name(config: Config) -> str:
     """Name a run after its settings: equal settings, equal name."""
     if config.run.name:
         return config.run.name
     settings = what_is_trained(config)
-    # Settings removed since the first version count with their defaults: names stay the same.
+    # Settings removed since the first version count with their defaults, and settings added since
+    # do not count at their defaults: names stay the same.
     settings |= {old.path: old.neutral for old in ALIASES if old.target not in FREE}
+    for path in ADDED:
+        if settings[path] == get_setting(Config(), path):
+            del settings[path]
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{config.model.backbone}-{config.data.img_size}-{digest}"

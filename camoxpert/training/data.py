@@ -19,7 +19,6 @@ from camoxpert.data.files.manifest import (
     find_test_sets,
     load_train,
     read_clean_list,
-    split_validation,
     unused_rows,
 )
 from camoxpert.data.files.pairing import Pair
@@ -34,6 +33,7 @@ from camoxpert.runtime.host import free_shared_memory
 from camoxpert.runtime.processes import World
 from camoxpert.text import shorten
 from camoxpert.training.batching import effective_batch
+from camoxpert.training.split import Split, decide_split
 
 MASKS_LOOKED_AT = 16
 
@@ -56,7 +56,14 @@ class RunData:
     loading: LoaderPlan
 
 
-def find_data(config: Config, world: World, *, device: str = "cpu", write: bool = True) -> RunData:
+def find_data(
+    config: Config,
+    world: World,
+    *,
+    device: str = "cpu",
+    write: bool = True,
+    kept: Split | None = None,
+) -> RunData:
     """Find, pair, check, split and decode the data, printing each decision.
 
     Args:
@@ -65,6 +72,7 @@ def find_data(config: Config, world: World, *, device: str = "cpu", write: bool 
             and the ranks of a machine share its cores and memory.
         device: type of the device on which the step runs.
         write: False does not build a missing cache.
+        kept: the split of the run that is continued.
 
     Raises:
         DataError: anything wrong with the data or its cache.
@@ -77,13 +85,8 @@ def find_data(config: Config, world: World, *, device: str = "cpu", write: bool 
     cache, verdict = find_cache(whole, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, whole) if cache is not None else _look_for_faults(whole, data)
-    train, validation = split_validation(whole, data.val_fraction, config.train.seed)
+    train, validation = decide_split(whole, config, kept or {}, write=write)
     tests = find_test_sets(data.roots, search)
-    console.decide(
-        "data",
-        f"{len(train)} training and {len(validation)} validation images ({whole.layout}), "
-        f"validation carved from TRAIN",
-    )
     for note in whole.notes:
         console.decide("", note)
     sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())

@@ -31,6 +31,7 @@ from camoxpert.training.optim import backbone_scale, build_optimizer
 from camoxpert.training.plan import Plan, make_plan, stage1_epochs
 from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.run import Run
+from camoxpert.training.split import Split
 
 GRAPHS_PER_SIZE = 8
 
@@ -39,6 +40,7 @@ def prepare(
     config: Config,
     *,
     continued: Mapping[str, Any] | None = None,
+    kept: Split | None = None,
     write: bool = True,
     world: World | None = None,
 ) -> Run:
@@ -48,6 +50,7 @@ def prepare(
         config: checked settings.
         continued: ``run.json`` of the stopped run that this one will continue; the batching that
             it chose from free memory is kept, so that the same command takes the same steps.
+        kept: the split of that run.
         write: False does not build a missing data cache.
         world: the processes that train together.
 
@@ -58,7 +61,9 @@ def prepare(
     world = world or World()
     device = choose_device(config.train.device, index=world.local_rank)
     check_architecture(device)
-    data = world.in_turn(lambda: find_data(config, world, device=device.type, write=write))
+    data = world.in_turn(
+        lambda: find_data(config, world, device=device.type, write=write, kept=kept)
+    )
     world.check_stop()
     on_cuda = device.type == "cuda"
     name = device_name(device) if on_cuda else f"{torch.get_num_threads()} threads"

@@ -12,15 +12,14 @@ from pathlib import Path
 
 from camoxpert.config import Config
 from camoxpert.errors import CheckpointError
-from camoxpert.files import write_rows
 from camoxpert.runs.checkpoint import Checkpoint
 from camoxpert.runs.folder import what_is_trained
 from camoxpert.training.batching import Batching
 from camoxpert.training.checkpoints import images_per_step
 from camoxpert.training.data import RunData
 from camoxpert.training.run import Run
+from camoxpert.training.split import SAMPLES
 
-SAMPLES = "samples.csv"
 # Settings that decide what the weights mean or which samples are used.
 FIXED = ("model.", "data.", "train.seed")
 
@@ -113,22 +112,6 @@ def batching_changes(
         f"processes: {before['processes']} -> {batching.processes}; {batching.size} images x "
         f"{batching.steps} on each, {batching.effective} per step as before"
     ]
-
-
-def write_samples(run_dir: Path, data: RunData) -> None:
-    """Write ``samples.csv``: images of training and validation with the sizes of their files."""
-    rows = [
-        {
-            "split": split,
-            "dataset": dataset,
-            "name": name,
-            "image_bytes": sizes[0],
-            "mask_bytes": sizes[1],
-        }
-        for split, manifest in (("training", data.train), ("validation", data.validation))
-        for (dataset, name), sizes in manifest.files().items()
-    ]
-    write_rows(run_dir / SAMPLES, rows, ("split", "dataset", "name", "image_bytes", "mask_bytes"))
 
 
 def data_changes(run_dir: Path, data: RunData) -> str:

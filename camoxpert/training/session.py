@@ -22,8 +22,9 @@ from camoxpert.runs.share import write_shared
 from camoxpert.runtime.processes import World, join, named_faults
 from camoxpert.training.checkpoints import restore
 from camoxpert.training.prepare import prepare
-from camoxpert.training.resume import Changes, changes_since, write_samples
+from camoxpert.training.resume import Changes, changes_since
 from camoxpert.training.run import Run
+from camoxpert.training.split import read_split, write_samples
 from camoxpert.training.step import memory_explained
 from camoxpert.training.trainer import train
 from camoxpert.training.trial import trial_step
@@ -65,7 +66,8 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
                 stack.callback(folder.close)
                 unchanged = f"{folder.path} is as it was; the same command continues it."
                 with stop.outcome(NOTHING_YET if folder.checkpoint is None else unchanged):
-                    prepared = prepare(config, continued=folder.info, world=world)
+                    kept = read_split(folder.path) if folder.checkpoint is not None else {}
+                    prepared = prepare(config, continued=folder.info, kept=kept, world=world)
                     changes = open_folder(prepared, folder)
                     open_log(prepared, folder.checkpoint, changes, argv, decisions)
             prepared.log.add_phase("start", time.monotonic() - started)
@@ -80,7 +82,8 @@ def dry_run(config: Config) -> None:
     with joined(config) as world, stop.outcome(NOTHING_YET):
         folder = world.from_first(lambda: find_run(config))
         folder.close()
-        run = prepare(config, continued=folder.info, write=False, world=world)
+        kept = read_split(folder.path) if folder.checkpoint is not None else {}
+        run = prepare(config, continued=folder.info, kept=kept, write=False, world=world)
         largest = max(stage.batch_size for stage in run.plan.stages)
         if folder.checkpoint is not None and folder.path is not None:
             for change in changes_since(folder.checkpoint, run, folder.path).lines:
@@ -165,7 +168,7 @@ def open_log(
         step = checkpoint.values["state"]["step"] + 1 if checkpoint else None
         try:
             write_bytes(folder / "config.yaml", to_yaml(config).encode())
-            write_samples(folder, run.data)
+            write_samples(folder, run.data.train, run.data.validation)
             write_run_json(
                 folder,
                 argv=argv,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -149,44 +148,6 @@ def concat(manifests: Sequence[Manifest]) -> Manifest:
         sum(m.excluded for m in manifests),
         tuple(note for m in manifests for note in m.notes),
         tuple(row for m in manifests for row in m.cleaned),
-    )
-
-
-def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
-    """Split off a part of the training data for validation.
-
-    Each class contributes its share (largest remainders first). The choice depends only on the seed
-    and the names, not on the order of files on disk.
-
-    Returns:
-        (train, validation); validation is empty for fraction 0 and has at least one pair otherwise.
-    """
-    total = len(manifest)
-    wanted = min(max(1, round(fraction * total)), total - 1) if fraction > 0 and total > 1 else 0
-
-    def rank(pair: Pair) -> str:
-        return hashlib.sha256(
-            f"{seed}/{pair.dataset}/{pair.name}".encode(errors="surrogateescape")
-        ).hexdigest()
-
-    groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)
-    for pair in manifest.pairs:
-        groups[pair.dataset, pair.group].append(pair)
-    shares = {key: wanted * len(pairs) / total for key, pairs in groups.items()} if total else {}
-    counts = {key: math.floor(share) for key, share in shares.items()}
-    by_remainder = sorted(
-        shares, key=lambda key: (counts[key] - shares[key], rank(groups[key][0]), key)
-    )
-    for key in by_remainder[: wanted - sum(counts.values())]:
-        counts[key] += 1
-    chosen = {
-        pair for key, pairs in groups.items() for pair in sorted(pairs, key=rank)[: counts[key]]
-    }
-    train = tuple(pair for pair in manifest.pairs if pair not in chosen)
-    validation = tuple(pair for pair in manifest.pairs if pair in chosen)
-    return (
-        replace(manifest, pairs=train),
-        replace(manifest, pairs=validation, split="validation", excluded=0, notes=()),
     )
 
 
