@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from camoxpert.benchmark import train
 from camoxpert.benchmark.common import interleaved, paired_ratio
 from camoxpert.benchmark.metrics import bound_by, make_pair
 from camoxpert.cli import main
+from camoxpert.config import ModelConfig
 
 
 def test_variants_take_turns() -> None:
@@ -100,7 +102,19 @@ def test_train_times_the_whole_step(tmp_path: Path) -> None:
         result["ratios"]
     )
     assert result["images_per_second"] > 0
+    assert result["macs_of_one_expert"] == pytest.approx(1, abs=0.1), "at width 16 a step is 10 %"
     assert main(["benchmark", "train", *words, "--precision", "fp8"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "texture", "attention"])
+def test_one_expert_does_equal_work(kind: str) -> None:
+    """As wide as the chosen experts together, a kind with a quadratic part would do more."""
+    channels = (8, 16, 24, 32)
+    like = ModelConfig(width=64, num_experts=4, top_k=2, experts=(kind,), expert_expansion=1.0)
+    single, macs = train.one_expert_of_equal_work(like, channels, 64)
+    assert (single.num_experts, single.top_k) == (1, 1) and macs == pytest.approx(1, abs=0.03)
+    if kind == "hybrid":
+        assert single.expert_expansion < 2
 
 
 @pytest.mark.slow
