@@ -198,6 +198,7 @@ def initialise_layer_scale(net: nn.Module, value: float) -> None:
         if (
             last.startswith("gamma")
             and parameter.ndim == 1
+            and not parameter.is_meta
             and float(parameter.detach().max()) <= 1e-4
         ):
             nn.init.constant_(parameter, value)
