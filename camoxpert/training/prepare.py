@@ -13,7 +13,7 @@ import torch
 
 from camoxpert import console, stop
 from camoxpert.config import Config
-from camoxpert.data.samples.augment import training_sides
+from camoxpert.data.samples.augment import image_sides, training_sides
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.runtime.device import (
@@ -115,7 +115,7 @@ def prepare(
 def _build_network(config: Config, device: torch.device, world: World) -> tuple[CamoXpert, float]:
     """Build the network with the same weights on every rank, then seed each rank differently."""
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model).to(device)
+    model = build_model(config.model, sides=image_sides(config.data)).to(device)
     if not world.first:
         torch.manual_seed(config.train.seed + 1_000_003 * world.rank)
     if config.train.channels_last:
