@@ -66,7 +66,9 @@ class Step:
         torch.manual_seed(0)
         config, device, batch_size = subject.config, subject.device, subject.batch_size
         self.config, self.device, self.precision = config, device, subject.precision
-        self.model: CamoXpert = build_model(config.model).to(device).train()
+        self.model: CamoXpert = (
+            build_model(config.model, sides=[config.data.img_size]).to(device).train()
+        )
         self.optimizer = build_optimizer(self.model, config.optim)
         self.ema = ModelEma(self.model, 0.999)
         size = config.data.img_size

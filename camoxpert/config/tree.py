@@ -246,7 +246,11 @@ class OptimConfig:
         above=0,
     )
     weight_decay: float = setting(
-        1e-4, "decoupled weight decay (not on norms and biases)", flag="--weight-decay", minimum=0
+        1e-4,
+        "decoupled weight decay (of matrices and filters; not of norms, biases, gains, "
+        "temperatures)",
+        flag="--weight-decay",
+        minimum=0,
     )
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas")
     scheduler: str = setting(

@@ -11,6 +11,7 @@ from camoxpert.config import to_dict
 from camoxpert.errors import CheckpointError, NumericError, Stopped
 from camoxpert.runs.checkpoint import FORMAT, Checkpoint
 from camoxpert.runs.store import CheckpointFolder
+from camoxpert.training.optim import load_optimizer, lr_scales, saved_names
 from camoxpert.training.run import Run, TrainState
 
 
@@ -86,13 +87,11 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
         )
     try:
         run.model.load_state_dict(values["model"])
-        # Moments come from the checkpoint; weight decay, betas and scales from the settings, or a
-        # change of them would be printed but not applied.
-        groups = run.optimizer.param_groups
-        now = [{k: g[k] for k in ("weight_decay", "betas", "scale")} for g in groups]
-        run.optimizer.load_state_dict(values["optimizer"])
-        for group, settings in zip(run.optimizer.param_groups, now, strict=True):
-            group.update(settings)
+        before = checkpoint.config
+        has_weights = bool(before.model.weights) or before.model.pretrained
+        scales = lr_scales(run.model, before.optim, has_weights=has_weights)
+        names = saved_names(values["optimizer"], run.model, scales)
+        load_optimizer(run.optimizer, values["optimizer"], names)
         run.scaler.load_state_dict(values["scaler"])
         if run.ema is not None:
             # An EMA that was off before starts at the current weights.

@@ -13,7 +13,7 @@ import torch
 
 from camoxpert import console, stop
 from camoxpert.config import Config
-from camoxpert.data.samples.augment import training_sides
+from camoxpert.data.samples.augment import image_sides, training_sides
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.runtime.device import (
@@ -27,7 +27,7 @@ from camoxpert.runtime.processes import World
 from camoxpert.training.batching import Batching, agree_on_batching
 from camoxpert.training.data import find_data
 from camoxpert.training.ema import ModelEma
-from camoxpert.training.optim import backbone_scale, build_optimizer
+from camoxpert.training.optim import backbone_scale, build_optimizer, lr_scales
 from camoxpert.training.plan import Plan, make_plan, stage1_epochs
 from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.run import Run
@@ -81,9 +81,9 @@ def prepare(
     model, gmacs = _build_network(config, device, world)
     world.check_stop()
     has_weights = bool(config.model.weights) or config.model.pretrained
-    routers = [(moe.router, config.optim.router_lr_scale) for moe in model.moe_levels]
     scale = backbone_scale(config.optim, has_weights=has_weights)
-    optimizer = build_optimizer(model, config.optim, scales=[(model.backbone, scale), *routers])
+    scales = lr_scales(model, config.optim, has_weights=has_weights)
+    optimizer = build_optimizer(model, config.optim, scales=scales)
     ema = ModelEma(model, config.train.ema_decay) if config.train.use_ema else None
     before = (continued or {}).get("batch")
     batching = agree_on_batching(config, model, device, precision, before, world)
@@ -120,7 +120,7 @@ def prepare(
 def _build_network(config: Config, device: torch.device, world: World) -> tuple[CamoXpert, float]:
     """Build the network with the same weights on every rank, then seed each rank differently."""
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model).to(device)
+    model = build_model(config.model, sides=image_sides(config.data)).to(device)
     if not world.first:
         torch.manual_seed(config.train.seed + 1_000_003 * world.rank)
     if config.train.channels_last:

@@ -26,6 +26,11 @@ def training_sides(data: DataConfig) -> tuple[int, ...]:
     return tuple(sorted(sides))
 
 
+def image_sides(data: DataConfig) -> tuple[int, ...]:
+    """Return the sides of all images that a network sees, that of evaluation first."""
+    return (data.img_size, *(side for side in training_sides(data) if side != data.img_size))
+
+
 def source_side(data: DataConfig) -> int:
     """Return the side to which pairs are decoded before they are augmented."""
     return data.source_size or max(training_sides(data))
