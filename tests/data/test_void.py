@@ -126,7 +126,7 @@ GREY: dict[str, Callable[[Mask, Path], Mask]] = {
     "a PNG of a JPEG": lambda m, path: as_jpeg(m, path / "a.jpg", 40),
     "four levels": lambda m, _: enlarged(m, 0.5, cv2.INTER_AREA) // 85 * 85,
     "nearly white": lambda m, _: np.where(ring(BODY), 253, m).astype(np.uint8),
-    "specks": lambda m, _: np.where((np.indices(m.shape) % 25 == 7).all(0), 1, m).astype(np.uint8),
+    "specks": lambda m, _: np.where((np.indices(m.shape) % 30 == 7).all(0), 1, m).astype(np.uint8),
     "limited range": lambda m, _: (16 + m.astype(int) * 219 // 255).astype(np.uint8),
 }
 
