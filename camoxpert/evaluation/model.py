@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from camoxpert import console
 from camoxpert.config import DataConfig
 from camoxpert.data.files.image_io import write_jpeg
+from camoxpert.data.files.labels import split_void
 from camoxpert.data.files.manifest import Manifest, Search, find_test_sets, load_eval
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.errors import DataError
@@ -26,6 +27,7 @@ from camoxpert.evaluation.results import (
     GalleryEntry,
     ModelSource,
     Scored,
+    decide_void,
     summarise,
 )
 from camoxpert.files import leads_outside
@@ -239,7 +241,8 @@ def _score_set(
     )
 
     def seen(item: Item, prediction: Callable[[], NDArray[np.uint8]], row: Row) -> None:
-        everything.add(item.name, np.full_like(item.mask, 255), item.mask)
+        mask, void = split_void(item.mask)
+        everything.add(item.name, np.full_like(item.mask, 255), mask, void=void)
         original = item.original
         if original is not None:
             pictures.offer(
@@ -261,6 +264,7 @@ def _score_set(
         precision=predictor.precision,
         seen=seen,
     )
+    decide_void(name, evaluator)
     return summarise(
         evaluator,
         options,

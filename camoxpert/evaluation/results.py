@@ -217,6 +217,16 @@ def compare_all(scored: Sequence[Scored]) -> list[ComparisonEntry]:
     return entries
 
 
+def decide_void(dataset: str, evaluator: Evaluator) -> None:
+    """Print how many images have void pixels, if any has."""
+    if evaluator.num_with_void:
+        console.decide(
+            "void",
+            f"{dataset}: {evaluator.num_with_void} of {evaluator.num_images} masks have unlabelled "
+            f"pixels (void); no measure counts them",
+        )
+
+
 def by_dataset(scored: Sequence[Scored]) -> dict[str, dict[str, Evaluator]]:
     """Return data set -> method -> evaluator."""
     table: dict[str, dict[str, Evaluator]] = {}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from camoxpert import stop
+from camoxpert.data.files.labels import split_void
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
@@ -34,7 +35,7 @@ class Item:
         name: unique in its data set.
         image: uint8 (3, S, S), resized.
         size: (height, width) of the original.
-        mask: uint8 (H, W), 0 or 255.
+        mask: uint8 (H, W), 0 or 255, VOID on pixels that are not scored.
         original: uint8 RGB (H, W, 3), or None if the loader does not keep it.
     """
 
@@ -131,10 +132,11 @@ def score(
         if scorer is not None:
             rows = scorer.flush()
         else:
-            rows = [
-                evaluator.add(i.name, m.numpy(), i.mask, group=labels.get(i.name, ""))
-                for i, m in done
-            ]
+            rows = []
+            for item, map_HW in done:
+                mask, void = split_void(item.mask)
+                label = labels.get(item.name, "")
+                rows.append(evaluator.add(item.name, map_HW.numpy(), mask, void=void, group=label))
         if seen is not None:
             for (item, map_HW), row in zip(done, rows, strict=True):
                 seen(item, partial(_on_host, map_HW), row)
@@ -149,7 +151,9 @@ def score(
             waiting = [(i, (m * 255).to(torch.uint8)) for i, m in zip(items, maps, strict=True)]
             if scorer is not None:
                 for item, map_HW in waiting:
-                    scorer.add(item.name, map_HW, item.mask, group=labels.get(item.name, ""))
+                    mask, void = split_void(item.mask)
+                    label = labels.get(item.name, "")
+                    scorer.add(item.name, map_HW, mask, void=void, group=label)
         finish(waiting)
     finally:
         model.train(training)

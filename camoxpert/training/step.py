@@ -131,7 +131,9 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
             counts_LE = counts.add(output.routing)
             target = batch.target()
             with region("loss"):
-                loss, terms = run.loss(output, target, run.config.loss, counts_LE=counts_LE)
+                loss, terms = run.loss(
+                    output, target, run.config.loss, counts_LE=counts_LE, known_B1HW=batch.known()
+                )
             with region("backward"):
                 run.scaler.scale(loss * share).backward()
         records.append(tuple(Routing(*(part.detach() for part in r)) for r in output.routing))

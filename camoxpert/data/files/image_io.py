@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from camoxpert.data.files.masks import binary_mask, encoding_of, mask_levels
+from camoxpert.data.files.masks import StoredLevels, binary_mask, encoding_of, stored_levels
 from camoxpert.data.files.png import png_exif, require_checksums
 from camoxpert.errors import DataError
 from camoxpert.files import write_bytes
@@ -125,12 +125,13 @@ def read_mask(
 ) -> np.ndarray:
     """Decode a binary mask, however it is stored.
 
-    Understood: 0 and any other level (0/1, 0/255, 16-bit, 1-bit), palettes, masks in the alpha
+    Understood: 0 and any other level (0/1, 0/255, 16-bit, 1-bit), label maps (every label is
+    object; unlabelled pixels, as PASCAL VOC marks them, are void), palettes, masks in the alpha
     channel only, and masks blurred by JPEG or antialiasing (most pixels near the two ends, cut
-    above 128). The rules are in ``masks.py``.
+    above 128). The rules are in ``masks.py`` and ``labels.py``.
 
     Returns:
-        uint8 (H, W), 0 and 255.
+        uint8 (H, W), 0 and 255; ``labels.VOID`` where a label map has no label.
 
     Raises:
         DataError: unreadable, or not a mask (for example a grey photograph).
@@ -156,18 +157,15 @@ def _read_mask(
         return np.ascontiguousarray(_upright(Image.fromarray(mask), orientation)), loaded
 
 
-def read_levels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_levels(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> StoredLevels:
     """Decode a mask's levels as they are stored; neither EXIF nor the mask rules are applied.
-
-    Returns:
-        (H, W) bool or any number type, the channel that holds the mask.
 
     Raises:
         DataError: unreadable or larger than ``max_pixels``.
     """
     path = Path(path)
     with _open(path, max_pixels) as image:
-        return mask_levels(_load(image, path), path)
+        return stored_levels(_load(image, path), path)
 
 
 def read_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
