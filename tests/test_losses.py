@@ -54,7 +54,9 @@ def test_the_edge_weight_is_computed_once_for_the_mask_and_all_side_heads(
     mask = (torch.rand(2, 1, 32, 32) > 0.5).float()
     calls = []
     honest = edge_weight
-    monkeypatch.setattr(losses, "edge_weight", lambda mask, known=None: calls.append(1) or honest(mask))
+    monkeypatch.setattr(
+        losses, "edge_weight", lambda mask, known=None: calls.append(1) or honest(mask)
+    )
     shared = total_loss(output, mask, config.loss)
     assert len(calls) == times
     # The same sum as with a weight of its own for every head.
