@@ -107,7 +107,7 @@ def read_image(
             try:
                 pixels = decode_jpeg(path, image.size, reduction)
             except ValueError as error:
-                raise DataError(_damaged(path, error)) from error
+                raise _damaged(path, error) from error
             if pixels is not None:
                 return pixels
         return _as_rgb(_upright(_load(image, path), orientation))
@@ -311,12 +311,12 @@ def _load(image: Image.Image, path: Path) -> Image.Image:
         if image.format in ("JPEG", "MPO"):
             require_sound_jpeg(path, mode)
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise DataError(_damaged(path, error)) from error
+        raise _damaged(path, error) from error
     return image
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} is damaged or cut short: {error}. Copy it again."
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is damaged or cut short: {error}. Copy it again.")
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
