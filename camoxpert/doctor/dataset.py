@@ -20,7 +20,7 @@ from camoxpert.data.files.split import split_validation
 from camoxpert.doctor.copies import Match, families_of, find_all_copies, fingerprints
 from camoxpert.doctor.families import copy_families
 from camoxpert.doctor.finding import Finding
-from camoxpert.doctor.inspect import PairFacts, identical_files, inspect_pairs
+from camoxpert.doctor.inspect import MaskShape, PairFacts, identical_files, inspect_pairs
 from camoxpert.errors import DataError
 from camoxpert.files import write_rows
 from camoxpert.metrics.groups import SIZES
@@ -184,7 +184,28 @@ def _check_masks(found: Examination) -> None:
                 f"{dataset} {split}: masks that mark every pixel: {len(full)}.",
                 [facts.pair.mask for facts in full],
             )
-        inverted = [facts for facts in sound if facts.border > 0.9 and 0.5 < facts.share < 1]
+        void = [facts for facts in sound if facts.void]
+        if void:
+            share = sum(facts.void for facts in void) / len(void)
+            found.add(
+                "note",
+                "masks",
+                f"{dataset} {split}: {len(void)} of {len(sound)} masks have unlabelled pixels "
+                f"(void, {share:.1%} of each on average); losses and measures leave them out.",
+                [facts.pair.mask for facts in void],
+            )
+            plain = [facts for facts in sound if facts.encoding == "0/255"]
+            if plain:
+                found.add(
+                    "warning",
+                    "masks",
+                    f"{dataset} {split}: {len(plain)} masks beside them have no label but white, "
+                    f"which is read as object there. Is it void?",
+                    [facts.pair.mask for facts in plain],
+                )
+        inverted = [
+            facts for facts in sound if MaskShape(facts.share, facts.void, facts.border).inverted
+        ]
         if len(inverted) > 0.5 * len(sound):
             found.add(
                 "error",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from camoxpert import console
@@ -27,7 +27,7 @@ from camoxpert.data.samples.augment import sample_transform, training_sides
 from camoxpert.data.samples.datasets import PairDataset
 from camoxpert.data.unreadable import require_few
 from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
-from camoxpert.doctor.inspect import identical_files
+from camoxpert.doctor.inspect import MaskShape, identical_files, mask_shape
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import free_shared_memory
 from camoxpert.runtime.processes import World
@@ -152,14 +152,19 @@ def _quick_checks(
     sound = [pair for pair in parts["training"].pairs if pair not in unreadable]
     looked_at = sound[:: max(1, len(sound) // MASKS_LOOKED_AT)][:MASKS_LOOKED_AT]
     kinds: Counter[str] = Counter()
+    shapes: list[MaskShape] = []
     for pair in looked_at:
         try:
-            kinds[read_mask_as(pair.mask, max_pixels=data.max_pixels)[1]] += 1
+            mask, kind = read_mask_as(pair.mask, max_pixels=data.max_pixels)
         except DataError:
             if data.unreadable != "skip":
                 raise
+            continue
+        kinds[kind] += 1
+        shapes.append(mask_shape(mask))
     words = ", ".join(kind for kind, _ in kinds.most_common())
     console.decide("masks", f"stored as {words} ({len(looked_at)} looked at)")
+    _judge_masks(shapes)
     items = [
         (pair.image, part)
         for part, manifest in parts.items()
@@ -180,6 +185,30 @@ def _quick_checks(
             f"{items[a][0].name} ({items[a][1]}) and {items[b][0].name} ({items[b][1]}); "
             f"`camoxpert doctor` writes a --clean-list",
         )
+
+
+def _judge_masks(shapes: Sequence[MaskShape]) -> None:
+    """Print what is odd about the masks looked at: void, swapped values, one value alone."""
+    number = len(shapes)
+    void = sum(shape.void > 0 for shape in shapes)
+    if void:
+        console.decide(
+            "void",
+            f"{void} of {number} masks looked at have unlabelled pixels; losses and measures leave "
+            f"them out",
+        )
+    odd = {
+        "look inverted: the object, white (255), surrounds the image": [s.inverted for s in shapes],
+        "are empty: nothing is marked as object": [shape.share == 0 for shape in shapes],
+        "mark every pixel as object": [shape.share == 1 for shape in shapes],
+    }
+    for what, found in odd.items():
+        if any(found):
+            # A few empty masks may be intended; a few inverted ones may be large objects.
+            console.decide(
+                "warning" if sum(found) > number / 2 else "",
+                f"{sum(found)} of {number} masks looked at {what}; `camoxpert doctor` checks all",
+            )
 
 
 def _decide_cache(

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from camoxpert.data.files.jpeg import decode_jpeg, require_sound_jpeg
 from camoxpert.data.files.masks import StoredLevels, binary_mask, encoding_of, stored_levels
 from camoxpert.data.files.png import png_exif, require_checksums
 from camoxpert.errors import DataError
@@ -23,13 +24,6 @@ MAX_PIXELS = 50_000_000
 # Our own limit is checked from the header; Pillow's warning would only repeat it.
 Image.MAX_IMAGE_PIXELS = None
 ORIENTATION_TAG = 0x0112
-# OpenCV's flags for "colour at 1/n" imply BGR; these do not.
-REDUCED = {
-    1: 0,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
 # EXIF orientation -> how to turn the stored pixels upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -109,7 +103,11 @@ def read_image(
         orientation = _header(image, path).orientation if apply_orientation else 1
         quick = image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1
         if quick and not strict:
-            pixels = _decode_jpeg(path, _reduction(min(image.size), at_least))
+            reduction = _reduction(min(image.size), at_least)
+            try:
+                pixels = decode_jpeg(path, image.size, reduction)
+            except ValueError as error:
+                raise _damaged(path, error) from error
             if pixels is not None:
                 return pixels
         return _as_rgb(_upright(_load(image, path), orientation))
@@ -308,10 +306,17 @@ def _load(image: Image.Image, path: Path) -> Image.Image:
     try:
         if image.format == "PNG":
             require_checksums(path)
+        mode = image.mode
         image.load()
+        if image.format in ("JPEG", "MPO"):
+            require_sound_jpeg(path, mode)
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise DataError(f"{path} is damaged or cut short: {error}. Copy it again.") from error
+        raise _damaged(path, error) from error
     return image
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is damaged or cut short: {error}. Copy it again.")
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
@@ -323,24 +328,6 @@ def _reduction(shorter: int, at_least: int | None) -> int:
     if at_least is None:
         return 1
     return max(n for n in (1, 2, 4, 8) if n == 1 or shorter // n >= at_least)
-
-
-def _decode_jpeg(path: Path, reduction: int) -> np.ndarray | None:
-    """Decode with OpenCV, twice as fast as Pillow; None if the file lacks the JPEG end marker.
-
-    OpenCV silently fills the missing part of a truncated file with grey, so the end marker is
-    checked first. Some writers append bytes after it: Pillow, which checks, then decodes the file.
-    """
-    data = np.fromfile(path, np.uint8)
-    if data[-2:].tobytes() != b"\xff\xd9":
-        return None
-    flags = cv2.IMREAD_COLOR_RGB | REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        pixels: np.ndarray | None = cv2.imdecode(data, flags)
-    except cv2.error:
-        # More pixels than OPENCV_IO_MAX_IMAGE_PIXELS: Pillow only obeys data.max_pixels.
-        return None
-    return pixels
 
 
 def _as_rgb(image: Image.Image) -> np.ndarray:
