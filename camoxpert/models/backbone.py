@@ -139,7 +139,7 @@ class Backbone(nn.Module):
 
     def _by_order(self) -> list[list[str]] | None:
         """Split the names behind the modules that timm names as the levels' ends; None if the
-        network has no parameters under these names."""
+        network has no parameters under these names, or not in this order."""
         names = [name for name, _ in self.net.named_parameters()]
         # features_only writes stages.0 as stages_0 for some networks: compare without the dots.
         plain = [name.replace(".", "_") for name in names]
@@ -151,6 +151,8 @@ class Backbone(nn.Module):
                 return None
             ends.append(max(inside) + 1)
         ends[-1] = len(names)
+        if ends != sorted(ends):
+            return None
         return [names[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _by_gradient(self) -> list[list[str]]:
