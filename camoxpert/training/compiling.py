@@ -56,10 +56,9 @@ def run_eagerly(model: nn.Module, error: Exception) -> bool:
     for module in compiled:
         module._compiled_call_impl = None
     if compiled:
-        cause = next((line for line in str(error).splitlines() if line.strip()), "")
         console.warn(
             f"--compile failed and is off from here on: {type(error).__name__}: "
-            f"{' '.join(cause.split())[:300]}. The run continues without it."
+            f"{' '.join(str(error).split())[:300]}. The run continues without it."
         )
     return bool(compiled)
 

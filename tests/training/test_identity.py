@@ -80,9 +80,9 @@ def test_weights_are_compared_by_content_and_not_needed_again(
     assert runs_in(out) == [name]
     values = torch.load(file, weights_only=True)
     values["model"] = {key: tensor + 1 for key, tensor in values["model"].items()}
-    torch.save(values, moved)
+    torch.save(values, file)
     capsys.readouterr()
-    stopped(*words, str(moved), out=out)
+    stopped(*words, str(file), out=out)
     assert len(runs_in(out)) == 2, "other content under the same name is another run"
     assert "started from another model.weights" in capsys.readouterr().out
 
@@ -125,8 +125,9 @@ def test_init_from_matches_experts_by_kind_and_lists_the_others(
     assert "experts.0" in said and "experts.1" not in said, "texture and hybrid moved; edge is new"
     assert train(*words, "--expert-family", "uniform") == 0
     assert "decoder.levels.0.moe.experts" in capsys.readouterr().out
-    assert train(*words, "model.width=24", "--backbone", "resnet18") == 4
-    assert "nothing in" in " ".join(capsys.readouterr().err.split())
+    assert train(*words, "model.width=24", "--backbone", "resnet10t") == 0
+    said = capsys.readouterr().out
+    assert "backbone (" in said and "its backbone is tiny_test" in said
     assert train(*words, "--weights", "w.pt") == 2
     assert train("--dry-run", "--init-from", "nowhere") == 4
     assert "--init-from: There is no checkpoint" in " ".join(capsys.readouterr().err.split())
