@@ -156,6 +156,12 @@ class ModelConfig:
     weights: str = setting(
         "", "backbone weights file (.pth, .pt, .safetensors), used instead", flag="--weights"
     )
+    init_from: str = setting(
+        "",
+        "start from an own model (a run, a checkpoint, a folder or file of shared weights): all "
+        "that fits is taken, what does not is listed",
+        flag="--init-from",
+    )
     drop_path: float = setting(0.0, "stochastic depth rate of the backbone", minimum=0, maximum=0.9)
     layer_scale_init: float | None = setting(
         None,

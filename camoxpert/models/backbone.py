@@ -116,6 +116,10 @@ class Backbone(nn.Module):
             self.std = tuple(settings.get("std", IMAGENET_STD))
             self.channels_last = _is_channels_last(net)
             self.net = net
+        for module in self.net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(_before_norm)
+                module.register_forward_hook(_after_norm, always_call=True)
         if config.weights:
             load_weights(self.net, Path(config.weights), name=self.name, options=self._options)
         elif not config.pretrained or config.backbone == TINY:
@@ -139,7 +143,7 @@ class Backbone(nn.Module):
 
     def _by_order(self) -> list[list[str]] | None:
         """Split the names behind the modules that timm names as the levels' ends; None if the
-        network has no parameters under these names."""
+        network has no parameters under these names, or not in this order."""
         names = [name for name, _ in self.net.named_parameters()]
         # features_only writes stages.0 as stages_0 for some networks: compare without the dots.
         plain = [name.replace(".", "_") for name in names]
@@ -151,6 +155,8 @@ class Backbone(nn.Module):
                 return None
             ends.append(max(inside) + 1)
         ends[-1] = len(names)
+        if ends != sorted(ends):
+            return None
         return [names[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _by_gradient(self) -> list[list[str]]:
@@ -178,6 +184,24 @@ class Backbone(nn.Module):
         except AssertionError:  # how timm says that a network has no such mode
             return False
         return True
+
+
+def _before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Let batch norm use its running statistics where a channel has one value: a single image with
+    a map of 1x1, whose variance does not exist.
+
+    So a last short batch is neither dropped nor merged, and a run takes the same steps.
+    """
+    x = inputs[0]
+    if module.training and x.ndim > 1 and x.numel() == x.shape[1]:
+        module.training = False
+        module.single_value = True  # type: ignore[assignment]  # a plain mark, read back below
+
+
+def _after_norm(module: nn.Module, inputs: object, output: object) -> None:
+    if getattr(module, "single_value", False):
+        module.training = True
+        module.single_value = False  # type: ignore[assignment]
 
 
 def _check_name(name: str) -> None:

@@ -106,6 +106,7 @@ class RunInfo(TypedDict, total=False):
     versions: dict[str, str]
     git_commit: str | None
     data_hash: str
+    files: dict[str, str]  # sha256 of the files that settings name, by dotted path
     phases: dict[str, float]  # wall seconds
     decisions: list[str]
     precision: str

@@ -119,6 +119,14 @@ def find_data(
     return RunData(train, validation, tests, whole.content_hash(), loading)
 
 
+def hash_of_data(config: Config) -> str:
+    """Return the content hash of the data that a run with these settings trains on."""
+    data = config.data
+    clean = read_clean_list(data.clean_list)
+    search = Search(data.layout, data.noncam, clean, data.allow_outside)
+    return load_train(data.roots, search).content_hash()
+
+
 def unreadable_in(cache: PixelCache, manifest: Manifest) -> dict[Pair, str]:
     """Return the pairs of a manifest that could not be decoded into a cache, and why."""
     return {manifest.pairs[i]: why for i, why in cache.unreadable_of(manifest).items()}

@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from camoxpert.config import OptimConfig
+from camoxpert.config import ModelConfig, OptimConfig
 from camoxpert.models.camoxpert import CamoXpert
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def starts_with_weights(model: ModelConfig) -> bool:
+    """Return whether the backbone starts from learned weights."""
+    return bool(model.weights or model.init_from) or model.pretrained
 
 
 def lr_scales(

@@ -84,6 +84,7 @@ class Run:
         loss: loss function, ``(output, masks, config, counts_LE=) -> (loss, terms)``.
         state: progress.
         path, log: its folder and its records; without a folder nothing is written.
+        files: sha256 of the files that settings name, by dotted path.
         split: parts into which each micro-batch is split after the device ran out of memory.
     """
 
@@ -108,6 +109,7 @@ class Run:
     path: Path | None = None
     log: RunLog = field(default_factory=RunLog)
     split: int = 1
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def evaluated_model(self) -> CamoXpert:

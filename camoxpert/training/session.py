@@ -20,9 +20,10 @@ from camoxpert.runs.info import update_run_json, write_run_json
 from camoxpert.runs.log import RunLog
 from camoxpert.runs.share import write_shared
 from camoxpert.runtime.processes import World, join, named_faults
-from camoxpert.training.checkpoints import restore
+from camoxpert.training.checkpoints import require_space, restore
+from camoxpert.training.data import hash_of_data
 from camoxpert.training.prepare import prepare
-from camoxpert.training.resume import Changes, changes_since
+from camoxpert.training.resume import Changes, changes_since, refuse_if_trained
 from camoxpert.training.run import Run
 from camoxpert.training.split import read_split, write_samples
 from camoxpert.training.step import memory_explained
@@ -62,12 +63,19 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
     with joined(config) as world:
         with contextlib.ExitStack() as stack:
             with stop.outcome(NOTHING_YET), console.remembering() as decisions:
-                folder = world.from_first(lambda: find_run(config))
+                folder = world.from_first(
+                    lambda: find_run(config, data_hash=lambda: hash_of_data(config))
+                )
                 stack.callback(folder.close)
                 unchanged = f"{folder.path} is as it was; the same command continues it."
                 with stop.outcome(NOTHING_YET if folder.checkpoint is None else unchanged):
-                    kept = read_split(folder.path) if folder.checkpoint is not None else {}
-                    prepared = prepare(config, continued=folder.info, kept=kept, world=world)
+                    prepared = prepare(
+                        config,
+                        continued=folder.info,
+                        kept=read_split(folder.path) if folder.checkpoint is not None else {},
+                        restored=folder.checkpoint is not None,
+                        world=world,
+                    )
                     changes = open_folder(prepared, folder)
                     open_log(prepared, folder.checkpoint, changes, argv, decisions)
             prepared.log.add_phase("start", time.monotonic() - started)
@@ -80,7 +88,7 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
 def dry_run(config: Config) -> None:
     """Check settings and data, build everything, take one step; write nothing."""
     with joined(config) as world, stop.outcome(NOTHING_YET):
-        folder = world.from_first(lambda: find_run(config))
+        folder = world.from_first(lambda: find_run(config, data_hash=lambda: hash_of_data(config)))
         folder.close()
         kept = read_split(folder.path) if folder.checkpoint is not None else {}
         run = prepare(config, continued=folder.info, kept=kept, write=False, world=world)
@@ -132,6 +140,10 @@ def open_folder(run: Run, folder: RunFolder) -> Changes:
         changes = Changes()
         if checkpoint is not None and folder.path is not None:
             changes = changes_since(checkpoint, run, folder.path)
+            if folder.info.get("status") == "finished" and changes.lines:
+                refuse_if_trained(checkpoint, run, changes)
+        # Before anything is written: a refusal must not change the folder.
+        require_space(run, folder.path)
         try:
             path = folder.create(run.config)
         except OSError as error:
@@ -176,6 +188,7 @@ def open_log(
                 data_hash=run.data.data_hash,
                 phases=read_json(folder / "run.json").get("phases", {}),
                 extra={
+                    "files": run.files,
                     "decisions": list(decisions),
                     "precision": run.precision.name,
                     "parameters": run.parameters,
