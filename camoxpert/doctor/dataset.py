@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from camoxpert.config import DataConfig
+from camoxpert.data.files.jpeg import hears_warnings
 from camoxpert.data.files.layouts import recognise
 from camoxpert.data.files.manifest import (
     Manifest,
@@ -152,6 +153,12 @@ def _check_files(found: Examination) -> None:
     formats = Counter(facts.image_format for facts in found.facts if facts.image_format)
     text = ", ".join(f"{name} {number}" for name, number in formats.most_common())
     found.add("note", "files", f"{len(found.facts) - len(broken)} pairs are sound; images: {text}.")
+    if "JPEG" in text and not hears_warnings():
+        found.add(
+            "note",
+            "files",
+            "Random damage in JPEGs is not seen without simplejpeg: pip install simplejpeg.",
+        )
     odd: dict[str, list[Path]] = {}
     for facts in found.facts:
         for oddity in facts.oddities:
