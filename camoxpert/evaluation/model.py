@@ -34,7 +34,7 @@ from camoxpert.files import leads_outside
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
-from camoxpert.metrics.scoring import Row
+from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel
 
 Picture = NDArray[np.uint8]
@@ -231,7 +231,10 @@ def _score_set(
     pictures: Gallery,
 ) -> Scored:
     started = time.monotonic()
-    evaluator, everything = options.evaluator(), options.evaluator()
+    evaluator = options.evaluator()
+    # Without weighted F and the like, which would take longer than all measures of the model.
+    cheap = tuple(key for key in options.keys if key in FAST_KEYS)
+    everything = replace(options, keys=cheap).evaluator()
     loader = build_eval_loader(
         manifest,
         DataConfig(img_size=predictor.img_size, max_pixels=predictor.config.data.max_pixels),

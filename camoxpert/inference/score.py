@@ -22,8 +22,9 @@ from camoxpert.metrics.scoring import Row
 from camoxpert.models.router import Routing
 from camoxpert.runtime.device import Precision
 
-FORWARD_BATCH = {"cpu": 1}
-"""Images per forward pass by device type: on a CPU, 1 is as fast as any other number."""
+FORWARD_BATCH = {"cpu": 4}
+"""Images per forward pass by device type. On a CPU 4 take 1.3 to 1.8 times the images per second of
+single ones (128 and 224 px, two cores)."""
 FORWARD_BATCH_ELSEWHERE = 16
 
 
@@ -102,7 +103,8 @@ def score(
     """Score a model on evaluation batches into ``evaluator``.
 
     The forward pass always takes the same number of images, whatever the loader's batch size: how a
-    convolution rounds depends on it, and a score must not.
+    convolution rounds depends on it, and a score must not. The last images are repeated to fill
+    their pass.
 
     On a CUDA device the maps are scored there, and the host waits once per batch, while the next
     one is being computed.
@@ -125,7 +127,7 @@ def score(
     use_torch = device.type == "cuda" if on_device is None else on_device
     scorer = DeviceScorer(evaluator) if use_torch else None
     waiting: list[tuple[Item, Tensor]] = []
-    size = FORWARD_BATCH.get(device.type, FORWARD_BATCH_ELSEWHERE)
+    size = forward_batch(device)
     labels = groups or {}
 
     def finish(done: list[tuple[Item, Tensor]]) -> None:
@@ -144,7 +146,8 @@ def score(
     try:
         for items in chunks(batches, size):
             stop.check()
-            images = torch.stack([item.image for item in items]).to(device)
+            filled = [*items, *[items[-1]] * (size - len(items))]
+            images = torch.stack([item.image for item in filled]).to(device)
             sizes = [item.size for item in items]
             maps, _ = probability_maps(model, images, sizes, precision=precision)
             finish(waiting)
@@ -157,6 +160,11 @@ def score(
         finish(waiting)
     finally:
         model.train(training)
+
+
+def forward_batch(device: torch.device) -> int:
+    """Return how many images a forward pass takes."""
+    return FORWARD_BATCH.get(device.type, FORWARD_BATCH_ELSEWHERE)
 
 
 def _on_host(map_HW: Tensor) -> NDArray[np.uint8]:

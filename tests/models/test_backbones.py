@@ -97,7 +97,7 @@ def test_they_train_a_whole_step(backbone: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", sorted(families()))
 def test_every_family_trains_or_is_refused_in_one_paragraph(family: str) -> None:
     backbone = families()[family]
