@@ -253,7 +253,9 @@ def pair_orientation(
 
 def write_png(path: str | Path, array: np.ndarray) -> None:
     """Write uint8 grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4) as PNG, atomically."""
-    _write(Path(path), array, ".png", [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    # OpenCV's own options: naming a compression level switches its fast strategy off, which takes
+    # twice as long and saves a fifth of the bytes of a cut-out.
+    _write(Path(path), array, ".png", [])
 
 
 def write_jpeg(path: str | Path, array: np.ndarray, *, quality: int = 92) -> None:
