@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CamoXpertError, Stopped) as error:
         if debug:
             raise
-        prefix = "" if error.exit_code in (75, 130, 143) else "error: "
+        prefix = "" if isinstance(error, Stopped) else "error: "
         if not error.quiet:
             print_paragraph(str(error), prefix=prefix)
         return error.exit_code
@@ -147,7 +147,8 @@ def overview() -> str:
             "`camoxpert COMMAND --help` lists a command's flags. Exit codes: 0 done, 2 usage or "
             "settings,",
             "3 data, 4 checkpoint, 5 numeric failure, 6 another process of the run ended,",
-            "75 stopped at the deadline (run the same command again), 130 Ctrl-C, 143 SIGTERM.",
+            "75 stopped at the deadline (run the same command again), 130 Ctrl-C, 143 SIGTERM,",
+            "129 SIGHUP.",
         ]
     )
 

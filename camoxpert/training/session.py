@@ -12,7 +12,14 @@ from pathlib import Path
 
 from camoxpert import console, stop
 from camoxpert.config import Config, to_yaml
-from camoxpert.errors import CamoXpertError, CheckpointError, ConfigError, NumericError, Stopped
+from camoxpert.errors import (
+    CamoXpertError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericError,
+    Stopped,
+)
 from camoxpert.files import read_json, write_bytes
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
 from camoxpert.runs.folder import RunFolder, find_run
@@ -251,13 +258,22 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
     if not (run.config.run.test and run.data.tests):
         return {}
     predictor = Predictor(load_checkpoint(best), device=run.device, precision=run.precision)
-    with run.log.phase("testing"):
-        results = evaluate_run(
-            predictor,
-            run.data.tests,
-            ScoringOptions(gallery=run.config.run.num_images),
-            batch_size=run.plan.stages[-1].batch_size,
-        )
+    try:
+        with run.log.phase("testing"):
+            results = evaluate_run(
+                predictor,
+                run.data.tests,
+                ScoringOptions(gallery=run.config.run.num_images),
+                batch_size=run.plan.stages[-1].batch_size,
+                num_workers=run.data.loading.num_workers,
+                # A broken test image must not keep a trained run from finishing: it is named.
+                unreadable="skip",
+            )
+    except DataError as error:
+        text = f"the test sets could not be scored: {error}"
+        run.log.write({"kind": "event", "text": text})
+        console.warn(text)
+        return {}
     rows = [result.to_dict() for result in results]
     console.say(text_table(rows, tuple(results[0].scores)))
     return {result.dataset: result.scores for result in results}

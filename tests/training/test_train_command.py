@@ -226,3 +226,40 @@ def test_samples_with_a_torn_line_are_not_compared(tmp_path: Path) -> None:
     header = "split,dataset,name,image_bytes,mask_bytes\n"
     (tmp_path / SAMPLES).write_text(header + "training,d,a,10,5\ntraining,d,b,1")
     assert data_changes(tmp_path, None) == ""
+
+
+def test_a_broken_test_image_does_not_keep_a_run_from_finishing(
+    train, toy_data: Path, tmp_path: Path, capsys
+) -> None:
+    """Otherwise the same command trains nothing, and fails at the same image, every time."""
+    import shutil
+
+    from camoxpert.cli import main
+
+    own = tmp_path / "data"
+    shutil.copytree(toy_data, own)
+    images = sorted((own / "TestDataset" / "toy" / "Imgs").iterdir())
+    images[2].write_bytes(images[2].read_bytes()[:200])
+    words = ("--epochs", "1", "--run-name", "x")
+    assert train(*words, data=own, out=tmp_path / "runs") == 0
+    run = tmp_path / "runs" / "x"
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 8 images cannot be read and are missing from the scores" in said
+    assert images[2].name in said
+    result = json.loads((run / "evaluation" / "scores.json").read_text())["results"][0]
+    assert (result["num_images"], result["num_unreadable"]) == (7, 1)
+    assert images[2].name in result["unreadable"][0]
+    assert "7, 1 unreadable left out" in (run / "report.html").read_text()
+    assert "1 unreadable left out" in (run / "evaluation" / "index.html").read_text()
+    # `evaluate` refuses it unless asked, and says how to ask.
+    command = ["evaluate", str(run), "--data", str(own), "-o", str(tmp_path / "e"), "--device"]
+    assert main([*command, "cpu"]) == 3
+    assert main([*command, "cpu", "--unreadable", "skip", "--num-workers", "1"]) == 0
+    # No image at all: the run still finishes, and says why it has no scores.
+    for image in images:
+        image.write_bytes(b"")
+    assert train("--epochs", "1", "--run-name", "y", data=own, out=tmp_path / "runs") == 0
+    assert "none of its images can be read" in " ".join(capsys.readouterr().err.split())
+    events = [record["text"] for record in records(tmp_path / "runs" / "y", "event")]
+    assert any("could not be scored" in text for text in events)
