@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
     typed = [argument for argument in typed if argument != "--debug"]
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show an arrow or an accent shows its code instead of failing.
         if isinstance(stream, io.TextIOWrapper):
@@ -103,6 +104,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         print_paragraph(f"error: {error.strerror or error}{where}.")
         return 3
+
+
+def open_missing_streams() -> None:
+    """Open streams that a daemon or ``2>&-`` closed, so that what is printed goes nowhere.
+
+    Without this, printing fails, and the next file that is opened, such as a checkpoint, gets
+    number 2 and receives what libraries write to the standard error.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is taken: this one.
+            os.open(os.devnull, os.O_RDWR)
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def run_command(typed: list[str]) -> int:
