@@ -7,8 +7,8 @@ every policy is measured in a process of its own; the processes take turns.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +27,9 @@ from camoxpert.benchmark.common import (
     show_table,
 )
 from camoxpert.benchmark.train import Step, Subject
+from camoxpert.config import config_from_dict, to_dict
 from camoxpert.errors import ConfigError
+from camoxpert.runtime.device import Precision
 from camoxpert.runtime.host import PASSIVE, WAIT_POLICIES
 
 POLICIES: dict[str, dict[str, str]] = {"passive": dict(PASSIVE), "active": {}}
@@ -112,7 +114,9 @@ def _process(subject: Subject, variables: dict[str, str]) -> Iterator[Callable[[
             raise RuntimeError("the measured process ended; its error is above")
 
     try:
-        pickle.dump(subject, to)
+        settings = {"config": to_dict(subject.config), "batch_size": subject.batch_size}
+        to.write(json.dumps({**settings, "dtype": str(subject.precision.dtype)}).encode() + b"\n")
+        to.flush()
         yield step
     finally:
         process.kill()
@@ -122,8 +126,14 @@ def _process(subject: Subject, variables: dict[str, str]) -> Iterator[Callable[[
 
 
 def serve() -> None:
-    """Take a step for every line of standard input; the subject comes first, pickled."""
-    step = Step(pickle.load(sys.stdin.buffer))
+    """Take a step for every line of standard input; the first one describes the subject."""
+    import torch
+
+    told = json.loads(sys.stdin.buffer.readline())
+    name = told["dtype"].removeprefix("torch.")
+    precision = Precision(None if name == "None" else getattr(torch, name), False, name)
+    config = config_from_dict(told["config"])
+    step = Step(Subject(config, torch.device("cpu"), precision, told["batch_size"]))
     for _ in sys.stdin.buffer:
         step.full()
         print("done", flush=True)

@@ -115,6 +115,14 @@ def load_optimizer(
         for index, name in zip(group["params"], group["names"], strict=True)
     }
     now["state"] = {places[name]: values for name, values in state.items()}
+    # A run that continues at the end of an epoch saves again before a step sets the rate.
+    rates = {
+        name: group["lr"]
+        for group, known in zip(saved["param_groups"], names, strict=True)
+        for name in known
+    }
+    for group in now["param_groups"]:
+        group["lr"] = rates[group["names"][0]]
     optimizer.load_state_dict(now)
 
 
