@@ -24,7 +24,7 @@ def copy_families(manifest: Manifest, data: DataConfig, *, write: bool = True) -
     """Return the positions of pictures that are copies: the same file, or similar content.
 
     The result is kept in the cache folder, under a name made from the paths, sizes and times of the
-    files, and is found there next time. Files that cannot be read are no copies of anything.
+    files, and is found there next time. Unreadable files are in no family.
 
     Args:
         manifest: the training data.

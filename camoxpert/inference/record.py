@@ -1,4 +1,6 @@
-"""What the pictures in a folder were made from, so that no call takes another's for its own.
+"""The record of what the pictures in a folder were made from: model, settings and photos.
+
+A later call can so tell which of them it would make again.
 
 ``predictions.jsonl`` is only appended to: a line of settings, then a line for each photo. The last
 line about a photo counts; new settings end what was said before them. It is also the lock of the

@@ -140,7 +140,7 @@ def find_run(config: Config, *, data_hash: Callable[[], str]) -> RunFolder:
     now = file_hashes(config) if wanted == "auto" else {}
     for folder in _candidates(config, now, data_hash) if wanted == "auto" else ():
         info = read_json(folder / "run.json")
-        # A name that was given names the run: what differs is then refused, not passed over.
+        # With --run-name the user names the run: what differs is then refused, not skipped.
         other = () if config.run.name else _other_files(info, now)
         if other:
             notes.append(f"run         {folder} started from another {' and '.join(other)}")

@@ -1,4 +1,4 @@
-"""Compiling the network, and going on without where the compiler fails."""
+"""Compile the network; where the compiler fails, the run continues without it."""
 
 from __future__ import annotations
 

@@ -70,19 +70,11 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
     with joined(config) as world:
         with contextlib.ExitStack() as stack:
             with stop.outcome(NOTHING_YET), console.remembering() as decisions:
-                folder = world.from_first(
-                    lambda: find_run(config, data_hash=lambda: hash_of_data(config))
-                )
+                folder = find_folder(config, world)
                 stack.callback(folder.close)
                 unchanged = f"{folder.path} is as it was; the same command continues it."
                 with stop.outcome(NOTHING_YET if folder.checkpoint is None else unchanged):
-                    prepared = prepare(
-                        config,
-                        continued=folder.info,
-                        kept=read_split(folder.path) if folder.checkpoint is not None else {},
-                        restored=folder.checkpoint is not None,
-                        world=world,
-                    )
+                    prepared = prepare_run(config, folder, world)
                     changes = open_folder(prepared, folder)
                     open_log(prepared, folder.checkpoint, changes, argv, decisions)
             prepared.log.add_phase("start", time.monotonic() - started)
@@ -95,10 +87,9 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
 def dry_run(config: Config) -> None:
     """Check settings and data, build everything, take one step; write nothing."""
     with joined(config) as world, stop.outcome(NOTHING_YET):
-        folder = world.from_first(lambda: find_run(config, data_hash=lambda: hash_of_data(config)))
+        folder = find_folder(config, world)
         folder.close()
-        kept = read_split(folder.path) if folder.checkpoint is not None else {}
-        run = prepare(config, continued=folder.info, kept=kept, write=False, world=world)
+        run = prepare_run(config, folder, world, write=False)
         largest = max(stage.batch_size for stage in run.plan.stages)
         if folder.checkpoint is not None and folder.path is not None:
             for change in changes_since(folder.checkpoint, run, folder.path).lines:
@@ -106,6 +97,24 @@ def dry_run(config: Config) -> None:
         with memory_explained(run):
             trial_step(run.model, config, run.device, run.precision, largest)
         console.say("dry run     one step forward and back worked; nothing was written")
+
+
+def find_folder(config: Config, world: World) -> RunFolder:
+    """Return the folder of the stopped run that these settings continue, the same on all ranks."""
+    return world.from_first(lambda: find_run(config, data_hash=lambda: hash_of_data(config)))
+
+
+def prepare_run(config: Config, folder: RunFolder, world: World, *, write: bool = True) -> Run:
+    """Build the run. One that continues keeps its batching and split, and needs no weights."""
+    stopped = folder.checkpoint is not None
+    return prepare(
+        config,
+        continued=folder.info,
+        kept=read_split(folder.path) if stopped else {},
+        restored=stopped,
+        write=write,
+        world=world,
+    )
 
 
 @contextmanager

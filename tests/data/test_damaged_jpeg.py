@@ -193,3 +193,29 @@ def test_the_cache_names_a_damaged_file(tmp_path: Path) -> None:
     data = build_config({"data.img_size": 64}).data
     with pytest.raises(DataError, match=r"1 files cannot be decoded:\n.*b\.jpg is damaged"):
         open_cache(load_train([str(tmp_path / "d")], Search()), data, mode="ram")
+
+
+def test_any_damage_ends_in_a_data_error(tmp_path: Path) -> None:
+    """Markers at the end of a file, tables cut short: the checks of the structure do not crash."""
+    generator = np.random.default_rng(0)
+    sound = [encoded(photo(), **options) for options in ({}, {"progressive": True})]
+    path = tmp_path / "a.jpg"
+    refused = 0
+    for number in range(400):
+        data = bytearray(sound[number // 4 % 2])
+        place = int(generator.integers(2, len(data)))
+        if number % 4 == 0:
+            data[place:] = b"\xff\xda\xff\xd9"
+        elif number % 4 == 1:
+            data[place:] = b"\xff\xd9"
+        elif number % 4 == 2:
+            data[int(generator.integers(2, 200))] = int(generator.choice([0, 255, 0xDA, 0xC4]))
+        else:
+            del data[place : place + int(generator.integers(1, 60))]
+        path.write_bytes(bytes(data))
+        try:
+            read_image(path)
+        except DataError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 200, "most are refused, and nothing else is raised"

@@ -132,6 +132,8 @@ def _require_whole_scans(data: bytes) -> None:
         if kind == HUFFMAN_TABLES and table is None:
             table = _first_symbol(data[start:end])
         if kind == START_OF_SCAN:
+            if len(data) <= start:
+                raise ValueError("its first scan has no header")
             place = end
             if not baseline or data[start] < len(components):
                 _require_all_scans(data[start - 4 :], components, progressive=not baseline)
@@ -161,6 +163,8 @@ def _require_all_scans(data: bytes, components: bytes, *, progressive: bool) -> 
     # Component -> the lowest bit that arrived, of every coefficient.
     lowest = {component: [99] * (64 if progressive else 1) for component in components}
     for scan in SCAN.finditer(data):
+        if len(data) < scan.end() + 3:
+            break
         number = data[scan.end() + 2]
         start = scan.end() + 3 + 2 * number
         if number > len(components) or len(data) < start + 3:
@@ -192,7 +196,7 @@ def _first_symbol(tables: bytes) -> int | None:
     place = 0
     while place + 17 <= len(tables):
         number = sum(tables[place + 1 : place + 17])
-        if tables[place] == 0x10 and number:
+        if tables[place] == 0x10 and number and place + 17 < len(tables):
             return tables[place + 17]
         place += 17 + number
     return None
