@@ -13,6 +13,7 @@ from camoxpert import console, stop
 from camoxpert.cli import no_overrides
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.files import why_missing
 
 if TYPE_CHECKING:
     from camoxpert.evaluation.results import EvaluationResult
@@ -38,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(model, ("data.layout", "data.clean_list", "data.allow_outside"))
     model.add_argument(
-        "--split", choices=("test", "train"), default="test", help="which split of DIR [test]"
+        "--split",
+        choices=("test", "val", "train"),
+        default="test",
+        help="which split of DIR [test]",
     )
     model.add_argument(
         "--batch-size", type=int, default=8, help="images read at a time; changes no number [8]"
@@ -189,7 +193,7 @@ def _check(options: argparse.Namespace, typed: Sequence[str]) -> None:
     for path in options.data or ():
         # Here, before torch is imported and a model is built.
         if not Path(path).exists():
-            raise DataError(f"--data: there is no file or folder {path}.")
+            raise DataError(f"--data: {why_missing(path)}")
 
 
 def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[EvaluationResult], Path]:

@@ -133,7 +133,12 @@ class DataConfig:
     )
     prefetch_factor: int = setting(4, "batches each worker prepares ahead", minimum=1)
     pin_memory: bool = setting(True, "page-locked batches for faster copies (CUDA only)")
-    max_pixels: int = setting(50_000_000, "larger images are refused from their header", minimum=1)
+    max_pixels: int = setting(
+        50_000_000,
+        "larger images are refused from their header",
+        flag="--max-pixels",
+        minimum=1,
+    )
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 

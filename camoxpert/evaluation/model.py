@@ -28,7 +28,7 @@ from camoxpert.evaluation.results import (
     Scored,
     summarise,
 )
-from camoxpert.files import leads_outside
+from camoxpert.files import leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
@@ -90,21 +90,18 @@ def find_sets(
         predictor: the test sets of its run are used if no path is given.
         paths: data sets.
         search: how to find their pairs.
-        split: test or train, where a data set has splits.
+        split: test, val or train, where a data set has splits.
 
     Raises:
         DataError: nothing found, two data sets with the same name, or an unusable data set.
     """
     for path in paths:
         if not Path(path).exists():
-            raise DataError(f"--data: there is no file or folder {path}.")
-    sets: dict[str, Manifest] = {}
-    for path in paths:
-        for name, manifest in load_eval(path, search, split=split).items():
-            if name in sets:
-                raise DataError(f"Two data sets are called {name}; score them in separate calls.")
-            sets[name] = manifest
+            raise DataError(f"--data: {why_missing(path)}")
     if paths:
+        sets = load_eval(paths, search, split=split)
+        for note in dict.fromkeys(note for manifest in sets.values() for note in manifest.notes):
+            console.note(note)
         return sets
     data = predictor.config.data
     # Not data.allow_outside: the checkpoint may come from an untrusted source.

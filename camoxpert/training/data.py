@@ -17,9 +17,8 @@ from camoxpert.data.files.manifest import (
     Manifest,
     Search,
     find_test_sets,
-    load_train,
+    load_parts,
     read_clean_list,
-    split_validation,
     unused_rows,
 )
 from camoxpert.data.files.pairing import Pair
@@ -73,16 +72,16 @@ def find_data(config: Config, world: World, *, device: str = "cpu", write: bool 
     data = config.data
     clean = read_clean_list(data.clean_list)
     search = Search(data.layout, data.noncam, clean, data.allow_outside)
-    whole = load_train(data.roots, search)
+    found = load_parts(data.roots, search, fraction=data.val_fraction, seed=config.train.seed)
+    whole, train, validation = found.whole, found.train, found.validation
     cache, verdict = find_cache(whole, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, whole) if cache is not None else _look_for_faults(whole, data)
-    train, validation = split_validation(whole, data.val_fraction, config.train.seed)
     tests = find_test_sets(data.roots, search)
     console.decide(
         "data",
         f"{len(train)} training and {len(validation)} validation images ({whole.layout}), "
-        f"validation carved from TRAIN",
+        f"validation: {found.origin}",
     )
     for note in whole.notes:
         console.decide("", note)

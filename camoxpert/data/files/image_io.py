@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from camoxpert.data.files.masks import binary_mask, encoding_of, mask_levels
 from camoxpert.data.files.png import png_exif, require_checksums
 from camoxpert.errors import DataError
-from camoxpert.files import write_bytes
+from camoxpert.files import why_missing, write_bytes
 
 MAX_PIXELS = 50_000_000
 # Our own limit is checked from the header; Pillow's warning would only repeat it.
@@ -267,7 +267,7 @@ def write_jpeg(path: str | Path, array: np.ndarray, *, quality: int = 92) -> Non
 
 def _open(path: Path, max_pixels: int) -> Image.Image:
     if not path.is_file():
-        raise DataError(f"There is no file {path}.")
+        raise DataError(why_missing(path, "file"))
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes). Copy or download it again.")
     try:
@@ -275,6 +275,10 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         with path.open("rb") as file:
             start = file.read(64).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            raise DataError(
+                f"{path} is a pointer of Git LFS, not the image. Fetch it with `git lfs pull`."
+            ) from None
         kind = "a web page" if start.startswith((b"<!doctype", b"<html")) else "not an image"
         raise DataError(f"{path} is {kind}, despite its name. Download it again.") from None
     except (OSError, ValueError, SyntaxError) as error:
@@ -284,7 +288,7 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
         image.close()
         raise DataError(
             f"{path} has {size} pixels, more than the limit of {max_pixels}. It was not decoded. "
-            "Shrink it, or raise data.max_pixels."
+            "Shrink it, or raise the limit with --max-pixels."
         )
     return image
 
