@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     maps.add_argument("--allow-extra", action="store_true", help="leave out maps without a mask")
     maps.add_argument(
+        "--map-suffix",
+        metavar="TEXT",
+        help="what map names have behind the image's name, as _sal in 0001_sal.png [found by rule]",
+    )
+    maps.add_argument(
         "--resize",
         choices=("error", "bilinear"),
         default="error",
@@ -155,6 +160,7 @@ OF_CHECKPOINTS = (
 )
 OF_MAPS = (
     *("--images", "--allow-missing", "--allow-extra", "--resize", "--gt-threshold", "--measures"),
+    "--map-suffix",
 )
 
 
@@ -215,7 +221,11 @@ def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[Evalu
         gt_threshold=options.gt_threshold,
     )
     pairing = PairOptions(
-        options.noncam, options.allow_missing, options.allow_extra, options.method or ""
+        options.noncam,
+        options.allow_missing,
+        options.allow_extra,
+        options.method or "",
+        options.map_suffix,
     )
     if options.list:
         tasks = list_tasks(Path(options.list), pairing)

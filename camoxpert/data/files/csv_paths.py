@@ -41,8 +41,8 @@ def read_table(path: Path, columns: Sequence[str], *, errors: str = "strict") ->
         if column not in header:
             shown = ", ".join(header) or "nothing"
             raise DataError(
-                f"{path} has no column {column!r} (its first line: {shown})."
-                f"{did_you_mean(column, header)} Needed: {', '.join(columns)}."
+                f"{path} has no column {column!r}.{did_you_mean(column, header)} It needs the "
+                f"columns {', '.join(columns)}; its first line names: {shown}."
             )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     rows = []

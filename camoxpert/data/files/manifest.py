@@ -126,7 +126,7 @@ def load_parts(
     read = _read(roots, search)
     whole = _train_of(read, search)
     given = [
-        without(_manifest_of(pairing), search.clean)
+        without(manifest_of(pairing), search.clean)
         for root in read
         for pairing in root.pairings
         if pairing.found.source.split == "val"
@@ -147,7 +147,7 @@ def load_parts(
 def find_test_sets(roots: Sequence[str | Path], search: Search = USUAL) -> dict[str, Manifest]:
     """Return the test sets that come with training data, by name; {} if there are none."""
     found = [
-        _manifest_of(pairing)
+        manifest_of(pairing)
         for root in _read(roots, search)
         for pairing in root.pairings
         if pairing.found.source.split == "test"
@@ -202,7 +202,7 @@ def _of_split(root: Root, split: str, missing: str) -> list[Manifest]:
     for wanted in (split, "all"):
         chosen = [p for p in root.pairings if p.found.source.split == wanted]
         if chosen:
-            first, *rest = [_manifest_of(pairing) for pairing in chosen]
+            first, *rest = [manifest_of(pairing) for pairing in chosen]
             return [replace(first, notes=(*root.notes, *first.notes)), *rest]
     names = ", ".join(sorted(set(splits)))
     raise DataError(f"{root.path} has no {missing.format(names)}")
@@ -281,7 +281,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _manifest_of(pairing: Pairing) -> Manifest:
+def manifest_of(pairing: Pairing) -> Manifest:
     """Return a pairing's manifest; missing or duplicate files are errors, unused masks a note."""
     found = pairing.found
     if pairing.doubled:
