@@ -135,7 +135,7 @@ def test_flags_win_over_the_file_and_overrides_over_flags(tmp_path: Path) -> Non
         (["train", "--scheduler", "cosin"], 2, "Did you mean cosine"),
         (["train"], 2, "--dataset-path"),
         (["train", "--config", "none.yaml"], 2, "there is no file none.yaml"),
-        (["train", "--dataset-path", "/no/such/folder"], 3, "there is no file or folder"),
+        (["train", "--dataset-path", "/no/such/folder"], 3, "There is no file or folder"),
         (["evaluate", "/no/such/run"], 4, "There is no checkpoint"),
         (["predict", "x"], 2, "required"),
         (["report", "/no/such/run"], 4, "neither a run folder"),

@@ -262,7 +262,7 @@ def map_folder(path: Path) -> Path | None:
     if image_files(path):
         return path
     written = is_predict_table(path / OUTPUT_TABLE)
-    inner = foldersnamed(path, (*MAP_FOLDERS, *(("masks",) if written else ())))
+    inner = folders_named(path, (*MAP_FOLDERS, *(("masks",) if written else ())))
     inner = [folder for folder in inner if list_files(folder, nested=True).images]
     others = [p for p in subfolders(path) if p not in inner and image_files(p)]
     return inner[0] if inner and (written or not others) else None
@@ -341,5 +341,3 @@ def dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
 def _match(name: str, sets: Mapping[str, MaskSet]) -> str | None:
     """Return the data set of that name, in upper or lower case; None if there is none."""
     return next((own for own in sets if own.lower() == name.lower()), None)
-
-

@@ -180,7 +180,7 @@ def _mask_folder(path: Path) -> Path | None:
     """Return the folder with masks: this one, or GT (or similar) in it; None if there is none."""
     if image_files(path):
         return path
-    inner = foldersnamed(path, MASK_FOLDERS)
+    inner = folders_named(path, MASK_FOLDERS)
     return next((folder for folder in inner if list_files(folder, nested=True).images), None)
 
 
@@ -218,7 +218,7 @@ def plain_set(path: Path, images: Path | None, noncam: str) -> MaskSet:
     splits = {} if images is not None else _splits_beside(path, noncam)
     splits = {image: split for image, split in splits.items() if image in kept}
     place = absolute(path)
-    beside = [p for p in foldersnamed(place.parent, IMAGE_FOLDERS) if p != place]
+    beside = [p for p in folders_named(place.parent, IMAGE_FOLDERS) if p != place]
     folder = images if images is not None else next(iter(beside), None)
     if folder is None:
         return MaskSet(name, kept, {}, notes, splits)
