@@ -23,7 +23,7 @@ environment: $(TESTS)
 test: lint types unit
 
 test-fast: lint types
-	$(PYTEST) -m "not slow" --ignore tests/faults --ignore tests/tools \
+	$(PYTEST) -m "not slow and not exhaustive" --ignore tests/faults --ignore tests/tools \
 		--ignore tests/frozen/test_digests.py
 
 lint: $(TESTS)

@@ -103,6 +103,9 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     """
     from pathlib import Path
 
+    from camoxpert.runtime.host import wait_passively
+
+    wait_passively()
     from camoxpert.inference.predictor import load_predictor
 
     return load_predictor(Path(model), device=device, precision=precision)
@@ -129,7 +132,9 @@ def train(config: Config | Mapping[str, Any] | str | Path | None = None, **setti
         DataError, CheckpointError, NumericError: as on the command line.
     """
     from camoxpert.config.keywords import config_from_keywords
+    from camoxpert.runtime.host import wait_passively
 
+    wait_passively()
     chosen = config_from_keywords(config, settings)
     from camoxpert.training.session import run
 

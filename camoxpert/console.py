@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -27,6 +27,22 @@ _decisions: list[str] = []
 _listeners: list[Callable[[str], None]] = []
 
 
+class _Nowhere(io.TextIOBase):
+    """Stands for the standard error of a process without one (a daemon, pythonw)."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+_NOWHERE = _Nowhere()
+
+
+def _stderr() -> TextIO:
+    """Return the standard error; ``print`` would write to stdout where there is none."""
+    missing = sys.stderr is None or sys.stderr.closed
+    return cast(TextIO, _NOWHERE) if missing else sys.stderr
+
+
 def set_silent(silent: bool) -> None:
     """Silence this process, because another rank prints for the run, or undo that."""
     global _silent
@@ -35,7 +51,7 @@ def set_silent(silent: bool) -> None:
 
 def say(text: str = "") -> None:
     """Print a line of results or status to stdout."""
-    if not _silent:
+    if not _silent and sys.stdout is not None and not sys.stdout.closed:
         print(text, flush=True)
 
 
@@ -63,7 +79,7 @@ def remembering() -> Iterator[list[str]]:
 def note(text: str) -> None:
     """Print a remark to stderr: stdout may hold a table or JSON that a program reads."""
     if not _silent:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=_stderr(), flush=True)
 
 
 def warn(text: str) -> None:
@@ -95,13 +111,13 @@ def progress(description: str, *, total: int | None, done: int = 0) -> Iterator[
         total: number of items, or None if unknown.
         done: items that were finished before.
     """
-    live = sys.stderr.isatty()
+    live = _stderr().isatty()
     with tqdm(
         desc=description,
         total=total,
         initial=done,
         ascii=" #",
-        file=sys.stderr if live else _Lines(),
+        file=_stderr() if live else _Lines(),
         leave=False,
         ncols=None if live else 80,
         delay=0 if live else LOG_EVERY_SECONDS,
@@ -156,7 +172,7 @@ class TrainingBar:
         live: bool | None = None,
     ) -> None:
         label = f"Epoch {epoch}/{epochs}" + (f" ({stage})" if stage else "")
-        self._live = (sys.stderr.isatty() if live is None else live) and not _silent
+        self._live = (_stderr().isatty() if live is None else live) and not _silent
         self._last_line = time.monotonic()
         self._tenths = 10 * initial // max(total, 1)
         self._bar = tqdm(
@@ -167,7 +183,7 @@ class TrainingBar:
             bar_format="{desc}: {percentage:.0f}%|{bar:10}| {n_fmt}/{total_fmt} "
             "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
             # Carriage returns garble a log file: tqdm stays silent, _log_line prints instead.
-            file=sys.stderr if self._live else io.StringIO(),
+            file=_stderr() if self._live else io.StringIO(),
             leave=False,
             mininterval=0.2,
         )
@@ -208,7 +224,7 @@ class TrainingBar:
         if due or tenths == 10 > self._tenths:
             self._last_line = time.monotonic()
             self._tenths = tenths
-            print(self.text(), file=sys.stderr, flush=True)
+            print(self.text(), file=_stderr(), flush=True)
 
     def close(self) -> None:
         """Remove the live bar; its numbers are in the log records."""
@@ -232,5 +248,5 @@ class _Lines(io.TextIOBase):
     def write(self, text: str) -> int:
         line = text.strip()
         if line:
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=_stderr(), flush=True)
         return len(text)

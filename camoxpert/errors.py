@@ -50,7 +50,8 @@ class Stopped(BaseException):
     Like KeyboardInterrupt not an ``Exception``: a signal can raise it anywhere, and code that turns
     any failure to read a file into another error must not swallow it.
 
-    ``exit_code`` is 75 (deadline), 130 (Ctrl-C) or 143 (SIGTERM), set on the instance.
+    ``exit_code`` is 75 (deadline), 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), set on the
+    instance.
     """
 
     exit_code = 75

@@ -1,6 +1,10 @@
 """Losses on logits, always in float32, and their sum with the terms that balance the router.
 
-Masks are 0 or 1. Shape letters: B batch, H height, W width, L levels, E experts.
+Masks are 0 or 1. Where some pixels are void (nobody labelled them), ``known`` is 1 on the others:
+void pixels are in no sum and in no normaliser, and an image without a known pixel adds nothing.
+Without ``known`` every pixel counts.
+
+Shape letters: B batch, H height, W width, L levels, E experts.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from torch import Tensor
 from camoxpert.config import LossConfig
 from camoxpert.models.balance import balance_loss, router_z_loss
 from camoxpert.models.camoxpert import ModelOutput
+
+WINDOW = 31
+"""Side of the window of the edge weight, in pixels."""
 
 
 class Loss(NamedTuple):
@@ -29,18 +36,47 @@ class Loss(NamedTuple):
     terms: dict[str, Tensor]
 
 
-def edge_weight(mask_B1HW: Tensor) -> Tensor:
+def edge_weight(mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
     """Return 1 + 5 |mean over 31x31 - mask|: pixels near an outline count up to six times.
 
     Source: Wei et al., F3Net, AAAI 2020, equation 3 (outside the image counts as background). The
-    square window is two strips, which is the same sum in 62 instead of 961 additions.
+    sum over the window is a product with a band of ones from either side: 5 to 8 times as fast as
+    pooling on a CPU, and exact for masks of 0 and 1, with TF32 as well.
+
+    With ``known`` the mean is that of the window's known pixels, and the weight of void is 0.
     """
-    strips = F.avg_pool2d(mask_B1HW, (31, 1), 1, (15, 0))
-    mean = F.avg_pool2d(strips, (1, 31), 1, (0, 15))
-    return 1 + 5 * (mean - mask_B1HW).abs()
+    with torch.autocast(mask_B1HW.device.type, enabled=False):
+        mask = mask_B1HW.float()
+        mean = _window_mean(mask)
+        if known_B1HW is None:
+            return 1 + 5 * (mean - mask).abs()
+        known = known_B1HW.float()
+        # A known pixel's window holds at least this pixel.
+        share = (1 - _window_mean(1 - known)).clamp_min(1 / WINDOW**2)
+        return known * (1 + 5 * (mean / share - mask).abs())
 
 
-def structure_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, *, weighted: bool = True) -> Tensor:
+def _window_mean(mask_B1HW: Tensor) -> Tensor:
+    """Return the mean over a square window around each pixel; 0 outside of the image."""
+    height, width = mask_B1HW.shape[-2:]
+    rows_HH, columns_WW = _band(height, mask_B1HW.device), _band(width, mask_B1HW.device)
+    return rows_HH @ mask_B1HW @ columns_WW / WINDOW**2
+
+
+def _band(size: int, device: torch.device) -> Tensor:
+    """Return a square matrix with ones up to half a window from the diagonal."""
+    place = torch.arange(size, device=device)
+    return ((place[:, None] - place).abs() <= WINDOW // 2).float()
+
+
+def structure_loss(
+    logits_B1HW: Tensor,
+    mask_B1HW: Tensor,
+    *,
+    weighted: bool = True,
+    weight_B1HW: Tensor | None = None,
+    known_B1HW: Tensor | None = None,
+) -> Tensor:
     """Return weighted BCE plus weighted IoU, both with the edge weight; mean over images.
 
     Args:
@@ -48,47 +84,90 @@ def structure_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, *, weighted: bool = T
         mask_B1HW: target, 0 or 1.
         weighted: False drops the weight. Many published scripts do so by mistake: they call
             ``binary_cross_entropy_with_logits(..., reduce='none')``, which averages first.
+        weight_B1HW: the edge weight of the mask, if the caller has it.
+        known_B1HW: 0 on void pixels, else 1.
 
     Source: Wei et al., F3Net, AAAI 2020, equations 3 to 6.
     """
     logits, mask = logits_B1HW.float(), mask_B1HW.float()
-    weight = edge_weight(mask) if weighted else torch.ones_like(mask)
+    weight = weight_B1HW if weighted else _ones(mask, known_B1HW)
+    if weight is None:
+        weight = edge_weight(mask, known_B1HW)
     bce = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    weighted_bce = (weight * bce).sum((1, 2, 3)) / weight.sum((1, 2, 3))
+    total = weight.sum((1, 2, 3))
+    if known_B1HW is not None:
+        total = total.clamp_min(1)
+    weighted_bce = (weight * bce).sum((1, 2, 3)) / total
     return (weighted_bce + _soft_iou(logits, mask, weight)).mean()
 
 
-def bce_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
-    """Return the plain binary cross entropy, mean over pixels."""
+def _ones(mask_B1HW: Tensor, known_B1HW: Tensor | None) -> Tensor:
+    return torch.ones_like(mask_B1HW) if known_B1HW is None else known_B1HW
+
+
+def bce_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
+    """Return the plain binary cross entropy, mean over pixels.
+
+    With ``known`` it is the mean over images of the mean over their known pixels, so that every
+    image has the same weight however its batch is divided.
+    """
+    if known_B1HW is not None:
+        terms = F.binary_cross_entropy_with_logits(
+            logits_B1HW.float(), mask_B1HW.float(), reduction="none"
+        )
+        known_B = known_B1HW.sum((1, 2, 3)).clamp_min(1)
+        return ((known_B1HW * terms).sum((1, 2, 3)) / known_B).mean()
     return F.binary_cross_entropy_with_logits(logits_B1HW.float(), mask_B1HW.float())
 
 
-def iou_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
+def iou_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
     """Return 1 - soft IoU (intersection and union each plus 1), mean over images."""
     mask = mask_B1HW.float()
-    return _soft_iou(logits_B1HW.float(), mask, torch.ones_like(mask)).mean()
+    return _soft_iou(logits_B1HW.float(), mask, _ones(mask, known_B1HW)).mean()
 
 
-def dice_loss(logits_B1HW: Tensor, mask_B1HW: Tensor) -> Tensor:
+def dice_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
     """Return 1 - soft Dice (numerator and denominator plus 1), mean over images."""
     probability, mask = logits_B1HW.float().sigmoid(), mask_B1HW.float()
+    if known_B1HW is not None:
+        probability, mask = probability * known_B1HW, mask * known_B1HW
     both = (probability * mask).sum((1, 2, 3))
     total = (probability + mask).sum((1, 2, 3))
     return (1 - (2 * both + 1) / (total + 1)).mean()
 
 
-def segmentation_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, config: LossConfig) -> Tensor:
-    """Return the sum of the configured mask losses for one logit map at the mask's size."""
+def segmentation_loss(
+    logits_B1HW: Tensor,
+    mask_B1HW: Tensor,
+    config: LossConfig,
+    *,
+    weight_B1HW: Tensor | None = None,
+    known_B1HW: Tensor | None = None,
+) -> Tensor:
+    """Return the sum of the configured mask losses for one logit map at the mask's size.
+
+    Args:
+        logits_B1HW, mask_B1HW: as the losses take them.
+        config: weights of the losses.
+        weight_B1HW: the edge weight of the mask, if the caller has it.
+        known_B1HW: 0 on void pixels, else 1.
+    """
+    known = known_B1HW
     total = logits_B1HW.new_zeros((), dtype=torch.float32)
     if config.structure:
-        weighted = config.structure_weighting
-        total = total + config.structure * structure_loss(logits_B1HW, mask_B1HW, weighted=weighted)
+        total = total + config.structure * structure_loss(
+            logits_B1HW,
+            mask_B1HW,
+            weighted=config.structure_weighting,
+            weight_B1HW=weight_B1HW,
+            known_B1HW=known,
+        )
     if config.bce:
-        total = total + config.bce * bce_loss(logits_B1HW, mask_B1HW)
+        total = total + config.bce * bce_loss(logits_B1HW, mask_B1HW, known)
     if config.iou:
-        total = total + config.iou * iou_loss(logits_B1HW, mask_B1HW)
+        total = total + config.iou * iou_loss(logits_B1HW, mask_B1HW, known)
     if config.dice:
-        total = total + config.dice * dice_loss(logits_B1HW, mask_B1HW)
+        total = total + config.dice * dice_loss(logits_B1HW, mask_B1HW, known)
     return total
 
 
@@ -98,6 +177,7 @@ def total_loss(
     config: LossConfig,
     *,
     counts_LE: Tensor | None = None,
+    known_B1HW: Tensor | None = None,
 ) -> Loss:
     """Return the sum of all weighted terms.
 
@@ -107,13 +187,20 @@ def total_loss(
         config: weights of the terms.
         counts_LE: choices per level and expert over the whole batch of an optimizer step; None
             counts this batch alone.
+        known_B1HW: 0 on void pixels, which are left out, else 1; None: every pixel counts.
     """
     mask = mask_B1HW.float()
-    parts = {"mask": segmentation_loss(output.logits_B1HW, mask, config)}
+    # Once for the mask and all side heads, which have the same target.
+    weighted = config.structure and config.structure_weighting
+    pixels = {
+        "weight_B1HW": edge_weight(mask, known_B1HW) if weighted else None,
+        "known_B1HW": known_B1HW,
+    }
+    parts = {"mask": segmentation_loss(output.logits_B1HW, mask, config, **pixels)}
     if config.deep_supervision and config.side_weight:
         parts["side"] = config.side_weight * sum(
             (
-                segmentation_loss(_resized(side.float(), mask), mask, config)
+                segmentation_loss(_resized(side.float(), mask), mask, config, **pixels)
                 for side in output.side_logits
             ),
             start=mask.new_zeros(()),

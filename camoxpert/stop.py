@@ -20,8 +20,13 @@ from camoxpert.errors import Stopped
 
 DEADLINE_CODE = 75
 # Exit codes with which a command can be asked to stop; the first of several requests counts.
-STOP_CODES = (130, 143, DEADLINE_CODE)
-REASONS = {130: "Ctrl-C", 143: "SIGTERM", DEADLINE_CODE: "--max-hours is over"}
+STOP_CODES = (130, 143, 129, DEADLINE_CODE)
+REASONS = {
+    130: "Ctrl-C",
+    143: "SIGTERM",
+    129: "SIGHUP: the terminal was closed",
+    DEADLINE_CODE: "--max-hours is over",
+}
 
 
 class Stop:
@@ -53,7 +58,7 @@ class Stop:
             self.check()
 
     def code(self) -> int:
-        """Return 0 to continue, or the exit code to stop with: 130, 143 or 75."""
+        """Return 0 to continue, or the exit code to stop with: 130, 143, 129 or 75."""
         if self.signal_number:
             return 128 + self.signal_number
         if self.deadline is not None and self.clock() >= self.deadline:
@@ -130,13 +135,18 @@ def check() -> None:
 
 @contextmanager
 def watch(max_hours: float | None = None) -> Iterator[Stop]:
-    """Route SIGINT, SIGTERM and the deadline to ``Stopped`` for the block.
+    """Route SIGINT, SIGTERM, SIGHUP and the deadline to ``Stopped`` for the block.
 
-    In a thread other than the main one signals stay as they are.
+    SIGHUP stays ignored where it is, as under ``nohup``. In a thread other than the main one
+    signals stay as they are.
     """
     global _current
     stop, before = Stop(max_hours), _current
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Windows has no SIGHUP.
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
     main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, stop.handle) for number in numbers} if main else {}
     _current = stop

@@ -30,7 +30,8 @@ def model(tiny_run: Path) -> camoxpert.Predictor:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "results.csv")
+    tables = ("results.csv", "predictions.jsonl")
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in tables)
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 

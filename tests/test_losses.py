@@ -27,7 +27,41 @@ def square_mask(size: int = 64) -> torch.Tensor:
 def test_edge_weight_equals_the_square_window() -> None:
     mask = (torch.rand(2, 1, 40, 50) > 0.7).float()
     direct = 1 + 5 * (F.avg_pool2d(mask, 31, 1, 15) - mask).abs()
-    torch.testing.assert_close(edge_weight(mask), direct, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(edge_weight(mask), direct, rtol=1e-6, atol=1e-6)
+    for height, width in ((1, 1), (8, 100), (31, 32)):  # smaller than the window as well
+        mask = (torch.rand(2, 1, height, width) > 0.5).float()
+        direct = 1 + 5 * (F.avg_pool2d(mask, 31, 1, 15) - mask).abs()
+        torch.testing.assert_close(edge_weight(mask), direct, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        ({}, 1),
+        ({"loss.deep_supervision": False}, 1),
+        ({"loss.structure_weighting": False}, 0),
+        ({"loss.structure": 0.0, "loss.bce": 1.0}, 0),
+    ],
+)
+def test_the_edge_weight_is_computed_once_for_the_mask_and_all_side_heads(
+    settings: dict[str, object], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from camoxpert import losses
+
+    model = {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
+    config = build_config(model | settings)
+    output = build_model(config.model)(torch.rand(2, 3, 32, 32))
+    mask = (torch.rand(2, 1, 32, 32) > 0.5).float()
+    calls = []
+    honest = edge_weight
+    monkeypatch.setattr(
+        losses, "edge_weight", lambda mask, known=None: calls.append(1) or honest(mask)
+    )
+    shared = total_loss(output, mask, config.loss)
+    assert len(calls) == times
+    # The same sum as with a weight of its own for every head.
+    alone = losses.segmentation_loss(output.logits_B1HW, mask, config.loss)
+    torch.testing.assert_close(shared.terms["mask"], alone.detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_structure_loss_by_hand_on_zero_logits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,8 +27,18 @@ def test_codes_of_signals_and_of_the_deadline() -> None:
     assert request.code() == 143
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_raises_where_it_arrives_and_the_handlers_come_back(number, code) -> None:
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """Undo what nohup may have done to this process."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_raises_where_it_arrives_and_the_handlers_come_back(number, code, hangup) -> None:
     before = signal.getsignal(number)
     reached = []
     raises = pytest.raises(Stopped, match="Half of it is there")
@@ -37,6 +48,13 @@ def test_a_signal_raises_where_it_arrives_and_the_handlers_come_back(number, cod
     assert stopped.value.exit_code == code and not reached
     assert signal.getsignal(number) is before
     stop.check()  # The request ended with its command.
+
+
+def test_a_closed_terminal_is_ignored_under_nohup(hangup) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop.watch() as request:
+        signal.raise_signal(signal.SIGHUP)
+    assert request.code() == 0 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_deferred_signal_waits_for_the_end_of_the_block() -> None:

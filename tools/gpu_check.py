@@ -32,14 +32,16 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
     Returns:
         scores, speed and the profile.
     """
-    size, images, epochs = (64, 32, 1) if smoke else (352, 768, 4)
+    size, images, epochs = (32, 16, 1) if smoke else (352, 768, 4)
     backbone = "tiny_test" if smoke else "edgenext_base"
     data = folder / "data"
-    main(["synthesize", "toy", str(data), "--train", str(images), "--test", "32",
+    main(["synthesize", "toy", str(data), "--train", str(images), "--test", "4" if smoke else "32",
           "--size", str(size)])  # fmt: skip
     started = time.perf_counter()
     common = ["--dataset-path", str(data), "--backbone", backbone, "--no-pretrained"]
-    common += ["--img-size", str(size), "--batch-size", "16", "--precision", "bf16"]
+    common += ["--img-size", str(size), "--batch-size", "8" if smoke else "16"]
+    # On a CPU without bf16 units the smoke test would take minutes.
+    common += ["--precision", "fp32" if smoke else "bf16", "--num-experts", "2" if smoke else "7"]
     words = ["train", *common, "--checkpoint-dir", str(folder), "--run-name", "short"]
     words += ["--epochs", str(epochs), "--lr", "1e-3", "--no-tensorboard"]
     code = main(words)
@@ -71,11 +73,11 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         return 1
     device = torch.device("cuda" if torch.cuda.is_available() and not smoke else "cpu")
     name = "cpu-smoke" if smoke else device_name(device)
-    settings = {"model.pretrained": False, "model.backbone": "tiny_test", "data.img_size": 64}
+    settings = {"model.pretrained": False, "model.backbone": "tiny_test", "data.img_size": 32}
     if not smoke:
         settings |= {"model.backbone": "edgenext_base", "data.img_size": 352}
     config = build_config(settings)
-    precision = Precision(torch.bfloat16, False, "bf16")
+    precision = Precision(None if smoke else torch.bfloat16, False, "fp32" if smoke else "bf16")
     rounds = 2 if smoke else 15
     maps = ((2, 4),) if smoke else moe.SIZES
     result: dict[str, Any] = {
@@ -96,7 +98,7 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         images=16 if smoke else 64,
         height=96 if smoke else 768,
         width=128 if smoke else 1024,
-        img_size=64 if smoke else 352,
+        img_size=32 if smoke else 352,
         batch_size=8 if smoke else 32,
         num_workers=2 if smoke else 8,
         rounds=1 if smoke else 5,

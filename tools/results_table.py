@@ -87,7 +87,7 @@ def page(runs: list[dict[str, Any]]) -> str:
         floor = result["baseline"]["all_foreground"]
         lines += [
             f"Marking every pixel as object scores S {floor['Smeasure']:.3f}, "
-            f"weighted F {floor['wFmeasure']:.3f}, IoU {floor['IoU']:.3f}, MAE {floor['MAE']:.3f}.",
+            f"IoU {floor['IoU']:.3f}, MAE {floor['MAE']:.3f}.",
             "",
         ]
     lines += ["## How each run was made", ""]

@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypedDict
 
+import torch
+
 from camoxpert import console, text
 from camoxpert.runs.info import git_commit, versions
 from camoxpert.runtime.host import usable_cores
@@ -71,6 +73,15 @@ def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
 def milliseconds(seconds: Sequence[float]) -> float:
     """Return the median in milliseconds."""
     return 1e3 * statistics.median(seconds)
+
+
+def multiply_adds(call: Callable[..., object], *inputs: object) -> float:
+    """Return the multiply-adds of ``call(*inputs)``: convolutions and matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(*inputs)
+    return int(counter.get_total_flops()) / 2
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:

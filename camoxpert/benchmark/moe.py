@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from camoxpert import console
 from camoxpert.benchmark.common import (
@@ -17,6 +15,7 @@ from camoxpert.benchmark.common import (
     heading,
     interleaved,
     milliseconds,
+    multiply_adds,
     paired_ratio,
     show_table,
 )
@@ -129,7 +128,7 @@ def measure(block: Block, batch: int, side: int, device: torch.device, rounds: i
     best = min(names, key=times.__getitem__)
     over_one_expert = paired_ratio(seconds[best], seconds[ONE_EXPERT])
     moe.dispatch = "sorted"
-    macs = _macs(moe, x) / _macs(single, x)
+    macs = multiply_adds(moe, x) / multiply_adds(single, x)
     console.say(
         f"  {best} takes {over_one_expert['ratio']:.2f} times as long as one expert "
         f"({macs:.2f} times its multiply-adds)"
@@ -172,9 +171,3 @@ def _count(moe: MoE, x: torch.Tensor, name: str) -> dict[str, int]:
         DISPATCH[name](moe.experts, leaf, routing, None).sum().backward()
     moe.zero_grad(set_to_none=True)
     return {"operators": counter.operators, "syncs": counter.syncs}
-
-
-def _macs(block: nn.Module, x: torch.Tensor) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        block(x)
-    return int(counter.get_total_flops()) / 2

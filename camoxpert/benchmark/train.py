@@ -3,7 +3,7 @@ the same decoder with one expert of equal active work; all variants take turns."
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from camoxpert.benchmark.common import (
     heading,
     interleaved,
     milliseconds,
+    multiply_adds,
     paired_ratio,
     quartiles,
     show_table,
@@ -23,6 +24,7 @@ from camoxpert.benchmark.common import (
 from camoxpert.config import Config, ModelConfig
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.models.decoder import Decoder
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.device import Precision, device_name, wait_for
 from camoxpert.training.ema import ModelEma
@@ -64,7 +66,9 @@ class Step:
         torch.manual_seed(0)
         config, device, batch_size = subject.config, subject.device, subject.batch_size
         self.config, self.device, self.precision = config, device, subject.precision
-        self.model: CamoXpert = build_model(config.model).to(device).train()
+        self.model: CamoXpert = (
+            build_model(config.model, sides=[config.data.img_size]).to(device).train()
+        )
         self.optimizer = build_optimizer(self.model, config.optim)
         self.ema = ModelEma(self.model, 0.999)
         size = config.data.img_size
@@ -145,12 +149,12 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
     }
     if with_loop:
         variants[LOOP] = subject.with_model(replace(model, dispatch="loop")).full
-    # One expert for all images, as wide as the k experts of an image together.
     kind = (model.experts or ("hybrid",))[0]
-    expansion = model.expert_expansion * model.top_k
     same_kind, one_expert = f"decoder, all {kind}", f"decoder, one {kind} expert"
     like = replace(model, experts=(kind,))
-    single = replace(like, num_experts=1, top_k=1, expert_expansion=expansion)
+    single, macs = one_expert_of_equal_work(
+        like, ours.model.backbone.channels, config.data.img_size
+    )
     variants["decoder"] = ours.decoder()
     variants[same_kind] = subject.with_model(like).decoder()
     variants[one_expert] = subject.with_model(single).decoder()
@@ -173,16 +177,61 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
     show_table([[name, f"{value:.2f} ms"] for name, value in times.items()])
     for name, ratio in ratios.items():
         console.say(f"  {name}: {quartiles(ratio)}")
+    console.say(
+        f"  (the one expert does {macs:.3f} times the multiply-adds of the decoder with all)"
+    )
     console.say(f"  {rate:.1f} images/s, {text.count(counter.syncs, 'host sync')} in a step")
     report |= {
         "syncs_per_step": counter.syncs,
         "milliseconds": times,
         "ratios": ratios,
+        "macs_of_one_expert": macs,
         "images_per_second": rate,
     }
     if subject.device.type == "cuda":
         report["peak_memory_bytes"] = torch.cuda.max_memory_allocated(subject.device)
     return report
+
+
+def one_expert_of_equal_work(
+    model: ModelConfig, channels: Sequence[int], img_size: int
+) -> tuple[ModelConfig, float]:
+    """Return the decoder with one expert for all images that does the most nearly equal work.
+
+    The width of the one expert is searched for: the work of some kinds does not grow in proportion
+    to their width (the gate of ``hybrid`` grows with its square).
+
+    Args:
+        model: a decoder whose experts are of one kind.
+        channels: of the backbone's levels.
+        img_size: in pixels.
+
+    Returns:
+        The settings, and the multiply-adds of that decoder over those of ``model``.
+    """
+    images = torch.zeros(1, 3, img_size, img_size)
+    features = [
+        torch.zeros(1, c, img_size // stride, img_size // stride)
+        for c, stride in zip(channels, (4, 8, 16, 32), strict=True)
+    ]
+
+    def work(settings: ModelConfig) -> float:
+        with torch.random.fork_rng(devices=[]):
+            return multiply_adds(Decoder(channels, settings).eval(), images, features)
+
+    def single(hidden: int) -> ModelConfig:
+        expansion = hidden / model.width
+        return replace(model, num_experts=1, top_k=1, expert_expansion=expansion)
+
+    target = work(model)
+    narrow, wide = 8, 8
+    while work(single(wide)) < target:
+        narrow, wide = wide, 2 * wide
+    while wide - narrow > 8:
+        middle = (narrow + wide) // 16 * 8
+        narrow, wide = (middle, wide) if work(single(middle)) < target else (narrow, middle)
+    nearest = min((narrow, wide), key=lambda hidden: abs(work(single(hidden)) / target - 1))
+    return single(nearest), work(single(nearest)) / target
 
 
 def images_per_second(subject: Subject, *, rounds: int) -> float:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from camoxpert.errors import CamoXpertError, ConfigError, Stopped
+from camoxpert.runtime.host import wait_passively
 from camoxpert.text import did_you_mean
 
 # Command -> what it does. The module camoxpert.cli.<command> has add_arguments() and run().
@@ -72,16 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
     typed = [argument for argument in typed if argument != "--debug"]
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show an arrow or an accent shows its code instead of failing.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    wait_passively()
     try:
         return run_command(typed)
     except (CamoXpertError, Stopped) as error:
         if debug:
             raise
-        prefix = "" if error.exit_code in (75, 130, 143) else "error: "
+        prefix = "" if isinstance(error, Stopped) else "error: "
         if not error.quiet:
             print_paragraph(str(error), prefix=prefix)
         return error.exit_code
@@ -101,6 +104,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         print_paragraph(f"error: {error.strerror or error}{where}.")
         return 3
+
+
+def open_missing_streams() -> None:
+    """Open streams that a daemon or ``2>&-`` closed, so that what is printed goes nowhere.
+
+    Without this, printing fails, and the next file that is opened, such as a checkpoint, gets
+    number 2 and receives what libraries write to the standard error.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is taken: this one.
+            os.open(os.devnull, os.O_RDWR)
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def run_command(typed: list[str]) -> int:
@@ -145,7 +166,8 @@ def overview() -> str:
             "`camoxpert COMMAND --help` lists a command's flags. Exit codes: 0 done, 2 usage or "
             "settings,",
             "3 data, 4 checkpoint, 5 numeric failure, 6 another process of the run ended,",
-            "75 stopped at the deadline (run the same command again), 130 Ctrl-C, 143 SIGTERM.",
+            "75 stopped at the deadline (run the same command again), 130 Ctrl-C, 143 SIGTERM,",
+            "129 SIGHUP.",
         ]
     )
 

@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step = parser.add_argument_group("train, data")
     add_flags(step, ("train.precision", "model.backbone", "data.img_size"), defaults=defaults)
     step.add_argument("--batch-size", type=int, default=8, help="images per step [8]")
+    step.add_argument(
+        "--busy",
+        action="store_true",
+        help="train on a CPU beside a busy process, with sleeping and with spinning threads",
+    )
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
@@ -131,8 +136,10 @@ def _moe(options: argparse.Namespace) -> Report:
 
 
 def _train(options: argparse.Namespace) -> Report:
-    from camoxpert.benchmark import train
+    from camoxpert.benchmark import busy, train
 
+    if options.busy:
+        return busy.run(_subject(options), rounds=options.rounds)
     # On larger batches the loop takes minutes.
     with_loop = options.batch_size <= 64
     return train.run(_subject(options), rounds=options.rounds, with_loop=with_loop)

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--batch-size", type=int, default=8, help="images read at a time; changes no number [8]"
     )
-    add_flags(model, ("train.device", "train.precision"))
+    add_flags(model, ("train.device", "train.precision", "data.unreadable"))
     maps = parser.add_argument_group("scoring prediction maps")
     maps.add_argument(
         "--predictions", nargs="+", metavar="DIR", help="folders of maps, or of folders of maps"
@@ -157,6 +157,7 @@ OF_CHECKPOINTS = (
     "--batch-size",
     "--device",
     "--precision",
+    "--unreadable",
 )
 OF_MAPS = (
     *("--images", "--allow-missing", "--allow-extra", "--resize", "--gt-threshold", "--measures"),
@@ -273,6 +274,7 @@ def _checkpoint(
             method=options.method or "",
             batch_size=options.batch_size,
             num_workers=options.num_workers or 0,
+            unreadable=options.unreadable,
             output=folder,
             command=typed,
         )

@@ -69,6 +69,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
         result = predict_photos(predictor, found.photos, output, wanted)
     there = f", {result.skipped} were there already" if result.skipped else ""
+    if result.replaced:
+        there += f"; {result.replaced} photos had changed since"
     console.say(f"{result.done} images predicted{there}; results in {options.output}")
     if result.failed:
         listed = "\n".join(f"  {path}: {reason}" for path, reason in result.failed)

@@ -160,6 +160,11 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
+    if model.weights and model.init_from:
+        raise ConfigError(
+            f"--weights {model.weights} starts the backbone and --init-from {model.init_from} the "
+            f"whole model. Give one of them."
+        )
     for name, value in (("model.width", model.width), ("model.detail_width", model.detail_width)):
         if value % 8:
             raise ConfigError(f"{name} must be a multiple of 8; {value} is not.")

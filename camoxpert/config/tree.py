@@ -62,11 +62,18 @@ class DataConfig:
     )
     val_fraction: float = setting(
         0.1,
-        "share of TRAIN set aside to choose the best checkpoint; test sets never choose anything. "
+        "share of TRAIN set aside to choose the best checkpoint, unless the data has a validation "
+        "split; test sets never choose anything. "
         "0: keep the last",
         flag="--val-fraction",
         minimum=0,
         maximum=0.5,
+    )
+    group_copies: bool = setting(
+        True,
+        "keep copies of a picture (identical files, or re-encoded, resized, cropped or flipped "
+        "ones) on one side of the validation split",
+        flag="--group-copies",
     )
     img_size: int = setting(
         352, "side of the square training image, a multiple of 32", flag="--img-size", minimum=32
@@ -154,6 +161,12 @@ class ModelConfig:
     )
     weights: str = setting(
         "", "backbone weights file (.pth, .pt, .safetensors), used instead", flag="--weights"
+    )
+    init_from: str = setting(
+        "",
+        "start from an own model (a run, a checkpoint, a folder or file of shared weights): all "
+        "that fits is taken, what does not is listed",
+        flag="--init-from",
     )
     drop_path: float = setting(0.0, "stochastic depth rate of the backbone", minimum=0, maximum=0.9)
     layer_scale_init: float | None = setting(
@@ -245,7 +258,11 @@ class OptimConfig:
         above=0,
     )
     weight_decay: float = setting(
-        1e-4, "decoupled weight decay (not on norms and biases)", flag="--weight-decay", minimum=0
+        1e-4,
+        "decoupled weight decay (of matrices and filters; not of norms, biases, gains, "
+        "temperatures)",
+        flag="--weight-decay",
+        minimum=0,
     )
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's betas")
     scheduler: str = setting(

@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from camoxpert.config import DataConfig
-from camoxpert.data.files.manifest import Search, load_parts
+from camoxpert.data.files.jpeg import hears_warnings
+from camoxpert.data.files.manifest import Search, load_training_data
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.roots import Root, read_root, with_distinct_names
-from camoxpert.doctor.copies import CANDIDATES, Match, find_copies, fingerprints
+from camoxpert.data.files.split import split_validation
+from camoxpert.doctor.copies import Match, families_of, find_all_copies, fingerprints
+from camoxpert.doctor.families import copy_families
 from camoxpert.doctor.finding import Finding
-from camoxpert.doctor.inspect import PairFacts, identical_files, inspect_pairs
+from camoxpert.doctor.inspect import MaskShape, PairFacts, identical_files, inspect_pairs
 from camoxpert.errors import DataError
 from camoxpert.files import write_rows
 from camoxpert.metrics.groups import SIZES
 from camoxpert.text import count
 
-MORE_ROUNDS = 4
 # Number of pictures on the contact sheet of a split.
 SHEET_PICTURES = 48
 PARTS = ("training", "validation", "test")
@@ -135,6 +137,12 @@ def _check_files(found: Examination) -> None:
     formats = Counter(facts.image_format for facts in found.facts if facts.image_format)
     text = ", ".join(f"{name} {number}" for name, number in formats.most_common())
     found.add("note", "files", f"{len(found.facts) - len(broken)} pairs are sound; images: {text}.")
+    if "JPEG" in text and not hears_warnings():
+        found.add(
+            "note",
+            "files",
+            "Random damage in JPEGs is not seen without simplejpeg: pip install simplejpeg.",
+        )
     odd: dict[str, list[Path]] = {}
     for facts in found.facts:
         for oddity in facts.oddities:
@@ -167,7 +175,28 @@ def _check_masks(found: Examination) -> None:
                 f"{dataset} {split}: masks that mark every pixel: {len(full)}.",
                 [facts.pair.mask for facts in full],
             )
-        inverted = [facts for facts in sound if facts.border > 0.9 and 0.5 < facts.share < 1]
+        void = [facts for facts in sound if facts.void]
+        if void:
+            share = sum(facts.void for facts in void) / len(void)
+            found.add(
+                "note",
+                "masks",
+                f"{dataset} {split}: {len(void)} of {len(sound)} masks have unlabelled pixels "
+                f"(void, {share:.1%} of each on average); losses and measures leave them out.",
+                [facts.pair.mask for facts in void],
+            )
+            plain = [facts for facts in sound if facts.encoding == "0/255"]
+            if plain:
+                found.add(
+                    "warning",
+                    "masks",
+                    f"{dataset} {split}: {len(plain)} masks beside them have no label but white, "
+                    f"which is read as object there. Is it void?",
+                    [facts.pair.mask for facts in plain],
+                )
+        inverted = [
+            facts for facts in sound if MaskShape(facts.share, facts.void, facts.border).inverted
+        ]
         if len(inverted) > 0.5 * len(sound):
             found.add(
                 "error",
@@ -209,7 +238,8 @@ def _check_copies(
     """Look for duplicate pictures, and report the splits that they are in."""
     sound = [facts for facts in found.facts if not facts.faults]
     if copies:
-        matches = _find_all_copies(sound, max_pixels)
+        prints = fingerprints([facts.pair.image for facts in sound], max_pixels=max_pixels)
+        matches = find_all_copies(prints)
     else:
         matches = [
             Match(group[0], other, 1.0, "the same file")
@@ -224,7 +254,7 @@ def _check_copies(
         return "validation" if (facts.pair.dataset, facts.pair.name) in validation else "training"
 
     left_out = {row[:3] for row in found.clean_list}
-    for members in _families(matches):
+    for members in families_of(matches):
         # Keep one of each family. Test sets are never cleaned, so that scores stay comparable;
         # validation takes precedence over training.
         ranked = sorted(members, key=lambda i: (-PARTS.index(part(sound[i])), i))
@@ -253,51 +283,12 @@ def _check_copies(
         found.add("note", "copies", f"No {sought} found among {len(sound)} images.")
 
 
-def _find_all_copies(sound: Sequence[PairFacts], max_pixels: int) -> list[Match]:
-    """Return the duplicate pictures, including families with more members than candidates."""
-    prints = fingerprints([facts.pair.image for facts in sound], max_pixels=max_pixels)
-    matches = find_copies(prints)
-    for _ in range(MORE_ROUNDS):
-        # A picture has few candidates: in a large family they may hide a match with another family.
-        large = [family for family in _families(matches) if len(family) > CANDIDATES]
-        if not large:
-            break
-        left = list(prints)
-        for family in large:
-            for index in family[1:]:
-                left[index] = None
-        known = {(match.a, match.b) for match in matches}
-        more = [match for match in find_copies(left) if (match.a, match.b) not in known]
-        if not more:
-            break
-        matches += more
-    return matches
-
-
-def _families(matches: Sequence[Match]) -> list[list[int]]:
-    """Join matches that share a picture: a copy of a copy is a copy."""
-    parent: dict[int, int] = {}
-
-    def root(index: int) -> int:
-        while parent.setdefault(index, index) != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    for match in matches:
-        parent[root(match.a)] = root(match.b)
-    families: dict[int, list[int]] = {}
-    for index in sorted(parent):
-        families.setdefault(root(index), []).append(index)
-    return list(families.values())
-
-
 def _check_training(
     found: Examination, data: DataConfig, search: Search, seed: int
 ) -> set[tuple[str, str]]:
     """Load the data as training would; return the images that it would use for validation."""
     try:
-        parts = load_parts(data.roots, search, fraction=data.val_fraction, seed=seed)
+        loaded = load_training_data(data.roots, search, validate=data.val_fraction > 0)
     except DataError as error:
         tests_only = found.facts and all(facts.split == "test" for facts in found.facts)
         if tests_only and not any(finding.check == "pairing" for finding in found.findings):
@@ -306,7 +297,12 @@ def _check_training(
         elif not any(finding.level == "error" for finding in found.findings):
             found.add("error", "training", f"Training would stop here: {error}")
         return set()
-    return {(pair.dataset, pair.name) for pair in parts.validation.pairs}
+    if loaded.given is not None:
+        validation = loaded.given
+    else:
+        families = copy_families(loaded.whole, data) if data.group_copies else []
+        _, validation = split_validation(loaded.whole, data.val_fraction, seed, families)
+    return {(pair.dataset, pair.name) for pair in validation.pairs}
 
 
 def _parts(found: Examination) -> Iterator[tuple[str, str, list[PairFacts]]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from camoxpert.data.files.image_io import (
     read_image,
     read_mask_as,
 )
+from camoxpert.data.files.labels import VOID
 from camoxpert.data.files.pairing import Pair
 from camoxpert.errors import DataError
 from camoxpert.metrics.groups import SIZES, size_class
@@ -49,7 +51,8 @@ class PairFacts:
         encoding: how the mask is stored.
         oddities: what is unusual but read correctly.
         size: (height, width), upright.
-        share: share of the pixels that are object, 0..1.
+        share: share of the labelled pixels that are object, 0..1.
+        void: share of the pixels that nobody labelled.
         border: share of the pixels at the edge of the image that are object.
         objects: connected objects, specks left out.
         thumb, thumb_mask: small copies for the contact sheet.
@@ -63,6 +66,7 @@ class PairFacts:
     oddities: list[str] = field(default_factory=list)
     size: tuple[int, int] = (0, 0)
     share: float = 0.0
+    void: float = 0.0
     border: float = 0.0
     objects: int = 0
     thumb: np.ndarray | None = None
@@ -72,6 +76,33 @@ class PairFacts:
     def size_class(self) -> str:
         """Return the name of the object's size."""
         return SIZES[size_class(self.share)]
+
+
+class MaskShape(NamedTuple):
+    """What the checks of masks look at, as shares 0..1.
+
+    Attributes:
+        share: of the labelled pixels that are object.
+        void: of the pixels that nobody labelled.
+        border: of the pixels at the edge of the image that are object.
+    """
+
+    share: float
+    void: float
+    border: float
+
+    @property
+    def inverted(self) -> bool:
+        """Return whether the object surrounds the image, as in a mask with swapped values."""
+        return self.border > 0.9 and 0.5 < self.share < 1
+
+
+def mask_shape(mask: np.ndarray) -> MaskShape:
+    """Return what the checks look at in a decoded mask."""
+    objects, void = float((mask == 255).mean()), float((mask == VOID).mean())
+    edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    # A mask without any labelled pixel is refused when it is read.
+    return MaskShape(objects / (1 - void), void, float((edge == 255).mean()))
 
 
 def inspect_pair(
@@ -125,15 +156,15 @@ def inspect_pair(
             facts.faults.append(str(error))
     if mask is not None:
         facts.size = (mask.shape[0], mask.shape[1])
-        facts.share = float((mask > 0).mean())
-        edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-        facts.border = float((edge > 0).mean())
-        facts.objects = count_objects(mask > 0)
+        shape = mask_shape(mask)
+        facts.share, facts.void, facts.border = shape.share, shape.void, shape.border
+        facts.objects = count_objects(mask == 255)
     if picture and image is not None and mask is not None:
         side = max(image.shape[:2])
         size = tuple(max(1, round(n * THUMB / side)) for n in image.shape[1::-1])
         facts.thumb = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        facts.thumb_mask = cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
+        shown = np.where(mask == 255, np.uint8(255), np.uint8(0))
+        facts.thumb_mask = cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
     return facts
 
 

@@ -31,6 +31,7 @@ class LedgerRow(TypedDict):
     method: str
     dataset: str
     num_images: int
+    num_unreadable: int
     data_hash: str
     protocol: str
     empty_gt: str
@@ -49,6 +50,7 @@ def ledger_row(result: EvaluationResult) -> LedgerRow:
         "method": result.method,
         "dataset": result.dataset,
         "num_images": result.num_images,
+        "num_unreadable": len(result.unreadable),
         "data_hash": result.data_hash,
         "protocol": result.protocol,
         "empty_gt": result.empty_gt,

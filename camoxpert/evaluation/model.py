@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from camoxpert import console
 from camoxpert.config import DataConfig
 from camoxpert.data.files.image_io import write_jpeg
+from camoxpert.data.files.labels import split_void
 from camoxpert.data.files.manifest import Manifest, Search, find_test_sets, load_eval
 from camoxpert.data.loader import build_eval_loader
+from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import DataError
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.output import OutputFolder, safe_name, write_evaluation
@@ -26,14 +28,16 @@ from camoxpert.evaluation.results import (
     GalleryEntry,
     ModelSource,
     Scored,
+    decide_void,
     summarise,
 )
 from camoxpert.files import leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
-from camoxpert.metrics.scoring import Row
+from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel
+from camoxpert.text import shorten
 
 Picture = NDArray[np.uint8]
 SHOWN = ("wFmeasure", "Smeasure", "MAE")
@@ -151,6 +155,7 @@ def evaluate_model(
     method: str = "",
     batch_size: int = 8,
     num_workers: int = 0,
+    unreadable: str = "error",
     output: OutputFolder | None = None,
     command: Sequence[str] = (),
 ) -> list[EvaluationResult]:
@@ -163,6 +168,8 @@ def evaluate_model(
         method: the model's name in tables and in the ledger; "": the name of its run.
         batch_size: images the loader reads at a time; it does not change the scores.
         num_workers: data worker processes.
+        unreadable: images that cannot be read: ``error``, or ``skip``: left out of the scores,
+            named in a warning and in the result. A data set without a readable image is an error.
         output: see ``evaluation.output``; None writes nothing.
         command: the command line, for the page.
 
@@ -187,6 +194,7 @@ def evaluate_model(
                 method=method,
                 batch_size=batch_size,
                 num_workers=num_workers,
+                unreadable=unreadable,
                 pictures=pictures,
             )
         )
@@ -203,12 +211,21 @@ def evaluate_run(
     options: ScoringOptions,
     *,
     batch_size: int,
+    num_workers: int = 0,
+    unreadable: str = "error",
     command: Sequence[str] = (),
 ) -> list[EvaluationResult]:
     """Score a run's model and write the results to its run folder; see ``evaluate_model``."""
     with OutputFolder(default_output(predictor)) as folder:
         results = evaluate_model(
-            predictor, sets, options, batch_size=batch_size, output=folder, command=command
+            predictor,
+            sets,
+            options,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            unreadable=unreadable,
+            output=folder,
+            command=command,
         )
         folder.finish()
     return results
@@ -223,20 +240,29 @@ def _score_set(
     method: str,
     batch_size: int,
     num_workers: int,
+    unreadable: str,
     pictures: Gallery,
 ) -> Scored:
     started = time.monotonic()
-    evaluator, everything = options.evaluator(), options.evaluator()
+    evaluator = options.evaluator()
+    # Without weighted F and the like, which would take longer than all measures of the model.
+    cheap = tuple(key for key in options.keys if key in FAST_KEYS)
+    everything = replace(options, keys=cheap).evaluator()
     loader = build_eval_loader(
         manifest,
-        DataConfig(img_size=predictor.img_size, max_pixels=predictor.config.data.max_pixels),
+        DataConfig(
+            img_size=predictor.img_size,
+            max_pixels=predictor.config.data.max_pixels,
+            unreadable=unreadable,
+        ),
         batch_size=batch_size,
         num_workers=num_workers,
         keep_images=pictures.size > 0,
     )
 
     def seen(item: Item, prediction: Callable[[], NDArray[np.uint8]], row: Row) -> None:
-        everything.add(item.name, np.full_like(item.mask, 255), item.mask)
+        mask, void = split_void(item.mask)
+        everything.add(item.name, np.full_like(item.mask, 255), mask, void=void)
         original = item.original
         if original is not None:
             pictures.offer(
@@ -249,21 +275,37 @@ def _score_set(
                 ),
             )
 
+    left_out: list[str] = []
+
+    def read() -> Iterator[EvalBatch]:
+        for batch in console.track(loader, f"evaluate {name}"):
+            left_out.extend(reason for _, reason in batch.unreadable)
+            yield batch
+
     score(
         predictor.model,
-        console.track(loader, f"evaluate {name}"),
+        read(),
         device=predictor.device,
         evaluator=evaluator,
         groups={pair.name: pair.group for pair in manifest.pairs},
         precision=predictor.precision,
         seen=seen,
     )
+    if left_out:
+        if len(left_out) == len(manifest):
+            raise DataError(f"{name}: none of its images can be read. The first: {left_out[0]}")
+        console.warn(
+            f"{name}: {len(left_out)} of {len(manifest)} images cannot be read and are missing "
+            f"from the scores: {shorten(left_out)}"
+        )
+    decide_void(name, evaluator)
     return summarise(
         evaluator,
         options,
         method=method,
         dataset=name,
         seconds=time.monotonic() - started,
+        unreadable=left_out,
         source=ModelSource(
             checkpoint=predictor.checkpoint.path.stem,
             img_size=predictor.img_size,

@@ -68,6 +68,7 @@ class EvaluationResult:
         dataset, method: names.
         num_images: images in the scores.
         num_skipped: images without an object that were left out.
+        unreadable: images that could not be read and are missing from the scores, with the reason.
         scores: measure -> value, a fraction (HCE: a count).
         intervals: measure -> (low, high), 95 %; empty where they were not asked for.
         protocol, empty_gt: how the images were scored.
@@ -91,12 +92,13 @@ class EvaluationResult:
     curves: dict[str, list[float]]
     seconds: float
     source: ModelSource | MapSource
+    unreadable: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         source = asdict(values.pop("source"))
-        return {**values, **source}
+        return {**values, "num_unreadable": len(self.unreadable), **source}
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def summarise(
     dataset: str,
     seconds: float,
     source: ModelSource | MapSource,
+    unreadable: Sequence[str] = (),
 ) -> Scored:
     """Return the result of one method on one data set from the scores of its images.
 
@@ -172,6 +175,7 @@ def summarise(
         curves={key: np.asarray(curve).tolist() for key, curve in evaluator.curves().items()},
         seconds=seconds,
         source=source,
+        unreadable=tuple(unreadable),
     )
     return Scored(result, evaluator)
 
@@ -215,6 +219,16 @@ def compare_all(scored: Sequence[Scored]) -> list[ComparisonEntry]:
             measures = {key: value._asdict() for key, value in found.items()}
             entries.append({"dataset": dataset, "a": a, "b": b, "measures": measures})
     return entries
+
+
+def decide_void(dataset: str, evaluator: Evaluator) -> None:
+    """Print how many images have void pixels, if any has."""
+    if evaluator.num_with_void:
+        console.decide(
+            "void",
+            f"{dataset}: {evaluator.num_with_void} of {evaluator.num_images} masks have unlabelled "
+            f"pixels (void); no measure counts them",
+        )
 
 
 def by_dataset(scored: Sequence[Scored]) -> dict[str, dict[str, Evaluator]]:

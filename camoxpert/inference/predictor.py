@@ -18,6 +18,7 @@ from torch import Tensor
 
 from camoxpert import stop
 from camoxpert.config import TrainConfig
+from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.inference.prediction import Prediction
 from camoxpert.inference.score import probability_maps
@@ -62,7 +63,7 @@ class Predictor:
         self.max_pixels = max_pixels or self.config.data.max_pixels
         # The checkpoint has the weights: nothing is downloaded.
         model = dataclasses.replace(checkpoint.config.model, pretrained=False, weights="")
-        self.model = build_model(model)
+        self.model = build_model(model, sides=image_sides(self.config.data))
         try:
             self.model.load_state_dict(checkpoint.evaluated_weights)
         except RuntimeError as error:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from camoxpert import stop
+from camoxpert.data.files.labels import split_void
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
@@ -21,8 +22,9 @@ from camoxpert.metrics.scoring import Row
 from camoxpert.models.router import Routing
 from camoxpert.runtime.device import Precision
 
-FORWARD_BATCH = {"cpu": 1}
-"""Images per forward pass by device type: on a CPU, 1 is as fast as any other number."""
+FORWARD_BATCH = {"cpu": 4}
+"""Images per forward pass by device type. On a CPU 4 take 1.3 to 1.8 times the images per second of
+single ones (128 and 224 px, two cores)."""
 FORWARD_BATCH_ELSEWHERE = 16
 
 
@@ -34,7 +36,7 @@ class Item:
         name: unique in its data set.
         image: uint8 (3, S, S), resized.
         size: (height, width) of the original.
-        mask: uint8 (H, W), 0 or 255.
+        mask: uint8 (H, W), 0 or 255, VOID on pixels that are not scored.
         original: uint8 RGB (H, W, 3), or None if the loader does not keep it.
     """
 
@@ -101,7 +103,8 @@ def score(
     """Score a model on evaluation batches into ``evaluator``.
 
     The forward pass always takes the same number of images, whatever the loader's batch size: how a
-    convolution rounds depends on it, and a score must not.
+    convolution rounds depends on it, and a score must not. The last images are repeated to fill
+    their pass.
 
     On a CUDA device the maps are scored there, and the host waits once per batch, while the next
     one is being computed.
@@ -124,17 +127,18 @@ def score(
     use_torch = device.type == "cuda" if on_device is None else on_device
     scorer = DeviceScorer(evaluator) if use_torch else None
     waiting: list[tuple[Item, Tensor]] = []
-    size = FORWARD_BATCH.get(device.type, FORWARD_BATCH_ELSEWHERE)
+    size = forward_batch(device)
     labels = groups or {}
 
     def finish(done: list[tuple[Item, Tensor]]) -> None:
         if scorer is not None:
             rows = scorer.flush()
         else:
-            rows = [
-                evaluator.add(i.name, m.numpy(), i.mask, group=labels.get(i.name, ""))
-                for i, m in done
-            ]
+            rows = []
+            for item, map_HW in done:
+                mask, void = split_void(item.mask)
+                label = labels.get(item.name, "")
+                rows.append(evaluator.add(item.name, map_HW.numpy(), mask, void=void, group=label))
         if seen is not None:
             for (item, map_HW), row in zip(done, rows, strict=True):
                 seen(item, partial(_on_host, map_HW), row)
@@ -142,17 +146,25 @@ def score(
     try:
         for items in chunks(batches, size):
             stop.check()
-            images = torch.stack([item.image for item in items]).to(device)
+            filled = [*items, *[items[-1]] * (size - len(items))]
+            images = torch.stack([item.image for item in filled]).to(device)
             sizes = [item.size for item in items]
             maps, _ = probability_maps(model, images, sizes, precision=precision)
             finish(waiting)
             waiting = [(i, (m * 255).to(torch.uint8)) for i, m in zip(items, maps, strict=True)]
             if scorer is not None:
                 for item, map_HW in waiting:
-                    scorer.add(item.name, map_HW, item.mask, group=labels.get(item.name, ""))
+                    mask, void = split_void(item.mask)
+                    label = labels.get(item.name, "")
+                    scorer.add(item.name, map_HW, mask, void=void, group=label)
         finish(waiting)
     finally:
         model.train(training)
+
+
+def forward_batch(device: torch.device) -> int:
+    """Return how many images a forward pass takes."""
+    return FORWARD_BATCH.get(device.type, FORWARD_BATCH_ELSEWHERE)
 
 
 def _on_host(map_HW: Tensor) -> NDArray[np.uint8]:

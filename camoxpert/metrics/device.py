@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from camoxpert.errors import ConfigError
 from camoxpert.metrics.evaluator import Evaluator
-from camoxpert.metrics.histogram import JointHistogram, level_values, split_point
-from camoxpert.metrics.inputs import check_same_size, checked_mask
+from camoxpert.metrics.histogram import JointHistogram, level_values, split_point, void_counts
+from camoxpert.metrics.inputs import check_same_size, checked_mask, checked_void
 from camoxpert.metrics.scoring import Row, assemble, count_objects, digest_mask
 from camoxpert.metrics.weighted import EPS, GAUSSIAN, NEIGHBOURS, PAD, RADIUS
 
@@ -36,8 +36,14 @@ class _Pending:
     group: str
     prediction_HW: Tensor
     mask_HW: NDArray[np.bool_]
+    void_HW: NDArray[np.bool_] | None
     split: tuple[int, int]
     numbers: Tensor
+
+    def labelled_pixels(self) -> NDArray[np.uint8]:
+        """Return the map on the host; with void, the labelled pixels as one list."""
+        on_host: NDArray[np.uint8] = self.prediction_HW.cpu().numpy()
+        return on_host if self.void_HW is None else on_host[~self.void_HW]
 
 
 class DeviceScorer:
@@ -64,25 +70,41 @@ class DeviceScorer:
         self.evaluator = evaluator
         self._pending: list[_Pending] = []
 
-    def add(self, name: str, prediction_HW: Tensor, mask: NDArray[Any], *, group: str = "") -> None:
+    def add(
+        self,
+        name: str,
+        prediction_HW: Tensor,
+        mask: NDArray[Any],
+        *,
+        void: NDArray[Any] | None = None,
+        group: str = "",
+    ) -> None:
         """Queue one image.
 
         Args:
             name: unique within the data set.
             prediction_HW: uint8 (H, W) on any device.
             mask: (H, W) on the host, as ``Evaluator.add`` takes it.
+            void: bool (H, W) on the host, as ``Evaluator.add`` takes it.
             group: free label of the row.
         """
         mask_HW = checked_mask(name, mask)
         check_same_size(name, tuple(prediction_HW.shape), mask_HW)
+        void_HW = checked_void(name, void, mask_HW)
         split = split_point(mask_HW)
+        left_out = None
+        if void_HW is not None:
+            left_out = torch.from_numpy(void_HW).to(prediction_HW.device, non_blocking=True)
+            prediction_HW = prediction_HW.masked_fill(left_out, 0)
         on_device = torch.from_numpy(mask_HW).to(prediction_HW.device, non_blocking=True)
         counts = joint_counts(prediction_HW, on_device, split).double().ravel()
         if "wFmeasure" in self.evaluator.keys:
-            values_L = _level_values(prediction_HW, normalise=self.evaluator.protocol == "pysod")
+            values_L = _level_values(
+                prediction_HW, left_out, normalise=self.evaluator.protocol == "pysod"
+            )
             weighted = weighted_fmeasure(prediction_HW, values_L, on_device)
             counts = torch.cat([counts, weighted[None]])
-        self._pending.append(_Pending(name, group, prediction_HW, mask_HW, split, counts))
+        self._pending.append(_Pending(name, group, prediction_HW, mask_HW, void_HW, split, counts))
 
     def flush(self) -> list[Row]:
         """Wait for the queued images, add them to the evaluator and return their rows, in order.
@@ -99,21 +121,29 @@ class DeviceScorer:
     def _score(self, item: _Pending, numbers: NDArray[np.float64]) -> Row:
         evaluator = self.evaluator
         if evaluator.empty_gt == "skip" and not item.mask_HW.any():
-            return evaluator.add(item.name, np.zeros_like(item.mask_HW, np.uint8), item.mask_HW)
+            nothing = np.zeros_like(item.mask_HW, np.uint8)
+            return evaluator.add(item.name, nothing, item.mask_HW, void=item.void_HW)
         counts = numbers[:2048].astype(np.int64).reshape(4, 2, 256)
         height, width = item.mask_HW.shape
-        histogram = JointHistogram(counts=counts, shape=(height, width), split=item.split)
+        num_void = 0
+        if item.void_HW is not None:
+            # The map is 0 there, which counts as background.
+            counts[:, 0, 0] -= void_counts(item.void_HW, item.split)
+            num_void = int(np.count_nonzero(item.void_HW))
+        histogram = JointHistogram(
+            counts=counts, shape=(height, width), split=item.split, num_void=num_void
+        )
         return evaluator.add_score(
             assemble(
                 item.name,
                 histogram,
                 level_values(histogram, normalise=evaluator.protocol == "pysod"),
                 {"wFmeasure": float(numbers[2048])} if len(numbers) > 2048 else {},
-                pixels=lambda: item.prediction_HW.cpu().numpy(),
+                pixels=item.labelled_pixels,
                 group=item.group,
                 empty_gt=evaluator.empty_gt,
                 keys=evaluator.keys,
-                mask_digest=digest_mask(item.mask_HW),
+                mask_digest=digest_mask(item.mask_HW, void_HW=item.void_HW),
                 num_objects=count_objects(item.mask_HW),
             )
         )
@@ -140,12 +170,21 @@ def joint_counts(prediction_HW: Tensor, mask_HW: Tensor, split: tuple[int, int])
     return counts.scatter_add_(0, flat, torch.ones_like(flat)).view(4, 2, 256)
 
 
-def _level_values(prediction_HW: Tensor, *, normalise: bool) -> Tensor:
-    """Return ``level_values`` without reading the histogram on the host, float64 (256,)."""
+def _level_values(prediction_HW: Tensor, void_HW: Tensor | None, *, normalise: bool) -> Tensor:
+    """Return ``level_values`` without reading the histogram on the host, float64 (256,).
+
+    Args:
+        prediction_HW: uint8, 0 on void pixels.
+        void_HW: bool, True on void pixels; None if there are none.
+        normalise: as there.
+    """
     values = torch.arange(256, dtype=torch.float64, device=prediction_HW.device) / 255
     if not normalise:
         return values
-    low, high = (value.double() / 255 for value in torch.aminmax(prediction_HW))
+    low, high = torch.aminmax(prediction_HW)
+    if void_HW is not None:
+        low = prediction_HW.masked_fill(void_HW, 255).amin()
+    low, high = low.double() / 255, high.double() / 255
     stretched = ((values - low) / torch.where(high > low, high - low, 1.0)).clamp(0, 1)
     return torch.where(high > low, stretched, values)
 

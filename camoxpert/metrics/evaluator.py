@@ -16,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.metrics.inputs import check_same_size, checked_mask, checked_prediction
+from camoxpert.metrics.inputs import (
+    check_same_size,
+    checked_mask,
+    checked_prediction,
+    checked_void,
+)
 from camoxpert.metrics.scoring import (
     EMPTY_GT,
     EXTRA_KEYS,
@@ -34,7 +39,7 @@ KNOWN_KEYS = (*RESULT_KEYS, *EXTRA_KEYS)
 HIGHER_IS_BETTER = {key: key not in ("MAE", "BER", "HCE") for key in KNOWN_KEYS}
 """Direction of each result."""
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 def is_better(key: str, a: float, b: float) -> bool:
@@ -103,12 +108,23 @@ class Evaluator:
         return len(self._scores)
 
     @property
+    def num_with_void(self) -> int:
+        """Number of images with void pixels, which are left out of every measure."""
+        return sum(score.num_void > 0 for score in self._scores.values())
+
+    @property
     def num_skipped(self) -> int:
         """Number of images left out because they have no object."""
         return len(self._skipped)
 
     def add(
-        self, name: str, prediction: NDArray[Any], mask: NDArray[Any], *, group: str = ""
+        self,
+        name: str,
+        prediction: NDArray[Any],
+        mask: NDArray[Any],
+        *,
+        void: NDArray[Any] | None = None,
+        group: str = "",
     ) -> Row:
         """Score one image. Threads may call this concurrently, with different names.
 
@@ -117,6 +133,8 @@ class Evaluator:
             prediction: (H, W), uint8 0..255 or floating point 0..1. The latter becomes
                 trunc(255 * x), what a map holds after it was saved as PNG the usual way.
             mask: (H, W), bool, or uint8 with only {0, 255} or only {0, 1}.
+            void: bool (H, W), True where nobody labelled the pixel, which is then left out of every
+                measure (see ``score_image``); never on the object. None: every pixel counts.
             group: free label of the row: class, source, size.
 
         Returns:
@@ -124,14 +142,15 @@ class Evaluator:
             num_objects. The scores of a skipped image are NaN.
 
         Raises:
-            DataError: the name was already added, or prediction or mask are not as above.
+            DataError: the name was already added, or an array is not as above.
         """
         self._check_new({name})
         prediction_HW = checked_prediction(name, prediction)
         mask_HW = checked_mask(name, mask)
+        void_HW = checked_void(name, void, mask_HW)
         check_same_size(name, prediction_HW.shape, mask_HW)
         if self.empty_gt == "skip" and not mask_HW.any():
-            self._skipped[name] = digest_mask(mask_HW)
+            self._skipped[name] = digest_mask(mask_HW, void_HW=void_HW)
             nothing = dict.fromkeys(self.keys, math.nan)
             return {
                 "name": name,
@@ -144,6 +163,7 @@ class Evaluator:
             name,
             prediction_HW,
             mask_HW,
+            void_HW=void_HW,
             group=group,
             protocol=self.protocol,
             empty_gt=self.empty_gt,
@@ -254,6 +274,7 @@ class Evaluator:
             "counts": counts.reshape(-1, 2, 256),
             "rightly_empty": [score.rightly_empty for score in scores],
             "digests": [score.mask_digest for score in scores],
+            "num_void": [score.num_void for score in scores],
             "skipped": dict(sorted(self._skipped.items())),
         }
 
@@ -269,12 +290,11 @@ class Evaluator:
                 f" {STATE_VERSION}. Evaluate again."
             )
         self._check_options(state["protocol"], state["empty_gt"], tuple(state["keys"]))
-        parts = zip(
-            state["rows"], state["counts"], state["rightly_empty"], state["digests"], strict=True
-        )
+        columns = ("rows", "counts", "rightly_empty", "digests", "num_void")
+        parts = zip(*(state[column] for column in columns), strict=True)
         self._scores = {
-            row["name"]: ImageScore(dict(row), np.array(counts), rightly_empty, digest)
-            for row, counts, rightly_empty, digest in parts
+            row["name"]: ImageScore(dict(row), np.array(counts), rightly_empty, digest, num_void)
+            for row, counts, rightly_empty, digest, num_void in parts
         }
         self._skipped = dict(state["skipped"])
 

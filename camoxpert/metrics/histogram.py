@@ -20,15 +20,20 @@ Slices = tuple[slice, slice]
 EXACT_IN_FLOAT32 = 1 << 24
 
 
-def joint_histogram(prediction_HW: NDArray[np.uint8], mask_HW: NDArray[np.bool_]) -> JointHistogram:
+def joint_histogram(
+    prediction_HW: NDArray[np.uint8],
+    mask_HW: NDArray[np.bool_],
+    void_HW: NDArray[np.bool_] | None = None,
+) -> JointHistogram:
     """Count grey levels per block (split at the object's centroid) and class.
 
     Args:
-        prediction_HW: uint8 map, 0..255.
+        prediction_HW: uint8 map, 0..255; 0 on void pixels.
         mask_HW: bool mask of the same shape, True on the object.
+        void_HW: bool, True where nobody labelled the pixel; these are not counted.
 
     Returns:
-        The histogram; its counts add up to H * W.
+        The histogram; its counts add up to H * W, less the void pixels.
     """
     sums = _projections(mask_HW)
     split = _centroid_split(*sums)
@@ -40,13 +45,22 @@ def joint_histogram(prediction_HW: NDArray[np.uint8], mask_HW: NDArray[np.bool_]
         box = (_common(rows, top, bottom), _common(columns, left, right))
         counts_CL[1] = _level_counts(prediction_HW[box], object_HW[box])
         counts_CL[0] = everything - counts_CL[1]
+    if void_HW is not None:
+        counts_QCL[:, 0, 0] -= void_counts(void_HW, split)
     height, width = mask_HW.shape
     return JointHistogram(
         counts=counts_QCL,
         shape=(height, width),
         split=split,
+        num_void=0 if void_HW is None else int(np.count_nonzero(void_HW)),
         box=(slice(top, bottom), slice(left, right)),
     )
+
+
+def void_counts(void_HW: NDArray[np.bool_], split: tuple[int, int]) -> NDArray[np.int64]:
+    """Return the number of void pixels in each of the four blocks."""
+    blocks = (void_HW[rows, columns] for rows, columns in block_slices(split))
+    return np.array([np.count_nonzero(block) for block in blocks], np.int64)
 
 
 def _common(part: slice, start: int, stop: int) -> slice:
@@ -156,6 +170,8 @@ class JointHistogram:
     """First row and first column of the lower right block."""
     box: Slices | None = None
     """Rows and columns of the object's bounding box; None if unknown."""
+    num_void: int = 0
+    """Pixels that nobody labelled; they are in no count."""
 
     @property
     def totals(self) -> NDArray[np.int64]:
@@ -165,8 +181,8 @@ class JointHistogram:
 
     @property
     def num_pixels(self) -> int:
-        """Number of pixels, H * W."""
-        return self.shape[0] * self.shape[1]
+        """Number of labelled pixels: H * W, less the void ones."""
+        return self.shape[0] * self.shape[1] - self.num_void
 
     @property
     def num_foreground(self) -> int:

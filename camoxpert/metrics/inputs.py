@@ -82,6 +82,33 @@ def checked_mask(name: str, mask: object) -> NDArray[np.bool_]:
     return object_HW
 
 
+def checked_void(name: str, void: object, mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """Return where a mask is void (nobody labelled the pixel), or None if it is so nowhere.
+
+    Args:
+        name: of the image, for the message.
+        void: bool (H, W), True on void pixels, or None.
+        mask_HW: the checked mask.
+
+    Raises:
+        DataError: not bool, of another shape, on the object, or everywhere.
+    """
+    if void is None:
+        return None
+    array = _checked_shape(name, "void", void)
+    if array.dtype != np.bool_ or array.shape != mask_HW.shape:
+        raise DataError(
+            f"{name}: the void is {array.dtype} of shape {array.shape}. Give bool of the mask's"
+            f" shape {mask_HW.shape}, True where the pixel has no label."
+        )
+    array = np.ascontiguousarray(array)
+    if array.all():
+        raise DataError(f"{name}: every pixel is void, so there is nothing to score. Leave it out.")
+    if (array & mask_HW).any():
+        raise DataError(f"{name}: some pixels are object and void. A void pixel has no label.")
+    return array if array.any() else None
+
+
 def check_same_size(name: str, shape: tuple[int, ...], mask_HW: NDArray[np.bool_]) -> None:
     """Raise DataError unless a prediction's shape is the mask's."""
     if shape != mask_HW.shape:

@@ -3,7 +3,8 @@
 Two steps: binarise (``threshold_confusion`` at all 256 thresholds, ``adaptive_confusion``,
 ``binary_confusion``), then score the confusion counts. A score function takes counts of any shape
 and returns that shape, so a curve and a single number come from the same line of code. All values
-are fractions in 0..1 (E-measure: up to N / (N - 1) for N pixels), in float64.
+are fractions in 0..1 (E-measure: up to N / (N - 1) for N pixels), in float64. Void pixels are in no
+count: every measure is that of the labelled pixels alone, as if the image had no others.
 """
 
 from __future__ import annotations
@@ -253,10 +254,14 @@ def _flat_similarity(histogram: JointHistogram, index: int, value: float) -> flo
     It is 1 in exact arithmetic. The field's code gives 0 where the floating-point mean of equal
     numbers differs from that number, as it does for 7 grey blocks in 10, and S changes by up to a
     half. To report the same number, the sum is repeated on the same memory layout. Black and white
-    blocks, usually the only flat blocks of a map that uses its full range, add up exactly.
+    blocks, usually the only flat blocks of a map that uses its full range, add up exactly. With
+    void the labelled pixels are one list.
     """
     if value in (0.0, 1.0):
         return 1.0
+    if histogram.num_void:
+        listed = np.full(int(histogram.counts[index].sum()), value)
+        return 1.0 if listed.mean() == value else 0.0
     flat = np.full(histogram.shape, value)[histogram.blocks[index]]
     return 1.0 if flat.mean() == value else 0.0
 

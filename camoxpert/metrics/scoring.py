@@ -53,6 +53,8 @@ class ImageScore(NamedTuple):
     """There is no object, none was claimed, and the evaluator gives credit for that."""
     mask_digest: str
     """Hash of the mask's shape and pixels, hexadecimal."""
+    num_void: int = 0
+    """Pixels that nobody labelled; they are in no score."""
 
 
 def score_image(
@@ -60,6 +62,7 @@ def score_image(
     prediction_HW: NDArray[np.uint8],
     mask_HW: NDArray[np.bool_],
     *,
+    void_HW: NDArray[np.bool_] | None = None,
     group: str = "",
     protocol: str = "pysod",
     empty_gt: str = "pysod",
@@ -67,16 +70,25 @@ def score_image(
 ) -> ImageScore:
     """Score one checked pair of arrays; the options are those of the Evaluator.
 
+    Void pixels, which nobody labelled, are left out. What a histogram gives is that of the other
+    pixels alone, the stretch of "pysod" included. The measures that depend on positions (weighted
+    F, Boundary IoU, HCE) see background there that the map got right: it adds no error, no
+    distance is measured to it, and no label is invented.
+
     Args:
         name: goes into the row.
         prediction_HW: uint8 0..255, contiguous.
         mask_HW: bool, contiguous, same shape.
+        void_HW: bool, same shape, True where nobody labelled the pixel and never on the object;
+            None if there is no such pixel.
         group: goes into the row.
         protocol: one of PROTOCOLS.
         empty_gt: one of EMPTY_GT; "skip" scores like "pysod" here, the caller skips.
         keys: measures to compute.
     """
-    histogram = joint_histogram(prediction_HW, mask_HW)
+    if void_HW is not None:
+        prediction_HW = without_void(prediction_HW, void_HW)
+    histogram = joint_histogram(prediction_HW, mask_HW, void_HW)
     values = level_values(histogram, normalise=protocol == "pysod")
     # Measures that need the pixels. Each is a function, so that measures nobody asked for cost
     # nothing.
@@ -90,11 +102,11 @@ def score_image(
         histogram,
         values,
         {key: float(of_pixels[key]()) for key in keys if key in of_pixels},
-        pixels=lambda: prediction_HW,
+        pixels=lambda: prediction_HW if void_HW is None else prediction_HW[~void_HW],
         group=group,
         empty_gt=empty_gt,
         keys=keys,
-        mask_digest=digest_mask(mask_HW, histogram.box),
+        mask_digest=digest_mask(mask_HW, histogram.box, void_HW),
         num_objects=count_objects(mask_HW, histogram.box),
     )
 
@@ -119,7 +131,8 @@ def assemble(
         histogram: of the image.
         values: (256,) value of each grey level.
         of_pixels: the measures that a histogram cannot give.
-        pixels: returns the map, for the last bit of adaptive measures; see ``adaptive_confusion``.
+        pixels: returns the map's labelled pixels, for the last bit of adaptive measures; see
+            ``adaptive_confusion``.
         group: goes into the row.
         empty_gt: one of EMPTY_GT.
         keys: measures to compute.
@@ -155,7 +168,14 @@ def assemble(
     row: Row = {"name": name, "group": group, **scores}
     row["object_fraction"] = histogram.num_foreground / histogram.num_pixels
     row["num_objects"] = num_objects
-    return ImageScore(row, counts_CL, rightly_empty, mask_digest)
+    return ImageScore(row, counts_CL, rightly_empty, mask_digest, histogram.num_void)
+
+
+def without_void(prediction_HW: NDArray[np.uint8], void_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return a copy of a map that is 0 on void pixels."""
+    cleared_HW = prediction_HW.copy()
+    cleared_HW[void_HW] = 0
+    return cleared_HW
 
 
 def count_objects(mask_HW: NDArray[np.bool_], box: Slices | None = None) -> int:
@@ -183,12 +203,17 @@ def count_objects(mask_HW: NDArray[np.bool_], box: Slices | None = None) -> int:
     return sum(area >= 1e-4 * mask_HW.size for area in areas)
 
 
-def digest_mask(mask_HW: NDArray[np.bool_], box: Slices | None = None) -> str:
+def digest_mask(
+    mask_HW: NDArray[np.bool_],
+    box: Slices | None = None,
+    void_HW: NDArray[np.bool_] | None = None,
+) -> str:
     """Return a hash of a mask's shape and pixels: equal for 0/1 and 0/255, PNG and BMP.
 
     Args:
         mask_HW: True on the objects.
         box: their bounding box, where it is known; the rest of the mask is empty.
+        void_HW: True on void pixels; None if there are none.
     """
     if box is None:
         x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask_HW).view(np.uint8))
@@ -196,6 +221,8 @@ def digest_mask(mask_HW: NDArray[np.bool_], box: Slices | None = None) -> str:
     place = [(part.start, part.stop) for part in box]
     digest = hashlib.sha256(repr((mask_HW.shape, place)).encode())
     digest.update(np.packbits(mask_HW[box]).tobytes())
+    if void_HW is not None:
+        digest.update(b"void" + np.packbits(void_HW).tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -1,5 +1,6 @@
 """The network: images in, logits, side logits and routing records out."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,15 +31,20 @@ class CamoXpert(nn.Module):
     """EdgeNeXt (or any timm pyramid) with a top-k mixture-of-experts decoder.
 
     Nothing in it depends on the batch size, the device or a global setting.
+
+    Args:
+        config: backbone, decoder and experts.
+        sides: sides of the images it will see, in pixels, that of evaluation first; some timm
+            networks are built for one size.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, sides: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config)
+        self.backbone = Backbone(config, sides)
         self.decoder = Decoder(self.backbone.channels, config)
         # Saved with the weights: a checkpoint must carry the normalisation it was trained with.
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
@@ -82,6 +88,10 @@ class CamoXpert(nn.Module):
         return tuple(f"stride {stride}" for stride in reversed(STRIDES))
 
 
-def build_model(config: ModelConfig) -> CamoXpert:
-    """Build the network; raises ConfigError or CheckpointError for a user's mistake."""
-    return CamoXpert(config)
+def build_model(config: ModelConfig, *, sides: Sequence[int] = ()) -> CamoXpert:
+    """Build the network; raises ConfigError or CheckpointError for a user's mistake.
+
+    Args:
+        config, sides: as ``CamoXpert`` takes them.
+    """
+    return CamoXpert(config, sides)

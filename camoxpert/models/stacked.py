@@ -53,6 +53,8 @@ class UniformExperts(nn.Module):
     """
 
     masks_EHW: Tensor
+    decayed = ("enter_EDC", "filter_EDHW", "leave_ECD")
+    """Parameters that weight decay applies to."""
 
     def __init__(self, count: int, width: int, hidden: int) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ LEFT_OUT = {
     "num_skipped": "without an object skipped",
     "num_missing": "masks without a map left out",
     "num_extra": "maps without a mask left out",
+    "num_unreadable": "unreadable left out",
 }
 PAIRS_SHOWN = 12
 SHORT = ("Smeasure", "wFmeasure", "meanEm", "IoU", "MAE")

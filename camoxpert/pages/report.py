@@ -166,7 +166,9 @@ def _tiles(results: Sequence[Result], records: Records) -> list[tuple[str, str]]
 
 def _score_rows(results: Sequence[Result], records: Records) -> Iterator[ScoreRow]:
     for result in results:
-        yield ScoreRow(f"{result['dataset']} ({result['num_images']})", result["scores"])
+        missing = len(result.get("unreadable", ()))
+        left_out = f", {missing} unreadable left out" if missing else ""
+        yield ScoreRow(f"{result['dataset']} ({result['num_images']}{left_out})", result["scores"])
         floor = result.get("baseline", {}).get("all_foreground")
         if floor:
             yield ScoreRow("baseline: everything is object", floor, "floor")

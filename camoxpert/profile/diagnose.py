@@ -20,12 +20,17 @@ class Workload:
         step: takes a whole training step on a batch.
         double: returns a batch with twice the images.
         wait: waits for the device.
+        drain: takes the batches that workers prepared ahead. Without it the data path looks as fast
+            as its queue is full.
+        burst: batches that arrive together, one from every worker.
     """
 
     fetch: Callable[[], Any]
     step: Callable[[Any], object]
     double: Callable[[Any], Any]
     wait: Callable[[], object] = lambda: None
+    drain: Callable[[], object] = lambda: None
+    burst: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,21 @@ class Diagnosis:
 
     Attributes:
         verdict: data, launch, sync, compute or memory.
-        seconds: median time of the unchanged step.
-        without_data: the same with a preloaded batch.
+        seconds: mean time of the unchanged step, its wait for the data included.
+        waiting: share of that time spent waiting for the data, 0..1.
+        without_data: median time of a step on a preloaded batch.
         doubled: the same with twice the images.
         evidence: one sentence with the numbers.
+        data_gain: factor in throughput if the data cost nothing.
     """
 
     verdict: str
     seconds: float
+    waiting: float
     without_data: float
     doubled: float
     evidence: str
+    data_gain: float = 1.0
 
 
 class Advice(TypedDict):
@@ -63,17 +72,19 @@ def diagnose(
 ) -> Diagnosis:
     """Find out what bounds a step by changing one thing at a time; the variants take turns.
 
-    A preloaded batch removes the data path; twice the images double the work of the device and
-    leave the number of launches as it is.
+    Unchanged steps are measured in pairs of fetch and step, one after another as in training, after
+    the batches prepared ahead were taken. A preloaded batch removes the data path; twice the images
+    double the work of the device and leave the number of launches as it is.
 
     Args:
         workload: the step.
-        rounds: timed steps of each variant.
+        rounds: rounds of each variant.
         syncs: host syncs of a step.
         utilisation: share of the device's arithmetic peak that the step reaches; None if unknown.
     """
     kept = workload.fetch()
     twice = workload.double(kept)
+    fetched: list[float] = []
     times: dict[str, list[float]] = {"as it is": [], "no data": [], "doubled": []}
 
     def timed(name: str, call: Callable[[], object]) -> None:
@@ -82,18 +93,39 @@ def diagnose(
         workload.wait()
         times[name].append(time.perf_counter() - started)
 
+    def pair() -> None:
+        started = time.perf_counter()
+        batch = workload.fetch()
+        fetched.append(time.perf_counter() - started)
+        workload.step(batch)
+
     workload.step(kept)
     workload.step(twice)
     workload.wait()
     for _ in range(rounds):
-        timed("as it is", lambda: workload.step(workload.fetch()))
+        workload.drain()
+        # The queue refills during a step that is slower than the data.
+        workload.step(workload.fetch())
+        workload.wait()
+        for _ in range(max(2, workload.burst)):
+            timed("as it is", pair)
         timed("no data", lambda: workload.step(kept))
         timed("doubled", lambda: workload.step(twice))
-    seconds, without, doubled = (statistics.median(times[name]) for name in times)
-    share, growth = 1 - without / seconds, doubled / without
-    if share > DATA_SHARE:
+    # Batches arrive in bursts, so that a median would miss the long waits between them.
+    seconds = statistics.fmean(times["as it is"])
+    waiting = statistics.fmean(fetched) / seconds
+    stepping = statistics.median(
+        whole - fetch for whole, fetch in zip(times["as it is"], fetched, strict=True)
+    )
+    without, doubled = statistics.median(times["no data"]), statistics.median(times["doubled"])
+    growth = doubled / without
+    if waiting > DATA_SHARE:
         verdict = "data"
-        evidence = f"with preloaded data the step takes {without / seconds:.0%} as long"
+        evidence = f"{waiting:.0%} of the time is spent waiting for a batch"
+    elif 1 - without / stepping > DATA_SHARE:
+        # On a CPU the workers take the cores from the step.
+        verdict = "data"
+        evidence = f"with preloaded data the step takes {without / stepping:.0%} as long"
     elif growth < FLAT_GROWTH:
         verdict = "sync" if syncs >= MANY_SYNCS else "launch"
         evidence = f"twice the images take {growth:.2f} times as long"
@@ -103,16 +135,32 @@ def diagnose(
         evidence = f"twice the images take {growth:.2f} times as long"
         if utilisation is not None:
             evidence += f", at {utilisation:.0%} of the arithmetic peak"
-    return Diagnosis(verdict, seconds, without, doubled, evidence)
+    gain = (1 / (1 - min(waiting, 0.999))) * max(1.0, stepping / without)
+    return Diagnosis(verdict, seconds, waiting, without, doubled, evidence, gain)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the advice depends on.
+
+    Attributes:
+        batch_size, steps: images of a micro-batch, and micro-batches of an optimizer step.
+        num_workers: data workers in use.
+        cores: that the process may use.
+        cached: whether decoded pairs are read from a cache.
+        accelerator: whether the work happens on a device other than the CPU.
+    """
+
+    batch_size: int
+    steps: int
+    num_workers: int
+    cores: int
+    cached: bool
+    accelerator: bool
 
 
 def advice(
-    diagnosis: Diagnosis,
-    seconds: Mapping[str, float],
-    *,
-    batch_size: int,
-    num_workers: int,
-    accelerator: bool,
+    diagnosis: Diagnosis, seconds: Mapping[str, float], conditions: Conditions
 ) -> list[Advice]:
     """Return what to change, the largest gain first.
 
@@ -121,18 +169,23 @@ def advice(
     Args:
         diagnosis: of the step.
         seconds: per component.
-        batch_size, num_workers: in use.
-        accelerator: whether the work happens on a device other than the CPU.
+        conditions: how the step is taken.
     """
     total = sum(seconds.values()) or 1.0
     found: list[tuple[float, str]] = []
-    data = diagnosis.seconds / diagnosis.without_data
-    if data > 1.03:
-        workers = max(1, 2 * num_workers)
+    data = diagnosis.data_gain
+    if data > 1.03 and not conditions.cached:
+        found.append((data, "--cache disk: files are decoded once, not in every epoch"))
+    workers = min(max(1, 2 * conditions.num_workers), conditions.cores)
+    if data > 1.03 and workers > conditions.num_workers:
         found.append((data, f"--num-workers {workers}: the step waits for its data"))
     doubled = 2 * diagnosis.without_data / diagnosis.doubled
     if doubled > 1.03:
-        text = f"--batch-size {2 * batch_size}, fewer --accumulation-steps: fewer launches an image"
+        text = f"--batch-size {2 * conditions.batch_size}"
+        if conditions.steps > 1:
+            text += f" --accumulation-steps {-(-conditions.steps // 2)}: fewer launches a step"
+        else:
+            text += ": fewer launches an image, and a step of more images (adapt --lr)"
         found.append((doubled, text))
     for name, threshold, text in (
         ("EMA", 0.03, "--no-use-ema: no moving average of the weights"),
@@ -140,6 +193,7 @@ def advice(
         ("copy", 0.03, "data.pin_memory=true: copies overlap with the computation"),
     ):
         share = seconds.get(name, 0.0) / total
-        if share > threshold and (accelerator or name != "copy"):
+        if share > threshold and (conditions.accelerator or name != "copy"):
             found.append((1 / (1 - share), text))
-    return [{"gain": gain, "text": text} for gain, text in sorted(found, reverse=True)]
+    found.sort(key=lambda item: -item[0])
+    return [{"gain": gain, "text": text} for gain, text in found]

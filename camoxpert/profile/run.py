@@ -14,10 +14,11 @@ from camoxpert import console, text
 from camoxpert.benchmark.common import Report, heading, show_table
 from camoxpert.data.loader import Batches, finish
 from camoxpert.data.samples.batches import Batch, RawBatch
-from camoxpert.profile.diagnose import Advice, Workload, advice, diagnose
+from camoxpert.profile.diagnose import Advice, Conditions, Workload, advice, diagnose
 from camoxpert.profile.regions import ComponentTimer, watched
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.device import device_name, wait_for
+from camoxpert.runtime.host import usable_cores
 from camoxpert.runtime.regions import listening
 from camoxpert.training.optim import set_lr
 from camoxpert.training.run import Run
@@ -43,6 +44,7 @@ class TrainingStep:
         self.run = run
         self.device = run.device
         self.images = stage.batch_size
+        self.loading = run.data.loading
         self.loader = training_loader(run, stage.batch_size)
         self.batches = _full_batches(self.loader)
 
@@ -57,6 +59,11 @@ class TrainingStep:
     def fetch(self) -> Batch:
         """Wait for the next batch."""
         return self.receive(next(self.batches))
+
+    def drain(self) -> None:
+        """Take the batches that the workers prepared ahead."""
+        for _ in range(max(1, self.loading.num_workers) * self.loading.prefetch + 1):
+            next(self.batches)
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -94,8 +101,9 @@ class Profile:
         gmacs: 1e9 multiply-adds of one image's forward pass.
         peak_tflops: 1e12 operations per second of a large matrix product on this device.
         model_flops_utilisation: share of that peak that three forward passes per step reach.
-        interventions_milliseconds: median step as it is, with preloaded data, with twice the
-            images.
+        data_wait: share of consecutive steps spent waiting for a batch, 0..1.
+        interventions_milliseconds: mean step as it is, median steps with preloaded data and with
+            twice the images.
         timer_cost: share of a step that the timer adds.
     """
 
@@ -111,6 +119,7 @@ class Profile:
     operators: int
     verdict: str
     evidence: str
+    data_wait: float
     interventions_milliseconds: dict[str, float]
     advice: list[Advice]
     timer_cost: float
@@ -153,17 +162,16 @@ def run(prepared: Run, *, steps: int = 10, trace: Path | None = None) -> Report:
 
 
 def measure(step: TrainingStep, kept: Batch, steps: int) -> Times:
-    """Time steps by component, and steps with and without the timer on a preloaded batch."""
+    """Time training steps by component, and steps with and without the timer on one batch."""
     timer, spare = ComponentTimer(step.device), ComponentTimer(step.device)
     plain: list[float] = []
     timed: list[float] = []
     model = step.run.model
+    # One after another as in training: any pause lets the workers prepare batches ahead.
+    step.drain()
+    step.take(step.fetch())
+    step.wait()
     for _ in range(steps):
-        # With and without the timer in turns: its own cost is part of the result.
-        started = time.perf_counter()
-        step.take(kept)
-        step.wait()
-        plain.append(time.perf_counter() - started)
         with watched(model, timer), timer.step():
             with timer.region("data wait"):
                 batch = next(step.batches)
@@ -172,6 +180,12 @@ def measure(step: TrainingStep, kept: Batch, steps: int) -> Times:
                 arrived = step.receive(batch)
             step.take(arrived)
             step.wait()
+    for _ in range(steps):
+        # With and without the timer in turns: its own cost is part of the result.
+        started = time.perf_counter()
+        step.take(kept)
+        step.wait()
+        plain.append(time.perf_counter() - started)
         with watched(model, spare):
             started = time.perf_counter()
             with spare.step():
@@ -191,7 +205,10 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
     run = step.run
     peak = arithmetic_peak(step.device, run.precision.dtype)
     use = 3 * 2e9 * run.gmacs * step.images / times.plain / peak
-    workload = Workload(step.fetch, step.take, _doubled, step.wait)
+    loading = step.loading
+    workload = Workload(
+        step.fetch, step.take, _doubled, step.wait, step.drain, burst=loading.num_workers
+    )
     diagnosis = diagnose(workload, rounds=rounds, syncs=counter.syncs, utilisation=use)
     return Profile(
         milliseconds={name: 1e3 * times.components[name] for name in _ordered(times.components)},
@@ -206,6 +223,7 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
         operators=counter.operators,
         verdict=diagnosis.verdict,
         evidence=diagnosis.evidence,
+        data_wait=diagnosis.waiting,
         interventions_milliseconds={
             "as it is": 1e3 * diagnosis.seconds,
             "batch at hand": 1e3 * diagnosis.without_data,
@@ -214,9 +232,14 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
         advice=advice(
             diagnosis,
             times.components,
-            batch_size=step.images,
-            num_workers=run.data.loading.num_workers,
-            accelerator=step.device.type == "cuda",
+            Conditions(
+                batch_size=step.images,
+                steps=run.batching.steps,
+                num_workers=loading.num_workers,
+                cores=usable_cores(),
+                cached=loading.cache is not None,
+                accelerator=step.device.type == "cuda",
+            ),
         ),
         timer_cost=times.cost,
     )

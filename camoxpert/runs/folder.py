@@ -8,39 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from camoxpert.config import ALIASES, Config, get_setting, leaves
+from camoxpert.config import ALIASES, Config, leaves, load_config
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import read_json, try_lock
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
+from camoxpert.runs.identity import (
+    FREE,
+    ROOTS,
+    file_hashes,
+    setting_differences,
+    what_is_trained,
+)
 from camoxpert.runs.store import CheckpointFolder
 
 if TYPE_CHECKING:
     from filelock import FileLock
-
-# Settings that say how long, how fast or where, not what is trained.
-FREE = (
-    "data.num_workers",
-    "data.persistent_workers",
-    "data.prefetch_factor",
-    "data.pin_memory",
-    "data.start_method",
-    "data.worker_timeout",
-    "data.allow_outside",
-    "data.unreadable",
-    "data.max_unreadable",
-    "data.cache",
-    "data.cache_dir",
-    "data.strict_cache",
-    "train.device",
-    "train.max_hours",
-    "train.resume",
-    "train.allow_data_change",
-    "train.process_timeout",
-)
 
 
 @dataclass
@@ -86,25 +73,29 @@ class RunFolder:
             self.lock.release()
 
 
-def what_is_trained(config: Config) -> dict[str, Any]:
-    """Return the settings that decide what a run learns, by dotted path."""
-    return {
-        leaf.path: get_setting(config, leaf.path)
-        for leaf in leaves()
-        if leaf.path not in FREE and not leaf.path.startswith("run.")
-    }
+# Settings added since the first version: at their defaults they do not count in names.
+ADDED = ("data.group_copies", "model.init_from")
 
 
 def run_name(config: Config) -> str:
     """Name a run after its settings: equal settings, equal name."""
     if config.run.name:
         return config.run.name
-    settings = what_is_trained(config)
+    defaults = {leaf.path: leaf.default for leaf in leaves()}
+    settings = {
+        path: value
+        for path, value in what_is_trained(config).items()
+        if path not in ADDED or value != defaults[path]
+    }
     # Settings removed since the first version count with their defaults: names stay the same.
     settings |= {old.path: old.neutral for old in ALIASES if old.target not in FREE}
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{config.model.backbone}-{config.data.img_size}-{digest}"
+    return f"{_kind(config)}-{digest}"
+
+
+def _kind(config: Config) -> str:
+    return f"{config.model.backbone}-{config.data.img_size}"
 
 
 def create_run_dir(parent: Path, name: str) -> Path:
@@ -128,11 +119,15 @@ def create_run_dir(parent: Path, name: str) -> Path:
             return path
 
 
-def find_run(config: Config) -> RunFolder:
+def find_run(config: Config, *, data_hash: Callable[[], str]) -> RunFolder:
     """Find and lock the stopped run that these settings continue; without one the path is None.
 
-    Writes only the lock and removes leftovers of killed writes; ``RunFolder.create`` makes the
-    folder of a new run.
+    Writes only the lock; ``RunFolder.create`` makes the folder of a new run.
+
+    Args:
+        config: settings.
+        data_hash: returns the hash of the training data; called if a stopped run has these
+            settings but its data lay elsewhere.
 
     Raises:
         CheckpointError: the run to continue has no usable checkpoint.
@@ -142,8 +137,14 @@ def find_run(config: Config) -> RunFolder:
     if wanted not in ("auto", "never"):
         return _named_run(Path(wanted))
     notes: list[str] = []
-    for folder in _candidates(config) if wanted == "auto" else ():
+    now = file_hashes(config) if wanted == "auto" else {}
+    for folder in _candidates(config, now, data_hash) if wanted == "auto" else ():
         info = read_json(folder / "run.json")
+        # A name that was given names the run: what differs is then refused, not passed over.
+        other = () if config.run.name else _other_files(info, now)
+        if other:
+            notes.append(f"run         {folder} started from another {' and '.join(other)}")
+            continue
         if info.get("status") == "finished":
             notes.append(f"run         {folder} is finished and stays as it is")
             continue
@@ -191,14 +192,64 @@ def _locked(folder: Path) -> FileLock | None:
         raise CheckpointError(f"The run folder {folder} cannot be used: {error}.") from error
 
 
-def _candidates(config: Config) -> list[Path]:
-    """Return name, name-2, name-3, ... as far as they exist, newest first."""
+def _candidates(
+    config: Config, now: Mapping[str, str], data_hash: Callable[[], str]
+) -> Iterator[Path]:
+    """Yield name, name-2, name-3, ... as far as they exist, newest first; then stopped runs with
+    the same settings under another name: their paths were written another way."""
     parent, name = Path(config.run.dir), run_name(config)
     found, folder = [], parent / name
     while folder.is_dir():
         found.append(folder)
         folder = parent / f"{name}-{len(found) + 1}"
-    return found[::-1]
+    yield from found[::-1]
+    if config.run.name or not parent.is_dir():
+        return
+    others = [
+        path
+        for path in sorted(parent.iterdir())
+        if path.name.startswith(f"{_kind(config)}-") and path not in found
+    ]
+    for folder in others:
+        info = read_json(folder / "run.json")
+        if info and info.get("status") != "finished" and _is_same(folder, info, config, now):
+            if _elsewhere(folder, config) and info.get("data_hash") != data_hash():
+                continue
+            yield folder
+
+
+def _is_same(folder: Path, info: Mapping[str, Any], config: Config, now: Mapping[str, str]) -> bool:
+    """Return whether a run has the same settings, but for the place of its data."""
+    old = _settings(folder)
+    if old is None:
+        return False
+    before = recorded_hashes(info)
+    return setting_differences(old, config, before=before, now=now).keys() <= {ROOTS}
+
+
+def _elsewhere(folder: Path, config: Config) -> bool:
+    old = _settings(folder)
+    return old is None or ROOTS in setting_differences(old, config, before={}, now={})
+
+
+def _settings(folder: Path) -> Config | None:
+    """Return the settings of a run, or None if they cannot be read."""
+    try:
+        return load_config(file=folder / "config.yaml")
+    except (ConfigError, OSError):
+        return None
+
+
+def recorded_hashes(info: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of the files that a run started from, as its records say."""
+    known = info.get("files")
+    return {str(k): str(v) for k, v in known.items()} if isinstance(known, dict) else {}
+
+
+def _other_files(info: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """Return the settings whose files have other content than those that a run started from."""
+    before = recorded_hashes(info)
+    return [path for path in before.keys() & now.keys() if before[path] != now[path]]
 
 
 def _is_run(folder: Path) -> bool:

@@ -88,8 +88,8 @@ class RunLog:
 
         Args:
             step: records beyond it are dropped.
-            epoch_done: False if the step is the last one of an epoch whose end (routing,
-                validation) is still to come: such records of this very step are dropped as well.
+            epoch_done: False if the end of the epoch (routing, validation) is still to come: its
+                records are dropped as well if they are of this very step.
         """
         if self._file is None:
             return
@@ -98,7 +98,7 @@ class RunLog:
             record
             for record in read_jsonl(self.path)
             if record.get("step", 0) < step
-            or (record.get("step", 0) == step and (epoch_done or record.get("kind") == "train"))
+            or (record.get("step", 0) == step and (epoch_done or not _of_epoch_end(record)))
         ]
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         with self._explained():
@@ -159,3 +159,7 @@ class RunLog:
                 f"intact; free some space or put the folder back, and run the same command again "
                 f"to continue."
             ) from error
+
+
+def _of_epoch_end(record: Mapping[str, Any]) -> bool:
+    return record.get("kind") in ("routing", "validation") or bool(record.get("epoch_end"))

@@ -76,10 +76,14 @@ class _Event(TypedDict):
 
 
 class EventRecord(_Event, total=False):
-    """Something worth a line in the report; the last five keys belong to a skipped step."""
+    """Something worth a line in the report; the last five keys belong to a skipped step.
+
+    With ``epoch_end`` it belongs to the end of an epoch: routing and validation.
+    """
 
     step: int
     epoch: int
+    epoch_end: bool
     loss: float
     grad_norm: float
     lr: float
@@ -102,6 +106,7 @@ class RunInfo(TypedDict, total=False):
     versions: dict[str, str]
     git_commit: str | None
     data_hash: str
+    files: dict[str, str]  # sha256 of the files that settings name, by dotted path
     phases: dict[str, float]  # wall seconds
     decisions: list[str]
     precision: str

@@ -33,15 +33,18 @@ class CheckpointFolder:
     """The ``checkpoints/`` folder of one run, which this process owns.
 
     Args:
-        folder: created on the first save; what a killed write left behind is removed.
+        folder: created on the first save.
         keep: how many resumable checkpoints are kept, besides those marked to stay.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+
+    def clean(self) -> None:
+        """Remove what a killed write left behind; for the process that owns the folder."""
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
 
     def save(
         self,
@@ -144,6 +147,7 @@ class CheckpointFolder:
                 f"moved or deleted while the run was writing to it."
             )
         self.folder.mkdir(exist_ok=True)
+        self.clean()
         path = self.folder / name
         temporary = path.with_suffix(".pt.tmp")
         needed = tensor_bytes(values)

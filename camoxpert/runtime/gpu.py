@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from types import TracebackType
 from typing import Any
+
+from camoxpert import console
 
 PERIOD_SECONDS = 0.5
 
@@ -41,7 +42,7 @@ class GpuMonitor:
         except Exception as error:
             # ImportError, NVMLError, a driver of another version: the run continues without.
             self._nvml = None
-            warnings.warn(f"GPU utilisation is not available: {error}", stacklevel=3)
+            console.warn(f"GPU utilisation is not available: {error}")
             return
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from camoxpert.config import to_dict
 from camoxpert.errors import CheckpointError, NumericError, Stopped
 from camoxpert.runs.checkpoint import FORMAT, Checkpoint
 from camoxpert.runs.store import CheckpointFolder
+from camoxpert.training.optim import (
+    load_optimizer,
+    lr_scales,
+    saved_names,
+    starts_with_weights,
+)
 from camoxpert.training.run import Run, TrainState
 
 
@@ -30,6 +37,7 @@ def snapshot(run: Run) -> dict[str, Any]:
         "format": FORMAT,
         "config": to_dict(run.config),
         "data_hash": run.data.data_hash,
+        "files": run.files,
         "model": run.model.state_dict(),
         "ema": run.ema.state_dict() if run.ema else None,
         "optimizer": run.optimizer.state_dict(),
@@ -82,17 +90,15 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
     if "optimizer" not in values:
         raise CheckpointError(
             f"{checkpoint.path} holds weights only and cannot be continued. Use a step_*.pt file "
-            f"or the run folder; to start a new run from these weights give them with --weights."
+            f"or the run folder; to start a new run from these weights give them with --init-from."
         )
     try:
         run.model.load_state_dict(values["model"])
-        # Moments come from the checkpoint; weight decay, betas and scales from the settings, or a
-        # change of them would be printed but not applied.
-        groups = run.optimizer.param_groups
-        now = [{k: g[k] for k in ("weight_decay", "betas", "scale")} for g in groups]
-        run.optimizer.load_state_dict(values["optimizer"])
-        for group, settings in zip(run.optimizer.param_groups, now, strict=True):
-            group.update(settings)
+        before = checkpoint.config
+        learned = starts_with_weights(before.model)
+        scales = lr_scales(run.model, before.optim, has_weights=learned)
+        names = saved_names(values["optimizer"], run.model, scales)
+        load_optimizer(run.optimizer, values["optimizer"], names)
         run.scaler.load_state_dict(values["scaler"])
         if run.ema is not None:
             # An EMA that was off before starts at the current weights.
@@ -138,6 +144,19 @@ def checkpoint_bytes(run: Run) -> int:
     return int(weights) * (4 if run.ema else 3)
 
 
+def require_space(run: Run, path: Path | None) -> None:
+    """Raise CheckpointError unless the checkpoints of a run fit on the disk of its folder.
+
+    Args:
+        run: what is trained.
+        path: its folder; None for a new run.
+    """
+    keep_every = run.config.run.keep_every
+    others = run.plan.epochs // keep_every if keep_every else 0
+    folder = (path or Path(run.config.run.dir)).absolute() / "checkpoints"
+    CheckpointFolder(folder).require_space(checkpoint_bytes(run), others=others)
+
+
 class Saver:
     """Writes the checkpoints of a run, on rank 0, with the state of all ranks.
 
@@ -165,9 +184,8 @@ class Saver:
 
     def _open(self) -> None:
         self._folder = CheckpointFolder(self.run.folder / "checkpoints")
-        keep_every = self.run.config.run.keep_every
-        others = self.run.plan.epochs // keep_every if keep_every else 0
-        self._folder.require_space(checkpoint_bytes(self.run), others=others)
+        self._folder.clean()
+        require_space(self.run, self.run.folder)
 
     def is_due(self) -> bool:
         """Return whether to save after the step that was just taken."""

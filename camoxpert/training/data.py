@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from camoxpert import console
@@ -17,7 +17,7 @@ from camoxpert.data.files.manifest import (
     Manifest,
     Search,
     find_test_sets,
-    load_parts,
+    load_training_data,
     read_clean_list,
     unused_rows,
 )
@@ -27,12 +27,13 @@ from camoxpert.data.samples.augment import sample_transform, training_sides
 from camoxpert.data.samples.datasets import PairDataset
 from camoxpert.data.unreadable import require_few
 from camoxpert.data.workers import choose_num_workers, choose_prefetch, choose_start_method
-from camoxpert.doctor.inspect import identical_files
+from camoxpert.doctor.inspect import MaskShape, identical_files, mask_shape
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import free_shared_memory
 from camoxpert.runtime.processes import World
 from camoxpert.text import shorten
 from camoxpert.training.batching import effective_batch
+from camoxpert.training.split import Split, decide_split
 
 MASKS_LOOKED_AT = 16
 
@@ -55,7 +56,14 @@ class RunData:
     loading: LoaderPlan
 
 
-def find_data(config: Config, world: World, *, device: str = "cpu", write: bool = True) -> RunData:
+def find_data(
+    config: Config,
+    world: World,
+    *,
+    device: str = "cpu",
+    write: bool = True,
+    kept: Split | None = None,
+) -> RunData:
     """Find, pair, check, split and decode the data, printing each decision.
 
     Args:
@@ -64,6 +72,7 @@ def find_data(config: Config, world: World, *, device: str = "cpu", write: bool 
             and the ranks of a machine share its cores and memory.
         device: type of the device on which the step runs.
         write: False does not build a missing cache.
+        kept: the split of the run that is continued.
 
     Raises:
         DataError: anything wrong with the data or its cache.
@@ -72,17 +81,13 @@ def find_data(config: Config, world: World, *, device: str = "cpu", write: bool 
     data = config.data
     clean = read_clean_list(data.clean_list)
     search = Search(data.layout, data.noncam, clean, data.allow_outside)
-    found = load_parts(data.roots, search, fraction=data.val_fraction, seed=config.train.seed)
-    whole, train, validation = found.whole, found.train, found.validation
+    found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
+    whole = found.whole
     cache, verdict = find_cache(whole, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, whole) if cache is not None else _look_for_faults(whole, data)
+    train, validation = decide_split(found, config, kept or {}, write=write)
     tests = find_test_sets(data.roots, search)
-    console.decide(
-        "data",
-        f"{len(train)} training and {len(validation)} validation images ({whole.layout}), "
-        f"validation: {found.origin}",
-    )
     for note in whole.notes:
         console.decide("", note)
     sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
@@ -113,6 +118,15 @@ def find_data(config: Config, world: World, *, device: str = "cpu", write: bool 
         )
     loading = _decide_loading(config, train, cache, world, device)
     return RunData(train, validation, tests, whole.content_hash(), loading)
+
+
+def hash_of_data(config: Config) -> str:
+    """Return the content hash of the data that a run with these settings trains on."""
+    data = config.data
+    clean = read_clean_list(data.clean_list)
+    search = Search(data.layout, data.noncam, clean, data.allow_outside)
+    found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
+    return found.whole.content_hash()
 
 
 def unreadable_in(cache: PixelCache, manifest: Manifest) -> dict[Pair, str]:
@@ -148,14 +162,19 @@ def _quick_checks(
     sound = [pair for pair in parts["training"].pairs if pair not in unreadable]
     looked_at = sound[:: max(1, len(sound) // MASKS_LOOKED_AT)][:MASKS_LOOKED_AT]
     kinds: Counter[str] = Counter()
+    shapes: list[MaskShape] = []
     for pair in looked_at:
         try:
-            kinds[read_mask_as(pair.mask, max_pixels=data.max_pixels)[1]] += 1
+            mask, kind = read_mask_as(pair.mask, max_pixels=data.max_pixels)
         except DataError:
             if data.unreadable != "skip":
                 raise
+            continue
+        kinds[kind] += 1
+        shapes.append(mask_shape(mask))
     words = ", ".join(kind for kind, _ in kinds.most_common())
     console.decide("masks", f"stored as {words} ({len(looked_at)} looked at)")
+    _judge_masks(shapes)
     items = [
         (pair.image, part)
         for part, manifest in parts.items()
@@ -176,6 +195,30 @@ def _quick_checks(
             f"{items[a][0].name} ({items[a][1]}) and {items[b][0].name} ({items[b][1]}); "
             f"`camoxpert doctor` writes a --clean-list",
         )
+
+
+def _judge_masks(shapes: Sequence[MaskShape]) -> None:
+    """Print what is odd about the masks looked at: void, swapped values, one value alone."""
+    number = len(shapes)
+    void = sum(shape.void > 0 for shape in shapes)
+    if void:
+        console.decide(
+            "void",
+            f"{void} of {number} masks looked at have unlabelled pixels; losses and measures leave "
+            f"them out",
+        )
+    odd = {
+        "look inverted: the object, white (255), surrounds the image": [s.inverted for s in shapes],
+        "are empty: nothing is marked as object": [shape.share == 0 for shape in shapes],
+        "mark every pixel as object": [shape.share == 1 for shape in shapes],
+    }
+    for what, found in odd.items():
+        if any(found):
+            # A few empty masks may be intended; a few inverted ones may be large objects.
+            console.decide(
+                "warning" if sum(found) > number / 2 else "",
+                f"{sum(found)} of {number} masks looked at {what}; `camoxpert doctor` checks all",
+            )
 
 
 def _decide_cache(

@@ -7,15 +7,18 @@ Each decision is one printed line with its reason. Only a data cache is written.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from camoxpert import console, stop
 from camoxpert.config import Config
-from camoxpert.data.samples.augment import training_sides
+from camoxpert.data.samples.augment import image_sides, training_sides
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.runs.folder import recorded_hashes
+from camoxpert.runs.identity import file_hashes
 from camoxpert.runtime.device import (
     check_architecture,
     choose_device,
@@ -25,20 +28,23 @@ from camoxpert.runtime.device import (
 )
 from camoxpert.runtime.processes import World
 from camoxpert.training.batching import Batching, agree_on_batching
+from camoxpert.training.compiling import compile_model
 from camoxpert.training.data import find_data
 from camoxpert.training.ema import ModelEma
-from camoxpert.training.optim import backbone_scale, build_optimizer
+from camoxpert.training.initial import read_initial, start_from
+from camoxpert.training.optim import backbone_scale, build_optimizer, lr_scales, starts_with_weights
 from camoxpert.training.plan import Plan, make_plan, stage1_epochs
 from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.run import Run
-
-GRAPHS_PER_SIZE = 8
+from camoxpert.training.split import Split
 
 
 def prepare(
     config: Config,
     *,
     continued: Mapping[str, Any] | None = None,
+    kept: Split | None = None,
+    restored: bool = False,
     write: bool = True,
     world: World | None = None,
 ) -> Run:
@@ -48,6 +54,8 @@ def prepare(
         config: checked settings.
         continued: ``run.json`` of the stopped run that this one will continue; the batching that
             it chose from free memory is kept, so that the same command takes the same steps.
+        kept: the split of that run.
+        restored: weights will come from a checkpoint: none are downloaded or read from files.
         write: False does not build a missing data cache.
         world: the processes that train together.
 
@@ -58,7 +66,9 @@ def prepare(
     world = world or World()
     device = choose_device(config.train.device, index=world.local_rank)
     check_architecture(device)
-    data = world.in_turn(lambda: find_data(config, world, device=device.type, write=write))
+    data = world.in_turn(
+        lambda: find_data(config, world, device=device.type, write=write, kept=kept)
+    )
     world.check_stop()
     on_cuda = device.type == "cuda"
     name = device_name(device) if on_cuda else f"{torch.get_num_threads()} threads"
@@ -73,12 +83,12 @@ def prepare(
     precision = choose_precision(config.train, device)
     tf32 = set_tf32(config.train.tf32, device)
     console.decide("precision", f"{precision.reason}; TF32 {tf32}")
-    model, gmacs = _build_network(config, device, world)
+    model, gmacs = _build_network(config, device, world, restored=restored)
     world.check_stop()
-    has_weights = bool(config.model.weights) or config.model.pretrained
-    routers = [(moe.router, config.optim.router_lr_scale) for moe in model.moe_levels]
+    has_weights = starts_with_weights(config.model)
     scale = backbone_scale(config.optim, has_weights=has_weights)
-    optimizer = build_optimizer(model, config.optim, scales=[(model.backbone, scale), *routers])
+    scales = lr_scales(model, config.optim, has_weights=has_weights)
+    optimizer = build_optimizer(model, config.optim, scales=scales)
     ema = ModelEma(model, config.train.ema_decay) if config.train.use_ema else None
     before = (continued or {}).get("batch")
     batching = agree_on_batching(config, model, device, precision, before, world)
@@ -109,13 +119,25 @@ def prepare(
         gmacs=gmacs,
         forward=model,
         loss=total_loss,
+        files=file_hashes(config, recorded_hashes(continued or {})),
     )
 
 
-def _build_network(config: Config, device: torch.device, world: World) -> tuple[CamoXpert, float]:
+def _build_network(
+    config: Config, device: torch.device, world: World, *, restored: bool
+) -> tuple[CamoXpert, float]:
     """Build the network with the same weights on every rank, then seed each rank differently."""
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model).to(device)
+    settings = config.model
+    source = None if restored else read_initial(config)
+    covered = source is not None and source.config.model.backbone == settings.backbone
+    if restored or covered:
+        settings = replace(settings, pretrained=False, weights="")
+    model = build_model(settings, sides=image_sides(config.data))
+    model.config = config.model
+    if source is not None:
+        start_from(model, source)
+    model = model.to(device)
     if not world.first:
         torch.manual_seed(config.train.seed + 1_000_003 * world.rank)
     if config.train.channels_last:
@@ -150,32 +172,6 @@ def _decide_plan(
         f"backbone at {scale:g}x the learning rate",
     )
     return plan
-
-
-def compile_model(model: CamoXpert, *, sizes: int = 1) -> str:
-    """Compile what compiles as one graph, in place and without new parameter names.
-
-    Equal experts with gathered weights run the same program for any routing, so the whole network
-    is one graph. Otherwise only the backbone is: reading the counts breaks the decoder's graph.
-    Static shapes: block by block with dynamic shapes crashes Inductor on EdgeNeXt. Every training
-    size is compiled once, and kept.
-
-    Args:
-        model: changed in place.
-        sizes: training sizes that will be seen.
-
-    Returns:
-        What was compiled, in words.
-    """
-    # Each size needs graphs for full and short batches, in training and evaluation; beyond
-    # torch's default limit of eight it would stop compiling.
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS_PER_SIZE * sizes)
-    if all(level.dispatch in ("gathered", "dense") for level in model.moe_levels):
-        model.compile(dynamic=False, fullgraph=True)
-        return "the whole network as one graph"
-    model.backbone.compile(dynamic=False)
-    return "the backbone (--expert-family uniform compiles as a whole)"
 
 
 @torch.no_grad()

@@ -12,15 +12,14 @@ from pathlib import Path
 
 from camoxpert.config import Config
 from camoxpert.errors import CheckpointError
-from camoxpert.files import write_rows
 from camoxpert.runs.checkpoint import Checkpoint
-from camoxpert.runs.folder import what_is_trained
+from camoxpert.runs.identity import ROOTS, setting_differences
 from camoxpert.training.batching import Batching
 from camoxpert.training.checkpoints import images_per_step
 from camoxpert.training.data import RunData
 from camoxpert.training.run import Run
+from camoxpert.training.split import SAMPLES
 
-SAMPLES = "samples.csv"
 # Settings that decide what the weights mean or which samples are used.
 FIXED = ("model.", "data.", "train.seed")
 
@@ -49,7 +48,8 @@ def changes_since(checkpoint: Checkpoint, run: Run, folder: Path) -> Changes:
     Raises:
         CheckpointError: the changes would make it a different run.
     """
-    lines = setting_changes(checkpoint.config, run.config)
+    before = checkpoint.values.get("files") or {}
+    lines = setting_changes(checkpoint.config, run.config, before=before, now=run.files)
     lines += batching_changes(checkpoint, run.batching, images_per_step(run))
     if checkpoint.values.get("data_hash") == run.data.data_hash:
         return Changes(tuple(lines))
@@ -66,21 +66,42 @@ def changes_since(checkpoint: Checkpoint, run: Run, folder: Path) -> Changes:
     return Changes(tuple(lines), data=True)
 
 
-def setting_changes(old: Config, new: Config) -> list[str]:
+def setting_changes(
+    old: Config,
+    new: Config,
+    *,
+    before: Mapping[str, str] | None = None,
+    now: Mapping[str, str] | None = None,
+) -> list[str]:
     """List settings that differ from those of the run being continued.
+
+    Args:
+        old, new: settings.
+        before, now: hashes of the files that they name.
 
     Raises:
         CheckpointError: one of them decides what the weights mean or which samples are used.
     """
-    before, after = what_is_trained(old), what_is_trained(new)
-    changed = [path for path in before if before[path] != after[path]]
-    lines = [f"{path}: {before[path]} -> {after[path]}" for path in changed]
-    if any(path.startswith(FIXED) for path in changed):
+    changed = setting_differences(old, new, before=before or {}, now=now or {})
+    refused = [path for path in changed if path.startswith(FIXED) and path != ROOTS]
+    # The lists of data and of images to leave out are compared by what they select.
+    refused = [path for path in refused if path != "data.clean_list" or path in (before or {})]
+    if refused:
+        lines = "; ".join(changed.values())
         raise CheckpointError(
-            f"The stopped run cannot be continued with these settings: {'; '.join(lines)}. Use the "
+            f"The stopped run cannot be continued with these settings: {lines}. Use the "
             f"settings it was started with, or --resume never for a new run."
         )
-    return lines
+    return list(changed.values())
+
+
+def refuse_if_trained(checkpoint: Checkpoint, run: Run, changes: Changes) -> None:
+    """Raise CheckpointError if a finished run has no epoch left for changed settings."""
+    if checkpoint.values["state"]["epoch"] >= run.plan.epochs:
+        raise CheckpointError(
+            f"The run of {checkpoint.path} is finished, and no epoch is left for other settings "
+            f"({'; '.join(changes.lines)}). Raise --epochs, or start a new run with --resume never."
+        )
 
 
 def batching_changes(
@@ -115,22 +136,6 @@ def batching_changes(
     ]
 
 
-def write_samples(run_dir: Path, data: RunData) -> None:
-    """Write ``samples.csv``: images of training and validation with the sizes of their files."""
-    rows = [
-        {
-            "split": split,
-            "dataset": dataset,
-            "name": name,
-            "image_bytes": sizes[0],
-            "mask_bytes": sizes[1],
-        }
-        for split, manifest in (("training", data.train), ("validation", data.validation))
-        for (dataset, name), sizes in manifest.files().items()
-    ]
-    write_rows(run_dir / SAMPLES, rows, ("split", "dataset", "name", "image_bytes", "mask_bytes"))
-
-
 def data_changes(run_dir: Path, data: RunData) -> str:
     """Describe how the data differs from ``samples.csv``; "" if that cannot be read."""
     try:
@@ -139,7 +144,8 @@ def data_changes(run_dir: Path, data: RunData) -> str:
                 (row["dataset"], row["name"]): (int(row["image_bytes"]), int(row["mask_bytes"]))
                 for row in csv.DictReader(file)
             }
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        # TypeError: a line without all its columns.
         return ""
     now = data.train.files() | data.validation.files()
     kinds = {

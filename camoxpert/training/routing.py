@@ -57,7 +57,8 @@ class RoutingMeter:
         experts: kind of every expert; repeated kinds get a number.
 
     Attributes:
-        alarmed: the user was warned that the router favours few experts.
+        ill: the last judged epoch favoured few experts.
+        alarmed: the user was warned of that.
     """
 
     def __init__(self, levels: Sequence[str], experts: Sequence[str]) -> None:
@@ -66,7 +67,7 @@ class RoutingMeter:
             f"{kind} {1 + list(experts[:i]).count(kind)}" if list(experts).count(kind) > 1 else kind
             for i, kind in enumerate(experts)
         ]
-        self.alarmed = False
+        self.ill = self.alarmed = False
         self.reset()
 
     def reset(self) -> None:

@@ -15,6 +15,7 @@ from camoxpert.config import Config
 from camoxpert.data.samples.batches import Batch
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.runs.log import RunLog
+from camoxpert.runs.records import EventRecord
 from camoxpert.runtime.device import Precision
 from camoxpert.runtime.processes import World
 from camoxpert.stop import Stop
@@ -83,6 +84,7 @@ class Run:
         loss: loss function, ``(output, masks, config, counts_LE=) -> (loss, terms)``.
         state: progress.
         path, log: its folder and its records; without a folder nothing is written.
+        files: sha256 of the files that settings name, by dotted path.
         split: parts into which each micro-batch is split after the device ran out of memory.
     """
 
@@ -107,6 +109,7 @@ class Run:
     path: Path | None = None
     log: RunLog = field(default_factory=RunLog)
     split: int = 1
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def evaluated_model(self) -> CamoXpert:
@@ -146,15 +149,22 @@ class Run:
         self.state.images += self.world.size * sum(len(batch.names) for batch in window)
         self.state.step += 1
 
-    def note_event(self, text: str, *, coming: bool = False) -> None:
+    def note_event(self, text: str, *, coming: bool = False, epoch_end: bool = False) -> None:
         """Log an event for the report.
 
         Args:
             text: one sentence.
             coming: the event belongs to the next step; a run that resumes before it logs it again.
+            epoch_end: the event belongs to the end of the epoch, which is repeated as a whole.
         """
         # Counted from 1: the epoch in progress, or between epochs the last finished one.
         epoch = self.state.epoch + bool(self.state.position or coming)
-        self.log.write(
-            {"kind": "event", "step": self.state.step + coming, "epoch": epoch, "text": text}
-        )
+        record: EventRecord = {
+            "kind": "event",
+            "step": self.state.step + coming,
+            "epoch": epoch,
+            "text": text,
+        }
+        if epoch_end:
+            record["epoch_end"] = True
+        self.log.write(record)

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from camoxpert import console, stop
 from camoxpert.config import Config, to_yaml
-from camoxpert.errors import CamoXpertError, CheckpointError, ConfigError, NumericError, Stopped
+from camoxpert.errors import (
+    CamoXpertError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericError,
+    Stopped,
+)
 from camoxpert.files import read_json, write_bytes
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
 from camoxpert.runs.folder import RunFolder, find_run
@@ -20,10 +27,13 @@ from camoxpert.runs.info import update_run_json, write_run_json
 from camoxpert.runs.log import RunLog
 from camoxpert.runs.share import write_shared
 from camoxpert.runtime.processes import World, join, named_faults
-from camoxpert.training.checkpoints import restore
+from camoxpert.training.checkpoints import require_space, restore
+from camoxpert.training.data import hash_of_data
 from camoxpert.training.prepare import prepare
-from camoxpert.training.resume import Changes, changes_since, write_samples
+from camoxpert.training.resume import Changes, changes_since, refuse_if_trained
 from camoxpert.training.run import Run
+from camoxpert.training.split import read_split, write_samples
+from camoxpert.training.step import memory_explained
 from camoxpert.training.trainer import train
 from camoxpert.training.trial import trial_step
 
@@ -60,11 +70,19 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
     with joined(config) as world:
         with contextlib.ExitStack() as stack:
             with stop.outcome(NOTHING_YET), console.remembering() as decisions:
-                folder = world.from_first(lambda: find_run(config))
+                folder = world.from_first(
+                    lambda: find_run(config, data_hash=lambda: hash_of_data(config))
+                )
                 stack.callback(folder.close)
                 unchanged = f"{folder.path} is as it was; the same command continues it."
                 with stop.outcome(NOTHING_YET if folder.checkpoint is None else unchanged):
-                    prepared = prepare(config, continued=folder.info, world=world)
+                    prepared = prepare(
+                        config,
+                        continued=folder.info,
+                        kept=read_split(folder.path) if folder.checkpoint is not None else {},
+                        restored=folder.checkpoint is not None,
+                        world=world,
+                    )
                     changes = open_folder(prepared, folder)
                     open_log(prepared, folder.checkpoint, changes, argv, decisions)
             prepared.log.add_phase("start", time.monotonic() - started)
@@ -77,11 +95,16 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
 def dry_run(config: Config) -> None:
     """Check settings and data, build everything, take one step; write nothing."""
     with joined(config) as world, stop.outcome(NOTHING_YET):
-        folder = world.from_first(lambda: find_run(config))
+        folder = world.from_first(lambda: find_run(config, data_hash=lambda: hash_of_data(config)))
         folder.close()
-        run = prepare(config, continued=folder.info, write=False, world=world)
+        kept = read_split(folder.path) if folder.checkpoint is not None else {}
+        run = prepare(config, continued=folder.info, kept=kept, write=False, world=world)
         largest = max(stage.batch_size for stage in run.plan.stages)
-        trial_step(run.model, config, run.device, run.precision, largest)
+        if folder.checkpoint is not None and folder.path is not None:
+            for change in changes_since(folder.checkpoint, run, folder.path).lines:
+                console.say(f"changed     {change}")
+        with memory_explained(run):
+            trial_step(run.model, config, run.device, run.precision, largest)
         console.say("dry run     one step forward and back worked; nothing was written")
 
 
@@ -124,6 +147,10 @@ def open_folder(run: Run, folder: RunFolder) -> Changes:
         changes = Changes()
         if checkpoint is not None and folder.path is not None:
             changes = changes_since(checkpoint, run, folder.path)
+            if folder.info.get("status") == "finished" and changes.lines:
+                refuse_if_trained(checkpoint, run, changes)
+        # Before anything is written: a refusal must not change the folder.
+        require_space(run, folder.path)
         try:
             path = folder.create(run.config)
         except OSError as error:
@@ -160,7 +187,7 @@ def open_log(
         step = checkpoint.values["state"]["step"] + 1 if checkpoint else None
         try:
             write_bytes(folder / "config.yaml", to_yaml(config).encode())
-            write_samples(folder, run.data)
+            write_samples(folder, run.data.train, run.data.validation)
             write_run_json(
                 folder,
                 argv=argv,
@@ -168,6 +195,7 @@ def open_log(
                 data_hash=run.data.data_hash,
                 phases=read_json(folder / "run.json").get("phases", {}),
                 extra={
+                    "files": run.files,
                     "decisions": list(decisions),
                     "precision": run.precision.name,
                     "parameters": run.parameters,
@@ -191,7 +219,7 @@ def train_and_score(run: Run) -> dict[str, dict[str, float]]:
         train(run)
         if run.world.first:
             # Rank 0 scores and reports alone; the other ranks do not wait for it.
-            outcome = f"Training is done and saved in {run.path}; the same command scores it."
+            outcome = f"Training is done and saved in {run.path}; the same command finishes it."
             with stop.outcome(outcome), run.stop.undeferred():
                 scores = share_and_score(run)
         status = "finished"
@@ -230,13 +258,22 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
     if not (run.config.run.test and run.data.tests):
         return {}
     predictor = Predictor(load_checkpoint(best), device=run.device, precision=run.precision)
-    with run.log.phase("testing"):
-        results = evaluate_run(
-            predictor,
-            run.data.tests,
-            ScoringOptions(gallery=run.config.run.num_images),
-            batch_size=run.plan.stages[-1].batch_size,
-        )
+    try:
+        with run.log.phase("testing"):
+            results = evaluate_run(
+                predictor,
+                run.data.tests,
+                ScoringOptions(gallery=run.config.run.num_images),
+                batch_size=run.plan.stages[-1].batch_size,
+                num_workers=run.data.loading.num_workers,
+                # A broken test image must not keep a trained run from finishing: it is named.
+                unreadable="skip",
+            )
+    except DataError as error:
+        text = f"the test sets could not be scored: {error}"
+        run.log.write({"kind": "event", "text": text})
+        console.warn(text)
+        return {}
     rows = [result.to_dict() for result in results]
     console.say(text_table(rows, tuple(results[0].scores)))
     return {result.dataset: result.scores for result in results}

@@ -44,6 +44,11 @@ class Loaders:
             run.meter.reset()
         return self._loader
 
+    def close(self) -> None:
+        """End the workers: scoring the test sets starts its own."""
+        if self._loader is not None:
+            self._loader.close()
+
 
 def training_loader(run: Run, batch_size: int) -> Batches:
     """Build the training loader for one stage's batch size: this rank's share of every epoch."""

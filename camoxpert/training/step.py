@@ -16,6 +16,7 @@ from camoxpert.models.router import Routing
 from camoxpert.runtime.processes import no_sync
 from camoxpert.runtime.regions import region
 from camoxpert.stop import STOP_CODES
+from camoxpert.training.compiling import run_eagerly
 from camoxpert.training.run import Run
 
 T = TypeVar("T")
@@ -99,6 +100,12 @@ def accumulate_within_memory(
             # The other ranks already wait for the gradients of this one.
             if run.world.size > 1 or max(len(part.names) for part in parts) == 1:
                 raise
+        except Exception as error:
+            # The backward pass is compiled when it first runs.
+            if not run_eagerly(run.model, error):
+                raise
+            run.optimizer.zero_grad(set_to_none=True)
+            continue
         # Outside the handler: inside it, the traceback keeps the tensors that did not fit.
         run.optimizer.zero_grad(set_to_none=True)
         if run.device.type == "cuda":
@@ -131,7 +138,9 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
             counts_LE = counts.add(output.routing)
             target = batch.target()
             with region("loss"):
-                loss, terms = run.loss(output, target, run.config.loss, counts_LE=counts_LE)
+                loss, terms = run.loss(
+                    output, target, run.config.loss, counts_LE=counts_LE, known_B1HW=batch.known()
+                )
             with region("backward"):
                 run.scaler.scale(loss * share).backward()
         records.append(tuple(Routing(*(part.detach() for part in r)) for r in output.routing))

@@ -307,9 +307,11 @@ def log_routing(run: Run, stage: Stage, epoch: int) -> None:
         log.scalars(step, {f"routing {name}/{expert}": share for expert, share in usage})
     top_k = active_experts(run.config, epoch)
     alarm = collapse_alarm(levels, meter.experts, images=meter.images, top_k=top_k)
+    again, meter.ill = meter.ill, bool(alarm)
     if alarm:
-        log.write({"kind": "event", "step": step, "epoch": epoch + 1, "text": alarm})
-        if not meter.alarmed:
-            # Printed once: the report and metrics.jsonl have the alarms of all epochs.
+        run.note_event(alarm, epoch_end=True)
+        if again and not meter.alarmed:
+            # Printed once, and only if it lasts: most routers start out uneven. The report and
+            # metrics.jsonl have the alarms of all epochs.
             console.note(f"warning     {alarm}")
-        meter.alarmed = True
+        meter.alarmed = meter.alarmed or again

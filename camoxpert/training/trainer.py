@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 from camoxpert import console
 from camoxpert.data.loader import Batches, device_batches
@@ -35,7 +36,7 @@ def train(run: Run) -> TrainState:
     # At step 0 the folder may hold records of a run that died before its first checkpoint.
     run.log.truncate_after(state.step or -1, epoch_done=not state.position)
     saver, steps, loaders = Saver(run), StepLog(run), Loaders(run)
-    with run.stop.deferred(), steps.open():
+    with run.stop.deferred(), closing(loaders), steps.open():
         for epoch in epochs_left(run):
             train_epoch(run, epoch, loaders.begin_epoch(epoch), steps, saver)
             finish_epoch(run, epoch, steps, saver)

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from camoxpert import console
+from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import Stopped
-from camoxpert.inference.score import Item, score
+from camoxpert.inference.score import Item, forward_batch, score
 from camoxpert.metrics import Evaluator, is_better
 from camoxpert.pages.pictures import panel
 from camoxpert.runs.records import ValidationRecord
+from camoxpert.runtime.processes import World
 from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.run import Run
 
@@ -57,9 +59,10 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     if left_out:
         record["unreadable"] = left_out
     run.log.write(record)
-    if left_out and state.epoch == config.validate_every:
+    if left_out and state.epoch <= config.validate_every:
+        # Said at the first validation only; every record has the names.
         text = f"{len(left_out)} validation images are left out, for example {left_out[0]}"
-        run.note_event(text)
+        run.note_event(text, epoch_end=True)
         console.note(f"warning     {text}")
     run.log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
     console.say(
@@ -69,10 +72,17 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     )
 
 
+def own_share(pairs: tuple[Pair, ...], world: World, size: int) -> tuple[Pair, ...]:
+    """Return every ``world.size``-th block of ``size`` pairs, from that of this rank on."""
+    blocks = range(world.rank * size, len(pairs), world.size * size)
+    return tuple(pair for start in blocks for pair in pairs[start : start + size])
+
+
 def validate(run: Run) -> tuple[dict[str, float], list[str]]:
     """Score the evaluated weights on the validation split at original size.
 
-    Every rank scores its share of the images; the scores are exactly those of one process.
+    Every rank scores its share of the images, in the forward passes of one process: the scores are
+    exactly those of one process.
 
     Returns:
         The scores, and the images left out as unreadable (``--unreadable skip``).
@@ -83,7 +93,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
     world, whole, count = run.world, run.data.validation, run.config.run.num_images
     evaluator = Evaluator()
     loader = build_eval_loader(
-        replace(whole, pairs=whole.pairs[world.rank :: world.size]),
+        replace(whole, pairs=own_share(whole.pairs, world, forward_batch(run.device))),
         run.config.data,
         batch_size=run.plan.stages[0].batch_size,
         num_workers=run.data.loading.num_workers,

@@ -1,6 +1,7 @@
 """The benchmark command: its figures are consistent. No speed is asserted here."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from camoxpert.benchmark import train
 from camoxpert.benchmark.common import interleaved, paired_ratio
 from camoxpert.benchmark.metrics import bound_by, make_pair
 from camoxpert.cli import main
+from camoxpert.config import ModelConfig
 
 
 def test_variants_take_turns() -> None:
@@ -99,7 +102,38 @@ def test_train_times_the_whole_step(tmp_path: Path) -> None:
         result["ratios"]
     )
     assert result["images_per_second"] > 0
+    assert result["macs_of_one_expert"] == pytest.approx(1, abs=0.1), "at width 16 a step is 10 %"
     assert main(["benchmark", "train", *words, "--precision", "fp8"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "texture", "attention"])
+def test_one_expert_does_equal_work(kind: str) -> None:
+    """As wide as the chosen experts together, a kind with a quadratic part would do more."""
+    channels = (8, 16, 24, 32)
+    like = ModelConfig(width=64, num_experts=4, top_k=2, experts=(kind,), expert_expansion=1.0)
+    single, macs = train.one_expert_of_equal_work(like, channels, 64)
+    assert (single.num_experts, single.top_k) == (1, 1) and macs == pytest.approx(1, abs=0.03)
+    if kind == "hybrid":
+        assert single.expert_expansion < 2
+
+
+@pytest.mark.slow
+def test_train_beside_a_busy_process(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Both policies are measured, alone and beside the process; no process is left behind."""
+    honest, started = subprocess.Popen, []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(honest(*a, **k)) or started[-1]
+    )
+    file = tmp_path / "busy.json"
+    words = ["--busy", "--rounds", "1", "--width", "16", "--backbone", "edgenext_xx_small"]
+    words += ["--img-size", "32", "--batch-size", "2", "--num-experts", "2", "-o", str(file)]
+    assert main(["benchmark", "train", *words, "--device", "cpu"]) == 0
+    result = json.loads(file.read_text())
+    assert set(result["milliseconds"]) == {
+        f"{load}, {policy}" for load in ("quiet", "busy") for policy in ("passive", "active")
+    }
+    assert "busy, active over busy, passive" in capsys.readouterr().out
+    assert len(started) >= 3 and all(process.poll() is not None for process in started)
 
 
 def test_data_measures_every_loader(tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from camoxpert import console
 from camoxpert.cli import COMMANDS, Parser, main, no_overrides
 from camoxpert.cli.train import add_arguments
 from camoxpert.config import Config, get_setting
@@ -245,3 +246,38 @@ def test_every_setting_with_a_flag_is_in_the_help() -> None:
     add_arguments(parser)
     text = parser.format_help()
     assert all(flag.split()[0] in text for flag, _, _ in FLAGS)
+
+
+class TestNoStreams:
+    """A daemon, pythonw or ``2>&-``: there is nowhere to print, and every command works."""
+
+    def run(self, words: str, closed: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+        code = "import sys; from camoxpert.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} {words} {closed}"
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+    def test_a_command_works_and_writes_its_files_alone(self, closed: str, tmp_path: Path) -> None:
+        words = "synthesize toy data --train 2 --test 0 --size 32"
+        done = self.run(words, closed, tmp_path)
+        assert done.returncode == 0
+        assert len(list((tmp_path / "data").rglob("*.png"))) == 2
+
+    def test_an_error_has_its_code_and_does_not_reach_stdout(self, tmp_path: Path) -> None:
+        done = self.run("train --epochz 3", "2>&-", tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+
+    def test_without_the_command_line(self, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(sys, "stderr", None)
+        console.note("a remark")
+        assert list(console.track(range(2), "work")) == [0, 1]
+        with console.TrainingBar(total=1, epoch=1, epochs=1) as bar:
+            bar.update(loss=None, gpu="", memory=None, data_wait=None)
+        assert capsys.readouterr().out == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import unicodedata
 from collections import Counter
@@ -21,9 +22,9 @@ from camoxpert.data.files.manifest import (
     find_test_sets,
     load_eval,
     load_train,
-    split_validation,
 )
 from camoxpert.data.files.pairing import Pair
+from camoxpert.data.files.split import split_validation
 from camoxpert.errors import ConfigError, DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -219,6 +220,36 @@ class TestValidationSplit:
         manifest = concat([manifest_of(*((f"c{i}", 1) for i in range(count)))])
         train, validation = split_validation(manifest, fraction, 0)
         assert (len(train), len(validation)) == (count - expected, expected)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_family_is_never_split(self, seed: int) -> None:
+        manifest = manifest_of(("a", 60), ("b", 40))
+        families = [[i, i + 30] for i in range(20)] + [[60, 61, 62, 55]]
+        _, alone = split_validation(manifest, 0.2, seed)
+        train, validation = split_validation(manifest, 0.2, seed, families)
+        place = {pair: "train" for pair in train.pairs} | {p: "val" for p in validation.pairs}
+        parts = [{place[manifest.pairs[i]] for i in family} for family in families]
+        assert all(len(part) == 1 for part in parts)
+        assert 18 <= len(validation) <= 20 and len(train) + len(validation) == 100
+        # Control: without the families some are split.
+        chosen = set(alone.pairs)
+        assert any(len({manifest.pairs[i] in chosen for i in f}) == 2 for f in families)
+
+    def test_without_families_nothing_changes(self) -> None:
+        """The split of data without copies is that of earlier versions."""
+        manifest = manifest_of(("a", 25), ("b", 13), ("c", 2))
+        _, validation = split_validation(manifest, 0.1, 3)
+        digest = hashlib.sha256(" ".join(names(validation)).encode()).hexdigest()[:12]
+        assert digest == "824aa2ffb291"
+
+    def test_large_families(self) -> None:
+        """Frames of videos: every clip is a family."""
+        manifest = manifest_of(("a", 40))
+        clips = [list(range(start, start + 10)) for start in range(0, 40, 10)]
+        train, validation = split_validation(manifest, 0.1, 0, clips)
+        assert (len(train), len(validation)) == (30, 10), "the smallest one, whole"
+        train, validation = split_validation(manifest, 0.1, 0, [list(range(40))])
+        assert (len(train), len(validation)) == (40, 0), "nothing can be set aside"
 
 
 def test_the_hash_follows_content_not_place(tmp_path: Path) -> None:

@@ -104,11 +104,29 @@ def test_unreadable_files_are_left_out(tmp_path: Path) -> None:
 
 def test_memory_stays_bounded(monkeypatch) -> None:
     """The product of all pictures with all windows is computed in parts, with the same result."""
+    monkeypatch.setattr(duplicates, "LIKELY", -1.0)
     prints = [fingerprint(picture(index, size=48)) for index in range(12)]
     whole = candidates(prints)
     assert len(whole) >= 12
     monkeypatch.setattr(duplicates, "PRODUCT_SIZE", 19 * 12 * 5)
     assert set(candidates(prints)) == set(whole)
+
+
+def test_unlikely_pictures_are_not_compared(monkeypatch) -> None:
+    """The number of comparisons follows the number of look-alikes, not that of pictures."""
+    compared = []
+    honest = similarity
+    monkeypatch.setattr(
+        duplicates, "similarity", lambda *words: compared.append(1) or honest(*words)
+    )
+    images = [picture(index) for index in range(60)]
+    prints = [fingerprint(image) for image in [*images, jpeg(images[7], 50)]]
+    assert [(match.a, match.b) for match in find_copies(prints)] == [(7, 60)]
+    assert len(compared) < 20
+    compared.clear()
+    monkeypatch.setattr(duplicates, "LIKELY", -1.0)
+    find_copies(prints)
+    assert len(compared) > 400, "the control: two for every picture and flip"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared images are missing")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from camoxpert.cli import main
 from camoxpert.data.files.manifest import load_eval
@@ -17,6 +19,8 @@ from camoxpert.data.loader import build_eval_loader
 from camoxpert.errors import DataError
 from camoxpert.evaluation.model import Gallery
 from camoxpert.evaluation.output import safe_name
+from camoxpert.inference import photos as photos_module
+from camoxpert.inference.prediction import Prediction
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.inference.score import score
 from camoxpert.inference.sources import find_photos
@@ -308,3 +312,135 @@ def test_a_checkpoint_brings_its_own_settings(tiny_run: Path, toy_data: Path) ->
     assert predictor.config.model.num_experts == 3
     assert not predictor.model.training
     assert list(load_eval(toy_data)) == ["toy"]
+
+
+class TestWhatIsThereAlready:
+    """A second call into a folder keeps only what it would have made itself."""
+
+    def rows(self, out: Path) -> list[dict[str, str]]:
+        with (out / "results.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def test_another_model_is_refused_and_overwrite_takes_it(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, capsys
+    ) -> None:
+        out, other = tmp_path / "out", tmp_path / "other.pt"
+        content = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)
+        for weights in (content["model"], (content["ema"] or {}).get("weights", {})):
+            for weight in weights.values():
+                weight += 0.01 if weight.is_floating_point() else 0
+        torch.save(content, other)
+        words = [str(photos), "-o", str(out), "--save", "map"]
+        assert main(["predict", str(tiny_run), *words]) == 0
+        before = (out / "maps" / "a.png").read_bytes()
+        assert main(["predict", str(other), *words]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "holds the results of 3 photos" in said and "other.pt" in said
+        assert "--overwrite" in said and (out / "maps" / "a.png").read_bytes() == before
+        # The shared weights of the run are the same model.
+        assert main(["predict", str(tiny_run / "model"), *words]) == 0
+        assert "3 were there already" in capsys.readouterr().out
+        assert main(["predict", str(other), *words, "--overwrite"]) == 0
+        assert (out / "maps" / "a.png").read_bytes() != before
+        assert main(["predict", str(tiny_run), *words]) == 2
+
+    def test_another_threshold_is_refused(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, capsys
+    ) -> None:
+        words = ["predict", str(tiny_run), str(photos), "-o", str(tmp_path / "out")]
+        assert main(words) == 0
+        assert main([*words, "--threshold", "0.4"]) == 2
+        assert "threshold 0.5, now 0.4" in " ".join(capsys.readouterr().err.split())
+
+    def test_a_replaced_photo_is_predicted_again(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, capsys
+    ) -> None:
+        out = tmp_path / "out"
+        words = ["predict", str(tiny_run), str(photos), "-o", str(out), "--save"]
+        assert main([*words, "map"]) == 0
+        before = (out / "maps" / "b.png").read_bytes()
+        kept = (photos / "b.png").stat()
+        pixels = read(photos / "b.png")[::-1, ::-1]
+        cv2.imwrite(str(photos / "b.png"), np.ascontiguousarray(pixels))
+        os.utime(photos / "b.png", ns=(kept.st_atime_ns, kept.st_mtime_ns))
+        capsys.readouterr()
+        assert main([*words, "mask"]) == 0
+        assert main([*words, "map"]) == 0
+        said = capsys.readouterr().out
+        # Its mask is of the new photo, and its old map does not count as made.
+        assert "1 images predicted, 2 were there already" in said
+        assert (out / "maps" / "b.png").read_bytes() != before
+
+    def test_a_copied_data_set_is_the_same(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, capsys
+    ) -> None:
+        words = ["-o", str(tmp_path / "out"), "--save", "map"]
+        assert main(["predict", str(tiny_run), str(photos), *words]) == 0
+        moved = tmp_path / "moved"
+        shutil.copytree(photos, moved)
+        shutil.rmtree(photos)
+        assert main(["predict", str(tiny_run), str(moved), *words]) == 0
+        assert "3 were there already" in capsys.readouterr().out
+
+    def test_other_photos_of_the_same_name_are_refused(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, capsys
+    ) -> None:
+        words = ["-o", str(tmp_path / "out"), "--save", "map"]
+        assert main(["predict", str(tiny_run), str(photos / "a.jpg"), *words]) == 0
+        assert main(["predict", str(tiny_run), str(photos / "sub" / "a.jpg"), *words]) == 3
+        assert "other photos under the same names" in " ".join(capsys.readouterr().err.split())
+
+    def test_pictures_of_unknown_origin_are_refused(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, capsys
+    ) -> None:
+        out = tmp_path / "out"
+        (out / "maps").mkdir(parents=True)
+        (out / "maps" / "a.png").write_bytes(b"somebody else's")
+        words = ["predict", str(tiny_run), str(photos), "-o", str(out), "--save", "map"]
+        assert main(words) == 2
+        assert (out / "maps" / "a.png").read_bytes() == b"somebody else's"
+        assert main([*words, "--overwrite"]) == 0
+        assert read(out / "maps" / "a.png").shape == (40, 60)
+
+    def test_each_image_has_one_row(self, tiny_run: Path, photos: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        words = ["predict", str(tiny_run), str(photos), "-o", str(out), "--save"]
+        assert main([*words, "map"]) == 0
+        assert main([*words, "mask"]) == 0
+        assert [row["image"] for row in self.rows(out)] == ["a", "b", "sub/a"]
+        # --overwrite of one photo keeps the rows of the others.
+        one = ["predict", str(tiny_run), str(photos / "a.jpg"), "-o", str(out), "--overwrite"]
+        assert main(one) == 0
+        assert [row["image"] for row in self.rows(out)] == ["a", "b", "sub/a"]
+        # What a killed call left: the next one removes it.
+        with (out / "results.csv").open("a") as file:
+            file.write("a,1,1,0,0,0\nb,1")
+        assert main([*words, "map"]) == 0
+        assert len(self.rows(out)) == 3
+
+    @pytest.mark.parametrize("writers", [1, 4])
+    def test_a_full_disk_loses_no_finished_photo(
+        self, tiny_run: Path, photos: Path, tmp_path: Path, monkeypatch, writers: int, capsys
+    ) -> None:
+        """Every row has its picture, every other photo is predicted by the next call."""
+        whole = tmp_path / "whole"
+        words = ["predict", str(tiny_run), str(photos), "--save", "map", "-o"]
+        assert main([*words, str(whole)]) == 0
+        monkeypatch.setattr(photos_module, "WRITERS", writers)
+        save = Prediction.save
+
+        def fails(self: Prediction, folder: Path, kinds: list[str]) -> list[Path]:
+            if self.name == "b":
+                raise DataError("No space left on device.")
+            return save(self, folder, kinds)
+
+        out = tmp_path / "out"
+        monkeypatch.setattr(Prediction, "save", fails)
+        assert main([*words, str(out)]) == 3
+        assert "No space left" in capsys.readouterr().err
+        assert [row["image"] for row in self.rows(out)] == ["a", "sub/a"]
+        monkeypatch.setattr(Prediction, "save", save)
+        assert main([*words, str(out)]) == 0
+        assert "1 images predicted, 2 were there already" in capsys.readouterr().out
+        for path in (whole / "maps").rglob("*.png"):
+            assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()

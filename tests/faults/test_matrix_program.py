@@ -39,7 +39,8 @@ from camoxpert.runtime import gpu
 from camoxpert.runtime.gpu import GpuMonitor
 from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training import trainer
-from camoxpert.training.prepare import compile_model, prepare
+from camoxpert.training.compiling import compile_model
+from camoxpert.training.prepare import prepare
 from camoxpert.training.stages import training_loader
 from camoxpert.training.steplog import LateReader
 

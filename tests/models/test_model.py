@@ -193,7 +193,7 @@ class TestWeights:
 )
 def test_what_compiles_as_one_graph(settings, whole, monkeypatch) -> None:
     """Without a graph break, with the keys and values of the plain model."""
-    from camoxpert.training.prepare import compile_model
+    from camoxpert.training.compiling import compile_model
 
     compiled = []
     original = torch.nn.Module.compile
@@ -219,7 +219,7 @@ def test_what_compiles_as_one_graph(settings, whole, monkeypatch) -> None:
 
 
 def test_several_training_sizes_compile_once_each(monkeypatch) -> None:
-    from camoxpert.training.prepare import compile_model
+    from camoxpert.training.compiling import compile_model
 
     original = torch.nn.Module.compile
     graphs = []

@@ -39,12 +39,15 @@ def test_truncating_inside_an_epochs_end_drops_its_records(tmp_path: Path) -> No
     log = RunLog(tmp_path, tensorboard=False)
     for kind, step in (("validation", 4), ("train", 8), ("routing", 8), ("validation", 8)):
         log.write({"kind": kind, "step": step})
+    log.write({"kind": "event", "step": 8, "text": "of the epoch's end", "epoch_end": True})
+    log.write({"kind": "event", "step": 8, "text": "of the step"})
     log.truncate_after(8, epoch_done=True)
-    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 6
     log.truncate_after(8, epoch_done=False)
     log.close()
     kept = [(r["kind"], r["step"]) for r in read_jsonl(tmp_path / "metrics.jsonl")]
-    assert kept == [("validation", 4), ("train", 8)]
+    assert kept == [("validation", 4), ("train", 8), ("event", 8)]
+    assert "of the step" in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_nested_phases_are_counted_once(tmp_path: Path, monkeypatch) -> None:

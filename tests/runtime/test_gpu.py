@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 import types
-import warnings
 
 import pytest
 
+from camoxpert import console
 from camoxpert.runtime import gpu
 from camoxpert.runtime.gpu import GpuMonitor, visible_handle
 
@@ -37,17 +37,18 @@ class FakeNvml(types.ModuleType):
 
 class TestGpuMonitor:
     def test_a_cpu_has_none_and_nothing_is_said(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with GpuMonitor("cpu") as monitor:
-                assert monitor.utilisation() is None and monitor.memory() is None
-                assert monitor.text() == "gpu=n/a"
+        said: list[str] = []
+        with console.heard_by(said.append), GpuMonitor("cpu") as monitor:
+            assert monitor.utilisation() is None and monitor.memory() is None
+            assert monitor.text() == "gpu=n/a" and not said
 
     def test_a_missing_package_is_one_warning(self, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, "pynvml", None)
-        with pytest.warns(UserWarning, match="not available") as seen:
+        said: list[str] = []
+        with console.heard_by(said.append):
             monitor = GpuMonitor("cuda:0")
-        assert monitor.text() == "gpu=n/a" and monitor.memory() is None and len(seen) == 1
+        assert monitor.text() == "gpu=n/a" and monitor.memory() is None
+        assert len(said) == 1 and "not available" in said[0]
 
     def test_readings(self, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from camoxpert.config import SCHEDULERS, build_config
+from camoxpert.models.backbone import BACKBONES
 from camoxpert.models.camoxpert import build_model
-from camoxpert.training.optim import backbone_scale, build_optimizer, set_lr
+from camoxpert.training.optim import (
+    backbone_scale,
+    build_optimizer,
+    decayed,
+    load_optimizer,
+    saved_names,
+    set_lr,
+)
 from camoxpert.training.plan import decay_factor, lr_at, make_plan, stage1_epochs
 
 
@@ -101,8 +109,86 @@ def test_backbone_learns_at_a_tenth_and_vectors_are_not_decayed() -> None:
         for parameter in group["params"]:
             seen += 1
             assert group["lr"] == pytest.approx(rates.get(id(parameter), 1e-3))
-            assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0)
+            if parameter.ndim < 2:
+                assert group["weight_decay"] == 0.0
     assert seen == len(list(model.parameters()))
+
+
+MATRICES = {"weight", "enter_EDC", "filter_EDHW", "leave_ECD"}
+OTHERS = {
+    *("bias", "gamma", "gamma_xca", "gain", "temperature"),
+    *("enter_bias_ED", "filter_bias_ED", "leave_bias_EC"),
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("family", ["specialist", "uniform"])
+def test_what_is_decayed_by_name(family: str, backbone: str) -> None:
+    """Every parameter of every family: matrices and filters, and nothing else of any shape."""
+    settings = {"backbone": backbone, "pretrained": False, "expert_family": family}
+    settings |= {"shared_expert": "attention", "num_experts": 7, "width": 16}
+    config = build_config({f"model.{name}": value for name, value in settings.items()})
+    with torch.device("meta"):
+        model = build_model(config.model)
+    decay = decayed(model)
+    seen = set()
+    for name, parameter in model.named_parameters():
+        last = name.rpartition(".")[2]
+        seen.add(last)
+        assert last in MATRICES | OTHERS, f"{name}: say whether it is decayed"
+        expected = last in MATRICES and parameter.ndim > 1
+        assert (name in decay) == expected, name
+    wanted = {"temperature", "weight", "bias"}
+    wanted |= {"gain"} if family == "specialist" else OTHERS - {"gain", "gamma", "gamma_xca"}
+    assert wanted <= seen, "the shared attention expert has a temperature in both families"
+    optimizer = build_optimizer(model, config.optim)
+    for group in optimizer.param_groups:
+        assert {name in decay for name in group["names"]} == {group["weight_decay"] > 0}
+
+
+def test_position_tables_and_layer_scales_of_any_timm_network_are_not_decayed() -> None:
+    import timm
+
+    with torch.device("meta"):
+        nets = [timm.create_model(name) for name in ("swin_s3_tiny_224", "xcit_nano_12_p8_224")]
+    for net in nets:
+        left = {n for n, p in net.named_parameters() if p.ndim > 1} - decayed(net)
+        assert left
+        assert {name.rpartition(".")[2] for name in left} <= {
+            *("relative_position_bias_table", "cls_token", "pos_embed", "temperature"),
+        }
+
+
+@pytest.mark.parametrize("family", ["specialist", "uniform"])
+def test_the_state_of_groups_without_names_finds_its_parameters(family: str) -> None:
+    """Checkpoints of earlier versions grouped by the number of dimensions, without names."""
+    settings = {"model.backbone": "tiny_test", "model.width": 16, "model.expert_family": family}
+    config = build_config(settings | {"model.pretrained": False})
+    model = build_model(config.model)
+    scales = [(model.backbone, 0.1), (model.moe_levels[0].router, 0.5)]
+    of = {id(p): scale for part, scale in scales for p in part.parameters()}
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault((of.get(id(parameter), 1.0), parameter.ndim > 1), []).append(parameter)
+    old = torch.optim.AdamW(
+        [{"params": group, "scale": scale} for (scale, _), group in groups.items()], fused=True
+    )
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, float(number + 1))
+    old.step()
+    saved = old.state_dict()
+    new = build_optimizer(model, config.optim, scales=scales)
+    load_optimizer(new, saved, saved_names(saved, model, scales))
+    for parameter in model.parameters():
+        for key, value in old.state[parameter].items():
+            assert torch.equal(value, new.state[parameter][key])
+    assert {g["weight_decay"] for g in new.param_groups} == {0.0, config.optim.weight_decay}
+    # From now on by name: other scales make other groups, and every moment finds its place.
+    named = new.state_dict()
+    other = build_optimizer(model, config.optim)
+    load_optimizer(other, named, saved_names(named, model, ()))
+    for parameter in model.parameters():
+        assert torch.equal(old.state[parameter]["exp_avg"], other.state[parameter]["exp_avg"])
 
 
 def test_fused_adamw_skips_where_told() -> None:

@@ -54,11 +54,12 @@ def test_it_learns_and_the_control_does_not(tmp_path: Path) -> None:
             tmp_path / "data",
             **still,
             data__cache="none",
-            train__epochs=25,
-            train__validate_every=25,
-            train__ema_decay=0.95,
+            train__epochs=16,
+            train__validate_every=16,
+            train__ema_decay=0.9,
             optim__lr=1e-2,
             model__width=32,
+            model__num_experts=2,
         )
         if name == "shuffled":
             pairs = run.data.train.pairs

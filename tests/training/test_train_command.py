@@ -68,6 +68,9 @@ class TestCommand:
         assert train(*words, "--resume-from", str(tmp_path / "x")) == 0
         assert "resumed" in capsys.readouterr().out
         assert [p.name for p in tmp_path.iterdir()] == ["x"]
+        # The event of the very step at which the run was stopped is there, once.
+        stages = [r["text"] for r in records(tmp_path / "x", "event") if "stage" in r["text"]]
+        assert len(stages) == len(set(stages)) and stages
         assert train(*words, "--resume", str(tmp_path / "nowhere")) == 4
 
     def test_a_checkpoint_in_no_run_folder_is_refused(
@@ -170,7 +173,7 @@ def test_a_signal_during_the_last_save_says_that_training_is_done(
     words = ("--run-name", "r", "--epochs", "1", "--no-report")
     assert train(*words) == 143
     said = " ".join(capsys.readouterr().err.split())
-    assert "Training is done and saved" in said and "the same command scores it" in said
+    assert "Training is done and saved" in said and "the same command finishes it" in said
     monkeypatch.undo()
     assert train(*words) == 0 and not (tmp_path / "r-2").exists()
 
@@ -190,3 +193,73 @@ def test_a_signal_while_a_run_is_resumed_says_that_it_is_unchanged(
     said = " ".join(capsys.readouterr().err.split())
     assert "is as it was; the same command continues it" in said
     assert "Nothing was trained yet" not in said
+
+
+def test_a_dry_run_says_what_a_resume_would_say(train, stopped, tmp_path: Path, capsys) -> None:
+    words = ("--run-name", "r", "--epochs", "2", "--no-test", "--no-report")
+    assert stopped(*words) == 75
+    before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    assert train(*words, "--num-experts", "4", "--dry-run") == 4
+    assert "model.num_experts: 3 -> 4" in " ".join(capsys.readouterr().err.split())
+    assert train(*words, "--lr", "0.002", "--dry-run") == 0
+    assert "changed     optim.lr" in capsys.readouterr().out
+    after = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_a_dry_run_that_runs_out_of_memory_is_explained(train, monkeypatch, capsys) -> None:
+    import torch
+
+    from camoxpert.training import session
+
+    def does_not_fit(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(session, "trial_step", does_not_fit)
+    assert train("--dry-run") == 2
+    assert "--accumulation-steps" in capsys.readouterr().err
+
+
+def test_samples_with_a_torn_line_are_not_compared(tmp_path: Path) -> None:
+    from camoxpert.training.resume import SAMPLES, data_changes
+
+    header = "split,dataset,name,image_bytes,mask_bytes\n"
+    (tmp_path / SAMPLES).write_text(header + "training,d,a,10,5\ntraining,d,b,1")
+    assert data_changes(tmp_path, None) == ""
+
+
+def test_a_broken_test_image_does_not_keep_a_run_from_finishing(
+    train, toy_data: Path, tmp_path: Path, capsys
+) -> None:
+    """Otherwise the same command trains nothing, and fails at the same image, every time."""
+    import shutil
+
+    from camoxpert.cli import main
+
+    own = tmp_path / "data"
+    shutil.copytree(toy_data, own)
+    images = sorted((own / "TestDataset" / "toy" / "Imgs").iterdir())
+    images[2].write_bytes(images[2].read_bytes()[:200])
+    words = ("--epochs", "1", "--run-name", "x")
+    assert train(*words, data=own, out=tmp_path / "runs") == 0
+    run = tmp_path / "runs" / "x"
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 8 images cannot be read and are missing from the scores" in said
+    assert images[2].name in said
+    result = json.loads((run / "evaluation" / "scores.json").read_text())["results"][0]
+    assert (result["num_images"], result["num_unreadable"]) == (7, 1)
+    assert images[2].name in result["unreadable"][0]
+    assert "7, 1 unreadable left out" in (run / "report.html").read_text()
+    assert "1 unreadable left out" in (run / "evaluation" / "index.html").read_text()
+    # `evaluate` refuses it unless asked, and says how to ask.
+    command = ["evaluate", str(run), "--data", str(own), "-o", str(tmp_path / "e"), "--device"]
+    assert main([*command, "cpu"]) == 3
+    assert main([*command, "cpu", "--unreadable", "skip", "--num-workers", "1"]) == 0
+    # No image at all: the run still finishes, and says why it has no scores.
+    for image in images:
+        image.write_bytes(b"")
+    assert train("--epochs", "1", "--run-name", "y", data=own, out=tmp_path / "runs") == 0
+    assert "none of its images can be read" in " ".join(capsys.readouterr().err.split())
+    events = [record["text"] for record in records(tmp_path / "runs" / "y", "event")]
+    assert any("could not be scored" in text for text in events)

@@ -30,12 +30,15 @@ from camoxpert.data.cache.table import (
     map_cache,
 )
 from camoxpert.data.files.image_io import read_pair
+from camoxpert.data.files.labels import has_void
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.samples.augment import source_side, square_pair
 from camoxpert.errors import DataError
 from camoxpert.files import lock, read_json, write_json, write_whole
 from camoxpert.runtime.host import available_memory, usable_cores
 from camoxpert.text import bullet_list
+
+PROGRESS_COLUMNS = 4
 
 
 def find_cache(manifest: Manifest, data: DataConfig) -> tuple[PixelCache | None, str]:
@@ -130,7 +133,8 @@ def _in_memory(manifest: Manifest, data: DataConfig) -> PixelCache:
     sizes = np.zeros((len(manifest), 2), np.int32)
     todo = list(range(len(manifest)))
     faults: dict[int, str] = {}
-    decoded = _decode(manifest, todo, pixels, sizes, faults, data.max_pixels)
+    void = np.zeros(len(manifest), bool)
+    decoded = _decode(manifest, todo, pixels, sizes, void, faults, data.max_pixels)
     for _ in console.track(decoded, "decoding", total=len(todo)):
         pass
     if data.unreadable == "error":
@@ -138,7 +142,7 @@ def _in_memory(manifest: Manifest, data: DataConfig) -> PixelCache:
     keys = [(pair.dataset, pair.name) for pair in manifest.pairs]
     rows = {key: row for row, key in enumerate(keys)}
     bad = {keys[row]: why for row, why in sorted(faults.items())}
-    return PixelCache(pixels, sizes, rows, unreadable=bad)
+    return PixelCache(pixels, sizes, rows, unreadable=bad, void=_positions(void))
 
 
 def _build(place: Path, wanted: Description, manifest: Manifest, data: DataConfig) -> None:
@@ -150,8 +154,8 @@ def _build(place: Path, wanted: Description, manifest: Manifest, data: DataConfi
     progress = place / "progress.u4"
     _allocate_unless_begun(place, wanted, count)
     pixels = np.memmap(place / "pixels.u8", np.uint8, "r+", shape=(count, side, side, CHANNELS))
-    # Per row: checksum, height, width; a height of 0 means not done.
-    table = np.memmap(progress, np.uint32, "r+", shape=(count, 3))
+    # Per row: checksum, height, width, whether the mask has void; a height of 0 means not done.
+    table = np.memmap(progress, np.uint32, "r+", shape=(count, PROGRESS_COLUMNS))
     todo = []
     for index in range(count):
         if table[index, 1] and checksum(pixels[index]) != table[index, 0]:
@@ -161,25 +165,26 @@ def _build(place: Path, wanted: Description, manifest: Manifest, data: DataConfi
             todo.append(index)
     if 0 < len(todo) < count:
         console.decide("", f"{count - len(todo)} of {count} pairs are already decoded")
-    sizes = np.zeros((count, 2), np.int32)
+    sizes, void = np.zeros((count, 2), np.int32), np.zeros(count, bool)
     faults: dict[int, str] = {}
-    decoded = _decode(manifest, todo, pixels, sizes, faults, data.max_pixels)
+    decoded = _decode(manifest, todo, pixels, sizes, void, faults, data.max_pixels)
     for index in console.track(decoded, "decoding", total=len(todo)):
-        table[index] = (checksum(pixels[index]), *sizes[index])
+        table[index] = (checksum(pixels[index]), *sizes[index], void[index])
     if data.unreadable == "error":
         _require_none(faults)
     for index in faults:
         # Their height stays 0. The row is cleared: an earlier build may have left pixels in it.
         pixels[index] = 0
-        table[index] = (checksum(pixels[index]), 0, 0)
+        table[index] = (checksum(pixels[index]), 0, 0, 0)
     pixels.flush()
     table.flush()
-    original = np.asarray(table[:, 1:], np.int32)
+    original = np.asarray(table[:, 1:3], np.int32)
     write_whole(place / "sizes.npy", lambda file: np.save(file, original), durable=True)
     names = list(wanted["files"])
     bad = {names[index]: why for index, why in sorted(faults.items())}
     checksums = table[:, 0].tolist()
-    write_json(place / "table.json", {**wanted, "checksums": checksums, "unreadable": bad})
+    found = {"checksums": checksums, "unreadable": bad, "void": sorted(_positions(table[:, 3]))}
+    write_json(place / "table.json", {**wanted, **found})
     (place / "building.json").unlink(missing_ok=True)
     del table
     progress.unlink(missing_ok=True)
@@ -200,7 +205,7 @@ def _allocate_unless_begun(place: Path, wanted: Description, count: int) -> None
             f"GB free. Give another folder with --cache-dir, or use --cache ram or none."
         )
     try:
-        for file, size in zip(files, (row, 3 * 4), strict=True):
+        for file, size in zip(files, (row, PROGRESS_COLUMNS * 4), strict=True):
             _allocate(file, count * size)
     except OSError as error:
         raise DataError(
@@ -215,6 +220,7 @@ def _decode(
     todo: Sequence[int],
     pixels: np.ndarray,
     sizes: np.ndarray,
+    void: np.ndarray,
     faults: dict[int, str],
     max_pixels: int,
 ) -> Iterable[int]:
@@ -232,6 +238,7 @@ def _decode(
             return str(error)
         sizes[index] = mask.shape
         pixels[index] = square_pair(image, mask, side)
+        void[index] = has_void(mask)
         return ""
 
     chunk = 8 * usable_cores()
@@ -244,6 +251,10 @@ def _decode(
                     faults[index] = fault
                 else:
                     yield index
+
+
+def _positions(flags: np.ndarray) -> frozenset[int]:
+    return frozenset(np.flatnonzero(flags).tolist())
 
 
 def _require_none(faults: Mapping[int, str]) -> None:

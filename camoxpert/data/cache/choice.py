@@ -37,10 +37,14 @@ def default_folder() -> Path:
         return Path(tempfile.gettempdir()) / "camoxpert"
 
 
+def cache_root(data: DataConfig) -> Path:
+    """Return the folder of all disk caches."""
+    return Path(data.cache_dir) if data.cache_dir else default_folder()
+
+
 def cache_place(manifest: Manifest, data: DataConfig) -> Path:
     """Return the folder of the disk cache for these pairs."""
-    root = Path(data.cache_dir) if data.cache_dir else default_folder()
-    return root / cache_name(manifest, source_side(data))
+    return cache_root(data) / cache_name(manifest, source_side(data))
 
 
 def cache_name(manifest: Manifest, side: int) -> str:

@@ -42,6 +42,7 @@ class CacheReader:
         self._cache = cache
         self._rows = cache.of(manifest)
         self._bad = cache.unreadable_of(manifest)
+        self._void = np.isin(self._rows, sorted(cache.void))
         self._skip = skip
         self._sampler = sampler
         self._ahead = ahead
@@ -126,7 +127,8 @@ class CacheReader:
         np.take(self._cache.pixels, rows, axis=0, out=pixels.numpy(), mode="clip")
         sizes = [(int(height), int(width)) for height, width in self._cache.sizes[rows]]
         names = [self._names[place] for place in places]
-        return RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced)
+        void = bool(self._void[places].any())
+        return RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced, void)
 
     def _require(self, place: int) -> None:
         """Raise DataError for a row that could not be decoded."""

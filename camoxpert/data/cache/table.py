@@ -2,8 +2,9 @@
 
 ``pixels.u8`` is one uint8 array (N, S, S, 4), RGB and mask; ``sizes.npy`` holds the original sizes;
 ``table.json`` records the files, settings and code version that the rows were made from, the
-checksum of each row, and the files that could not be decoded under ``--unreadable skip`` (their
-rows are empty, their height is 0). A cache is used only if all of this matches.
+checksum of each row, the rows with void pixels, and the files that could not be decoded under
+``--unreadable skip`` (their rows are empty, their height is 0). A cache is used only if all of this
+matches.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from camoxpert.runtime.host import usable_cores
 from camoxpert.text import bullet_list, shorten
 
 # Increase it when decoding or resizing changes, which makes older caches stale.
-FORMAT = 2
+FORMAT = 3
 CHANNELS = 4
 # Checksums verified at every start, spread evenly over the rows; smaller caches: all of them.
 VERIFIED_ROWS = 2048
@@ -38,12 +39,13 @@ class PixelCache:
     """Decoded pairs of one data set.
 
     Attributes:
-        pixels: uint8 (N, S, S, 4), RGB and mask (0 or 255).
+        pixels: uint8 (N, S, S, 4), RGB and mask (0 or 255, VOID on unlabelled pixels).
         sizes: original (height, width) of each, (N, 2).
         rows: (data set, name) -> row.
         path: file of the pixels; None if they are in memory only.
         digest: SHA-256 of the table beside it.
         unreadable: (data set, name) -> why its files could not be decoded; its row is empty.
+        void: rows whose masks have void pixels.
     """
 
     pixels: np.ndarray
@@ -52,12 +54,13 @@ class PixelCache:
     path: Path | None = None
     digest: str = ""
     unreadable: dict[tuple[str, str], str] = field(default_factory=dict)
+    void: frozenset[int] = frozenset()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path instead of gigabytes: a spawned worker maps the file again."""
         if self.path is None:
             values = (np.asarray(self.pixels), self.sizes, self.rows)
-            return PixelCache, (*values, None, "", self.unreadable)
+            return PixelCache, (*values, None, "", self.unreadable, self.void)
         return _reopened, (self.path.parent, self.digest)
 
     def of(self, manifest: Manifest) -> np.ndarray:
@@ -219,7 +222,8 @@ def map_cache(place: Path, digest: str = "") -> PixelCache:
     sizes = np.load(place / "sizes.npy", allow_pickle=False)
     rows = {_pair_key(name): row for row, name in enumerate(names)}
     unreadable = {_pair_key(name): why for name, why in table.get("unreadable", {}).items()}
-    return PixelCache(pixels, sizes, rows, place / "pixels.u8", found, unreadable)
+    void = frozenset(table.get("void", ()))
+    return PixelCache(pixels, sizes, rows, place / "pixels.u8", found, unreadable, void)
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,56 +91,45 @@ def load_train(roots: Sequence[str | Path], search: Search = USUAL) -> Manifest:
 
 
 @dataclass(frozen=True)
-class TrainingParts:
-    """What a run trains and validates on.
+class TrainingData:
+    """What a run may train and validate on.
 
     Attributes:
-        whole: both parts.
-        train, validation: the parts; validation may be empty.
-        origin: where validation comes from, for the user.
+        whole: every image of it, those for validation included.
+        given: the validation split that comes with the data; None: it has none.
+        unused: images of such a split that are not used.
     """
 
     whole: Manifest
-    train: Manifest
-    validation: Manifest
-    origin: str
+    given: Manifest | None = None
+    unused: int = 0
 
 
-def load_parts(
-    roots: Sequence[str | Path], search: Search, *, fraction: float, seed: int
-) -> TrainingParts:
-    """Return the training and validation images of one or more data sets.
-
-    A validation split that comes with the data is used as it is; otherwise ``split_validation``
-    carves one from the training images.
+def load_training_data(
+    roots: Sequence[str | Path], search: Search, *, validate: bool = True
+) -> TrainingData:
+    """Return the training images of one or more data sets with their validation split, if any.
 
     Args:
         roots, search: see ``load_train``.
-        fraction: share to carve; 0: no validation, also where the data has a split for it.
-        seed: of the choice.
+        validate: False leaves the images of a validation split out.
 
     Raises:
         DataError, ConfigError: as ``load_train``.
     """
     read = _read(roots, search)
-    whole = _train_of(read, search)
-    given = [
+    train = _train_of(read, search)
+    manifests = [
         without(manifest_of(pairing), search.clean)
         for root in read
         for pairing in root.pairings
         if pairing.found.source.split == "val"
     ]
-    given = [manifest for manifest in given if len(manifest)]
-    if not given:
-        train, validation = split_validation(whole, fraction, seed)
-        return TrainingParts(whole, train, validation, "carved from TRAIN")
-    validation = replace(concat(given), split="validation")
-    if not fraction:
-        unused = replace(validation, pairs=())
-        origin = f"--val-fraction 0: the {len(validation)} images of the val split are not used"
-        return TrainingParts(whole, whole, unused, origin)
-    both = replace(concat([whole, validation]), dataset=whole.dataset)
-    return TrainingParts(both, whole, validation, "the val split of the data")
+    number = sum(map(len, manifests))
+    if not number or not validate:
+        return TrainingData(train, None, number)
+    given = concat(manifests)
+    return TrainingData(replace(concat([train, given]), dataset=train.dataset), given)
 
 
 def find_test_sets(roots: Sequence[str | Path], search: Search = USUAL) -> dict[str, Manifest]:
@@ -232,44 +220,6 @@ def concat(manifests: Sequence[Manifest]) -> Manifest:
         sum(m.excluded for m in manifests),
         tuple(note for m in manifests for note in m.notes),
         tuple(row for m in manifests for row in m.cleaned),
-    )
-
-
-def split_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
-    """Split off a part of the training data for validation.
-
-    Each class contributes its share (largest remainders first). The choice depends only on the seed
-    and the names, not on the order of files on disk.
-
-    Returns:
-        (train, validation); validation is empty for fraction 0 and has at least one pair otherwise.
-    """
-    total = len(manifest)
-    wanted = min(max(1, round(fraction * total)), total - 1) if fraction > 0 and total > 1 else 0
-
-    def rank(pair: Pair) -> str:
-        return hashlib.sha256(
-            f"{seed}/{pair.dataset}/{pair.name}".encode(errors="surrogateescape")
-        ).hexdigest()
-
-    groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)
-    for pair in manifest.pairs:
-        groups[pair.dataset, pair.group].append(pair)
-    shares = {key: wanted * len(pairs) / total for key, pairs in groups.items()} if total else {}
-    counts = {key: math.floor(share) for key, share in shares.items()}
-    by_remainder = sorted(
-        shares, key=lambda key: (counts[key] - shares[key], rank(groups[key][0]), key)
-    )
-    for key in by_remainder[: wanted - sum(counts.values())]:
-        counts[key] += 1
-    chosen = {
-        pair for key, pairs in groups.items() for pair in sorted(pairs, key=rank)[: counts[key]]
-    }
-    train = tuple(pair for pair in manifest.pairs if pair not in chosen)
-    validation = tuple(pair for pair in manifest.pairs if pair in chosen)
-    return (
-        replace(manifest, pairs=train),
-        replace(manifest, pairs=validation, split="validation", excluded=0, notes=()),
     )
 
 

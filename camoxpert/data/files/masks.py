@@ -1,4 +1,4 @@
-"""Turn the levels of a mask file into 0 and 255, or raise an error if it is not a mask.
+"""Turn the levels of a mask file into 0, VOID and 255, or raise an error if it is not a mask.
 
 Every rule here exists because a common encoding would otherwise read as all background or all
 object, and a run would train on it without a warning.
@@ -6,17 +6,27 @@ object, and a run would train on it without a warning.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from camoxpert.data.files.labels import (
+    BRIGHT,
+    DARK,
+    VOC_VOID,
+    VOID,
+    colour_labels,
+    has_void,
+    label_map,
+)
 from camoxpert.data.files.png import wide_planes
 from camoxpert.errors import DataError
 
-# Levels below the first fraction of full scale are dark, above the second one bright.
-DARK, BRIGHT = 0.25, 0.75
+# Formats whose small values may be noise of the compression.
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 # Values that a mask without any background may consist of.
 FULL_LEVELS = (1, 255, 65535)
 
@@ -29,37 +39,77 @@ def binary_mask(image: Image.Image, path: Path) -> np.ndarray:
         path: its file, for messages and for the 16-bit planes that Pillow cuts to 8 bits.
 
     Returns:
-        uint8 (H, W), 0 and 255.
+        uint8 (H, W), 0 and 255; VOID where a label map says that nobody labelled the pixel.
 
     Raises:
         DataError: the picture is not a mask.
     """
-    return cut_levels(mask_levels(image, path), path, lossy=image.format == "JPEG")
+    stored = stored_levels(image, path)
+    labels = stored.labels(path)
+    return labels if labels is not None else cut_levels(stored.levels, path, lossy=stored.lossy)
 
 
-def mask_levels(image: Image.Image, path: Path) -> np.ndarray:
-    """Return the channel that holds the mask, (H, W), bool or any number type."""
+@dataclass(frozen=True)
+class StoredLevels:
+    """The channel of a picture that holds the mask, as it is stored.
+
+    Attributes:
+        levels: (H, W), bool or any number type.
+        lossy: small values may be noise of the file's compression rather than labels.
+        void: level 255 is known to be void, by the colour that PASCAL VOC gives it.
+    """
+
+    levels: np.ndarray
+    lossy: bool = False
+    void: bool = False
+
+    def labels(self, path: Path) -> np.ndarray | None:
+        """Return a label map as uint8 (H, W) of 0, VOID and 255; None for other masks.
+
+        Raises:
+            DataError: a label map whose void cannot be told from its objects, or without a label.
+        """
+        if self.void:
+            if (self.levels == 255).all():
+                raise DataError(f"No pixel of the mask {path} is labelled: it is void everywhere.")
+            table = np.full(256, 255, np.uint8)
+            table[0], table[255] = 0, VOID
+            return np.ascontiguousarray(cv2.LUT(self.levels, table))
+        return None if self.lossy else label_map(self.levels, path)
+
+
+def stored_levels(image: Image.Image, path: Path) -> StoredLevels:
+    """Return the channel that holds the mask.
+
+    Label maps in colours give labels: 1 for a colour, 254 for white, 255 for PASCAL VOC's void.
+    """
+    lossy = image.format in LOSSY
     if image.mode == "P":
-        return _palette_levels(image, path)
+        levels = _palette_levels(image, path)
+        void = levels.dtype == np.uint8 and tuple(_palette(image)[255]) == VOC_VOID
+        return StoredLevels(levels, void=void and bool((levels == 255).any()))
     if image.mode == "1":
         # Pillow's own array holds 255 for True, which shows in every view of it as bytes.
-        return np.asarray(image.convert("L")) > 127
+        return StoredLevels(np.asarray(image.convert("L")) > 127)
     if image.mode == "L" or image.mode.startswith(("I", "F")):
-        return np.asarray(image)
+        return StoredLevels(np.asarray(image), lossy)
     planes = wide_planes(path) if image.format == "PNG" else None
     if planes is None:
         has_alpha = image.mode in ("RGBA", "LA", "PA")
         planes = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
-    return _strongest(planes, path)
+    labels = None if lossy else colour_labels(planes)
+    if labels is not None:
+        return StoredLevels(labels, void=bool((labels == 255).any()))
+    return StoredLevels(_strongest(planes, path), lossy)
 
 
 def cut_levels(levels: np.ndarray, path: Path, *, lossy: bool) -> np.ndarray:
     """Turn levels into 0 and 255, or raise a DataError that names them.
 
     Args:
-        levels: (H, W).
+        levels: (H, W), not a label map.
         path: file, for messages.
-        lossy: the file is a JPEG, whose small values are noise rather than labels.
+        lossy: the file's small values are noise rather than labels.
     """
     if levels.dtype == bool:
         return np.where(levels, np.uint8(255), np.uint8(0))
@@ -90,29 +140,52 @@ def _cut(levels: np.ndarray, counts: np.ndarray | None, path: Path, *, lossy: bo
     return np.where(levels > top * (128 / 255), np.uint8(255), np.uint8(0))
 
 
+def _palette(image: Image.Image) -> np.ndarray:
+    """Return the colours of a palette, uint8 (256, 3); entries that it lacks are black."""
+    table = np.zeros((256, 3), np.uint8)
+    entries = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    table[: len(entries)] = entries
+    return table
+
+
 def _palette_levels(image: Image.Image, path: Path) -> np.ndarray:
     """Read a palette by its colours where they are grey, otherwise by its indices.
 
     Grey palettes come from programs that reduce colours, in any order: white may well be entry 0.
-    Coloured ones are label maps, whose background is black, or entry 0.
+    Coloured ones are label maps, whose background is black, or entry 0. Indices also count where
+    the colours do not tell a label from the background: programs that write label maps without a
+    palette make every entry black.
     """
     indices: np.ndarray = np.asarray(image)
-    used = np.unique(indices)
-    table = np.zeros((256, 3), np.uint8)
-    entries = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-    table[: len(entries)] = entries
+    used = np.flatnonzero(cv2.calcHist([indices], [0], None, [256], [0, 256])[:, 0])
+    table = _palette(image)
     colours = table[used]
-    if "transparency" in image.info and (colours == colours[0]).all():
-        return _strongest(np.asarray(image.convert("RGBA")), path)
+    alike = (colours == colours[0]).all()
+    if "transparency" in image.info and alike:
+        planes = np.asarray(image.convert("RGBA"))
+        if planes[..., 3].min() < planes[..., 3].max():
+            return _strongest(planes, path)
+    if _hides_labels(table, used):
+        return indices
     if (colours == colours[:, :1]).all():
         grey: np.ndarray = table[indices][..., 0]
         return grey
-    if len(used) > 2:
+    if len(used) > 2 or (used[-1] == 255 and tuple(table[255]) == VOC_VOID):
         return indices
     black = used[(colours == 0).all(axis=1)]
     if len(black) or used[0] == 0:
         indices = (indices != (black[0] if len(black) else 0)).astype(np.uint8)
     return indices
+
+
+def _hides_labels(table: np.ndarray, used: np.ndarray) -> bool:
+    """Return whether a used entry other than 0 has the colour of entry 0, the background.
+
+    Where the background is not black, that is so only if all used entries look alike: a program
+    that reduces colours may well write white twice.
+    """
+    same = (table[used] == table[0]).all(axis=1) & (used > 0)
+    return bool(same.any()) and bool((table[0] == 0).all() or (same | (used == 0)).all())
 
 
 def _strongest(planes: np.ndarray, path: Path) -> np.ndarray:
@@ -148,6 +221,10 @@ def _refusal(values: np.ndarray, between: float, path: Path) -> str:
 
 def encoding_of(image: Image.Image, path: Path) -> str:
     """Return how a loaded picture stores its mask, in words for a table."""
+    stored = stored_levels(image, path)
+    labels = stored.labels(path)
+    if labels is not None:
+        return "label map" + (" with void" if has_void(labels) else "")
     if image.mode == "1":
         return "1-bit"
     if image.mode == "P":
@@ -160,7 +237,7 @@ def encoding_of(image: Image.Image, path: Path) -> str:
         planes = np.asarray(image.convert("RGBA"))
         if planes[..., :3].min() == planes[..., :3].max():
             return "alpha"
-    levels = mask_levels(image, path)
+    levels = stored.levels
     if levels.dtype != np.uint8:
         return "16-bit"
     used = np.flatnonzero(cv2.calcHist([levels], [0], None, [256], [0, 256])[:, 0])

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from camoxpert.config import AugmentConfig, DataConfig
+from camoxpert.data.files.labels import has_void, join_void, void_planes
 from camoxpert.data.samples.draw import Draw, draw, gaussian_kernel
 
 
@@ -24,6 +25,11 @@ def training_sides(data: DataConfig) -> tuple[int, ...]:
         return (data.img_size,)
     sides = {max(32, round(data.img_size * factor / 32) * 32) for factor in data.multi_scale}
     return tuple(sorted(sides))
+
+
+def image_sides(data: DataConfig) -> tuple[int, ...]:
+    """Return the sides of all images that a network sees, that of evaluation first."""
+    return (data.img_size, *(side for side in training_sides(data) if side != data.img_size))
 
 
 def source_side(data: DataConfig) -> int:
@@ -59,7 +65,7 @@ class SampleTransform:
     def __call__(
         self, image: np.ndarray, mask: np.ndarray, *, epoch: int, index: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Transform uint8 (H, W, 3) and (H, W) to uint8 (T, T, 3) and (T, T) with 0 and 255.
+        """Transform uint8 (H, W, 3) and (H, W) to uint8 (T, T, 3) and (T, T), mask values as read.
 
         Equal (seed, epoch, index) give equal results in any process and order.
         """
@@ -97,10 +103,18 @@ def square_pair(image: np.ndarray, mask: np.ndarray, side: int) -> np.ndarray:
 
 
 def resize_pair(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Resize a pair to a square; the mask is averaged, then cut at one half."""
+    """Resize a pair to a square; the mask is averaged, then cut at one half (see ``join_void``)."""
+
     # One filter for each: the decoder may have shrunk the image already.
-    small = cv2.resize(mask, (size, size), interpolation=_filter(mask, size))
-    binary = np.where(small > 127, np.uint8(255), np.uint8(0))
+    def resized(plane: np.ndarray) -> np.ndarray:
+        small: np.ndarray = cv2.resize(plane, (size, size), interpolation=_filter(mask, size))
+        return small
+
+    if has_void(mask):
+        objects, void = void_planes(mask)
+        binary = join_void(resized(objects), resized(void))
+    else:
+        binary = np.where(resized(mask) > 127, np.uint8(255), np.uint8(0))
     return cv2.resize(image, (size, size), interpolation=_filter(image, size)), binary
 
 
@@ -126,7 +140,8 @@ class Operators:
             self._noise: Any = A.GaussNoise()
 
     def apply(self, pixels: np.ndarray, sample: Draw, target: int) -> tuple[np.ndarray, np.ndarray]:
-        """Augment uint8 (S, S, 4) to an image (T, T, 3) and a mask (T, T) of 0 and 255."""
+        """Augment uint8 (S, S, 4) to an image (T, T, 3) and a mask (T, T) of 0, VOID and 255."""
+        void: np.ndarray | None = None
         if sample.flips is not None:
             # Flips alone move whole pixels: nothing is resampled.
             axes = [axis for axis, flip in zip((1, 0), sample.flips, strict=True) if flip]
@@ -134,14 +149,21 @@ class Operators:
         else:
             shape = (target, target)
             matrix = np.vstack([sample.matrix, [0, 0, 1]])
-            warped = self._affine.apply(
-                np.ascontiguousarray(pixels), matrix=matrix, output_shape=shape
-            )
+            pixels = np.ascontiguousarray(pixels)
+            stored = cv2.extractChannel(pixels, 3)
+            if has_void(stored):
+                # Objects and void are resampled apart: their values must not blend.
+                objects, plane = void_planes(stored)
+                pixels = np.dstack([pixels[..., :3], objects])
+                void = self._affine.apply(plane, matrix=matrix, output_shape=shape)
+            warped = self._affine.apply(pixels, matrix=matrix, output_shape=shape)
         # OpenCV splits channels several times faster than strided indexing does.
         image: np.ndarray = cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
-        mask: np.ndarray = cv2.threshold(
-            cv2.extractChannel(warped, 3), 127, 255, cv2.THRESH_BINARY
-        )[1]
+        mask: np.ndarray = cv2.extractChannel(warped, 3)
+        if void is not None:
+            mask = join_void(mask, void)
+        elif sample.flips is None:
+            mask = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
         if sample.colour:
             image = self._colour.apply(
                 image,

@@ -9,21 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from camoxpert.data.files.labels import VOID
 from camoxpert.data.samples.draw import BLUR_RADIUS, GREY, Draw, gaussian_kernel, linear_colour
 
 
-def apply_draws(pixels_BHWC: Tensor, draws: Sequence[Draw], target: int) -> tuple[Tensor, Tensor]:
+def apply_draws(
+    pixels_BHWC: Tensor, draws: Sequence[Draw], target: int, *, void: bool = False
+) -> tuple[Tensor, Tensor]:
     """Augment a batch.
 
     Nothing here waits for the device: choices that depend on a draw are made on the host.
 
     Args:
-        pixels_BHWC: uint8 (B, S, S, 4), RGB and the mask (0 or 255).
+        pixels_BHWC: uint8 (B, S, S, 4), RGB and the mask (0, VOID or 255).
         draws: one per image, made for S and ``target``.
         target: side of the result.
+        void: some mask may have void pixels. The host knows: looking would wait for the device.
 
     Returns:
-        images uint8 (B, 3, T, T), masks uint8 (B, 1, T, T) of 0 and 255.
+        images uint8 (B, 3, T, T), masks uint8 (B, 1, T, T) of 0, VOID and 255.
     """
     planes = pixels_BHWC.permute(0, 3, 1, 2)
     flips = [sample.flips for sample in draws]
@@ -31,12 +35,28 @@ def apply_draws(pixels_BHWC: Tensor, draws: Sequence[Draw], target: int) -> tupl
         planes = _flip(planes, flips)
         images, masks = planes[:, :3].float(), planes[:, 3:]
     else:
-        warped = warp(planes.float(), [sample.matrix for sample in draws], target)
-        images, masks = warped[:, :3], (warped[:, 3:] > 127.5).to(torch.uint8) * 255
+        matrices = [sample.matrix for sample in draws]
+        if void:
+            images, masks = _warp_with_void(planes, matrices, target)
+        else:
+            warped = warp(planes.float(), matrices, target)
+            images, masks = warped[:, :3], (warped[:, 3:] > 127.5).to(torch.uint8) * 255
     images = _colour(images, draws)
     images = _blur(images, draws)
     images = _noise(images, draws)
     return images.round().clamp(0, 255).to(torch.uint8), masks.contiguous()
+
+
+def _warp_with_void(
+    planes_BCHW: Tensor, matrices: Sequence[np.ndarray], target: int
+) -> tuple[Tensor, Tensor]:
+    """Warp images and masks; objects and void are resampled apart, as ``join_void`` describes."""
+    mask_B1HW = planes_BCHW[:, 3:]
+    parts = [planes_BCHW[:, :3], (mask_B1HW == 255) * 255.0, (mask_B1HW == VOID) * 255.0]
+    warped = warp(torch.cat([part.float() for part in parts], 1), matrices, target)
+    objects, void = warped[:, 3:4], warped[:, 4:]
+    masks = (2 * objects + void > 255).to(torch.uint8) * 255
+    return warped[:, :3], masks.masked_fill(void > 127.5, VOID)
 
 
 def warp(planes_BCHW: Tensor, matrices: Sequence[np.ndarray], target: int) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from camoxpert.data.files.labels import VOID, has_void
 from camoxpert.data.samples.augment import SampleTransform
 from camoxpert.data.samples.augment_device import apply_draws
 from camoxpert.data.unreadable import Fault
@@ -24,11 +25,12 @@ class Batch:
 
     Attributes:
         images: uint8 (B, 3, S, S), RGB.
-        masks: uint8 (B, 1, S, S), 0 or 255.
+        masks: uint8 (B, 1, S, S), 0 or 255, VOID where nobody labelled the pixel.
         names: names of the pairs.
         sizes: original (height, width) of each.
         indices: manifest positions of the requested samples, which determine the augmentation.
         replaced: (name, reason) of every unreadable pair that was replaced by another.
+        void: masks may have void pixels.
     """
 
     images: Tensor
@@ -37,6 +39,7 @@ class Batch:
     sizes: list[tuple[int, int]]
     indices: list[int]
     replaced: list[Fault] = field(default_factory=list)
+    void: bool = False
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory: copies from it to the GPU are asynchronous."""
@@ -58,13 +61,18 @@ class Batch:
                 self.sizes[start : start + size],
                 self.indices[start : start + size],
                 [] if start else self.replaced,
+                self.void,
             )
             for start in range(0, len(self.names), size)
         ]
 
     def target(self) -> Tensor:
         """Return the masks as 0/1 float targets (B, 1, H, W)."""
-        return (self.masks > 127).float()
+        return (self.masks > VOID).float()
+
+    def known(self) -> Tensor | None:
+        """Return 1 on labelled and 0 on void pixels (B, 1, H, W); None if every pixel counts."""
+        return (self.masks != VOID).float() if self.void else None
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """Return the batch with its tensors on ``device``."""
@@ -82,7 +90,7 @@ class EvalBatch:
     Attributes:
         images: uint8 (B, 3, S, S), RGB.
         names, sizes: as in Batch.
-        full_masks: uint8 (H, W) arrays, 0 or 255.
+        full_masks: uint8 (H, W) arrays, 0 or 255, VOID where nobody labelled the pixel.
         originals: uint8 (H, W, 3) RGB arrays, or empty.
         unreadable: (name, reason) of pairs that were left out; the batch may be empty.
     """
@@ -104,6 +112,7 @@ class RawBatch:
         names, sizes, indices, replaced: as in Batch.
         epoch: epoch of the augmentation.
         target: side of the training images, in pixels.
+        void: masks may have void pixels.
     """
 
     pixels: Tensor
@@ -113,6 +122,7 @@ class RawBatch:
     epoch: int
     target: int
     replaced: list[Fault] = field(default_factory=list)
+    void: bool = False
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory."""
@@ -125,8 +135,8 @@ class RawBatch:
             for index in self.indices
         ]
         pixels = self.pixels.to(device, non_blocking=True)
-        images, masks = apply_draws(pixels, draws, self.target)
-        return Batch(images, masks, self.names, self.sizes, self.indices, self.replaced)
+        images, masks = apply_draws(pixels, draws, self.target, void=self.void)
+        return Batch(images, masks, self.names, self.sizes, self.indices, self.replaced, self.void)
 
 
 def collate(samples: list[Any]) -> Batch | DataError:
@@ -142,6 +152,7 @@ def collate(samples: list[Any]) -> Batch | DataError:
         list(sizes),
         list(indices),
         list(chain(*faults)),
+        any(has_void(mask) for mask in masks),
     )
 
 
@@ -159,6 +170,7 @@ def collate_raw(samples: list[Any]) -> RawBatch | DataError:
         epochs[0],
         targets[0],
         list(chain(*faults)),
+        any(has_void(cv2.extractChannel(np.ascontiguousarray(p), 3)) for p in pixels),
     )
 
 

@@ -20,6 +20,7 @@ from camoxpert.evaluation.results import (
     GalleryEntry,
     MapSource,
     by_dataset,
+    decide_void,
     deciding_key,
     ranked,
     summarise,
@@ -74,6 +75,8 @@ def evaluate_maps(
             )
         )
         stop.check()
+    for dataset, methods in by_dataset(scored).items():
+        decide_void(dataset, next(iter(methods.values())))
     if output is not None:
         gallery = write_gallery(output.unfinished, tasks, by_dataset(scored), options)
         write_evaluation(output, scored, gallery, intervals=options.intervals, command=command)
@@ -151,7 +154,7 @@ def _panel(
     jobs: Mapping[str, MapJob], values: Mapping[str, float], options: MapOptions
 ) -> NDArray[np.uint8]:
     first = next(iter(jobs.values()))
-    mask = read_truth(first, options)
+    mask = read_truth(first, options).mask_HW
     image = None
     if first.image is not None:
         try:

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from camoxpert import console, stop
 from camoxpert.data.files.image_io import MAX_PIXELS, read_levels, read_map
+from camoxpert.data.files.labels import split_void
 from camoxpert.errors import DataError
 from camoxpert.evaluation.maps.find import MapJob, MapTask
 from camoxpert.evaluation.options import ScoringOptions
@@ -62,14 +64,28 @@ class GreyMaskError(DataError):
     """A mask with ambiguous levels; the text is the file and its levels."""
 
 
-def read_truth(job: MapJob, options: MapOptions) -> NDArray[np.bool_]:
-    """Return the mask of a job, bool (H, W).
+class Truth(NamedTuple):
+    """A mask: where the object is, and where nobody labelled the pixel (None: nowhere)."""
+
+    mask_HW: NDArray[np.bool_]
+    void_HW: NDArray[np.bool_] | None = None
+
+
+def read_truth(job: MapJob, options: MapOptions) -> Truth:
+    """Return the mask of a job.
 
     Raises:
         DataError: the mask is unreadable.
-        GreyMaskError: its levels are not two unambiguous ones.
+        GreyMaskError: its levels are neither two unambiguous ones nor those of a label map.
     """
-    levels = read_levels(job.mask, max_pixels=options.max_pixels)
+    stored = read_levels(job.mask, max_pixels=options.max_pixels)
+    labels = stored.labels(job.mask) if options.gt_threshold is None else None
+    if labels is not None:
+        return Truth(*split_void(labels))
+    return Truth(_read_grey(job, stored.levels, options))
+
+
+def _read_grey(job: MapJob, levels: NDArray[Any], options: MapOptions) -> NDArray[np.bool_]:
     if levels.dtype == bool:
         return levels
     values = np.unique(levels)
@@ -101,7 +117,7 @@ def read_prediction(job: MapJob, shape: tuple[int, ...], options: MapOptions) ->
 def score_job(job: MapJob, options: MapOptions) -> ImageScore | Fault:
     """Read and score one pair of files; return a fault instead of raising it."""
     try:
-        mask = read_truth(job, options)
+        mask, void = read_truth(job, options)
     except GreyMaskError as error:
         return Fault(
             "masks with other levels than 0 and 255, or 0 and 1 (--gt-threshold 128 takes the "
@@ -130,6 +146,7 @@ def score_job(job: MapJob, options: MapOptions) -> ImageScore | Fault:
         job.name,
         prediction,
         mask,
+        void_HW=void,
         group=job.group,
         protocol=options.protocol,
         empty_gt=options.empty_gt,

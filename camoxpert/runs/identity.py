@@ -1,0 +1,105 @@
+"""What makes two runs the same: settings compared by meaning, files by content and not by path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from camoxpert.config import Config, get_setting, leaves
+from camoxpert.runs.checkpoint import file_digest, resolve_checkpoint
+
+# Settings that say how long, how fast or where, not what is trained.
+FREE = (
+    "data.num_workers",
+    "data.persistent_workers",
+    "data.prefetch_factor",
+    "data.pin_memory",
+    "data.start_method",
+    "data.worker_timeout",
+    "data.allow_outside",
+    "data.unreadable",
+    "data.max_unreadable",
+    "data.cache",
+    "data.cache_dir",
+    "data.strict_cache",
+    "train.device",
+    "train.max_hours",
+    "train.resume",
+    "train.allow_data_change",
+    "train.process_timeout",
+)
+ROOTS = "data.roots"
+FILES = ("data.clean_list", "model.weights", "model.init_from")
+"""Settings that name a file; its content counts."""
+
+
+def what_is_trained(config: Config) -> dict[str, Any]:
+    """Return the settings that decide what a run learns, by dotted path.
+
+    Spellings of one path (``data/``, ``./data``) are made equal.
+    """
+    values = {
+        leaf.path: get_setting(config, leaf.path)
+        for leaf in leaves()
+        if leaf.path not in FREE and not leaf.path.startswith("run.")
+    }
+    values[ROOTS] = tuple(os.path.normpath(root) for root in values[ROOTS])
+    return values | {path: os.path.normpath(values[path]) for path in FILES if values[path]}
+
+
+def same_place(one: str, other: str) -> bool:
+    """Return whether two paths name one place, through links and from the working folder."""
+    return bool(one) and bool(other) and os.path.realpath(one) == os.path.realpath(other)
+
+
+def file_hashes(config: Config, before: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return dotted path -> sha256 of the files that settings name.
+
+    Args:
+        config: settings.
+        before: those recorded by the run that is continued, for files that are gone: a stopped run
+            needs them no longer.
+    """
+    found: dict[str, str] = {}
+    for path in FILES:
+        value = get_setting(config, path)
+        file = None
+        if value and Path(value).exists():
+            file = resolve_checkpoint(Path(value)) if path == "model.init_from" else Path(value)
+        if file is not None and file.is_file():
+            found[path] = file_digest(file)
+        elif value and before and path in before:
+            found[path] = before[path]
+    return found
+
+
+def setting_differences(
+    old: Config, new: Config, *, before: Mapping[str, str], now: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what differs between the settings of two runs: dotted path -> change, in words.
+
+    Paths that name one place are equal, and so are files of equal content; ``data.roots`` that
+    name other places are listed, and the caller compares the data.
+
+    Args:
+        old, new: the settings.
+        before, now: hashes of the files that they name; {} where unknown.
+    """
+    values = what_is_trained(old), what_is_trained(new)
+    changed = {}
+    for path in values[0]:
+        one, other = values[0][path], values[1][path]
+        if path == ROOTS:
+            places = len(one) == len(other) and all(map(same_place, one, other))
+            if one != other and not places:
+                changed[path] = f"{path}: {', '.join(one)} -> {', '.join(other)}"
+        elif path in FILES and path in before and path in now:
+            if before[path] != now[path]:
+                same = one == other or same_place(one, other)
+                what = f"{one} has other content now" if same else f"{one} -> {other}"
+                changed[path] = f"{path}: {what}"
+        elif one != other and not (path in FILES and same_place(one, other)):
+            changed[path] = f"{path}: {one} -> {other}"
+    return changed

@@ -1,0 +1,108 @@
+"""Decide which training images are set aside for validation, and keep that decision in a run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from camoxpert import console
+from camoxpert.config import Config
+from camoxpert.data.files.manifest import Manifest, TrainingData
+from camoxpert.data.files.split import split_validation
+from camoxpert.doctor.families import copy_families
+from camoxpert.files import write_rows
+from camoxpert.text import count
+
+SAMPLES = "samples.csv"
+
+Split = Mapping[tuple[str, str], str]
+"""(data set, name) -> training or validation."""
+
+
+def decide_split(
+    found: TrainingData, config: Config, kept: Split, *, write: bool = True
+) -> tuple[Manifest, Manifest]:
+    """Return the training and the validation part of TRAIN, printing the decision.
+
+    Args:
+        found: the training data; a validation split that comes with it is used as it is.
+        config: settings.
+        kept: the split of the run that is continued, or empty. It is used again if the data is the
+            same, so that a run started by another version keeps its validation images.
+        write: keep the copies found in the cache folder.
+    """
+    data, seed, whole = config.data, config.train.seed, found.whole
+    keys = {(pair.dataset, pair.name) for pair in whole.pairs}
+    families: list[list[int]] = []
+    if found.given is not None:
+        given = set(found.given.pairs)
+        train = replace(whole, pairs=tuple(pair for pair in whole.pairs if pair not in given))
+        _, empty = split_validation(whole, 0.0, 0)
+        validation = replace(empty, pairs=found.given.pairs)
+        how = "the validation split that comes with the data"
+    elif kept.keys() == keys:
+        train, validation = _as_before(whole, kept)
+        how = "as the stopped run carved it from TRAIN"
+    else:
+        if data.group_copies and data.val_fraction and len(whole) > 1:
+            families = copy_families(whole, data, write=write)
+        train, validation = split_validation(whole, data.val_fraction, seed, families)
+        how = "validation carved from TRAIN"
+    console.decide(
+        "data",
+        f"{len(train)} training and {len(validation)} validation images ({whole.layout}), {how}",
+    )
+    if found.unused:
+        console.decide("", f"--val-fraction 0: the {found.unused} images of val are not used")
+    if families:
+        copied = sum(map(len, families))
+        console.decide(
+            "",
+            f"{copied} images are copies of others, in {count(len(families), 'group')}; a group is "
+            f"never split (--no-group-copies splits it)",
+        )
+    if families and not len(validation):
+        console.decide(
+            "warning",
+            "all training images are copies of each other, so none can be set aside for validation",
+        )
+    return train, validation
+
+
+def _as_before(whole: Manifest, kept: Split) -> tuple[Manifest, Manifest]:
+    parts = {
+        name: tuple(pair for pair in whole.pairs if kept[pair.dataset, pair.name] == name)
+        for name in ("training", "validation")
+    }
+    _, empty = split_validation(whole, 0.0, 0)
+    return replace(whole, pairs=parts["training"]), replace(empty, pairs=parts["validation"])
+
+
+def write_samples(run_dir: Path, train: Manifest, validation: Manifest) -> None:
+    """Write ``samples.csv``: images of training and validation with the sizes of their files."""
+    rows = [
+        {
+            "split": split,
+            "dataset": dataset,
+            "name": name,
+            "image_bytes": sizes[0],
+            "mask_bytes": sizes[1],
+        }
+        for split, manifest in (("training", train), ("validation", validation))
+        for (dataset, name), sizes in manifest.files().items()
+    ]
+    write_rows(run_dir / SAMPLES, rows, ("split", "dataset", "name", "image_bytes", "mask_bytes"))
+
+
+def read_split(run_dir: Path | None) -> dict[tuple[str, str], str]:
+    """Return the split that a run recorded in ``samples.csv``; {} if that cannot be read."""
+    if run_dir is None:
+        return {}
+    try:
+        with (run_dir / SAMPLES).open(encoding="utf-8", errors="surrogateescape") as file:
+            found = {(row["dataset"], row["name"]): row["split"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, csv.Error):
+        return {}
+    return found if set(found.values()) <= {"training", "validation"} else {}

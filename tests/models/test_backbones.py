@@ -1,0 +1,142 @@
+"""Every family of timm networks, by shape alone: the meta device has no memory and no time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from camoxpert.config import build_config
+from camoxpert.errors import ConfigError
+from camoxpert.losses import total_loss
+from camoxpert.models.backbone import STRIDES, Backbone
+from camoxpert.models.camoxpert import CamoXpert, build_model
+
+# One of a kind: fixed input size, channels-last maps, five levels, windows that divide the map,
+# positions of a fixed grid, tokens, hooks, and levels whose modules timm names otherwise.
+KINDS = (
+    *("swin_s3_tiny_224", "swinv2_tiny_window8_256", "test_maxvit", "hiera_tiny_224"),
+    *("test_mambaout", "mvitv2_tiny", "vgg11", "legacy_xception"),
+)
+# Families without levels at strides 4, 8, 16 and 32: plain transformers, and pyramids that start
+# at stride 8 or 16 or end at 16.
+WITHOUT_PYRAMID = {
+    *("beit", "cait", "convit", "convmixer", "crossvit", "csatv2", "deepseek_vit", "deit"),
+    *("efficientvim", "efficientvit_msra", "eva", "gemma4_vit", "levit", "mlp_mixer", "naflexvit"),
+    *("nest", "pit", "qwen3_vit", "sequencer", "shvit", "tnt", "vision_transformer"),
+    *("vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam"),
+    *("visformer", "vitamin", "volo", "xcit"),
+}
+# Families that take one size only, or need maps that their windows divide.
+ONE_SIZE = {"efficientformer": 224, "byoanet": 256}
+SMALL = ("test_", "atto", "femto", "pico", "nano", "xxs", "xx_small", "_s0", "_t0", "_b0", "tiny")
+
+
+def families() -> dict[str, str]:
+    """Return timm's file -> the name of a small network in it."""
+    import timm
+
+    members: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        file = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+        members.setdefault(file, []).append(name)
+
+    def size(name: str) -> tuple[int, int]:
+        return next((i for i, word in enumerate(SMALL) if word in name), len(SMALL)), len(name)
+
+    return {file: min(names, key=size) for file, names in members.items()}
+
+
+def on_meta(backbone: str, *sides: int) -> CamoXpert:
+    """Build a small model around a backbone, without memory."""
+    values = {"backbone": backbone, "pretrained": False, "width": 16, "num_experts": 2}
+    values |= {"dispatch": "dense", "detail_width": 8}
+    config = build_config({f"model.{name}": value for name, value in values.items()})
+    with torch.device("meta"):
+        return build_model(config.model, sides=sides).train()
+
+
+def check_step(backbone: str, *sides: int) -> None:
+    """Build for some sizes and take a step with each: levels, gradients and their split."""
+    model = on_meta(backbone, *sides)
+    for side in sides:
+        maps = model.backbone(torch.zeros(2, 3, side, side, device="meta"))
+        assert [m.shape[1] for m in maps] == list(model.backbone.channels)
+        # Convolutions without padding give slightly smaller maps, which the decoder takes.
+        for stride, features in zip(STRIDES, maps, strict=True):
+            assert abs(features.shape[2] - side / stride) <= 5
+            assert features.shape[2] == features.shape[3]
+        laterals = [
+            level.lateral(features)
+            for level, features in zip(model.decoder.levels, maps, strict=True)
+        ]
+        torch.stack([lateral.sum() for lateral in laterals]).sum().backward()
+        # Processes that train together need a gradient of every parameter.
+        assert not [n for n, p in model.backbone.named_parameters() if p.grad is None]
+    levels = model.backbone.parameter_levels()
+    assert len(levels) == len(STRIDES) and levels[0]
+    split = [id(p) for level in levels for p in level]
+    assert sorted(split) == sorted(id(p) for p in model.backbone.parameters())
+    model.set_gradient_checkpointing(True)
+
+
+@pytest.mark.parametrize("backbone", KINDS)
+def test_each_kind_of_pyramid_trains(backbone: str) -> None:
+    check_step(backbone, 64)
+
+
+@pytest.mark.parametrize("backbone", ["swin_s3_tiny_224", "test_maxvit", "test_mambaout"])
+def test_they_train_a_whole_step(backbone: str) -> None:
+    values = {"backbone": backbone, "pretrained": False, "width": 16, "num_experts": 2}
+    config = build_config({f"model.{name}": value for name, value in values.items()})
+    model = build_model(config.model, sides=[64]).train()
+    output = model(torch.rand(2, 3, 64, 64))
+    mask = (torch.rand(2, 1, 64, 64) > 0.5).float()
+    total_loss(output, mask, config.loss).total.backward()
+    assert output.logits_B1HW.shape == (2, 1, 64, 64)
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", sorted(families()))
+def test_every_family_trains_or_is_refused_in_one_paragraph(family: str) -> None:
+    backbone = families()[family]
+    if family in WITHOUT_PYRAMID:
+        with pytest.raises(ConfigError, match="the decoder needs") as refused:
+            on_meta(backbone, 352)
+        assert "\n" not in str(refused.value)
+    elif family in ONE_SIZE:
+        with pytest.raises(ConfigError, match=f"Use --img-size {ONE_SIZE[family]}"):
+            on_meta(backbone, 352)
+        check_step(backbone, ONE_SIZE[family])
+    else:
+        check_step(backbone, 352)
+
+
+def test_a_size_that_a_network_cannot_take_is_refused_with_one_that_it_can() -> None:
+    with pytest.raises(ConfigError, match=r"cannot take images of 96 px: .*Use --img-size 224"):
+        on_meta("efficientformer_l1", 96)
+    on_meta("efficientformer_l1", 224)
+
+
+def test_several_sizes_need_a_network_that_takes_them() -> None:
+    with pytest.raises(ConfigError, match="--multi-scale asks for 2 sizes"):
+        on_meta("hiera_tiny_224", 64, 96)
+    check_step("swin_s3_tiny_224", 64, 96)
+
+
+def test_channels_last_maps_are_turned() -> None:
+    """With values, not shapes alone: the map of channel 1 is that of the network's channel 1."""
+    config = build_config({"model.backbone": "test_mambaout", "model.pretrained": False})
+    backbone = Backbone(config.model, (64,)).eval()
+    image = torch.rand(1, 3, 64, 64)
+    own = [backbone.net(image)[level] for level in backbone.levels]
+    for ours, theirs in zip(backbone(image), own, strict=True):
+        assert torch.equal(ours[0, 1], theirs[0, :, :, 1])
+
+
+def test_networks_that_take_any_size_are_built_as_before() -> None:
+    """Their parameters must not depend on the size: runs of earlier versions continue."""
+    plain, sized = on_meta("mvitv2_tiny"), on_meta("mvitv2_tiny", 96)
+    shapes = [{n: p.shape for n, p in m.state_dict().items()} for m in (plain, sized)]
+    assert shapes[0] == shapes[1]
