@@ -59,6 +59,17 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bo
     return path
 
 
+def expand_user(text: str) -> str:
+    """Return a path with the home folder for a leading ``~``; other text as it is."""
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        # There is no such user: a file may be called so.
+        return text
+
+
 def why_missing(path: str | Path, what: str = "file or folder") -> str:
     """Return a sentence about a path that does not exist: a URL, ``-``, a lost link, or a typo."""
     text = str(path)

@@ -115,7 +115,7 @@ def test_broken_files_are_named(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_missing_file() -> None:
-    with pytest.raises(ConfigError, match="there is no file"):
+    with pytest.raises(ConfigError, match="There is no file"):
         load_config(file="nowhere.yaml")
 
 

@@ -67,12 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what map names have behind the image's name, as _sal in 0001_sal.png [found by rule]",
     )
     maps.add_argument(
-        "--resize",
-        choices=("error", "bilinear"),
-        default="error",
-        help="maps of another size than their mask: refuse, or resize [error]",
-    )
-    maps.add_argument(
         "--gt-threshold",
         type=int,
         metavar="N",
@@ -88,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(both, ("data.noncam",))
     both.add_argument(
         "-o", "--output", metavar="DIR", help="folder of the results [the run folder; evaluation]"
+    )
+    both.add_argument(
+        "--resize",
+        choices=("error", "bilinear"),
+        default="error",
+        help="maps, or images, of another size than their mask: refuse, or resize [error]",
     )
     both.add_argument(
         "--format",
@@ -160,7 +160,7 @@ OF_CHECKPOINTS = (
     "--unreadable",
 )
 OF_MAPS = (
-    *("--images", "--allow-missing", "--allow-extra", "--resize", "--gt-threshold", "--measures"),
+    *("--images", "--allow-missing", "--allow-extra", "--gt-threshold", "--measures"),
     "--map-suffix",
 )
 
@@ -257,7 +257,13 @@ def _checkpoint(
         Path(options.checkpoint), device=options.device, precision=options.precision
     )
     clean = read_clean_list(options.clean_list)
-    search = Search(options.layout, options.noncam, clean, options.allow_outside)
+    search = Search(
+        options.layout,
+        options.noncam,
+        clean,
+        options.allow_outside,
+        any_size=options.resize == "bilinear",
+    )
     sets = find_sets(predictor, options.data or (), search, split=options.split)
     scoring = ScoringOptions(
         protocol=options.protocol,

@@ -50,6 +50,12 @@ class DataConfig:
         flag="--noncam",
         choices=("exclude", "include"),
     )
+    resize: str = setting(
+        "error",
+        "a mask of another size than its image: refused, or resized with it (bilinear)",
+        flag="--resize",
+        choices=("error", "bilinear"),
+    )
     clean_list: str = setting(
         "",
         "CSV of images to leave out (columns dataset, split, name), as doctor writes it",

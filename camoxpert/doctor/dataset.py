@@ -62,7 +62,9 @@ def examine_data(data: DataConfig, *, seed: int = 42, copies: bool = True) -> Ex
         Stopped: Ctrl-C, SIGTERM or the deadline.
     """
     found = Examination()
-    search = Search(data.layout, data.noncam, {}, data.allow_outside)
+    search = Search(
+        data.layout, data.noncam, {}, data.allow_outside, any_size=data.resize == "bilinear"
+    )
     roots = with_distinct_names(_read_roots(data.roots, search, found))
     pairs = [pair for root in roots for pair in _find_pairs(root, found)]
     if not pairs:
@@ -82,7 +84,11 @@ def _read_roots(roots: Sequence[str], search: Search, found: Examination) -> lis
     read = []
     for root in roots:
         try:
-            read.append(read_root(Path(root), search.layout, search.noncam, search.allow_outside))
+            read.append(
+                read_root(
+                    Path(root), search.layout, search.noncam, search.allow_outside, search.any_size
+                )
+            )
         except DataError as error:
             found.add("error", "layout", str(error))
     return read

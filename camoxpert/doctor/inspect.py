@@ -127,7 +127,9 @@ def inspect_pair(
             facts.faults.append(str(error))
     if len(heads) == 2:
         try:
-            turn = pair_orientation(*heads, image_path=pair.image, mask_path=pair.mask)
+            turn = pair_orientation(
+                *heads, image_path=pair.image, mask_path=pair.mask, any_size=pair.any_size
+            )
         except DataError as error:
             facts.faults.append(str(error))
         head, mask_head = heads
@@ -139,6 +141,8 @@ def inspect_pair(
                 "both turned by EXIF" if turn else "EXIF ignored: the mask fits the stored pixels"
             )
             facts.oddities.append(words)
+        if head.upright != mask_head.upright and turn and not facts.faults:
+            facts.oddities.append("the mask has another size and is resized (--resize bilinear)")
         if mask_head.orientation != 1:
             facts.oddities.append("the mask has an EXIF orientation")
     if not facts.faults:

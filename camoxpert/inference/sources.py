@@ -16,6 +16,7 @@ from camoxpert.data.files.listing import (
     ARCHIVE_SUFFIXES,
     IMAGE_SUFFIXES,
     OUTPUT_FOLDERS,
+    OUTPUT_RECORD,
     OUTPUT_TABLE,
     VIDEO_SUFFIXES,
     endings,
@@ -112,7 +113,7 @@ def _in_folder(path: Path, output: Path | None, notes: list[str]) -> list[Photo]
     listing = list_files(path, nested=True, enter=lambda folder: not _is_result(folder, output))
     if listing.folders:
         notes.append(f"Results of predict are not predicted again: {shorten(listing.folders)}")
-    others = [file for file in listing.others if not is_predict_table(file)]
+    others = [file for file in listing.others if not _of_predict(file)]
     if others:
         notes.append(
             f"{count(len(others), 'file')} in {path} are not images of a known kind and are not "
@@ -128,6 +129,13 @@ def _is_result(folder: Path, output: Path | None) -> bool:
     # Or they were written into the folder of the photos itself.
     beside = folder.name in OUTPUT_FOLDERS and is_predict_table(folder.parent / OUTPUT_TABLE)
     return beside or is_predict_table(folder / OUTPUT_TABLE)
+
+
+def _of_predict(file: Path) -> bool:
+    """Return whether a file is the table or the record of results of predict."""
+    return file.name in (OUTPUT_TABLE, OUTPUT_RECORD) and is_predict_table(
+        file.with_name(OUTPUT_TABLE)
+    )
 
 
 def _single(path: Path) -> Photo:
@@ -158,7 +166,7 @@ def _matching(text: str, output: Path | None, notes: list[str]) -> list[Photo]:
         for p in matches
         if p.is_dir()
         or is_side_file(p.name)
-        or is_predict_table(p)
+        or _of_predict(p)
         or any(_is_result(folder, output) for folder in p.parents)
     ]
     if hidden:

@@ -135,7 +135,7 @@ def test_flags_win_over_the_file_and_overrides_over_flags(tmp_path: Path) -> Non
         (["train", "--top-k", "9"], 2, "Lower --top-k"),
         (["train", "--scheduler", "cosin"], 2, "Did you mean cosine"),
         (["train"], 2, "--dataset-path"),
-        (["train", "--config", "none.yaml"], 2, "there is no file none.yaml"),
+        (["train", "--config", "none.yaml"], 2, "There is no file none.yaml"),
         (["train", "--dataset-path", "/no/such/folder"], 3, "There is no file or folder"),
         (["evaluate", "/no/such/run"], 4, "There is no checkpoint"),
         (["predict", "x"], 2, "required"),
@@ -223,7 +223,7 @@ def test_the_examples_of_the_help_can_be_pasted(command: str, capsys, monkeypatc
         ("predict x y -o z --precision fp8", "train.precision (--precision) must be one of"),
         ("evaluate x --noncam inclusive", "Did you mean include?"),
         ("doctor x --val-fraction 0.9", "data.val_fraction (--val-fraction) must be at most 0.5"),
-        ("doctor x --max-pixels 0", "data.max_pixels must be at least 1"),
+        ("doctor x --max-pixels 0", "data.max_pixels (--max-pixels) must be at least 1"),
         ("benchmark train --img-size big", "data.img_size must be a whole number"),
     ],
 )

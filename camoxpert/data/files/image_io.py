@@ -6,6 +6,7 @@ it, never a grey block or an all-zero mask.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,11 +217,13 @@ def read_pair(
     *,
     max_pixels: int = MAX_PIXELS,
     at_least: int | None = None,
+    any_size: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read an image and its mask so that their pixels correspond.
 
     EXIF turns both. Cameras tag images, drawing tools rarely tag masks: where the turned shapes
     differ and the stored ones agree, the mask was drawn on the stored pixels and neither is turned.
+    With ``any_size`` the sizes may differ: both show the whole picture.
 
     Returns:
         image uint8 (H, W, 3), mask uint8 (H, W) with 0 and 255; with ``at_least`` the image may be
@@ -230,7 +233,9 @@ def read_pair(
         DataError: unreadable, or of different sizes.
     """
     heads = [probe(path, max_pixels=max_pixels) for path in (image_path, mask_path)]
-    turn = pair_orientation(*heads, image_path=Path(image_path), mask_path=Path(mask_path))
+    turn = pair_orientation(
+        *heads, image_path=Path(image_path), mask_path=Path(mask_path), any_size=any_size
+    )
     return (
         read_image(image_path, max_pixels=max_pixels, apply_orientation=turn, at_least=at_least),
         read_mask(mask_path, max_pixels=max_pixels, apply_orientation=turn),
@@ -238,17 +243,36 @@ def read_pair(
 
 
 def pair_orientation(
-    image: ImageHeader, mask: ImageHeader, *, image_path: Path, mask_path: Path
+    image: ImageHeader,
+    mask: ImageHeader,
+    *,
+    image_path: Path,
+    mask_path: Path,
+    any_size: bool = False,
 ) -> bool:
-    """Return whether to apply EXIF to a pair; raise DataError if the sizes differ either way."""
+    """Return whether to apply EXIF to a pair.
+
+    Raises:
+        DataError: the sizes differ either way, and ``any_size`` does not allow it.
+    """
     if image.upright == mask.upright:
         return True
     if (image.height, image.width) == (mask.height, mask.width):
         return False
+    if any_size:
+        # Whichever makes the shapes more alike.
+        stored = _unlike((image.height, image.width), (mask.height, mask.width))
+        return _unlike(image.upright, mask.upright) <= stored
     raise DataError(
         f"{image_path} is {image.width}x{image.height} pixels but its mask {mask_path} is "
-        f"{mask.width}x{mask.height}. A mask must have the size of its image."
+        f"{mask.width}x{mask.height}. A mask must have the size of its image; --resize bilinear "
+        f"accepts another."
     )
+
+
+def _unlike(first: tuple[int, int], second: tuple[int, int]) -> float:
+    """Return how far the aspect ratios of two sizes are apart, from 0."""
+    return abs(math.log(first[0] * second[1] / (first[1] * second[0])))
 
 
 def write_png(path: str | Path, array: np.ndarray) -> None:

@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = frozenset(
 ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".bz2"))
 VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
 OUTPUT_TABLE = "results.csv"
+OUTPUT_RECORD = "predictions.jsonl"
 OUTPUT_FOLDERS = ("maps", "masks", "cutouts", "overlays")
 """What ``predict`` writes."""
 OUTPUT_COLUMNS = b"image,height,width"

@@ -27,12 +27,14 @@ class Search:
         noncam: exclude or include COD10K images without a camouflaged object.
         clean: pairs to leave out, as ``read_clean_list`` returns them.
         allow_outside: a CSV may name files outside its folder.
+        any_size: a mask may have another size than its image.
     """
 
     layout: str = "auto"
     noncam: str = "exclude"
     clean: CleanList = field(default_factory=dict)
     allow_outside: bool = False
+    any_size: bool = False
 
 
 USUAL = Search()
@@ -168,7 +170,11 @@ def load_eval(
 
 def _read(roots: Sequence[str | Path], search: Search) -> list[Root]:
     return read_roots(
-        roots, layout=search.layout, noncam=search.noncam, allow_outside=search.allow_outside
+        roots,
+        layout=search.layout,
+        noncam=search.noncam,
+        allow_outside=search.allow_outside,
+        any_size=search.any_size,
     )
 
 

@@ -24,6 +24,7 @@ class Pair:
         image, mask: files.
         dataset: name of the data set.
         group: class encoded in the name, or the sub-folder, or "".
+        any_size: the mask may have another size than the image.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Pair:
     mask: Path
     dataset: str
     group: str
+    any_size: bool = False
 
 
 @dataclass(frozen=True)

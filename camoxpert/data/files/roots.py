@@ -47,7 +47,12 @@ class Root:
 
 
 def read_roots(
-    roots: Iterable[str | Path], *, layout: str, noncam: str, allow_outside: bool
+    roots: Iterable[str | Path],
+    *,
+    layout: str,
+    noncam: str,
+    allow_outside: bool,
+    any_size: bool = False,
 ) -> list[Root]:
     """Read roots; those whose folders have the same name get data set names that differ.
 
@@ -56,13 +61,14 @@ def read_roots(
         layout: name of a known layout, or auto.
         noncam: exclude or include COD10K images without a camouflaged object.
         allow_outside: a CSV may name files outside its folder.
+        any_size: a mask may have another size than its image.
 
     Raises:
         DataError: no such root, no layout matches, a faulty CSV.
         ConfigError: unknown layout name.
     """
     return with_distinct_names(
-        [read_root(Path(root), layout, noncam, allow_outside) for root in roots]
+        [read_root(Path(root), layout, noncam, allow_outside, any_size) for root in roots]
     )
 
 
@@ -72,8 +78,21 @@ def with_distinct_names(roots: Sequence[Root]) -> list[Root]:
     return [_renamed(root, names[root.place]) for root in roots]
 
 
-def read_root(path: Path, layout: str, noncam: str, allow_outside: bool) -> Root:
+def read_root(
+    path: Path, layout: str, noncam: str, allow_outside: bool, any_size: bool = False
+) -> Root:
     """Read one root; see ``read_roots``."""
+    root = _read_root(path, layout, noncam, allow_outside)
+    if not any_size:
+        return root
+    pairings = tuple(
+        replace(p, pairs=tuple(replace(pair, any_size=True) for pair in p.pairs))
+        for p in root.pairings
+    )
+    return replace(root, pairings=pairings)
+
+
+def _read_root(path: Path, layout: str, noncam: str, allow_outside: bool) -> Root:
     known = [row.name for row in LAYOUTS] + [CSV_LAYOUT]
     if layout not in ("auto", *known):
         raise ConfigError(f"--layout {layout}: known layouts are auto, {', '.join(known)}.")

@@ -50,7 +50,7 @@ def read_list(
         DataError: a folder does not exist or holds no masks.
     """
     if not path.is_file():
-        raise ConfigError(f"--list: there is no file {path}.")
+        raise ConfigError(f"--list: {why_missing(path, 'file')}")
     content = read_yaml(path)
     unknown = set(content) - {"datasets", "methods"}
     if unknown or not all(
