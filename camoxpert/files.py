@@ -59,8 +59,21 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bo
     return path
 
 
+def path_text(text: str) -> str:
+    """Return a path that was read from a file in the form that the file system's encoding needs.
+
+    Differs from ``text`` only where that encoding is not UTF-8, as in the C locale.
+    """
+    try:
+        return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, from an escape in a file: no path at all.
+        return text
+
+
 def expand_user(text: str) -> str:
     """Return a path with the home folder for a leading ``~``; other text as it is."""
+    text = path_text(text)
     if not text.startswith("~"):
         return text
     try:
@@ -70,16 +83,25 @@ def expand_user(text: str) -> str:
         return text
 
 
-def why_missing(path: str | Path, what: str = "file or folder") -> str:
-    """Return a sentence about a path that does not exist: a URL, ``-``, a lost link, or a typo."""
+def no_path(path: str | Path, what: str) -> str:
+    """Return a sentence about a URL or ``-`` given as a path; "" for any other text."""
     text = str(path)
-    place = Path(path)
     # Path turns http://host into http:/host.
     if re.match(r"(https?|ftp|s3|gs|hf):/", text, re.IGNORECASE):
         url = re.sub(r":/(?!/)", "://", text, count=1)
         return f"{url} is a URL. Nothing is downloaded: fetch it first, then give the {what}."
     if text == "-":
         return f"- would be standard input, which is not read. Give the name of a {what}."
+    return ""
+
+
+def why_missing(path: str | Path, what: str = "file or folder") -> str:
+    """Return a sentence about a path that does not exist: a URL, ``-``, a lost link, or a typo."""
+    text = str(path)
+    place = Path(path)
+    elsewhere = no_path(path, what)
+    if elsewhere:
+        return elsewhere
     if place.is_symlink():
         return (
             f"{text} is a link to {place.readlink()}, which does not exist. Was its content "
@@ -102,7 +124,9 @@ def append_here(path: Path) -> IO[str]:
     if path.is_symlink():
         path.unlink()
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    return os.fdopen(os.open(path, flags, 0o644), "a", encoding="utf-8", newline="")
+    return os.fdopen(
+        os.open(path, flags, 0o644), "a", encoding="utf-8", errors="surrogateescape", newline=""
+    )
 
 
 def leads_outside(root: Path, path: Path) -> bool:

@@ -208,7 +208,9 @@ def identical_files(paths: Sequence[Path]) -> list[list[int]]:
     """Return groups of positions of files with the same bytes; read only files of equal size."""
     by_size: dict[int, list[int]] = {}
     for index, path in enumerate(paths):
-        by_size.setdefault(path.stat().st_size, []).append(index)
+        # A link to a missing file is a fault of its own, and no copy of anything.
+        if path.is_file():
+            by_size.setdefault(path.stat().st_size, []).append(index)
     groups: dict[bytes, list[int]] = {}
     for same in by_size.values():
         for index in same if len(same) > 1 else ():

@@ -21,7 +21,7 @@ from camoxpert.data.files.listing import (
     VIDEO_SUFFIXES,
     endings,
     is_image_name,
-    is_predict_table,
+    is_predict_output,
     is_side_file,
     list_files,
 )
@@ -123,19 +123,19 @@ def _in_folder(path: Path, output: Path | None, notes: list[str]) -> list[Photo]
 
 
 def _is_result(folder: Path, output: Path | None) -> bool:
-    """Return whether a folder holds results of predict, of this call or of an earlier one."""
-    if output is not None and folder.resolve() == output.resolve():
-        return True
-    # Or they were written into the folder of the photos itself.
-    beside = folder.name in OUTPUT_FOLDERS and is_predict_table(folder.parent / OUTPUT_TABLE)
-    return beside or is_predict_table(folder / OUTPUT_TABLE)
+    """Return whether a folder holds pictures that predict wrote, now or in an earlier call.
+
+    Only the folders that predict makes are results: it may write them beside the photos.
+    """
+    if folder.name not in OUTPUT_FOLDERS:
+        return False
+    ours = output is not None and folder.parent.resolve() == output.resolve()
+    return ours or is_predict_output(folder.parent)
 
 
 def _of_predict(file: Path) -> bool:
     """Return whether a file is the table or the record of results of predict."""
-    return file.name in (OUTPUT_TABLE, OUTPUT_RECORD) and is_predict_table(
-        file.with_name(OUTPUT_TABLE)
-    )
+    return file.name in (OUTPUT_TABLE, OUTPUT_RECORD) and is_predict_output(file.parent)
 
 
 def _single(path: Path) -> Photo:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from camoxpert.errors import DataError
+from camoxpert.files import path_text
 from camoxpert.text import did_you_mean
 
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -75,7 +76,7 @@ def _text_of(path: Path, errors: str) -> str:
     data = path.read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if wide else "utf-8-sig", errors)
+        return path_text(data.decode("utf-16" if wide else "utf-8-sig", errors))
     except UnicodeError as error:
         raise DataError(f"{path} is not a CSV in UTF-8: {error}. Save it as UTF-8.") from error
 

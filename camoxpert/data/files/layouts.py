@@ -265,7 +265,7 @@ def locate(root: Path, source: Source, layout: Layout) -> Iterator[Found]:
     own = root.resolve().name
     for pattern in source.images:
         for images, star in _places(root, pattern, layout.exact):
-            parent = images if pattern.endswith(">") else images.parent
+            parent = images if pattern.endswith(">") or "*-" in pattern else images.parent
             # A training split is never a test set.
             hidden = pattern.startswith("*/") and split_of(star) in ("train", "val")
             hidden = hidden or (not pattern.endswith(">") and _holds_splits(images))

@@ -56,11 +56,14 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def is_predict_table(path: Path) -> bool:
-    """Return whether a file is the table that ``predict`` writes into its output folder."""
-    if path.name != OUTPUT_TABLE or not path.is_file():
+def is_predict_output(folder: Path) -> bool:
+    """Return whether ``predict`` wrote into a folder; it may hold other files as well."""
+    table = folder / OUTPUT_TABLE
+    if (folder / OUTPUT_RECORD).is_file():
+        return True
+    if not table.is_file():
         return False
-    with path.open("rb") as file:
+    with table.open("rb") as file:
         return file.read(len(OUTPUT_COLUMNS)) == OUTPUT_COLUMNS
 
 

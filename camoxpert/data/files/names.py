@@ -8,6 +8,7 @@ of one side its own partner on the other; it is never used for some of the files
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,13 +76,17 @@ def _rules(names: Collection[str], others: Collection[str], advice: str) -> Iter
     for swapped in (False, True):
         short, long = (others, names) if swapped else (names, others)
         complete = []
+        kinds: dict[frozenset[str], list[str]] = defaultdict(list)
         for before, after in sorted(_affixes(short, long)):
             found = {n: f"{before}{n}{after}" for n in short if f"{before}{n}{after}" in long}
+            kinds[frozenset(found)].append(f"{before}NAME{after}")
             if len(found) in (len(short), len(long)):
                 complete.append((found, f"{before}NAME{after}"))
-        if len(complete) > 1 and not swapped:
-            shown = shorten(text for _, text in complete)
-            raise DataError(f"Each name has several partners ({shown}). {advice}")
+        # Several kinds of maps of the same images: each has all of them, together they are all.
+        for same, texts in kinds.items():
+            every = len(same) == len(short) or len(same) * len(texts) == len(long)
+            if len(texts) > 1 and every and not swapped:
+                raise DataError(f"Each name has several partners ({shorten(texts)}). {advice}")
         for found, text in complete[:1]:
             found = {b: a for a, b in found.items()} if swapped else found
             yield found, f"{'NAME' if swapped else text} for {text if swapped else 'NAME'}"

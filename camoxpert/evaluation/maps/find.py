@@ -13,10 +13,9 @@ from pathlib import Path
 from camoxpert import console
 from camoxpert.data.files.layouts import folders_named
 from camoxpert.data.files.listing import (
-    OUTPUT_TABLE,
     endings,
     image_files,
-    is_predict_table,
+    is_predict_output,
     list_files,
     subfolders,
 )
@@ -261,7 +260,7 @@ def map_folder(path: Path) -> Path | None:
     """
     if image_files(path):
         return path
-    written = is_predict_table(path / OUTPUT_TABLE)
+    written = is_predict_output(path)
     inner = folders_named(path, (*MAP_FOLDERS, *(("masks",) if written else ())))
     inner = [folder for folder in inner if list_files(folder, nested=True).images]
     others = [p for p in subfolders(path) if p not in inner and image_files(p)]
@@ -294,8 +293,11 @@ def _methods_in(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, dict[str, 
         else:
             bare.append(sub.name)
     if not methods:
+        others = [p for p in list_files(path).others if p.suffix.lower() not in DOCUMENTS]
+        held = f" It holds {endings(others)}, which are not images." if others else ""
         raise DataError(
-            f"--predictions: no maps for {', '.join(sets)} found in {path}. Give a folder of maps, "
+            f"--predictions: no maps for {', '.join(sets)} found in {path}.{held} Give a folder of "
+            "maps, "
             "a method's folder with one folder per data set, or a folder of methods."
         )
     if bare:
