@@ -124,9 +124,7 @@ def append_here(path: Path) -> IO[str]:
     if path.is_symlink():
         path.unlink()
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    return os.fdopen(
-        os.open(path, flags, 0o644), "a", encoding="utf-8", errors="surrogateescape", newline=""
-    )
+    return os.fdopen(os.open(path, flags, 0o644), "a", encoding="utf-8", newline="")
 
 
 def leads_outside(root: Path, path: Path) -> bool:

@@ -80,6 +80,8 @@ class TestSplits:
         assert find_test_sets([tmp_path]) == {}
         with pytest.raises(DataError, match=rf"no test split \(found: {split_of(word)}\)"):
             load_eval(tmp_path)
+        with pytest.raises(DataError, match="No known data set layout"):
+            load_eval(tmp_path, Search(layout="folder of data sets"))
 
     def test_splits_inside_a_folder_of_data_sets(self, tmp_path: Path) -> None:
         for split, name in (("Train", "a"), ("Test", "b")):
