@@ -108,7 +108,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     wait_passively()
     from camoxpert.inference.predictor import load_predictor
 
-    return load_predictor(Path(model), device=device, precision=precision)
+    return load_predictor(Path(model).expanduser(), device=device, precision=precision)
 
 
 def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Result:
@@ -149,6 +149,7 @@ def evaluate(
     layout: str = "auto",
     split: str = "test",
     noncam: str = "exclude",
+    resize: str = "error",
     protocol: str = "pysod",
     empty_gt: str = "pysod",
     intervals: bool = True,
@@ -163,8 +164,9 @@ def evaluate(
         data: one or more data sets; empty: the test sets of the model's run.
         output: folder for tables, curves, pictures and a page; None writes nothing.
         layout: name of a known layout of data sets, or auto.
-        split: test or train, where a data set has splits.
+        split: test, val or train, where a data set has splits.
         noncam: exclude or include COD10K images without a camouflaged object.
+        resize: for masks of another size than their image: error or bilinear.
         protocol: pysod stretches every map to 0..1 first, as the field does; raw does not.
         empty_gt: images without an object: pysod, correct or skip (see docs/evaluation.md).
         intervals: also compute 95 % confidence intervals.
@@ -186,7 +188,10 @@ def evaluate(
 
     predictor = load(model) if isinstance(model, (str, Path)) else model
     paths = [data] if isinstance(data, (str, Path)) else data
-    sets = find_sets(predictor, paths, Search(layout, noncam), split=split)
+    paths = [Path(path).expanduser() for path in paths]
+    sets = find_sets(
+        predictor, paths, Search(layout, noncam, any_size=resize == "bilinear"), split=split
+    )
     options = ScoringOptions(
         protocol=protocol, empty_gt=empty_gt, intervals=intervals, gallery=gallery
     )
@@ -212,6 +217,7 @@ def score_maps(
     noncam: str = "exclude",
     allow_missing: bool = False,
     allow_extra: bool = False,
+    map_suffix: str | None = None,
     resize: str = "error",
     gt_threshold: int | None = None,
     protocol: str = "pysod",
@@ -231,6 +237,7 @@ def score_maps(
         measures: default, fast, all, or names of measures.
         noncam: exclude or include COD10K images without a camouflaged object.
         allow_missing, allow_extra: leave out masks without a map, maps without a mask.
+        map_suffix: what map names have behind the image's name; None: found by rule.
         resize: for maps of another size than their mask: error or bilinear.
         gt_threshold: accept grey masks; levels above it (of 255) are object.
         protocol, empty_gt, intervals, gallery: see ``evaluate``.
@@ -253,10 +260,10 @@ def score_maps(
     from camoxpert.evaluation.output import written_to
 
     maps, masks = (
-        [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        [Path(path).expanduser() for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         for paths in (predictions, gt)
     )
-    pairing = PairOptions(noncam, allow_missing, allow_extra)
+    pairing = PairOptions(noncam, allow_missing, allow_extra, map_suffix=map_suffix)
     tasks = find_tasks(maps, masks, pairing, images=[Path(path) for path in images])
     options = MapOptions(
         protocol=protocol,

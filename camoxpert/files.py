@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import errno
 import io
 import json
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +57,63 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, durable: bo
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def path_text(text: str) -> str:
+    """Return a path that was read from a file in the form that the file system's encoding needs.
+
+    Differs from ``text`` only where that encoding is not UTF-8, as in the C locale.
+    """
+    try:
+        return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, from an escape in a file: no path at all.
+        return text
+
+
+def expand_user(text: str) -> str:
+    """Return a path with the home folder for a leading ``~``; other text as it is."""
+    text = path_text(text)
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        # There is no such user: a file may be called so.
+        return text
+
+
+def no_path(path: str | Path, what: str) -> str:
+    """Return a sentence about a URL or ``-`` given as a path; "" for any other text."""
+    text = str(path)
+    # Path turns http://host into http:/host.
+    if re.match(r"(https?|ftp|s3|gs|hf):/", text, re.IGNORECASE):
+        url = re.sub(r":/(?!/)", "://", text, count=1)
+        return f"{url} is a URL. Nothing is downloaded: fetch it first, then give the {what}."
+    if text == "-":
+        return f"- would be standard input, which is not read. Give the name of a {what}."
+    return ""
+
+
+def why_missing(path: str | Path, what: str = "file or folder") -> str:
+    """Return a sentence about a path that does not exist: a URL, ``-``, a lost link, or a typo."""
+    text = str(path)
+    place = Path(path)
+    elsewhere = no_path(path, what)
+    if elsewhere:
+        return elsewhere
+    if place.is_symlink():
+        return (
+            f"{text} is a link to {place.readlink()}, which does not exist. Was its content "
+            f"fetched (git annex get, dvc pull)?"
+        )
+    folder = place.parent
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(place.name, names, n=1, cutoff=0.7)
+    hint = f" Did you mean {folder / near[0]}?" if near else ""
+    if not folder.exists():
+        hint = f" There is no folder {folder} either."
+    return f"There is no {what} {text}.{hint}"
 
 
 def append_here(path: Path) -> IO[str]:

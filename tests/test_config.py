@@ -115,7 +115,7 @@ def test_broken_files_are_named(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_missing_file() -> None:
-    with pytest.raises(ConfigError, match="there is no file"):
+    with pytest.raises(ConfigError, match="There is no file"):
         load_config(file="nowhere.yaml")
 
 
@@ -192,3 +192,13 @@ def test_presets_are_the_ones_users_know(
     assert (config.train.batch_size, config.train.accumulation_steps) == (batch, steps)
     assert config.data.img_size == size
     assert config.train.gradient_checkpointing == checkpointing
+
+
+def test_home_folders_in_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("data: {roots: ['~/a', b~c]}\nrun: {dir: '~/runs'}\n")
+    config = load_config(file="~/c.yaml", overrides=["data.clean_list=~/clean.csv"])
+    assert config.data.roots == (str(tmp_path / "a"), "b~c")
+    assert config.run.dir == str(tmp_path / "runs")
+    assert config.data.clean_list == str(tmp_path / "clean.csv")
+    assert load_config(overrides=["data.clean_list=~no-such-user/x"]).data.clean_list[0] == "~"

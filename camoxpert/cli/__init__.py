@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from camoxpert.errors import CamoXpertError, ConfigError, Stopped
+from camoxpert.files import expand_user
 from camoxpert.runtime.host import wait_passively
 from camoxpert.text import did_you_mean
 
@@ -147,9 +148,17 @@ def run_command(typed: list[str]) -> int:
     parser = Parser(prog=f"camoxpert {name}", description=f"{COMMANDS[name]}.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(parser)
-    options, rest = parser.parse_checked(typed[1:])
+    options, rest = parser.parse_checked([_at_home(word) for word in typed[1:]])
     result: int = module.run(options, rest, typed)
     return result
+
+
+def _at_home(word: str) -> str:
+    """Return an argument with the home folder for ``~``; shells leave ``--flag=~/x`` as it is."""
+    flag, equals, value = word.partition("=")
+    if word.startswith("--") and equals:
+        return f"{flag}={expand_user(value)}"
+    return expand_user(word)
 
 
 def overview() -> str:

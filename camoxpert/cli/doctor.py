@@ -38,7 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(
         planned,
         (
-            *("data.layout", "data.noncam", "data.allow_outside", "data.val_fraction"),
+            *(
+                "data.layout",
+                "data.noncam",
+                "data.allow_outside",
+                "data.val_fraction",
+                "data.resize",
+            ),
             *("data.max_pixels", "train.seed", "train.device"),
         ),
     )
@@ -54,6 +60,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         val_fraction=options.val_fraction,
         max_pixels=options.max_pixels,
         allow_outside=options.allow_outside,
+        resize=options.resize,
     )
     if options.clean_list and not data.roots:
         raise ConfigError("--clean-list needs data to check: camoxpert doctor DIR.")

@@ -13,6 +13,7 @@ from camoxpert import console, stop
 from camoxpert.cli import no_overrides
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.files import why_missing
 
 if TYPE_CHECKING:
     from camoxpert.evaluation.results import EvaluationResult
@@ -38,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(model, ("data.layout", "data.clean_list", "data.allow_outside"))
     model.add_argument(
-        "--split", choices=("test", "train"), default="test", help="which split of DIR [test]"
+        "--split",
+        choices=("test", "val", "train"),
+        default="test",
+        help="which split of DIR [test]",
     )
     model.add_argument(
         "--batch-size", type=int, default=8, help="images read at a time; changes no number [8]"
@@ -58,10 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     maps.add_argument("--allow-extra", action="store_true", help="leave out maps without a mask")
     maps.add_argument(
-        "--resize",
-        choices=("error", "bilinear"),
-        default="error",
-        help="maps of another size than their mask: refuse, or resize [error]",
+        "--map-suffix",
+        metavar="TEXT",
+        help="what map names have behind the image's name, as _sal in 0001_sal.png [found by rule]",
     )
     maps.add_argument(
         "--gt-threshold",
@@ -79,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(both, ("data.noncam",))
     both.add_argument(
         "-o", "--output", metavar="DIR", help="folder of the results [the run folder; evaluation]"
+    )
+    both.add_argument(
+        "--resize",
+        choices=("error", "bilinear"),
+        default="error",
+        help="maps, or images, of another size than their mask: refuse, or resize [error]",
     )
     both.add_argument(
         "--format",
@@ -151,7 +160,8 @@ OF_CHECKPOINTS = (
     "--unreadable",
 )
 OF_MAPS = (
-    *("--images", "--allow-missing", "--allow-extra", "--resize", "--gt-threshold", "--measures"),
+    *("--images", "--allow-missing", "--allow-extra", "--gt-threshold", "--measures"),
+    "--map-suffix",
 )
 
 
@@ -190,7 +200,7 @@ def _check(options: argparse.Namespace, typed: Sequence[str]) -> None:
     for path in options.data or ():
         # Here, before torch is imported and a model is built.
         if not Path(path).exists():
-            raise DataError(f"--data: there is no file or folder {path}.")
+            raise DataError(f"--data: {why_missing(path)}")
 
 
 def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[EvaluationResult], Path]:
@@ -212,7 +222,11 @@ def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[Evalu
         gt_threshold=options.gt_threshold,
     )
     pairing = PairOptions(
-        options.noncam, options.allow_missing, options.allow_extra, options.method or ""
+        options.noncam,
+        options.allow_missing,
+        options.allow_extra,
+        options.method or "",
+        options.map_suffix,
     )
     if options.list:
         tasks = list_tasks(Path(options.list), pairing)
@@ -243,7 +257,13 @@ def _checkpoint(
         Path(options.checkpoint), device=options.device, precision=options.precision
     )
     clean = read_clean_list(options.clean_list)
-    search = Search(options.layout, options.noncam, clean, options.allow_outside)
+    search = Search(
+        options.layout,
+        options.noncam,
+        clean,
+        options.allow_outside,
+        any_size=options.resize == "bilinear",
+    )
     sets = find_sets(predictor, options.data or (), search, split=options.split)
     scoring = ScoringOptions(
         protocol=options.protocol,

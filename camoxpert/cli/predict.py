@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="predict images again that have results"
     )
-    add_flags(parser, ("data.allow_outside", "train.device", "train.precision"))
+    add_flags(
+        parser,
+        ("data.allow_outside", "data.max_pixels", "train.device", "train.precision"),
+        defaults={"data.max_pixels": None},
+    )
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
@@ -48,16 +52,22 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--batch-size must be at least 1 and --threshold between 0 and 1.")
     from camoxpert.inference.photos import PhotoOptions, predict_photos
     from camoxpert.inference.predictor import load_predictor
-    from camoxpert.inference.sources import find_photos
+    from camoxpert.inference.sources import look_for_photos
 
-    photos = find_photos(options.inputs, allow_outside=options.allow_outside)
+    output = Path(options.output)
+    found = look_for_photos(options.inputs, allow_outside=options.allow_outside, output=output)
+    for note in found.notes:
+        console.note(note)
     wanted = PhotoOptions(options.save, options.batch_size, options.threshold, options.overwrite)
     outcome = "What is done is written; run the same command again for the rest."
     with stop.watch(), stop.outcome(outcome):
         predictor = load_predictor(
-            Path(options.checkpoint), device=options.device, precision=options.precision
+            Path(options.checkpoint),
+            device=options.device,
+            precision=options.precision,
+            max_pixels=options.max_pixels,
         )
-        result = predict_photos(predictor, photos, Path(options.output), wanted)
+        result = predict_photos(predictor, found.photos, output, wanted)
     there = f", {result.skipped} were there already" if result.skipped else ""
     if result.replaced:
         there += f"; {result.replaced} photos had changed since"

@@ -9,6 +9,7 @@ from pathlib import Path
 from camoxpert.config import Config, to_yaml
 from camoxpert.config.flags import add_setting_flags, read_config
 from camoxpert.errors import CamoXpertError, ConfigError, DataError, Stopped
+from camoxpert.files import why_missing
 
 EXAMPLES = """examples:
   camoxpert train --dataset-path COD10K-v3 --backbone edgenext_base --epochs 120 --lr 0.00025
@@ -39,7 +40,7 @@ def check_data_given(config: Config) -> None:
         )
     for root in config.data.roots:
         if not Path(root).exists():
-            raise DataError(f"--dataset-path: there is no file or folder {root}.")
+            raise DataError(f"--dataset-path: {why_missing(root)}")
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:

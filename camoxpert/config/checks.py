@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 from camoxpert.config.schema import Leaf
 from camoxpert.config.tree import EXPERT_KINDS, Config, DataConfig, ModelConfig, TrainConfig
 from camoxpert.errors import ConfigError
+from camoxpert.files import expand_user
 from camoxpert.text import did_you_mean
 
 TYPE_NAMES: Mapping[Any, str] = {
@@ -21,9 +22,21 @@ TYPE_NAMES: Mapping[Any, str] = {
 }
 
 
+PATHS = frozenset(
+    (
+        *("data.roots", "data.clean_list", "data.cache_dir"),
+        *("model.weights", "model.init_from", "train.resume", "run.dir"),
+    )
+)
+"""Settings in which a leading ``~`` is the home folder: no shell expands it in a file."""
+
+
 def check_value(value: Any, leaf: Leaf) -> Any:
     """Return ``value`` in the type of the setting, or raise ConfigError with what is allowed."""
     value = coerce(value, leaf.type, leaf.path)
+    if leaf.path in PATHS and value:
+        several = isinstance(value, tuple)
+        value = tuple(map(expand_user, value)) if several else expand_user(value)
     name = f"{leaf.path} ({leaf.flag})" if leaf.flag else leaf.path
     if leaf.choices and value not in leaf.choices:
         raise ConfigError(

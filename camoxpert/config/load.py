@@ -21,6 +21,7 @@ from camoxpert.config.checks import check_conflicts, check_value
 from camoxpert.config.schema import to_dict
 from camoxpert.config.tree import Config, leaves
 from camoxpert.errors import ConfigError
+from camoxpert.files import expand_user, why_missing
 from camoxpert.text import closest
 
 REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
@@ -50,7 +51,8 @@ def load_config(
     """
     merged: dict[str, Any] = {}
     if file is not None:
-        merge(merged, _flatten(read_yaml(Path(file)), f" (in {file})"))
+        path = Path(expand_user(str(file)))
+        merge(merged, _flatten(read_yaml(path), f" (in {file})"))
     merge(merged, {**(flags or {}), **dict(_parse_override(text) for text in overrides)})
     config = build_config(merged)
     check_conflicts(config)
@@ -108,7 +110,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ConfigError(
-            f"--config: there is no file {path}. Recipes that come with the project are in "
+            f"--config: {why_missing(path, 'file')} Recipes that come with the project are in "
             f"configs/."
         )
     if path.stat().st_size > LARGEST:

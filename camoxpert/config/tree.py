@@ -50,6 +50,12 @@ class DataConfig:
         flag="--noncam",
         choices=("exclude", "include"),
     )
+    resize: str = setting(
+        "error",
+        "a mask of another size than its image: refused, or resized with it (bilinear)",
+        flag="--resize",
+        choices=("error", "bilinear"),
+    )
     clean_list: str = setting(
         "",
         "CSV of images to leave out (columns dataset, split, name), as doctor writes it",
@@ -62,7 +68,8 @@ class DataConfig:
     )
     val_fraction: float = setting(
         0.1,
-        "share of TRAIN set aside to choose the best checkpoint; test sets never choose anything. "
+        "share of TRAIN set aside to choose the best checkpoint, unless the data has a validation "
+        "split; test sets never choose anything. "
         "0: keep the last",
         flag="--val-fraction",
         minimum=0,
@@ -139,7 +146,12 @@ class DataConfig:
     )
     prefetch_factor: int = setting(4, "batches each worker prepares ahead", minimum=1)
     pin_memory: bool = setting(True, "page-locked batches for faster copies (CUDA only)")
-    max_pixels: int = setting(50_000_000, "larger images are refused from their header", minimum=1)
+    max_pixels: int = setting(
+        50_000_000,
+        "larger images are refused from their header",
+        flag="--max-pixels",
+        minimum=1,
+    )
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 

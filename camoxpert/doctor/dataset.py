@@ -9,14 +9,9 @@ from pathlib import Path
 
 from camoxpert.config import DataConfig
 from camoxpert.data.files.jpeg import hears_warnings
-from camoxpert.data.files.layouts import recognise
-from camoxpert.data.files.manifest import (
-    Manifest,
-    Search,
-    load_eval,
-    load_train,
-)
-from camoxpert.data.files.pairing import Pair, pair_files
+from camoxpert.data.files.manifest import Search, load_training_data
+from camoxpert.data.files.pairing import Pair
+from camoxpert.data.files.roots import Root, read_root, with_distinct_names
 from camoxpert.data.files.split import split_validation
 from camoxpert.doctor.copies import Match, families_of, find_all_copies, fingerprints
 from camoxpert.doctor.families import copy_families
@@ -67,8 +62,11 @@ def examine_data(data: DataConfig, *, seed: int = 42, copies: bool = True) -> Ex
         Stopped: Ctrl-C, SIGTERM or the deadline.
     """
     found = Examination()
-    search = Search(data.layout, data.noncam, {}, data.allow_outside)
-    pairs = [pair for root in data.roots for pair in _find_pairs(Path(root), search, found)]
+    search = Search(
+        data.layout, data.noncam, {}, data.allow_outside, any_size=data.resize == "bilinear"
+    )
+    roots = with_distinct_names(_read_roots(data.roots, search, found))
+    pairs = [pair for root in roots for pair in _find_pairs(root, found)]
     if not pairs:
         found.add("error", "pairs", "No image with a mask was found.")
         return found
@@ -81,42 +79,34 @@ def examine_data(data: DataConfig, *, seed: int = 42, copies: bool = True) -> Ex
     return found
 
 
-def _find_pairs(root: Path, search: Search, found: Examination) -> list[tuple[Pair, str]]:
+def _read_roots(roots: Sequence[str], search: Search, found: Examination) -> list[Root]:
+    """Return the roots that can be read; report the others."""
+    read = []
+    for root in roots:
+        try:
+            read.append(
+                read_root(
+                    Path(root), search.layout, search.noncam, search.allow_outside, search.any_size
+                )
+            )
+        except DataError as error:
+            found.add("error", "layout", str(error))
+    return read
+
+
+def _find_pairs(root: Root, found: Examination) -> list[tuple[Pair, str]]:
     """Return (pair, split) for files matched by name; report those without a partner."""
-    if not root.exists():
-        found.add("error", "layout", f"There is no file or folder {root}.")
-        return []
-    if root.is_file():
-        manifests: list[Manifest] = []
-        problem = ""
-        for split in ("train", "test"):
-            try:
-                manifests += load_eval(root, search, split=split).values()
-            except DataError as error:
-                problem = str(error)
-        if not manifests:
-            found.add("error", "layout", problem)
-        found.layouts.append(f"{root}: CSV")
-        rows = {(p.dataset, m.split, p.name): (p, m.split) for m in manifests for p in m.pairs}
-        return list(rows.values())
-    recognised = recognise(root, search.layout)
-    if recognised is None:
-        found.add(
-            "error",
-            "layout",
-            f"No known data set layout in {root}. The simplest is a folder with Imgs/ and GT/, one "
-            f"mask per image with the same name.",
-        )
-        return []
-    row, _, sources = recognised
     pairs: list[tuple[Pair, str]] = []
-    for source in sources:
-        pairing = pair_files(source, row.name, search.noncam)
-        split = source.source.split
-        words = f"{source.dataset} {split}: {len(pairing.pairs)} pairs ({row.name})"
+    for note in root.notes:
+        found.add("warning", "layout", f"{note}.")
+    for pairing in root.pairings:
+        source, split = pairing.found, pairing.found.source.split
+        words = f"{source.dataset} {split}: {len(pairing.pairs)} pairs ({pairing.layout})"
         if pairing.left_out:
             words += f", {pairing.left_out} images without a camouflaged object left out"
         found.layouts.append(words)
+        for note in pairing.notes:
+            found.add("note", "pairing", f"{note}.")
         pairs += [(pair, split) for pair in pairing.pairs]
         where = f"{source.images} and {source.masks}"
         if pairing.missing:
@@ -304,7 +294,7 @@ def _check_training(
 ) -> set[tuple[str, str]]:
     """Load the data as training would; return the images that it would use for validation."""
     try:
-        whole = load_train(data.roots, search)
+        loaded = load_training_data(data.roots, search, validate=data.val_fraction > 0)
     except DataError as error:
         tests_only = found.facts and all(facts.split == "test" for facts in found.facts)
         if tests_only and not any(finding.check == "pairing" for finding in found.findings):
@@ -313,8 +303,11 @@ def _check_training(
         elif not any(finding.level == "error" for finding in found.findings):
             found.add("error", "training", f"Training would stop here: {error}")
         return set()
-    families = copy_families(whole, data) if data.group_copies else []
-    _, validation = split_validation(whole, data.val_fraction, seed, families)
+    if loaded.given is not None:
+        validation = loaded.given
+    else:
+        families = copy_families(loaded.whole, data) if data.group_copies else []
+        _, validation = split_validation(loaded.whole, data.val_fraction, seed, families)
     return {(pair.dataset, pair.name) for pair in validation.pairs}
 
 

@@ -127,7 +127,9 @@ def inspect_pair(
             facts.faults.append(str(error))
     if len(heads) == 2:
         try:
-            turn = pair_orientation(*heads, image_path=pair.image, mask_path=pair.mask)
+            turn = pair_orientation(
+                *heads, image_path=pair.image, mask_path=pair.mask, any_size=pair.any_size
+            )
         except DataError as error:
             facts.faults.append(str(error))
         head, mask_head = heads
@@ -139,6 +141,8 @@ def inspect_pair(
                 "both turned by EXIF" if turn else "EXIF ignored: the mask fits the stored pixels"
             )
             facts.oddities.append(words)
+        if head.upright != mask_head.upright and turn and not facts.faults:
+            facts.oddities.append("the mask has another size and is resized (--resize bilinear)")
         if mask_head.orientation != 1:
             facts.oddities.append("the mask has an EXIF orientation")
     if not facts.faults:
@@ -204,7 +208,9 @@ def identical_files(paths: Sequence[Path]) -> list[list[int]]:
     """Return groups of positions of files with the same bytes; read only files of equal size."""
     by_size: dict[int, list[int]] = {}
     for index, path in enumerate(paths):
-        by_size.setdefault(path.stat().st_size, []).append(index)
+        # A link to a missing file is a fault of its own, and no copy of anything.
+        if path.is_file():
+            by_size.setdefault(path.stat().st_size, []).append(index)
     groups: dict[bytes, list[int]] = {}
     for same in by_size.values():
         for index in same if len(same) > 1 else ():

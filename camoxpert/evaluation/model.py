@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from camoxpert import console
 from camoxpert.config import DataConfig
+from camoxpert.data.files.headers import other_sizes
 from camoxpert.data.files.image_io import write_jpeg
 from camoxpert.data.files.labels import split_void
 from camoxpert.data.files.manifest import Manifest, Search, find_test_sets, load_eval
@@ -31,13 +32,13 @@ from camoxpert.evaluation.results import (
     decide_void,
     summarise,
 )
-from camoxpert.files import leads_outside
+from camoxpert.files import leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel
-from camoxpert.text import shorten
+from camoxpert.text import count, shorten
 
 Picture = NDArray[np.uint8]
 SHOWN = ("wFmeasure", "Smeasure", "MAE")
@@ -94,31 +95,42 @@ def find_sets(
         predictor: the test sets of its run are used if no path is given.
         paths: data sets.
         search: how to find their pairs.
-        split: test or train, where a data set has splits.
+        split: test, val or train, where a data set has splits.
 
     Raises:
         DataError: nothing found, two data sets with the same name, or an unusable data set.
     """
     for path in paths:
         if not Path(path).exists():
-            raise DataError(f"--data: there is no file or folder {path}.")
-    sets: dict[str, Manifest] = {}
-    for path in paths:
-        for name, manifest in load_eval(path, search, split=split).items():
-            if name in sets:
-                raise DataError(f"Two data sets are called {name}; score them in separate calls.")
-            sets[name] = manifest
+            raise DataError(f"--data: {why_missing(path)}")
     if paths:
+        sets = load_eval(paths, search, split=split)
+        for note in dict.fromkeys(note for manifest in sets.values() for note in manifest.notes):
+            console.note(note)
+        _note_other_sizes(sets)
         return sets
     data = predictor.config.data
     # Not data.allow_outside: the checkpoint may come from an untrusted source.
-    sets = find_test_sets(data.roots, replace(search, layout=data.layout, noncam=data.noncam))
+    any_size = search.any_size or data.resize == "bilinear"
+    own = replace(search, layout=data.layout, noncam=data.noncam, any_size=any_size)
+    sets = find_test_sets(data.roots, own)
     if not sets:
         raise DataError(
             f"No test set found for the run's data ({', '.join(data.roots) or 'not recorded'}). "
             "Name one with --data DIR."
         )
+    _note_other_sizes(sets)
     return sets
+
+
+def _note_other_sizes(sets: Mapping[str, Manifest]) -> None:
+    for name, manifest in sets.items():
+        found = other_sizes(manifest)
+        if found:
+            console.note(
+                f"{name}: {count(len(found), 'mask')} of another size than the image; predictions "
+                f"are resized to the mask (--resize bilinear): {shorten(found)}"
+            )
 
 
 def run_folder(predictor: Predictor) -> Path | None:

@@ -44,16 +44,23 @@ class Predictor:
         checkpoint: a verified checkpoint; its EMA weights are used if it has them.
         device: device of the model.
         precision: number format of the forward pass.
+        max_pixels: larger images are refused; None: as in training.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: torch.device, precision: Precision
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        precision: Precision,
+        max_pixels: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.device = device
         self.precision = precision
         self.img_size = self.config.data.img_size
+        self.max_pixels = max_pixels or self.config.data.max_pixels
         # The checkpoint has the weights: nothing is downloaded.
         model = dataclasses.replace(checkpoint.config.model, pretrained=False, weights="")
         self.model = build_model(model, sides=image_sides(self.config.data))
@@ -172,7 +179,7 @@ class Predictor:
 
     def _read(self, image: ImageInput) -> NDArray[np.uint8] | DataError:
         try:
-            return read_pixels(image, max_pixels=self.config.data.max_pixels)
+            return read_pixels(image, max_pixels=self.max_pixels)
         except DataError as error:
             return error
 
@@ -213,8 +220,15 @@ def _or_raise(found: Prediction | DataError) -> Prediction:
     return found
 
 
-def load_predictor(path: Path, *, device: str = "auto", precision: str = "auto") -> Predictor:
+def load_predictor(
+    path: Path, *, device: str = "auto", precision: str = "auto", max_pixels: int | None = None
+) -> Predictor:
     """Load a predictor from a checkpoint file, a run folder or a folder of shared weights.
+
+    Args:
+        path: where the model is.
+        device, precision: as the flags of ``predict``.
+        max_pixels: larger images are refused; None: as in training.
 
     Raises:
         CheckpointError: no usable checkpoint at ``path``.
@@ -226,4 +240,4 @@ def load_predictor(path: Path, *, device: str = "auto", precision: str = "auto")
     if precision not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision}: use auto, fp32, bf16 or fp16.")
     chosen = choose_precision(TrainConfig(precision=precision), where)
-    return Predictor(checkpoint, device=where, precision=chosen)
+    return Predictor(checkpoint, device=where, precision=chosen, max_pixels=max_pixels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from camoxpert.data.files.csv_paths import listed_file, text_file
+from camoxpert.data.files.csv_paths import TABLE_SUFFIXES, listed_file, read_table
 from camoxpert.data.files.image_io import read_image, rgb_pixels
+from camoxpert.data.files.listing import (
+    ARCHIVE_SUFFIXES,
+    IMAGE_SUFFIXES,
+    OUTPUT_FOLDERS,
+    OUTPUT_RECORD,
+    OUTPUT_TABLE,
+    VIDEO_SUFFIXES,
+    endings,
+    is_image_name,
+    is_predict_output,
+    is_side_file,
+    list_files,
+)
 from camoxpert.errors import DataError
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+from camoxpert.files import why_missing
+from camoxpert.text import count, shorten
 
 
 @dataclass(frozen=True)
@@ -30,38 +42,61 @@ ImageInput = str | Path | NDArray[np.uint8] | Image.Image | Photo
 """A file, uint8 RGB pixels (H, W, 3) or grey ones (H, W), or a Pillow image."""
 
 
+@dataclass(frozen=True)
+class Photos:
+    """Input images, and what was found beside them.
+
+    Attributes:
+        photos: with names that differ.
+        notes: sentences about files that are not images and about results of earlier calls.
+    """
+
+    photos: list[Photo]
+    notes: tuple[str, ...] = ()
+
+
 def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[Photo]:
+    """Return the photos that ``look_for_photos`` finds."""
+    return look_for_photos(inputs, allow_outside=allow_outside).photos
+
+
+def look_for_photos(
+    inputs: Sequence[str], *, allow_outside: bool = False, output: Path | None = None
+) -> Photos:
     """Expand files, folders (recursive), globs and CSV files (column ``image``) into photos.
 
+    Results of predict are not predicted. Links to missing files are photos that cannot be read.
     Two inputs that would write the same output are an error, because one result would be lost.
 
     Args:
         inputs: paths and globs as given on the command line.
         allow_outside: a CSV may name images outside its folder.
+        output: folder of the results.
 
     Raises:
         DataError: an input matches nothing, or two share an output name.
     """
     photos: list[Photo] = []
+    notes: list[str] = []
     for text in inputs:
         path = Path(text)
+        own: list[str] = []
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            found = [Photo(p, p.relative_to(path).with_suffix("").as_posix()) for p in files]
-        elif path.is_file() and path.suffix.lower() == ".csv":
+            found = _in_folder(path, output, own)
+        elif path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
             found = _from_csv(path, allow_outside)
         elif path.is_file():
-            found = [Photo(path, path.stem)]
+            found = [_single(path)]
         else:
-            matches = sorted(_glob(text))
-            found = [Photo(p, p.stem) for p in matches if p.suffix.lower() in SUFFIXES]
+            found = _matching(text, output, own)
         if not found:
+            told = "".join(f" {note}." for note in own)
             raise DataError(
-                f"No image found for {text!r}. Give an image, a folder with images, a glob that "
-                f"matches images, or a CSV file with a column 'image'. Known endings: "
-                f"{', '.join(sorted(SUFFIXES))}."
+                f"No image found in {text!r}.{told} Known endings: "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}."
             )
         photos += found
+        notes += own
     seen: dict[str, Path] = {}
     for photo in photos:
         if photo.name in seen and seen[photo.name] != photo.path:
@@ -70,7 +105,83 @@ def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[P
                 "Predict them into separate output folders."
             )
         seen[photo.name] = photo.path
-    return [Photo(path, name) for name, path in seen.items()]
+    return Photos([Photo(path, name) for name, path in seen.items()], tuple(notes))
+
+
+def _in_folder(path: Path, output: Path | None, notes: list[str]) -> list[Photo]:
+    """Return the photos in a folder and its sub-folders; note what is not predicted."""
+    listing = list_files(path, nested=True, enter=lambda folder: not _is_result(folder, output))
+    if listing.folders:
+        notes.append(f"Results of predict are not predicted again: {shorten(listing.folders)}")
+    others = [file for file in listing.others if not _of_predict(file)]
+    if others:
+        notes.append(
+            f"{count(len(others), 'file')} in {path} are not images of a known kind and are not "
+            f"predicted: {endings(others)}"
+        )
+    return [Photo(p, p.relative_to(path).with_suffix("").as_posix()) for p in listing.images]
+
+
+def _is_result(folder: Path, output: Path | None) -> bool:
+    """Return whether a folder holds pictures that predict wrote, now or in an earlier call.
+
+    Only the folders that predict makes are results: it may write them beside the photos.
+    """
+    if folder.name not in OUTPUT_FOLDERS:
+        return False
+    ours = output is not None and folder.parent.resolve() == output.resolve()
+    return ours or is_predict_output(folder.parent)
+
+
+def _of_predict(file: Path) -> bool:
+    """Return whether a file is the table or the record of results of predict."""
+    return file.name in (OUTPUT_TABLE, OUTPUT_RECORD) and is_predict_output(file.parent)
+
+
+def _single(path: Path) -> Photo:
+    """Return a file that was named; videos and archives are refused with what to do."""
+    ending = path.suffix.lower()
+    if ending in VIDEO_SUFFIXES:
+        raise DataError(
+            f"{path} is a video. Write its frames as pictures first: ffmpeg -i {path.name} "
+            "frames/%05d.png."
+        )
+    if ending in ARCHIVE_SUFFIXES:
+        raise DataError(f"{path} is an archive. Unpack it and give the folder.")
+    return Photo(path, path.stem)
+
+
+def _matching(text: str, output: Path | None, notes: list[str]) -> list[Photo]:
+    """Return the photos that a glob matches; note the other files.
+
+    Raises:
+        DataError: nothing has that name.
+    """
+    pattern = any(mark in text for mark in "*?[")
+    matches = sorted(_glob(text)) if pattern else []
+    if not matches:
+        raise DataError(f"No file matches {text!r}." if pattern else why_missing(text))
+    hidden = [
+        p
+        for p in matches
+        if p.is_dir()
+        or is_side_file(p.name)
+        or _of_predict(p)
+        or any(_is_result(folder, output) for folder in p.parents)
+    ]
+    if hidden:
+        notes.append(
+            f"{len(hidden)} of {len(matches)} matches of {text!r} are folders, hidden files or "
+            f"results of predict and are not predicted, for example {hidden[0]}"
+        )
+    files = [p for p in matches if p not in set(hidden)]
+    others = [p for p in files if not is_image_name(p)]
+    if others:
+        notes.append(
+            f"{count(len(others), 'file')} that {text!r} matches are not images of a known kind "
+            f"and are not predicted: {endings(others)}"
+        )
+    return [Photo(p, p.stem) for p in files if is_image_name(p)]
 
 
 def _glob(pattern: str) -> Iterator[Path]:
@@ -82,14 +193,10 @@ def _glob(pattern: str) -> Iterator[Path]:
 
 
 def _from_csv(path: Path, allow_outside: bool) -> list[Photo]:
-    with text_file(path) as file:
-        reader = csv.DictReader(file)
-        if not reader.fieldnames or "image" not in reader.fieldnames:
-            raise DataError(f"{path} has no column 'image' (its columns: {reader.fieldnames}).")
-        return [
-            Photo(*listed_file(path, row["image"], number, allow_outside=allow_outside))
-            for number, row in enumerate(reader, start=2)
-        ]
+    return [
+        Photo(*listed_file(path, row["image"], number, column="image", allow_outside=allow_outside))
+        for number, row in read_table(path, ("image",))
+    ]
 
 
 def name_of(image: ImageInput, otherwise: str) -> str:

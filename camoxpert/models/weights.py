@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from camoxpert import console
 from camoxpert.errors import CheckpointError
+from camoxpert.files import why_missing
 from camoxpert.text import shorten
 
 # Names of state dicts with averaged weights, which were the evaluated ones: taken first.
@@ -66,7 +67,7 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
         CheckpointError: missing, damaged, without tensors, or a pickle with code inside.
     """
     if not path.is_file():
-        raise CheckpointError(f"--weights: there is no file {path}.")
+        raise CheckpointError(f"--weights: {why_missing(path, 'file')}")
     try:
         if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file

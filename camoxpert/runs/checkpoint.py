@@ -17,6 +17,7 @@ import torch
 
 from camoxpert.config import Config, config_from_dict
 from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.files import no_path
 
 FORMAT = 1
 BEST = "best.pt"
@@ -52,7 +53,10 @@ def resolve_checkpoint(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise CheckpointError(f"There is no checkpoint at {path}. Give a run folder or a .pt file.")
+        raise CheckpointError(
+            no_path(path, "run folder or .pt file")
+            or f"There is no checkpoint at {path}. Give a run folder or a .pt file."
+        )
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     newest = sorted(folder.glob("step_*.pt"), reverse=True)
     for file in (folder / BEST, *newest, folder / SHARED):

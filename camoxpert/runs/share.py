@@ -51,7 +51,7 @@ def write_shared(folder: Path, checkpoint: Checkpoint) -> Path:
     weights = {name: t.contiguous() for name, t in checkpoint.evaluated_weights.items()}
     try:
         write_bytes(folder / SHARED, save(weights, {"camoxpert": json.dumps(about)}), durable=True)
-        write_bytes(folder / "README.md", card(about).encode())
+        write_bytes(folder / "README.md", card(about).encode(errors="replace"))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}.") from error
     return folder

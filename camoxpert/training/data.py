@@ -11,13 +11,14 @@ from camoxpert.config import Config, DataConfig
 from camoxpert.data.cache.build import find_cache, open_cache
 from camoxpert.data.cache.choice import choose_cache
 from camoxpert.data.cache.table import PixelCache
-from camoxpert.data.files.headers import require_readable, unreadable_pairs
+from camoxpert.data.files.headers import other_sizes, require_readable, unreadable_pairs
 from camoxpert.data.files.image_io import read_mask_as
 from camoxpert.data.files.manifest import (
+    CleanList,
     Manifest,
     Search,
     find_test_sets,
-    load_train,
+    load_training_data,
     read_clean_list,
     unused_rows,
 )
@@ -31,7 +32,7 @@ from camoxpert.doctor.inspect import MaskShape, identical_files, mask_shape
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import free_shared_memory
 from camoxpert.runtime.processes import World
-from camoxpert.text import shorten
+from camoxpert.text import count, shorten
 from camoxpert.training.batching import effective_batch
 from camoxpert.training.split import Split, decide_split
 
@@ -80,12 +81,13 @@ def find_data(
     """
     data = config.data
     clean = read_clean_list(data.clean_list)
-    search = Search(data.layout, data.noncam, clean, data.allow_outside)
-    whole = load_train(data.roots, search)
+    search = search_of(data, clean)
+    found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
+    whole = found.whole
     cache, verdict = find_cache(whole, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, whole) if cache is not None else _look_for_faults(whole, data)
-    train, validation = decide_split(whole, config, kept or {}, write=write)
+    train, validation = decide_split(found, config, kept or {}, write=write)
     tests = find_test_sets(data.roots, search)
     for note in whole.notes:
         console.decide("", note)
@@ -93,6 +95,13 @@ def find_data(
     console.decide(
         "test sets", f"{sizes or 'none found'}; they choose nothing and are scored at the end"
     )
+    resized = [text for manifest in (whole, *tests.values()) for text in other_sizes(manifest)]
+    if resized:
+        console.decide(
+            "resize",
+            f"{count(len(resized), 'mask')} of another size than the image, as --resize bilinear "
+            f"allows: {shorten(resized)}",
+        )
     parts = {"training": train, "validation": validation}
     require_few_faults(parts, faults, data.max_unreadable)
     if world.first:
@@ -119,12 +128,20 @@ def find_data(
     return RunData(train, validation, tests, whole.content_hash(), loading)
 
 
+def search_of(data: DataConfig, clean: CleanList) -> Search:
+    """Return how a run finds its pairs."""
+    return Search(
+        data.layout, data.noncam, clean, data.allow_outside, any_size=data.resize == "bilinear"
+    )
+
+
 def hash_of_data(config: Config) -> str:
     """Return the content hash of the data that a run with these settings trains on."""
     data = config.data
     clean = read_clean_list(data.clean_list)
-    search = Search(data.layout, data.noncam, clean, data.allow_outside)
-    return load_train(data.roots, search).content_hash()
+    search = search_of(data, clean)
+    found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
+    return found.whole.content_hash()
 
 
 def unreadable_in(cache: PixelCache, manifest: Manifest) -> dict[Pair, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from camoxpert import console
 from camoxpert.config import Config
-from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.manifest import Manifest, TrainingData
 from camoxpert.data.files.split import split_validation
 from camoxpert.doctor.families import copy_families
 from camoxpert.files import write_rows
@@ -22,21 +22,27 @@ Split = Mapping[tuple[str, str], str]
 
 
 def decide_split(
-    whole: Manifest, config: Config, kept: Split, *, write: bool = True
+    found: TrainingData, config: Config, kept: Split, *, write: bool = True
 ) -> tuple[Manifest, Manifest]:
     """Return the training and the validation part of TRAIN, printing the decision.
 
     Args:
-        whole: the training data.
+        found: the training data; a validation split that comes with it is used as it is.
         config: settings.
         kept: the split of the run that is continued, or empty. It is used again if the data is the
             same, so that a run started by another version keeps its validation images.
         write: keep the copies found in the cache folder.
     """
-    data, seed = config.data, config.train.seed
+    data, seed, whole = config.data, config.train.seed, found.whole
     keys = {(pair.dataset, pair.name) for pair in whole.pairs}
     families: list[list[int]] = []
-    if kept.keys() == keys:
+    if found.given is not None:
+        given = set(found.given.pairs)
+        train = replace(whole, pairs=tuple(pair for pair in whole.pairs if pair not in given))
+        _, empty = split_validation(whole, 0.0, 0)
+        validation = replace(empty, pairs=found.given.pairs)
+        how = "the validation split that comes with the data"
+    elif kept.keys() == keys:
         train, validation = _as_before(whole, kept)
         how = "as the stopped run carved it from TRAIN"
     else:
@@ -48,6 +54,8 @@ def decide_split(
         "data",
         f"{len(train)} training and {len(validation)} validation images ({whole.layout}), {how}",
     )
+    if found.unused:
+        console.decide("", f"--val-fraction 0: the {found.unused} images of val are not used")
     if families:
         copied = sum(map(len, families))
         console.decide(

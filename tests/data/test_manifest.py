@@ -117,7 +117,7 @@ class TestLayouts:
         assert names(train) == ["i/a"] and train.pairs[0].group == "cat"
         assert names(find_test_sets([table])["pairs"]) == ["i/b"]
 
-    @pytest.mark.parametrize("bad", ["../secret.png", "/etc/passwd", ""])
+    @pytest.mark.parametrize("bad", ["../secret.png", "/etc/passwd"])
     def test_csv_stays_in_its_folder(self, tmp_path: Path, bad: str) -> None:
         add(tmp_path / "i", tmp_path / "i", "a")
         (tmp_path / "pairs.csv").write_text(f"image,mask\ni/a.jpg,{bad}\n")

@@ -17,7 +17,7 @@ from helpers.pages import active_parts
 from PIL import Image
 
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.evaluation.maps.find import find_masks
+from camoxpert.evaluation.maps.masks import find_masks
 from camoxpert.metrics import FAST_KEYS, KNOWN_KEYS, RESULT_KEYS, Evaluator
 
 
@@ -98,13 +98,13 @@ class TestNothingSilently:
         folder = world / "maps/good/CAMO"
         (folder / "camo_51.png").unlink()
         (folder / "camo_52.png").rename(folder / "wrong name.png")
-        (folder / "log.txt").write_text("x")
+        (folder / "maps.npy").write_text("x")
         (folder / ".DS_Store").write_text("x")
         said = self.run(capsys, *CAMO)
         assert "2 of 6 masks have no map: camo_51, camo_52" in said
         assert "1 maps have no mask: wrong name" in said
-        assert "not images: log.txt" in said
-        (folder / "log.txt").unlink()
+        assert "not images: maps.npy" in said
+        (folder / "maps.npy").unlink()
         assert evaluate(*CAMO, "--allow-missing", "--allow-extra") == 0
         (result,) = summary()["results"]
         assert (result["num_images"], result["num_missing"], result["num_extra"]) == (4, 2, 1)
@@ -429,5 +429,5 @@ def test_images_and_masks_must_pair_up(tmp_path: Path) -> None:
         find_masks([tmp_path / "empty"])
     with pytest.raises(ConfigError, match="one for each"):
         find_masks([tmp_path], images=[tmp_path, tmp_path])
-    with pytest.raises(DataError, match="--images: there is no folder"):
+    with pytest.raises(DataError, match="--images: There is no folder"):
         find_masks([tmp_path], images=[tmp_path / "none"])

@@ -270,7 +270,7 @@ class TestPredict:
         table.write_text("image\n../../etc/passwd\n")
         with pytest.raises(DataError, match="may not lead out of it"):
             find_photos([str(table)])
-        with pytest.raises(DataError, match="No image found"):
+        with pytest.raises(DataError, match="No file matches"):
             find_photos([str(photos / "nothing*")])
         with pytest.raises(DataError, match="both be written"):
             find_photos([str(photos / "a.jpg"), str(photos / "sub" / "a.jpg")])

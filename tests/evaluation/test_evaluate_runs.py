@@ -20,7 +20,8 @@ from camoxpert.cli import main
 from camoxpert.errors import Stopped
 from camoxpert.evaluation import ledger
 from camoxpert.evaluation.maps.evaluate import evaluate_maps
-from camoxpert.evaluation.maps.find import MapTask, find_maps, find_masks
+from camoxpert.evaluation.maps.find import MapTask, PairOptions, find_maps
+from camoxpert.evaluation.maps.masks import find_masks
 from camoxpert.evaluation.maps.score import MapOptions, choose_map_workers, score_task
 from camoxpert.evaluation.output import OutputFolder
 from camoxpert.metrics import RESULT_KEYS
@@ -29,7 +30,7 @@ from camoxpert.metrics import RESULT_KEYS
 class TestWorkers:
     def test_processes_give_the_same_bits(self, world: Path) -> None:
         sets = find_masks([world / "data"])
-        (task, *_) = find_maps([world / "maps/good"], sets)
+        (task, *_) = find_maps([world / "maps/good"], sets, PairOptions())
         many = MapTask(
             "m", "d", tuple(
                 type(job)(f"{job.name}-{i}", job.map, job.mask, None, job.group)
@@ -52,7 +53,7 @@ class TestWorkers:
 
     def test_stopped_it_leaves_nothing(self, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sets = find_masks([world / "data"])
-        tasks = find_maps([world / "maps"], sets)
+        tasks = find_maps([world / "maps"], sets, PairOptions())
         seen: list[int] = []
 
         def code() -> int:

@@ -168,7 +168,7 @@ class TestWeights:
             small(backbone="resnet18", weights=str(tmp_path / "w.pt"))
 
     def test_missing_and_damaged_files(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="there is no file"):
+        with pytest.raises(CheckpointError, match="There is no file"):
             small(weights=str(tmp_path / "none.pt"))
         (tmp_path / "bad.pt").write_bytes(b"not weights")
         with pytest.raises(CheckpointError, match="cannot be read"):

@@ -12,7 +12,7 @@ import pytest
 
 from camoxpert.config import Config, build_config
 from camoxpert.data.files.image_io import write_jpeg, write_png
-from camoxpert.data.files.manifest import load_train
+from camoxpert.data.files.manifest import TrainingData, load_train
 from camoxpert.doctor import families
 from camoxpert.synthesis.toy import toy_pair
 from camoxpert.training.split import SAMPLES, decide_split, read_split, write_samples
@@ -47,7 +47,7 @@ def config_for(root: Path, cache: Path, **settings: object) -> Config:
 
 def split_families(root: Path, config: Config) -> int:
     """Return how many pictures and their twins lie on different sides."""
-    train, validation = decide_split(load_train([root]), config, {})
+    train, validation = decide_split(TrainingData(load_train([root])), config, {})
     places = {pair.name: "train" for pair in train.pairs}
     places |= {pair.name: "validation" for pair in validation.pairs}
     assert 7 <= len(validation) <= 9 and len(places) == 36
@@ -100,22 +100,22 @@ def test_a_continued_run_keeps_its_split(tmp_path: Path, monkeypatch, capsys) ->
     root = with_copies(tmp_path / "data", images=8, copies=0)
     config = config_for(root, tmp_path / "cache")
     whole = load_train([root])
-    train, validation = decide_split(whole, config, {})
+    train, validation = decide_split(TrainingData(whole), config, {})
     write_samples(tmp_path, train, validation)
     rows = list(csv.DictReader((tmp_path / SAMPLES).open()))
     other = {"training": "validation", "validation": "training"}
     swapped = {(row["dataset"], row["name"]): other[row["split"]] for row in rows}
-    again = decide_split(whole, config, swapped)
+    again = decide_split(TrainingData(whole), config, swapped)
     assert [m.pairs for m in again] == [validation.pairs, train.pairs]
     assert again[1].split == "validation" and again[0].split == whole.split
     assert "as the stopped run carved it" in capsys.readouterr().out
-    assert [m.pairs for m in decide_split(whole, config, read_split(tmp_path))] == [
+    assert [m.pairs for m in decide_split(TrainingData(whole), config, read_split(tmp_path))] == [
         train.pairs,
         validation.pairs,
     ]
     # Other data: carved again.
     del swapped[next(iter(swapped))]
-    assert decide_split(whole, config, swapped)[1].pairs == validation.pairs
+    assert decide_split(TrainingData(whole), config, swapped)[1].pairs == validation.pairs
 
 
 def test_a_split_that_cannot_be_read_is_empty(tmp_path: Path) -> None:

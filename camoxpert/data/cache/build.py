@@ -233,7 +233,9 @@ def _decode(
     def one(index: int) -> str:
         pair = manifest.pairs[index]
         try:
-            image, mask = read_pair(pair.image, pair.mask, max_pixels=max_pixels, at_least=side)
+            image, mask = read_pair(
+                pair.image, pair.mask, any_size=pair.any_size, max_pixels=max_pixels, at_least=side
+            )
         except DataError as error:
             return str(error)
         sizes[index] = mask.shape

@@ -53,7 +53,7 @@ def cache_name(manifest: Manifest, side: int) -> str:
     A changed data set keeps its name, so the new cache replaces the old one.
     """
     roots = sorted({str(pair.image.parent.resolve()) for pair in manifest.pairs})
-    digest = hashlib.sha256("\n".join(roots).encode()).hexdigest()[:10]
+    digest = hashlib.sha256("\n".join(roots).encode(errors="surrogateescape")).hexdigest()[:10]
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in manifest.dataset)[:40]
     return f"{safe}-{side}-{digest}"
 

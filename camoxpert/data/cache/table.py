@@ -112,6 +112,7 @@ def description(manifest: Manifest, side: int, max_pixels: int) -> Description:
             str(pair.mask.resolve()),
             *_state(pair.image),
             *_state(pair.mask),
+            *(["any size"] if pair.any_size else []),
         ]
     versions = {"opencv": cv2.__version__, "pillow": PIL.__version__}
     return {

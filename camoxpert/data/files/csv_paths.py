@@ -1,28 +1,88 @@
-"""Open users' CSV files and resolve the paths in them, which must stay in the CSV's folder."""
+"""Read users' CSV files and resolve the paths in them, which must stay in the CSV's folder.
+
+Spreadsheets and other systems write them with commas, semicolons or tabs, in UTF-8 or UTF-16, with
+any line ends, spaces around cells, ``Image`` for ``image``, and backslashes in paths.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 from camoxpert.errors import DataError
+from camoxpert.files import path_text
+from camoxpert.text import did_you_mean
+
+TABLE_SUFFIXES = (".csv", ".tsv")
+DELIMITERS = ",;\t|"
+Row = tuple[int, dict[str, str]]
+"""Line number in the file, and column -> cell."""
 
 
-@contextmanager
-def text_file(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
-    """Open a CSV; bad encoding or a broken row raises DataError."""
-    with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
-        try:
-            yield file
-        except (UnicodeError, csv.Error) as error:
-            raise DataError(f"{path} is not a CSV in UTF-8: {error}. Save it as UTF-8.") from error
+def read_table(path: Path, columns: Sequence[str], *, errors: str = "strict") -> list[Row]:
+    """Return the rows of a CSV; column names are in lower case, cells without spaces around them.
+
+    Args:
+        path: the file.
+        columns: names that the header must have, in any case.
+        errors: how bytes that are not UTF-8 are read.
+
+    Raises:
+        DataError: bad encoding, a missing column, or a row with too many cells.
+    """
+    text = _text_of(path, errors)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    # What gives the wanted columns is right; a decimal comma in a cell would mislead a guess.
+    delimiter = max(DELIMITERS, key=lambda mark: len(set(_header(first, mark)) & set(columns)))
+    header = _header(first, delimiter)
+    for column in columns:
+        if column not in header:
+            shown = ", ".join(header) or "nothing"
+            raise DataError(
+                f"{path} has no column {column!r}.{did_you_mean(column, header)} It needs the "
+                f"columns {', '.join(columns)}; its first line names: {shown}."
+            )
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    rows = []
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) > len(header) and any(cell.strip() for cell in cells[len(header) :]):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells, but the first line names "
+                    f'{len(header)}. Put a path that holds {delimiter!r} in "quotes".'
+                )
+            named = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+            rows.append((reader.line_num, {column: named.get(column, "") for column in header}))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not a row of a CSV ({error}).") from error
+    return rows[1:]
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    try:
+        cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    except csv.Error:
+        return []
+    return [cell.strip().lower() for cell in cells]
+
+
+def _text_of(path: Path, errors: str) -> str:
+    """Return a file's text: UTF-16 by its mark, else UTF-8."""
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return path_text(data.decode("utf-16" if wide else "utf-8-sig", errors))
+    except UnicodeError as error:
+        raise DataError(f"{path} is not a CSV in UTF-8: {error}. Save it as UTF-8.") from error
 
 
 def listed_file(
-    table: Path, text: str | None, line: int, *, allow_outside: bool = False
+    table: Path, text: str, line: int, *, column: str, allow_outside: bool = False
 ) -> tuple[Path, str]:
     """Return the file that a row names, and a relative name for it without ``..``.
 
@@ -30,22 +90,27 @@ def listed_file(
 
     Args:
         table: the CSV; paths are relative to its folder.
-        text: the path in the row.
+        text: the path in the row; ``\\`` is read as ``/`` unless a file has it in its name.
         line: line number of the row, for messages.
+        column: name of the cell's column, for messages.
         allow_outside: also accept absolute paths, ``..`` and symlinks that lead out.
 
     Raises:
         DataError: the path is empty or leads outside.
     """
+    if not text:
+        raise DataError(f"{table}, line {line}: the cell {column!r} is empty.")
     root = table.parent.resolve()
-    written = Path(text or "")
+    written = Path(text)
     try:
+        if "\\" in text and not (root / written).exists():
+            written = Path(text.replace("\\", "/"))
         file = (root / written).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         # A symlink loop or a NUL byte.
         raise DataError(f"{table}, line {line}: {text!r} is not a path ({error}).") from error
     inside = not written.is_absolute() and file.is_relative_to(root)
-    if not text or file == root or not (inside or allow_outside):
+    if file == root or not (inside or allow_outside):
         raise DataError(
             f"{table}, line {line}: {text!r} is not a path inside the CSV's folder. Paths are "
             f"relative to that folder and may not lead out of it. Put the CSV beside the images, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from camoxpert import stop
@@ -32,7 +33,9 @@ def unreadable_pairs(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> lis
     def fault(pair: Pair) -> str | None:
         try:
             heads = [probe(path, max_pixels=max_pixels) for path in (pair.image, pair.mask)]
-            pair_orientation(*heads, image_path=pair.image, mask_path=pair.mask)
+            pair_orientation(
+                *heads, image_path=pair.image, mask_path=pair.mask, any_size=pair.any_size
+            )
             for path, head in zip((pair.image, pair.mask), heads, strict=True):
                 require_whole(path, head)
         except DataError as error:
@@ -49,6 +52,24 @@ def unreadable_pairs(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> lis
                 (pair, text) for pair, text in zip(part, pool.map(fault, part), strict=True) if text
             ]
     return found
+
+
+def other_sizes(manifest: Manifest) -> list[str]:
+    """Return ``name (80x60, mask 82x61)`` for each pair that is accepted with different sizes."""
+
+    def sizes(pair: Pair) -> str:
+        try:
+            image, mask = (probe(path, max_pixels=sys.maxsize) for path in (pair.image, pair.mask))
+        except DataError:
+            return ""
+        same = image.upright == mask.upright
+        same = same or (image.height, image.width) == (mask.height, mask.width)
+        shown = f"{image.width}x{image.height}, mask {mask.width}x{mask.height}"
+        return "" if same else f"{pair.name} ({shown})"
+
+    accepted = [pair for pair in manifest.pairs if pair.any_size]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return [text for text in pool.map(sizes, accepted) if text]
 
 
 def require_readable(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> None:

@@ -6,6 +6,7 @@ it, never a grey block or an all-zero mask.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from camoxpert.data.files.jpeg import decode_jpeg, require_sound_jpeg
 from camoxpert.data.files.masks import StoredLevels, binary_mask, encoding_of, stored_levels
 from camoxpert.data.files.png import png_exif, require_checksums
 from camoxpert.errors import DataError
-from camoxpert.files import write_bytes
+from camoxpert.files import why_missing, write_bytes
 
 MAX_PIXELS = 50_000_000
 # Our own limit is checked from the header; Pillow's warning would only repeat it.
@@ -216,11 +217,13 @@ def read_pair(
     *,
     max_pixels: int = MAX_PIXELS,
     at_least: int | None = None,
+    any_size: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read an image and its mask so that their pixels correspond.
 
     EXIF turns both. Cameras tag images, drawing tools rarely tag masks: where the turned shapes
     differ and the stored ones agree, the mask was drawn on the stored pixels and neither is turned.
+    With ``any_size`` the sizes may differ: both show the whole picture.
 
     Returns:
         image uint8 (H, W, 3), mask uint8 (H, W) with 0 and 255; with ``at_least`` the image may be
@@ -230,7 +233,9 @@ def read_pair(
         DataError: unreadable, or of different sizes.
     """
     heads = [probe(path, max_pixels=max_pixels) for path in (image_path, mask_path)]
-    turn = pair_orientation(*heads, image_path=Path(image_path), mask_path=Path(mask_path))
+    turn = pair_orientation(
+        *heads, image_path=Path(image_path), mask_path=Path(mask_path), any_size=any_size
+    )
     return (
         read_image(image_path, max_pixels=max_pixels, apply_orientation=turn, at_least=at_least),
         read_mask(mask_path, max_pixels=max_pixels, apply_orientation=turn),
@@ -238,17 +243,36 @@ def read_pair(
 
 
 def pair_orientation(
-    image: ImageHeader, mask: ImageHeader, *, image_path: Path, mask_path: Path
+    image: ImageHeader,
+    mask: ImageHeader,
+    *,
+    image_path: Path,
+    mask_path: Path,
+    any_size: bool = False,
 ) -> bool:
-    """Return whether to apply EXIF to a pair; raise DataError if the sizes differ either way."""
+    """Return whether to apply EXIF to a pair.
+
+    Raises:
+        DataError: the sizes differ either way, and ``any_size`` does not allow it.
+    """
     if image.upright == mask.upright:
         return True
     if (image.height, image.width) == (mask.height, mask.width):
         return False
+    if any_size:
+        # Whichever makes the shapes more alike.
+        stored = _unlike((image.height, image.width), (mask.height, mask.width))
+        return _unlike(image.upright, mask.upright) <= stored
     raise DataError(
         f"{image_path} is {image.width}x{image.height} pixels but its mask {mask_path} is "
-        f"{mask.width}x{mask.height}. A mask must have the size of its image."
+        f"{mask.width}x{mask.height}. A mask must have the size of its image; --resize bilinear "
+        f"accepts another."
     )
+
+
+def _unlike(first: tuple[int, int], second: tuple[int, int]) -> float:
+    """Return how far the aspect ratios of two sizes are apart, from 0."""
+    return abs(math.log(first[0] * second[1] / (first[1] * second[0])))
 
 
 def write_png(path: str | Path, array: np.ndarray) -> None:
@@ -265,7 +289,7 @@ def write_jpeg(path: str | Path, array: np.ndarray, *, quality: int = 92) -> Non
 
 def _open(path: Path, max_pixels: int) -> Image.Image:
     if not path.is_file():
-        raise DataError(f"There is no file {path}.")
+        raise DataError(why_missing(path, "file"))
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes). Copy or download it again.")
     try:
@@ -273,6 +297,10 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         with path.open("rb") as file:
             start = file.read(64).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            raise DataError(
+                f"{path} is a pointer of Git LFS, not the image. Fetch it with `git lfs pull`."
+            ) from None
         kind = "a web page" if start.startswith((b"<!doctype", b"<html")) else "not an image"
         raise DataError(f"{path} is {kind}, despite its name. Download it again.") from None
     except (OSError, ValueError, SyntaxError) as error:
@@ -282,7 +310,7 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
         image.close()
         raise DataError(
             f"{path} has {size} pixels, more than the limit of {max_pixels}. It was not decoded. "
-            "Shrink it, or raise data.max_pixels."
+            "Shrink it, or raise the limit with --max-pixels."
         )
     return image
 

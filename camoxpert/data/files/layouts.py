@@ -1,19 +1,38 @@
 """Table of known data set layouts: where images and masks are, and which split they belong to.
 
-To add a layout, add a row. Patterns are relative to the data set folder; ``*`` stands for one
-folder name, which then names the data set.
+To add a layout, add a row. Patterns are relative to the data set folder, in upper or lower case;
+``*`` stands for one folder name, which then names the data set; ``<train>`` stands for a folder
+whose name says that it is a split (``split_of``).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
-IMAGE_FOLDERS = ("Imgs", "Image", "Images", "images", "image", "imgs", "img", "im")
-MASK_FOLDERS = ("GT", "gt", "GT_Object", "Mask", "Masks", "masks", "mask")
+from camoxpert.data.files.listing import image_files, is_image_name, is_side_file, subfolders
+
+IMAGE_FOLDERS = ("imgs", "image", "images", "img", "im", "jpegimages")
+MASK_FOLDERS = (
+    *("gt", "gt_object", "mask", "masks", "ground_truth", "groundtruth", "ground-truth"),
+    *("segmentationclass", "label", "labels", "annotation", "annotations", "segmentation"),
+)
+SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SPLIT_NAME = re.compile(rf"({'|'.join(SPLIT_WORDS)})([-_ ]?(set|data|dataset))?([-_ ]?\d+)?")
+MASK_NAME = re.compile(
+    r"(?:(?:mask|gt|label|seg)[-_. ].+|.+[-_. ](?:masks?|gt|labels?|seg|segmentation|matte))",
+    re.IGNORECASE,
+)
+"""Names of masks in a folder that holds images as well."""
+PART_OF_NAME = re.compile(r"-T([RE])$", re.IGNORECASE)
+LOSSLESS = frozenset((".png", ".bmp", ".tif", ".tiff", ".gif", ".pbm", ".pgm"))
 
 
 @dataclass(frozen=True)
@@ -21,8 +40,9 @@ class Source:
     """One pair of folders of a layout.
 
     Attributes:
-        split: train, test, or all (the data set has no splits).
-        images, masks: alternatives; the first pair that exists is used.
+        split: train, val, test, or all (the data set has no splits).
+        images, masks: alternatives; the first pair that exists is used. The same folder for both
+            is a flat one, with a mask beside each image.
         dataset: name of the data set; empty: the folder that ``*`` matched, or the root's name.
         mask_stem: function from an image's stem to its mask's.
         shared_masks: masks of other splits are in the same folder, so unused masks are normal.
@@ -38,11 +58,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Layout:
-    """A named layout: every source that exists is used; one of ``needs`` must exist."""
+    """A named layout: every source that exists is used; one of ``needs`` must exist.
+
+    Attributes:
+        exact: upper and lower case matter, because the row names the data set.
+    """
 
     name: str
     needs: tuple[str, ...]
     sources: tuple[Source, ...]
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,10 +80,47 @@ class Found:
     masks: Path
 
 
+@dataclass(frozen=True)
+class Recognised:
+    """The layout of a folder.
+
+    Attributes:
+        layout: its row.
+        root: the folder, or the one in it that holds the data.
+        found: its sources on disk.
+        notes: folders with images that no source reads.
+    """
+
+    layout: Layout
+    root: Path
+    found: tuple[Found, ...]
+    notes: tuple[str, ...] = ()
+
+
+def split_of(name: str) -> str:
+    """Return train, val or test if a name says so (Training, valid, test_set), else ""."""
+    match = SPLIT_NAME.fullmatch(name.lower())
+    return SPLIT_WORDS[match[1]] if match else ""
+
+
 def _animal_to_mask(stem: str) -> str:
     return re.sub(r"^animal", "mask", stem)
 
 
+def _split_sources(images: tuple[str, ...], masks: tuple[str, ...]) -> tuple[Source, ...]:
+    """Return a source for each split; ``{}`` in a pattern stands for its word."""
+    return tuple(
+        Source(
+            split,
+            tuple(pattern.format(f"<{split}>") for pattern in images),
+            tuple(pattern.format(f"<{split}>") for pattern in masks),
+            shared_masks=any("{}" not in pattern for pattern in masks),
+        )
+        for split in SPLITS
+    )
+
+
+ANY_SPLIT = tuple(f"<{split}>" for split in SPLITS)
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "COD10K-v3",
@@ -72,6 +134,7 @@ LAYOUTS: tuple[Layout, ...] = (
             )
             for split in ("Train", "Test")
         ),
+        exact=True,
     ),
     Layout(
         "CAMO-V.1.0",
@@ -86,6 +149,7 @@ LAYOUTS: tuple[Layout, ...] = (
             )
             for split in ("Train", "Test")
         ),
+        exact=True,
     ),
     Layout(
         "TrainDataset/TestDataset",
@@ -117,6 +181,26 @@ LAYOUTS: tuple[Layout, ...] = (
         "X-Image/X-Mask",
         ("*-Image", "*-TR-Image", "*-TE-Image"),
         (Source("all", ("*-Image",), ("*-Mask",)),),
+        exact=True,
+    ),
+    Layout(
+        "split folders",
+        (*ANY_SPLIT, *(f"{name}/{split}" for name in IMAGE_FOLDERS for split in ANY_SPLIT)),
+        (
+            *_split_sources(
+                tuple(f"{{}}/{name}" for name in IMAGE_FOLDERS),
+                tuple(f"{{}}/{name}" for name in MASK_FOLDERS),
+            ),
+            *_split_sources(
+                tuple(f"{{}}/*/{name}" for name in IMAGE_FOLDERS),
+                tuple(f"{{}}/*/{name}" for name in MASK_FOLDERS),
+            ),
+            *_split_sources(
+                tuple(f"{name}/{{}}" for name in IMAGE_FOLDERS),
+                (*(f"{name}/{{}}" for name in MASK_FOLDERS), *MASK_FOLDERS),
+            ),
+            *_split_sources(("{}",), ("{}",)),
+        ),
     ),
     Layout(
         "images and masks",
@@ -132,62 +216,98 @@ LAYOUTS: tuple[Layout, ...] = (
                 tuple(f"*/{name}" for name in IMAGE_FOLDERS),
                 tuple(f"*/{name}" for name in MASK_FOLDERS),
             ),
+            Source(
+                "test",
+                tuple(f"*/{name}/<test>" for name in IMAGE_FOLDERS),
+                (
+                    *(f"*/{name}/<test>" for name in MASK_FOLDERS),
+                    *(f"*/{name}" for name in MASK_FOLDERS),
+                ),
+                shared_masks=True,
+            ),
         ),
     ),
+    Layout("flat folder", (".",), (Source("all", (".",), (".",)),)),
 )
 
 CSV_LAYOUT = "CSV"
 
 
-def recognise(root: Path, name: str = "auto") -> tuple[Layout, Path, list[Found]] | None:
+def recognise(root: Path, name: str = "auto") -> Recognised | None:
     """Find the layout of a folder, or of the only folder inside it (archives often add one).
 
     Returns:
         The layout, its root folder and its sources on disk; None if no layout matches.
     """
     rows = [layout for layout in LAYOUTS if name in ("auto", layout.name)]
-    inner = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    candidates = [root]
+    inner = subfolders(root)
+    # CAMO-COCO as distributed holds CAMO and, beside it, images without an object.
+    pair = [p for p in inner if p.name in ("Camouflage", "Non-Camouflage")]
+    candidates = [*pair[: len(pair) - 1], root]
     candidates += [p for p in inner if p.name.lower().startswith(("cod10k", "camo-v"))]
     if len(inner) == 1 and inner[0] not in candidates:
         candidates.append(inner[0])
     for start in candidates:
         for layout in rows:
-            if any(_exists(start, pattern) for pattern in layout.needs):
-                found = [f for source in layout.sources for f in locate(start, source)]
+            if any(next(_places(start, n, layout.exact), None) for n in layout.needs):
+                found = [f for source in layout.sources for f in locate(start, source, layout)]
                 if found:
-                    return layout, start, found
+                    places = dict.fromkeys((root, start))
+                    notes = (note for place in places for note in _unread(place, found))
+                    return Recognised(layout, start, tuple(found), tuple(dict.fromkeys(notes)))
     return None
 
 
-def locate(root: Path, source: Source) -> Iterator[Found]:
+def locate(root: Path, source: Source, layout: Layout) -> Iterator[Found]:
     """Yield every pair of folders that a source names below ``root``."""
     seen: set[Path] = set()
+    # Resolved, because the folder "." has no name.
+    own = root.resolve().name
     for pattern in source.images:
-        for images in sorted(root.glob(pattern)):
-            parent = images.parent
-            if not images.is_dir() or parent in seen:
+        for images, star in _places(root, pattern, layout.exact):
+            parent = images if pattern.endswith(">") or "*-" in pattern else images.parent
+            # A training split is never a test set.
+            hidden = pattern.startswith("*/") and split_of(star) in ("train", "val")
+            hidden = hidden or (not pattern.endswith(">") and _holds_splits(images))
+            if not images.is_dir() or parent in seen or hidden:
                 continue
-            star = _star(pattern, images.relative_to(root).as_posix())
-            for mask_pattern in source.masks:
-                masks = root / mask_pattern.replace("*", star)
-                # On a case-insensitive disk Imgs and imgs are one folder, and so are GT and gt.
-                if masks.is_dir() and masks != images:
-                    seen.add(parent)
-                    # Resolved, because the folder "." has no name.
-                    own = root.resolve().name
-                    named = star if "/" in pattern else own
-                    yield Found(source, source.dataset or named or own, images, masks)
-                    break
+            masks = _masks_of(root, source, images, star, layout.exact)
+            if masks is not None:
+                seen.add(parent)
+                named = source.dataset or (star if "/" in pattern else "") or own
+                # DUTS-TR and DUTS-TE are one data set's splits.
+                said = PART_OF_NAME.search(star) if pattern.startswith("*-") else None
+                if said:
+                    source = replace(source, split="train" if said[1].lower() == "r" else "test")
+                # Splits may number their images alike; in one run they need different names.
+                named += "-val" if source.split == "val" else ""
+                yield Found(source, named, images, masks)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return a folder's image files sorted by name, without hidden ones."""
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
-    )
+def _holds_splits(folder: Path) -> bool:
+    """Return whether a folder holds splits instead of images."""
+    if not folder.is_dir() or image_files(folder):
+        return False
+    return any(split_of(inner.name) for inner in subfolders(folder))
+
+
+def flat_pairs(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Divide the images of a flat folder into (images, masks).
+
+    Masks are called so (``a_mask.png`` beside ``a.jpg``), or are the lossless one of two files with
+    the same name (``a.png`` beside ``a.jpg``).
+    """
+    masks = [path for path in files if MASK_NAME.fullmatch(path.stem)]
+    if not masks:
+        lossy = {path.stem for path in files if path.suffix.lower() not in LOSSLESS}
+        masks = [p for p in files if p.suffix.lower() in LOSSLESS and p.stem in lossy]
+    found = set(masks)
+    return [path for path in files if path not in found], masks
+
+
+def folders_named(path: Path, names: tuple[str, ...]) -> list[Path]:
+    """Return the folders in ``path`` that have one of the names, in their order, in any case."""
+    return [place for name in names for place, _ in _places(path, name, False) if place.is_dir()]
 
 
 def is_noncam(stem: str) -> bool:
@@ -210,12 +330,90 @@ def class_of(stem: str) -> str:
     return match.group(1) if match else ""
 
 
-def _exists(root: Path, pattern: str) -> bool:
-    return next(iter(root.glob(pattern)), None) is not None
+def _masks_of(root: Path, source: Source, images: Path, star: str, exact: bool) -> Path | None:
+    """Return the folder of masks that belongs to a folder of images."""
+    for pattern in source.masks:
+        for masks, _ in _places(root, pattern, exact, star=star):
+            if not masks.is_dir():
+                continue
+            # On a case-insensitive disk Imgs and imgs are one folder, and so are GT and gt.
+            if not masks.samefile(images):
+                return masks
+            if pattern in source.images and all(flat_pairs(image_files(masks))):
+                return masks
+    return None
 
 
-def _star(pattern: str, path: str) -> str:
-    """Return what ``*`` stands for in a path that the pattern matched."""
-    expression = re.escape(pattern).replace(r"\*", "(.+?)")
-    match = re.fullmatch(expression, path)
-    return match.group(1) if match and match.groups() else ""
+def _places(
+    root: Path, pattern: str, exact: bool, *, star: str | None = None
+) -> Iterator[tuple[Path, str]]:
+    """Yield the paths below ``root`` that a pattern names, each with what ``*`` stands for.
+
+    Args:
+        root: where the pattern starts.
+        pattern: names joined by ``/``; see the top of this file.
+        exact: upper and lower case matter.
+        star: the only name that ``*`` may stand for; None: any.
+    """
+    first, _, rest = pattern.partition("/")
+    if first == ".":
+        yield root, ""
+        return
+    for name in sorted(path.name for path in root.iterdir()):
+        stands = _stands_for(first, name, exact, star)
+        if stands is None or is_side_file(name):
+            continue
+        path = root / name
+        if not rest:
+            yield path, stands
+        elif not is_image_name(path) and path.is_dir():
+            inside = _places(path, rest, exact, star=star)
+            yield from ((place, stands + inner) for place, inner in inside)
+
+
+def _stands_for(pattern: str, name: str, exact: bool, star: str | None) -> str | None:
+    """Return what ``*`` stands for in a name, "" without one; None if the name does not match."""
+    if pattern.startswith("<"):
+        return "" if split_of(name) == pattern[1:-1] else None
+    before, wild, after = pattern.partition("*")
+    if not wild:
+        same = name == pattern if exact else name.lower() == pattern.lower()
+        return "" if same else None
+    middle = name[len(before) : len(name) - len(after)]
+    same = bool(middle) and name == before + middle + after
+    return middle if same and star in (None, middle) else None
+
+
+def _unread(root: Path, found: list[Found]) -> tuple[str, ...]:
+    """Return a note about the folders in ``root`` that hold images which no source reads."""
+    used = [path.resolve() for f in found for path in (f.images, f.masks)]
+
+    def holds_used(folder: Path) -> bool:
+        return any(p.is_relative_to(folder.resolve()) for p in used)
+
+    left = [p for p in subfolders(root) if not holds_used(p) and not _inside(p, used)]
+    left = [p for p in left if _has_images(p)]
+    notes = []
+    if left:
+        names = ", ".join(p.name for p in left)
+        notes.append(f"{root}: folders with images that are not read: {names}")
+    loose = [] if root.resolve() in used else image_files(root)
+    if loose:
+        notes.append(
+            f"{root}: {len(loose)} images beside the folders are not read: {loose[0].name}"
+        )
+    return tuple(notes)
+
+
+def _inside(path: Path, folders: list[Path]) -> bool:
+    return any(path.resolve().is_relative_to(folder) for folder in folders)
+
+
+def _has_images(folder: Path) -> bool:
+    """Return whether there are images in a folder or one or two levels below it."""
+    level = [folder]
+    for _ in range(3):
+        if any(image_files(place) for place in level):
+            return True
+        level = [inner for place in level for inner in subfolders(place)]
+    return False

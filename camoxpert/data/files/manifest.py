@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from camoxpert.data.files.csv_paths import listed_file, text_file
-from camoxpert.data.files.layouts import CSV_LAYOUT, LAYOUTS, class_of, recognise
-from camoxpert.data.files.pairing import Pair, Pairing, pair_files
-from camoxpert.errors import ConfigError, DataError
+from camoxpert.data.files.csv_paths import read_table
+from camoxpert.data.files.pairing import Pair, Pairing
+from camoxpert.data.files.roots import Root, read_roots
+from camoxpert.errors import DataError
 from camoxpert.text import free_name, shorten
 
 CleanList = Mapping[tuple[str, str, str], str]
@@ -28,12 +27,14 @@ class Search:
         noncam: exclude or include COD10K images without a camouflaged object.
         clean: pairs to leave out, as ``read_clean_list`` returns them.
         allow_outside: a CSV may name files outside its folder.
+        any_size: a mask may have another size than its image.
     """
 
     layout: str = "auto"
     noncam: str = "exclude"
     clean: CleanList = field(default_factory=dict)
     allow_outside: bool = False
+    any_size: bool = False
 
 
 USUAL = Search()
@@ -88,10 +89,100 @@ def load_train(roots: Sequence[str | Path], search: Search = USUAL) -> Manifest:
         DataError: nothing found, no layout matches, missing masks, duplicate names.
         ConfigError: unknown layout name.
     """
+    return _train_of(_read(roots, search), search)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run may train and validate on.
+
+    Attributes:
+        whole: every image of it, those for validation included.
+        given: the validation split that comes with the data; None: it has none.
+        unused: images of such a split that are not used.
+    """
+
+    whole: Manifest
+    given: Manifest | None = None
+    unused: int = 0
+
+
+def load_training_data(
+    roots: Sequence[str | Path], search: Search, *, validate: bool = True
+) -> TrainingData:
+    """Return the training images of one or more data sets with their validation split, if any.
+
+    Args:
+        roots, search: see ``load_train``.
+        validate: False leaves the images of a validation split out.
+
+    Raises:
+        DataError, ConfigError: as ``load_train``.
+    """
+    read = _read(roots, search)
+    train = _train_of(read, search)
+    manifests = [
+        without(manifest_of(pairing), search.clean)
+        for root in read
+        for pairing in root.pairings
+        if pairing.found.source.split == "val"
+    ]
+    number = sum(map(len, manifests))
+    if not number or not validate:
+        return TrainingData(train, None, number)
+    given = concat(manifests)
+    return TrainingData(replace(concat([train, given]), dataset=train.dataset), given)
+
+
+def find_test_sets(roots: Sequence[str | Path], search: Search = USUAL) -> dict[str, Manifest]:
+    """Return the test sets that come with training data, by name; {} if there are none."""
+    found = [
+        manifest_of(pairing)
+        for root in _read(roots, search)
+        for pairing in root.pairings
+        if pairing.found.source.split == "test"
+    ]
+    return _by_name(found, search)
+
+
+def load_eval(
+    paths: str | Path | Sequence[str | Path], search: Search = USUAL, *, split: str = "test"
+) -> dict[str, Manifest]:
+    """Return the images to evaluate: a data set's test sets, or all of it if it has no splits.
+
+    Args:
+        paths: one or more data sets.
+        search: how pairs are found.
+        split: train, val or test. Another split is never taken instead.
+
+    Raises:
+        DataError: as ``load_train``, or there is no such split.
+    """
+    roots = [paths] if isinstance(paths, (str, Path)) else paths
+    missing = f"{split} split (found: {{}}). Choose another with --split."
+    by_root = [_of_split(root, split, missing) for root in _read(roots, search)]
+    names = Counter(name for manifests in by_root for name in {m.dataset for m in manifests})
+    for name, number in names.items():
+        if number > 1:
+            raise DataError(f"Two data sets are called {name}; score them in separate calls.")
+    return _by_name([manifest for manifests in by_root for manifest in manifests], search)
+
+
+def _read(roots: Sequence[str | Path], search: Search) -> list[Root]:
+    return read_roots(
+        roots,
+        layout=search.layout,
+        noncam=search.noncam,
+        allow_outside=search.allow_outside,
+        any_size=search.any_size,
+    )
+
+
+def _train_of(read: Sequence[Root], search: Search) -> Manifest:
     manifests = [
         without(manifest, search.clean)
-        for root in roots
-        for manifest in _of_split(root, search, "train", "training split (found: {}).")
+        for root in read
+        for manifest in _of_split(root, "train", "training split (found: {}).")
     ]
     whole = concat(manifests)
     if not whole.pairs:
@@ -99,29 +190,16 @@ def load_train(roots: Sequence[str | Path], search: Search = USUAL) -> Manifest:
     return whole
 
 
-def find_test_sets(roots: Sequence[str | Path], search: Search = USUAL) -> dict[str, Manifest]:
-    """Return the test sets that come with training data, by name; {} if there are none."""
-    found = [m for root in roots for m in _read(Path(root), search) if m.split == "test"]
-    return _by_name(found, search)
-
-
-def load_eval(
-    path: str | Path, search: Search = USUAL, *, split: str = "test"
-) -> dict[str, Manifest]:
-    """Return the images to evaluate: a data set's test sets, or all of it if it has no splits."""
-    missing = f"{split} split (found: {{}}). Choose another with --split."
-    return _by_name(_of_split(path, search, split, missing), search)
-
-
-def _of_split(root: str | Path, search: Search, split: str, missing: str) -> list[Manifest]:
+def _of_split(root: Root, split: str, missing: str) -> list[Manifest]:
     """Return the manifests of a split, or of data without splits; ``missing`` ends the message."""
-    manifests = _read(Path(root), search)
+    splits = [pairing.found.source.split for pairing in root.pairings]
     for wanted in (split, "all"):
-        chosen = [m for m in manifests if m.split == wanted]
+        chosen = [p for p in root.pairings if p.found.source.split == wanted]
         if chosen:
-            return chosen
-    names = ", ".join(sorted({m.split for m in manifests}))
-    raise DataError(f"{root} has no {missing.format(names)}")
+            first, *rest = [manifest_of(pairing) for pairing in chosen]
+            return [replace(first, notes=(*root.notes, *first.notes)), *rest]
+    names = ", ".join(sorted(set(splits)))
+    raise DataError(f"{root.path} has no {missing.format(names)}")
 
 
 def _by_name(manifests: Sequence[Manifest], search: Search) -> dict[str, Manifest]:
@@ -159,30 +237,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _read(root: Path, search: Search) -> list[Manifest]:
-    """Return a manifest per split (and per test set) of one root."""
-    known = [row.name for row in LAYOUTS] + [CSV_LAYOUT]
-    if search.layout not in ("auto", *known):
-        raise ConfigError(f"--layout {search.layout}: known layouts are auto, {', '.join(known)}.")
-    if not root.exists():
-        raise DataError(f"There is no file or folder {root}.")
-    if root.is_file():
-        if root.suffix.lower() != ".csv":
-            raise DataError(f"{root} is not a CSV. Give a data set folder or a CSV file.")
-        return _read_csv(root, search.allow_outside)
-    recognised = recognise(root, search.layout)
-    if recognised is None:
-        entries = ", ".join(sorted(p.name for p in root.iterdir())[:12]) or "nothing"
-        raise DataError(
-            f"No known data set layout in {root} (it holds: {entries}). Known: "
-            f"{', '.join(known)}; the simplest is a folder with Imgs/ and GT/, one mask per image "
-            f"with the same name."
-        )
-    row, _, found = recognised
-    return [_manifest_of(pair_files(source, row.name, search.noncam)) for source in found]
-
-
-def _manifest_of(pairing: Pairing) -> Manifest:
+def manifest_of(pairing: Pairing) -> Manifest:
     """Return a pairing's manifest; missing or duplicate files are errors, unused masks a note."""
     found = pairing.found
     if pairing.doubled:
@@ -195,9 +250,9 @@ def _manifest_of(pairing: Pairing) -> Manifest:
             f"{found.images}: all {pairing.left_out} images are NonCAM. Use --noncam include to "
             f"keep them."
         )
+    notes = list(pairing.notes)
     if not total:
-        raise DataError(f"{found.images} holds no images.")
-    notes = []
+        raise DataError(". ".join([f"{found.images} holds no images", *notes]) + ".")
     if pairing.left_out:
         notes.append(
             f"{found.dataset} {found.source.split}: {pairing.left_out} images without a "
@@ -208,7 +263,7 @@ def _manifest_of(pairing: Pairing) -> Manifest:
         raise DataError(
             f"{len(missing)} of {total} images have no mask ({found.images} and {found.masks}): "
             f"{shorten(missing)}.{hint} A mask must have its image's name. Add the masks or "
-            f"remove the images."
+            f"remove the images.{''.join(f' {note}.' for note in notes)}"
         )
     if unused:
         notes.append(
@@ -266,42 +321,5 @@ def read_clean_list(path: str | Path) -> dict[tuple[str, str, str], str]:
     if not path.is_file():
         raise DataError(f"--clean-list: there is no file {path}. `camoxpert doctor` writes one.")
     # Written by this program: names that are not UTF-8 come back as they were written.
-    with text_file(path, errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        if not {"dataset", "split", "name"} <= set(columns):
-            raise DataError(f"{path} needs the columns dataset, split and name; it has {columns}.")
-        return {
-            (row["dataset"], row["split"], row["name"]): row.get("reason") or "" for row in reader
-        }
-
-
-def _read_csv(path: Path, allow_outside: bool) -> list[Manifest]:
-    """Read columns image, mask and optionally split and class; paths are relative to the file."""
-    with text_file(path) as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if not {"image", "mask"} <= set(columns):
-            raise DataError(f"{path} needs the columns image and mask; it has {list(columns)}.")
-        rows = list(reader)
-    splits: dict[str, list[Pair]] = defaultdict(list)
-    for number, row in enumerate(rows, start=2):
-        (image, name), (mask, _) = (
-            listed_file(path, row[key], number, allow_outside=allow_outside)
-            for key in ("image", "mask")
-        )
-        for file_path in (image, mask):
-            if not file_path.is_file():
-                raise DataError(f"{path}, line {number}: there is no file {file_path}.")
-        group = row.get("class") or class_of(image.stem)
-        splits[row.get("split") or "all"].append(Pair(name, image, mask, path.stem, group))
-    if not rows:
-        raise DataError(f"{path} has no rows.")
-    unknown = set(splits) - {"train", "test", "all"}
-    if unknown:
-        raise DataError(f"{path}: split must be train or test, not {shorten(sorted(unknown))}.")
-    manifests = []
-    for split, pairs in splits.items():
-        ordered = tuple(sorted(pairs, key=lambda pair: pair.name))
-        manifests.append(concat([Manifest(ordered, path.stem, split, CSV_LAYOUT)]))
-    return manifests
+    rows = read_table(path, ("dataset", "split", "name"), errors="surrogateescape")
+    return {(row["dataset"], row["split"], row["name"]): row.get("reason", "") for _, row in rows}

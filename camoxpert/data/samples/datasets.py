@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cv2
 import numpy as np
 from torch.utils.data import Dataset
 
@@ -75,7 +76,13 @@ class PairDataset(Dataset[Any]):
             height, width = self.cache.sizes[self.rows[place]].tolist()
             return self.cache.pixels[self.rows[place]], (height, width)
         pair, source = self.pairs[place], self.transform.source
-        image, mask = read_pair(pair.image, pair.mask, max_pixels=self.max_pixels, at_least=source)
+        image, mask = read_pair(
+            pair.image,
+            pair.mask,
+            any_size=pair.any_size,
+            max_pixels=self.max_pixels,
+            at_least=source,
+        )
         return square_pair(image, mask, source), (mask.shape[0], mask.shape[1])
 
 
@@ -99,8 +106,14 @@ class EvalDataset(Dataset[Any]):
         """
         pair = self.pairs[index]
         try:
-            image, mask = read_pair(pair.image, pair.mask, max_pixels=self.max_pixels)
+            image, mask = read_pair(
+                pair.image, pair.mask, any_size=pair.any_size, max_pixels=self.max_pixels
+            )
         except DataError as error:
             return (pair.name, str(error)) if self.skip else error
         resized, _ = resize_pair(image, mask, self.img_size)
-        return resized, pair.name, mask, image if self.keep_images else None
+        if not self.keep_images:
+            return resized, pair.name, mask, None
+        if image.shape[:2] != mask.shape:
+            image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return resized, pair.name, mask, image

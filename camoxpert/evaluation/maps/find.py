@@ -6,45 +6,35 @@ image are faults, unless the caller says otherwise.
 
 from __future__ import annotations
 
-import os
-import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from camoxpert import console
-from camoxpert.data.files.layouts import (
-    IMAGE_FOLDERS,
-    IMAGE_SUFFIXES,
-    MASK_FOLDERS,
-    class_of,
+from camoxpert.data.files.layouts import folders_named
+from camoxpert.data.files.listing import (
+    endings,
     image_files,
-    is_noncam,
-    recognise,
+    is_predict_output,
+    list_files,
+    subfolders,
 )
-from camoxpert.data.files.manifest import Search, load_eval
+from camoxpert.data.files.names import match_names, strip_suffix
+from camoxpert.data.files.pairing import group_of
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.text import shorten
+from camoxpert.evaluation.maps.masks import (
+    DOCUMENTS,
+    SHOWN,
+    MaskSet,
+    absolute,
+    find_masks,
+    named,
+)
+from camoxpert.files import why_missing
+from camoxpert.text import count, shorten
 
-SHOWN = 10
-"""Names that a message lists before it says how many more there are."""
-
-
-@dataclass(frozen=True)
-class MaskSet:
-    """The ground truth of one data set.
-
-    Attributes:
-        name: of the data set.
-        masks: image stem -> mask file.
-        images: image stem -> image file, for pictures only; may be incomplete.
-        notes: messages for the user.
-    """
-
-    name: str
-    masks: Mapping[str, Path]
-    images: Mapping[str, Path] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+MAP_FOLDERS = ("maps", "map", "predictions", "preds", "pred")
+"""Folders inside a method's folder that hold its maps."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +75,14 @@ class PairOptions:
         allow_missing: masks without a map are left out, and counted.
         allow_extra: maps without a mask are left out, and counted.
         method: another name for the only method, or "".
+        map_suffix: what the names of maps have behind the image's name; None: found by rule.
     """
 
     noncam: str = "exclude"
     allow_missing: bool = False
     allow_extra: bool = False
     method: str = ""
+    map_suffix: str | None = None
 
 
 def find_tasks(
@@ -112,13 +104,7 @@ def find_tasks(
         DataError: a list of all errors in all folders, or nothing found.
     """
     sets = find_masks(gt, images=images, noncam=options.noncam)
-    tasks = find_maps(
-        predictions,
-        sets,
-        allow_missing=options.allow_missing,
-        allow_extra=options.allow_extra,
-    )
-    return chosen_tasks(tasks, sets, options)
+    return chosen_tasks(find_maps(predictions, sets, options), sets, options)
 
 
 def chosen_tasks(
@@ -137,132 +123,18 @@ def chosen_tasks(
     return [replace(task, method=options.method or task.method) for task in tasks]
 
 
-def find_masks(
-    paths: Sequence[Path], *, images: Sequence[Path] = (), noncam: str = "exclude"
-) -> dict[str, MaskSet]:
-    """Find masks: folders of masks, folders of such folders, or data sets in a known layout.
-
-    Args:
-        paths: one or more folders.
-        images: folders of the images, in the order of ``paths``; without them a folder of images
-            beside the masks is used.
-        noncam: exclude or include COD10K images without a camouflaged object.
-
-    Raises:
-        DataError: no masks found, or two data sets with the same name.
-    """
-    if images and len(images) != len(paths):
-        raise ConfigError(
-            f"--images names {len(images)} folders and --gt {len(paths)}: give one for each."
-        )
-    for folder in images:
-        if not folder.is_dir():
-            raise DataError(f"--images: there is no folder {folder}.")
-    sets: dict[str, MaskSet] = {}
-    for index, path in enumerate(paths):
-        if not path.is_dir():
-            raise DataError(f"--gt: there is no folder {path}.")
-        found = _mask_sets(path, images[index] if images else None, noncam)
-        for mask_set in found:
-            if mask_set.name in sets:
-                raise DataError(
-                    f"Two data sets are called {mask_set.name}; give names with --list FILE."
-                )
-            sets[mask_set.name] = mask_set
-    return sets
-
-
-def _mask_sets(path: Path, images: Path | None, noncam: str) -> list[MaskSet]:
-    own = _mask_folder(path)
-    if own is not None:
-        return [plain_set(own, images, noncam)]
-    if images is not None:
-        raise ConfigError(
-            f"--images belongs to a --gt that is one folder of masks; {path} holds several."
-        )
-    layout = recognise(path)
-    # A folder of data sets is read below, so that a set without masks is reported.
-    if layout is not None and layout[0].name != "folder of data sets":
-        return [
-            MaskSet(
-                name,
-                {pair.name: pair.mask for pair in manifest.pairs},
-                {pair.name: pair.image for pair in manifest.pairs},
-                manifest.notes,
-            )
-            for name, manifest in load_eval(path, Search(noncam=noncam)).items()
-        ]
-    folders = {sub: _mask_folder(sub) for sub in _subfolders(path)}
-    bare = [sub.name for sub, masks in folders.items() if masks is None]
-    if not folders or len(bare) == len(folders):
-        raise DataError(
-            f"--gt: no masks found in {path}. Give a folder of masks, a folder with one such "
-            "folder per data set, or a known data set layout."
-        )
-    if bare:
-        raise DataError(
-            f"--gt: these folders in {path} hold no masks: {shorten(bare, SHOWN)}. Name the others "
-            "one by one, or add the masks."
-        )
-    return [plain_set(masks, None, noncam) for masks in folders.values() if masks is not None]
-
-
-def _mask_folder(path: Path) -> Path | None:
-    """Return the folder with masks: this one, or GT (or similar) in it; None if there is none."""
-    if image_files(path):
-        return path
-    inner = (path / name for name in MASK_FOLDERS)
-    return next((folder for folder in inner if folder.is_dir() and image_files(folder)), None)
-
-
-def plain_set(path: Path, images: Path | None, noncam: str) -> MaskSet:
-    """Read a folder of masks.
-
-    Args:
-        path: the folder.
-        images: folder of the images; None looks for one beside the masks.
-        noncam: exclude or include COD10K images without a camouflaged object.
-    """
-    _refuse_strangers(path, "--gt")
-    masks = _by_stem(path)
-    kept = {s: p for s, p in masks.items() if noncam == "include" or not is_noncam(s)}
-    left_out = len(masks) - len(kept)
-    place = absolute(path)
-    name = place.parent.name if place.name in MASK_FOLDERS else place.name
-    notes: tuple[str, ...] = ()
-    if left_out:
-        notes = (
-            f"{name}: {left_out} images without a camouflaged object are left out (--noncam "
-            "include keeps them)",
-        )
-    if images is not None:
-        return MaskSet(name, kept, _by_stem(images), notes)
-    beside = (place.parent / folder for folder in IMAGE_FOLDERS)
-    folder = next((p for p in beside if p.is_dir() and p != place), None)
-    try:
-        return MaskSet(name, kept, _by_stem(folder) if folder is not None else {}, notes)
-    except DataError as error:
-        # The user did not name these images, and they are only for pictures: not an error.
-        return MaskSet(name, kept, {}, (*notes, f"{name}: no images in the pictures: {error}"))
-
-
 def find_maps(
-    paths: Sequence[Path],
-    sets: Mapping[str, MaskSet],
-    *,
-    allow_missing: bool = False,
-    allow_extra: bool = False,
+    paths: Sequence[Path], sets: Mapping[str, MaskSet], options: PairOptions
 ) -> list[MapTask]:
     """Find the maps of every method for every data set.
 
     A path is a folder of maps (one data set only), a method's folder with one folder per data set,
-    or a folder of methods.
+    the output of ``predict``, or a folder of these.
 
     Args:
         paths: such folders.
         sets: from ``find_masks``.
-        allow_missing: masks without a map are left out, and counted.
-        allow_extra: maps without a mask are left out, and counted.
+        options: what is left out.
 
     Raises:
         DataError: every fault of every folder in one list, or nothing found.
@@ -270,22 +142,20 @@ def find_maps(
     methods: dict[str, dict[str, Path]] = {}
     for path in paths:
         if not path.is_dir():
-            raise DataError(f"--predictions: there is no folder {path}.")
+            raise DataError(f"--predictions: {why_missing(path, 'folder')}")
         for method, folders in _methods_in(path, sets).items():
             if method in methods:
                 raise DataError(
                     f"Two methods are called {method}; give names with --list FILE, or rename one."
                 )
             methods[method] = folders
-    return pair_maps(methods, sets, allow_missing=allow_missing, allow_extra=allow_extra)
+    return pair_maps(methods, sets, options)
 
 
 def pair_maps(
     methods: Mapping[str, Mapping[str, Path]],
     sets: Mapping[str, MaskSet],
-    *,
-    allow_missing: bool = False,
-    allow_extra: bool = False,
+    options: PairOptions,
 ) -> list[MapTask]:
     """Pair the maps of each method with the masks of each data set; see ``find_maps``."""
     faults: list[str] = []
@@ -293,17 +163,17 @@ def pair_maps(
     for dataset, mask_set in sets.items():
         for method, folders in methods.items():
             if dataset not in folders:
-                if not allow_missing:
+                if not options.allow_missing:
                     faults.append(f"{method} has no folder for the data set {dataset}")
                 continue
-            task, found = _pair_folder(method, mask_set, folders[dataset])
-            if task.missing and not allow_missing:
+            task, found = _pair_folder(method, mask_set, folders[dataset], options)
+            if task.missing and not options.allow_missing:
                 found.append(
-                    f"{method} on {dataset}: {len(task.missing)} of {len(mask_set.masks)} masks "
-                    f"have no map: {shorten(task.missing, SHOWN)} (--allow-missing leaves them "
-                    "out)"
+                    f"{method} on {dataset}: {len(task.missing)} of "
+                    f"{len(task.jobs) + len(task.missing)} masks have no map: "
+                    f"{shorten(task.missing, SHOWN)} (--allow-missing leaves them out)"
                 )
-            if task.extra and not allow_extra:
+            if task.extra and not options.allow_extra:
                 found.append(
                     f"{method} on {dataset}: {len(task.extra)} maps have no mask: "
                     f"{shorten(task.extra, SHOWN)} (--allow-extra leaves them out)"
@@ -319,23 +189,82 @@ def pair_maps(
     return tasks
 
 
-def _pair_folder(method: str, mask_set: MaskSet, folder: Path) -> tuple[MapTask, list[str]]:
-    faults = []
-    strangers = _strangers(folder)
+def _pair_folder(
+    method: str, mask_set: MaskSet, folder: Path, options: PairOptions
+) -> tuple[MapTask, list[str]]:
+    """Pair the maps of one folder; return the task and what is wrong with the folder."""
+    label = f"{method} on {mask_set.name}"
+    faults: list[str] = []
+    listing = list_files(folder, nested=True)
+    documents = [path for path in listing.others if path.suffix.lower() in DOCUMENTS]
+    strangers = [path.name for path in listing.others if path not in set(documents)]
     if strangers:
         faults.append(
-            f"{method} on {mask_set.name}: {len(strangers)} files in {folder} are not images: "
+            f"{label}: {len(strangers)} files in {folder} are not images: "
             f"{shorten(strangers, SHOWN)}"
         )
-    maps = _by_stem(folder)
+    if documents:
+        console.note(f"{label}: {count(len(documents), 'file')} ignored: {endings(documents)}")
+    maps = named(listing.images, folder)
+    if options.map_suffix is not None:
+        kept = strip_suffix(maps, options.map_suffix)
+        if len(kept) < len(maps):
+            console.note(
+                f"{label}: {len(maps) - len(kept)} of {len(maps)} maps do not end in "
+                f"{options.map_suffix} and are left out"
+            )
+        maps = {name: maps[whole] for name, whole in kept.items()}
+    advice = "Choose one with --map-suffix, for example --map-suffix _sal."
+    matched = match_names(mask_set.masks, maps, advice=advice)
+    if matched.rule:
+        console.note(f"{label}: maps matched by a rule: {matched.rule}")
+    wanted = _wanted(label, mask_set, matched.partner)
     jobs = tuple(
-        MapJob(name, maps[name], mask, mask_set.images.get(name), class_of(name))
-        for name, mask in sorted(mask_set.masks.items())
-        if name in maps
+        MapJob(
+            name,
+            maps[matched.partner[name]],
+            mask_set.masks[name],
+            mask_set.images.get(name),
+            group_of(name),
+        )
+        for name in sorted(wanted)
+        if name in matched.partner
     )
-    missing = tuple(sorted(mask_set.masks.keys() - maps.keys()))
-    extra = tuple(sorted(maps.keys() - mask_set.masks.keys()))
+    missing = tuple(sorted(wanted - matched.partner.keys()))
+    extra = tuple(sorted(maps.keys() - set(matched.partner.values())))
     return MapTask(method, mask_set.name, jobs, missing, extra), faults
+
+
+def _wanted(label: str, mask_set: MaskSet, mapped: Mapping[str, str]) -> set[str]:
+    """Return the images that a method must have maps of; print it where that is not all.
+
+    The folders of images decide which images are the test split; a method that has some of its maps
+    only is incomplete, not a method of another split.
+    """
+    tests = {name for name, split in mask_set.splits.items() if split == "test"}
+    others = sorted(mapped.keys() - tests)
+    if not tests or (others and not mask_set.test_only):
+        return set(mask_set.masks)
+    words = f"{label}: the {len(tests)} images of the test split are scored"
+    if others:
+        words += f"; {count(len(others), 'map')} of other splits not ({shorten(others)})"
+    if len(tests) < len(mask_set.masks):
+        console.note(f"{words} ({len(mask_set.masks)} masks in all)")
+    return tests
+
+
+def map_folder(path: Path) -> Path | None:
+    """Return the folder with maps: this one, or ``maps`` in it, as ``predict`` writes it.
+
+    Of an output of ``predict`` that holds binary masks only, these are the maps.
+    """
+    if image_files(path):
+        return path
+    written = is_predict_output(path)
+    inner = folders_named(path, (*MAP_FOLDERS, *(("masks",) if written else ())))
+    inner = [folder for folder in inner if list_files(folder, nested=True).images]
+    others = [p for p in subfolders(path) if p not in inner and image_files(p)]
+    return inner[0] if inner and (written or not others) else None
 
 
 def _methods_in(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, dict[str, Path]]:
@@ -352,21 +281,23 @@ def _methods_in(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, dict[str, 
             return {place.parent.name: {own: path}}
         only = next(iter(sets))
         return {place.parent.name if _match(name, sets) else name: {only: path}}
-    folders = dataset_folders(path, sets)
-    if folders:
-        return {name: folders}
+    found = _method(path, sets)
+    if found:
+        return {name: found}
     methods: dict[str, dict[str, Path]] = {}
     bare = []
-    for sub in _subfolders(path):
-        if image_files(sub) and len(sets) == 1:
-            methods[sub.name] = {next(iter(sets)): sub}
-        elif inner := dataset_folders(sub, sets):
+    for sub in subfolders(path):
+        inner = _method(sub, sets)
+        if inner:
             methods[sub.name] = inner
         else:
             bare.append(sub.name)
     if not methods:
+        others = [p for p in list_files(path).others if p.suffix.lower() not in DOCUMENTS]
+        held = f" It holds {endings(others)}, which are not images." if others else ""
         raise DataError(
-            f"--predictions: no maps for {', '.join(sets)} found in {path}. Give a folder of maps, "
+            f"--predictions: no maps for {', '.join(sets)} found in {path}.{held} Give a folder of "
+            "maps, "
             "a method's folder with one folder per data set, or a folder of methods."
         )
     if bare:
@@ -377,6 +308,15 @@ def _methods_in(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, dict[str, 
     return methods
 
 
+def _method(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
+    """Return data set -> folder of maps for a method's folder; {} if it holds none."""
+    place = map_folder(path)
+    folders = dataset_folders(place or path, sets)
+    if folders or place is None or len(sets) > 1:
+        return folders
+    return {next(iter(sets)): place}
+
+
 def dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
     """Return data set -> folder of maps for the subfolders that are named like one.
 
@@ -384,7 +324,7 @@ def dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     other = []
-    for folder in _subfolders(path):
+    for folder in subfolders(path):
         name = _match(folder.name, sets)
         if name is None:
             other.append(folder.name)
@@ -394,7 +334,7 @@ def dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
                 "rename one."
             )
         else:
-            found[name] = folder
+            found[name] = map_folder(folder) or folder
     if found and other:
         console.note(f"{path}: not scored, as --gt has no such data set: {shorten(other, SHOWN)}")
     return found
@@ -403,40 +343,3 @@ def dataset_folders(path: Path, sets: Mapping[str, MaskSet]) -> dict[str, Path]:
 def _match(name: str, sets: Mapping[str, MaskSet]) -> str | None:
     """Return the data set of that name, in upper or lower case; None if there is none."""
     return next((own for own in sets if own.lower() == name.lower()), None)
-
-
-def _subfolders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _strangers(folder: Path) -> list[str]:
-    return sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.is_file() and not p.name.startswith(".") and p.suffix.lower() not in IMAGE_SUFFIXES
-    )
-
-
-def _refuse_strangers(folder: Path, flag: str) -> None:
-    strangers = _strangers(folder)
-    if strangers:
-        raise DataError(
-            f"{flag}: {len(strangers)} files in {folder} are not images: "
-            f"{shorten(strangers, SHOWN)}. Remove them."
-        )
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for path in image_files(folder):
-        # macOS writes decomposed accents: the same name must compare equal.
-        stem = unicodedata.normalize("NFC", path.stem)
-        if stem in files:
-            raise DataError(f"{files[stem]} and {path} have the same name. Remove or rename one.")
-        files[stem] = path
-    return files
-
-
-def absolute(path: Path) -> Path:
-    """Return the absolute path without resolving symlinks: their names are the user's choice."""
-    return Path(os.path.abspath(path))

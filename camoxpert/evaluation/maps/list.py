@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from camoxpert.config import read_yaml
-from camoxpert.data.files.layouts import image_files
+from camoxpert.data.files.listing import image_files
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.evaluation.maps.find import (
     MapTask,
-    MaskSet,
     PairOptions,
     chosen_tasks,
     dataset_folders,
+    map_folder,
     pair_maps,
-    plain_set,
 )
+from camoxpert.evaluation.maps.masks import MaskSet, plain_set
+from camoxpert.files import why_missing
 
 
 def list_tasks(path: Path, options: PairOptions) -> list[MapTask]:
     """Return the tasks of a YAML list; see ``read_list`` and ``find_tasks``."""
     sets, methods = read_list(path, noncam=options.noncam)
-    tasks = pair_maps(
-        methods, sets, allow_missing=options.allow_missing, allow_extra=options.allow_extra
-    )
-    return chosen_tasks(tasks, sets, options)
+    return chosen_tasks(pair_maps(methods, sets, options), sets, options)
 
 
 def read_list(
@@ -51,7 +50,7 @@ def read_list(
         DataError: a folder does not exist or holds no masks.
     """
     if not path.is_file():
-        raise ConfigError(f"--list: there is no file {path}.")
+        raise ConfigError(f"--list: {why_missing(path, 'file')}")
     content = read_yaml(path)
     unknown = set(content) - {"datasets", "methods"}
     if unknown or not all(
@@ -70,14 +69,14 @@ def read_list(
             raise ConfigError(
                 f"{path}: data set {name}: give a folder, or {{gt: ..., images: ...}}."
             )
-        folder = root / str(table["gt"])
+        folder = _place(root, table["gt"])
         if not folder.is_dir() or not image_files(folder):
             raise DataError(f"{path}: data set {name}: {folder} holds no masks.")
-        images = root / str(table["images"]) if "images" in table else None
+        images = _place(root, table["images"]) if "images" in table else None
         if images is not None and not images.is_dir():
             raise DataError(f"{path}: data set {name}: there is no folder {images}.")
         plain = plain_set(folder, images, noncam)
-        sets[str(name)] = MaskSet(str(name), plain.masks, plain.images, plain.notes)
+        sets[str(name)] = replace(plain, name=str(name))
     methods = {
         str(name): _listed_folders(path, root, str(name), entry, sets)
         for name, entry in content["methods"].items()
@@ -85,21 +84,27 @@ def read_list(
     return sets, methods
 
 
+def _place(root: Path, written: object) -> Path:
+    """Return a path of the list, relative to its folder; ``~`` is the user's."""
+    return root / Path(str(written)).expanduser()
+
+
 def _listed_folders(
     path: Path, root: Path, method: str, entry: Any, sets: Mapping[str, MaskSet]
 ) -> dict[str, Path]:
     if isinstance(entry, str):
-        if not (root / entry).is_dir():
-            raise DataError(f"{path}: method {method}: there is no folder {root / entry}.")
-        folders = dataset_folders(root / entry, sets)
+        place = _place(root, entry)
+        if not place.is_dir():
+            raise DataError(f"{path}: method {method}: {why_missing(place, 'folder')}")
+        folders = dataset_folders(place, sets)
         if not folders and len(sets) == 1:
-            folders = {next(iter(sets)): root / entry}
+            folders = {next(iter(sets)): map_folder(place) or place}
         if not folders:
             raise DataError(
-                f"{path}: method {method}: {root / entry} has no folder for {', '.join(sets)}."
+                f"{path}: method {method}: {place} has no folder for {', '.join(sets)}."
             )
     elif isinstance(entry, dict):
-        folders = {str(dataset): root / str(folder) for dataset, folder in entry.items()}
+        folders = {str(dataset): _place(root, folder) for dataset, folder in entry.items()}
     else:
         raise ConfigError(f"{path}: method {method}: give a folder, or one for each data set.")
     unknown = sorted(set(folders) - set(sets))
@@ -107,5 +112,5 @@ def _listed_folders(
         raise ConfigError(f"{path}: method {method} names the unknown data set {unknown[0]}.")
     for folder in folders.values():
         if not folder.is_dir():
-            raise DataError(f"{path}: method {method}: there is no folder {folder}.")
-    return folders
+            raise DataError(f"{path}: method {method}: {why_missing(folder, 'folder')}")
+    return {dataset: map_folder(folder) or folder for dataset, folder in folders.items()}

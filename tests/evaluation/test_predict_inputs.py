@@ -1,0 +1,132 @@
+"""What predict takes for a photo, and what it says about everything else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from camoxpert.cli import main
+from camoxpert.data.files.listing import OUTPUT_COLUMNS, OUTPUT_FOLDERS, OUTPUT_RECORD, OUTPUT_TABLE
+from camoxpert.errors import DataError
+from camoxpert.inference.photos import COLUMNS
+from camoxpert.inference.prediction import FOLDERS
+from camoxpert.inference.record import RECORD
+from camoxpert.inference.sources import find_photos, look_for_photos
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "sub/b.jpg"):
+        cv2.imwrite(str(folder / name), np.full((20, 24, 3), 90, np.uint8))
+    return folder
+
+
+def names(*inputs: object, **options: Path) -> list[str]:
+    return [photo.name for photo in look_for_photos([str(i) for i in inputs], **options).photos]
+
+
+def test_the_names_of_results_are_those_of_the_listing() -> None:
+    assert tuple(FOLDERS.values()) == OUTPUT_FOLDERS and RECORD == OUTPUT_RECORD
+    assert ",".join(COLUMNS).encode().startswith(OUTPUT_COLUMNS)
+
+
+@pytest.mark.parametrize("place", ["out", "sub/out", "."])
+def test_results_are_not_predicted_again(tiny_run: Path, photos: Path, capsys, place: str) -> None:
+    words = ["predict", str(tiny_run), str(photos), "-o", str(photos / place)]
+    assert main(words) == 0
+    assert "2 images predicted" in capsys.readouterr().out
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert "0 images predicted, 2 were there already" in captured.out
+    assert "Results of predict are not predicted again" in captured.err
+    # Nor by a later call with another output, or a glob.
+    assert main([*words[:-1], str(photos / "later")]) == 0
+    assert "2 images predicted;" in capsys.readouterr().out
+    assert names(photos / "**" / "*.*") == ["a", "b"]
+    assert (photos / place / OUTPUT_TABLE).is_file()
+
+
+def test_other_files_are_counted(photos: Path) -> None:
+    for name in ("._a.jpg", "Thumbs.db", ".DS_Store", "notes.txt", "raw.heic"):
+        (photos / name).write_bytes(b"x")
+    (photos / ".ipynb_checkpoints").mkdir()
+    (photos / ".ipynb_checkpoints" / "a-checkpoint.jpg").write_bytes(b"x")
+    found = look_for_photos([str(photos)])
+    assert [photo.name for photo in found.photos] == ["a", "sub/b"]
+    assert len(found.notes) == 1 and "2 files" in found.notes[0] and ".heic 1" in found.notes[0]
+    assert ".txt 1" in look_for_photos([str(photos / "*")]).notes[-1]
+
+
+def test_other_endings_and_linked_folders(photos: Path, tmp_path: Path) -> None:
+    for ending, kind in ((".jfif", "JPEG"), (".gif", "GIF"), (".tga", "TGA"), (".ppm", "PPM")):
+        Image.new("RGB", (9, 8)).save(photos / f"{kind}{ending}", format=kind)
+    (tmp_path / "elsewhere").mkdir()
+    cv2.imwrite(str(tmp_path / "elsewhere" / "c.jpg"), np.zeros((8, 9, 3), np.uint8))
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    (photos / "again").symlink_to(".")
+    assert names(photos) == ["GIF", "JPEG", "PPM", "TGA", "a", "linked/c", "sub/b"]
+
+
+def test_a_link_to_nothing_is_a_photo_that_cannot_be_read(
+    tiny_run: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    (photos / "gone.jpg").symlink_to("nowhere.jpg")
+    (photos / "folder.jpg").mkdir()
+    assert main(["predict", str(tiny_run), str(photos), "-o", str(tmp_path / "out")]) == 3
+    captured = capsys.readouterr()
+    assert "2 images predicted" in captured.out
+    assert "is a link to nowhere.jpg, which does not exist" in " ".join(captured.err.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("https://x.org/a.jpg", "https://x.org/a.jpg is a URL"),
+        ("-", "standard input, which is not read"),
+        ("photos/aa.jpg", r"There is no file or folder .*Did you mean photos/a\.jpg\?"),
+        ("nowhere/a.jpg", "There is no folder nowhere either"),
+        ("photos/*.gif", "No file matches 'photos/"),
+        ("clip.mp4", "is a video"),
+        ("set.zip", "is an archive"),
+        ("empty", "No image found in 'empty'"),
+    ],
+)
+def test_each_has_its_own_sentence(photos: Path, monkeypatch, text: str, says: str) -> None:
+    monkeypatch.chdir(photos.parent)
+    Path("clip.mp4").write_bytes(b"x")
+    Path("set.zip").write_bytes(b"x")
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match=says):
+        find_photos([text])
+
+
+def test_a_large_photo_needs_a_higher_limit(
+    tiny_run: Path, photos: Path, tmp_path: Path, capsys
+) -> None:
+    words = ["predict", str(tiny_run), str(photos), "-o", str(tmp_path / "out"), "--save", "mask"]
+    assert main([*words, "--max-pixels", "100"]) == 3
+    assert "--max-pixels" in capsys.readouterr().err
+    assert main([*words, "--max-pixels", "480"]) == 0
+
+
+def test_home_folders(photos: Path, tiny_run: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", str(photos.parent))
+    words = ["predict", str(tiny_run), "~/photos", "--output=~/out", "--save", "mask"]
+    assert main(words) == 0
+    assert (photos.parent / "out" / "masks" / "a.png").is_file()
+
+
+def test_names_that_are_not_utf8(tiny_run: Path, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xca\xfd")
+    photos.rename(folder)
+    (folder / "a.jpg").rename(folder / os.fsdecode(b"\xbe\xdd.jpg"))
+    words = ["predict", str(tiny_run), str(folder), "-o", str(folder / "out"), "--save", "mask"]
+    assert main(words) == 0
+    assert b"\xbe\xdd," in (folder / "out" / OUTPUT_TABLE).read_bytes()
