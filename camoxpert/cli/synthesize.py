@@ -11,7 +11,8 @@ from camoxpert.errors import ConfigError, DataError
 
 EXAMPLES = """examples:
   camoxpert synthesize toy data/toy
-  camoxpert synthesize toy data/hard --train 1000 --size 128 --difficulty 0.9 --seed 1"""
+  camoxpert synthesize toy data/hard --train 1000 --size 128 --difficulty 0.9 --seed 1
+  camoxpert synthesize toy data/tiny --size 160 --object-size 0.002 0.01"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--difficulty", type=float, default=0.5, help="0 easy to see, 1 nearly invisible [0.5]"
     )
+    parser.add_argument(
+        "--object-size",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="share of the image that the object covers, for example 0.002 0.01 for 0.2 to 1 %%; "
+        "unset: one or two objects of 3 to 20 %%",
+    )
     parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal data [0]")
 
 
@@ -35,19 +44,26 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--train must be at least 1, --test at least 0 and --size at least 32.")
     if not 0 <= options.difficulty <= 1:
         raise ConfigError(f"--difficulty must be between 0 and 1; got {options.difficulty:g}.")
+    from camoxpert.synthesis.toy import check_object_size, generate_toy
+
+    object_size = tuple(options.object_size) if options.object_size else None
+    if object_size is not None:
+        try:
+            check_object_size(object_size, options.size)
+        except ValueError as error:
+            raise ConfigError(f"--object-size: {error}") from error
     output = Path(options.output)
     if output.exists() and any(output.iterdir()):
         raise DataError(
             f"{output} exists and is not empty; nothing is overwritten. Name a new folder."
         )
-    from camoxpert.synthesis.toy import generate_toy
-
     generate_toy(
         output,
         num_train=options.train,
         num_test=options.test,
         size=options.size,
         difficulty=options.difficulty,
+        object_size=object_size,
         seed=options.seed,
     )
     console.say(f"{options.train} training and {options.test} test pairs in {output}")

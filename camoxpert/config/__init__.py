@@ -15,6 +15,7 @@ from camoxpert.config.load import (
 )
 from camoxpert.config.schema import Leaf, get_setting, to_dict
 from camoxpert.config.tree import (
+    DECODERS,
     DISPATCH_NAMES,
     EXPERT_KINDS,
     SCHEDULERS,
@@ -33,6 +34,7 @@ from camoxpert.config.tree import (
 
 __all__ = [
     "ALIASES",
+    "DECODERS",
     "DISPATCH_NAMES",
     "EXPERT_KINDS",
     "SCHEDULERS",

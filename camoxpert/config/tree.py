@@ -11,6 +11,7 @@ from camoxpert.config.schema import Leaf, get_setting, setting, walk
 
 EXPERT_KINDS = ("texture", "attention", "hybrid", "frequency", "edge", "semantic", "contrast")
 DISPATCH_NAMES = ("auto", "loop", "sorted", "gathered", "dense")
+DECODERS = ("moe", "unet", "fpn", "deeplabv3plus", "upernet", "segformer")
 SCHEDULERS = ("cosine", "poly", "linear", "step", "constant", "onecycle")
 SELECTION_MEASURES = ("wFmeasure", "Smeasure", "meanEm", "meanFm", "IoU", "Dice", "MAE")
 
@@ -173,6 +174,13 @@ class ModelConfig:
         "start from an own model (a run, a checkpoint, a folder or file of shared weights): all "
         "that fits is taken, what does not is listed",
         flag="--init-from",
+    )
+    decoder: str = setting(
+        "moe",
+        "moe: the mixture of experts; the others are those of segmentation-models-pytorch, to "
+        "compare with (extra `peers`); settings of levels and experts do not reach them",
+        flag="--decoder",
+        choices=DECODERS,
     )
     drop_path: float = setting(0.0, "stochastic depth rate of the backbone", minimum=0, maximum=0.9)
     layer_scale_init: float | None = setting(

@@ -79,19 +79,32 @@ class Backbone(nn.Module):
         config: name, weights and options.
         sides: sides of the images it will see, in pixels, that of evaluation first; () leaves the
             network as timm builds it.
+        from_stride_2: also return the map at stride 2, first; without channels where there is none.
+        dilated: the last level keeps stride 16, with dilated filters.
 
     Attributes:
-        channels: channels of the maps at strides 4, 8, 16, 32.
+        channels: channels of the maps.
         mean, std: the per-channel normalisation the weights were trained with, for images in 0..1.
     """
 
-    def __init__(self, config: ModelConfig, sides: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        sides: Sequence[int] = (),
+        *,
+        from_stride_2: bool = False,
+        dilated: bool = False,
+    ) -> None:
         super().__init__()
         self.name = config.backbone
         self.channels_last = False
+        self.from_stride_2 = from_stride_2
+        self.half_level: int | None = None
         self._options: dict[str, Any] = {}
         self._level_names: list[list[str]] | None = None
         if config.backbone == TINY:
+            if dilated:
+                raise ConfigError(f"Backbone {TINY} cannot be dilated.")
             tiny = TinyBackbone()
             self.net: nn.Module = tiny
             self.levels: tuple[int, ...] = (0, 1, 2, 3)
@@ -104,32 +117,45 @@ class Backbone(nn.Module):
             self._options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
             if sides and config.backbone not in BACKBONES:
                 self._options |= _size_options(config.backbone, sides, self._options)
+            # Levels are told by their strides, which dilation changes.
+            plain = _on_meta(config.backbone, self._options).feature_info if dilated else None
+            if dilated:
+                self._options["output_stride"] = STRIDES[-2]
             net: Any = _build_timm(config, self._options)
             info = net.feature_info
-            reductions = list(info.reduction())
+            reductions = list((plain or info).reduction())
+            _check_pyramid(config.backbone, reductions)
             # The last level of a stride: some networks list a stem and a stage at the same one.
             self.levels = tuple(max(i for i, r in enumerate(reductions) if r == s) for s in STRIDES)
             self.channels = tuple(info.channels()[level] for level in self.levels)
+            self.half_level = reductions.index(2) if from_stride_2 and 2 in reductions else None
             self.level_modules = tuple(info.module_name()[level] for level in self.levels)
             settings: dict[str, Any] = net.pretrained_cfg or {}
             self.mean = tuple(settings.get("mean", IMAGENET_MEAN))
             self.std = tuple(settings.get("std", IMAGENET_STD))
             self.channels_last = _is_channels_last(net)
             self.net = net
-        for module in self.net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_pre_hook(_before_norm)
-                module.register_forward_hook(_after_norm, always_call=True)
+        if from_stride_2:
+            at_half = 0 if self.half_level is None else info.channels()[self.half_level]
+            self.channels = (at_half, *self.channels)
+        allow_single_values(self.net)
         if config.weights:
             load_weights(self.net, Path(config.weights), name=self.name, options=self._options)
         elif not config.pretrained or config.backbone == TINY:
             initialise_layer_scale(self.net, config.layer_scale_init or 0.1)
 
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
-        """Map normalised images (B, 3, H, W) to four maps at strides 4, 8, 16, 32."""
+        """Map normalised images (B, 3, H, W) to maps at strides 4, 8, 16, 32; with
+        ``from_stride_2`` at stride 2 as well, first."""
         maps = self.net(x_BCHW)
-        chosen = [maps[level] for level in self.levels]
-        return [x.permute(0, 3, 1, 2) for x in chosen] if self.channels_last else chosen
+        levels = self.levels if self.half_level is None else (self.half_level, *self.levels)
+        chosen = [maps[level] for level in levels]
+        if self.channels_last:
+            chosen = [x.permute(0, 3, 1, 2) for x in chosen]
+        if self.from_stride_2 and self.half_level is None:
+            batch, _, height, width = x_BCHW.shape
+            chosen.insert(0, chosen[0].new_empty(batch, 0, height // 2, width // 2))
+        return chosen
 
     def parameter_levels(self) -> list[list[nn.Parameter]]:
         """Split the parameters by level, strides 4, 8, 16, 32, to unfreeze one level at a time.
@@ -186,6 +212,14 @@ class Backbone(nn.Module):
         return True
 
 
+def allow_single_values(net: nn.Module) -> None:
+    """Let the batch norms of a network train on a batch with one value per channel."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(_before_norm)
+            module.register_forward_hook(_after_norm, always_call=True)
+
+
 def _before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Let batch norm use its running statistics where a channel has one value: a single image with
     a map of 1x1, whose variance does not exist.
@@ -232,7 +266,7 @@ def _size_options(name: str, sides: Sequence[int], options: Mapping[str, Any]) -
     for way in ways:
         try:
             net = _on_meta(name, {**options, **way})
-            _check_pyramid(name, net)
+            _check_pyramid(name, list(net.feature_info.reduction()))
             for side in sides:
                 net(torch.zeros(2, 3, side, side, device="meta"))
         except ConfigError:
@@ -316,8 +350,10 @@ def _build_timm(config: ModelConfig, options: Mapping[str, Any]) -> Any:
                 config.backbone, pretrained=pretrained, features_only=True, **options
             )
     except TypeError as error:
+        names = {"drop_path_rate": "model.drop_path", "output_stride": "dilation (output_stride)"}
         raise ConfigError(
-            f"Backbone {config.backbone} does not accept model.drop_path: {error}."
+            f"Backbone {config.backbone} does not accept "
+            f"{' or '.join(names.get(option, option) for option in options)}: {error}."
         ) from error
     except (RuntimeError, AttributeError, NotImplementedError, ValueError, AssertionError) as error:
         if pretrained and re.search("pretrained|weights", str(error), re.IGNORECASE):
@@ -327,17 +363,15 @@ def _build_timm(config: ModelConfig, options: Mapping[str, Any]) -> Any:
         ) from error
     except OSError as error:
         raise ConfigError(_no_weights(config.backbone, error)) from error
-    _check_pyramid(config.backbone, net)
     return net
 
 
-def _check_pyramid(name: str, net: Any) -> None:
+def _check_pyramid(name: str, reductions: Sequence[int]) -> None:
     """Raise ConfigError unless a network has levels at the strides of the decoder."""
-    reductions = list(net.feature_info.reduction())
     missing = [stride for stride in STRIDES if stride not in reductions]
     if missing:
         raise ConfigError(
-            f"Backbone {name} has levels at strides {reductions}; the decoder needs "
+            f"Backbone {name} has levels at strides {list(reductions)}; the decoder needs "
             f"{list(STRIDES)} ({missing} missing). Choose another, for example "
             f"{', '.join(list(BACKBONES)[:4])}."
         )

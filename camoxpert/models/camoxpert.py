@@ -10,6 +10,7 @@ from camoxpert.config import ModelConfig
 from camoxpert.models.backbone import STRIDES, Backbone
 from camoxpert.models.decoder import Decoder
 from camoxpert.models.moe import MoE
+from camoxpert.models.peers import DILATED, PeerDecoder
 from camoxpert.models.router import Routing
 
 
@@ -18,8 +19,9 @@ class ModelOutput(NamedTuple):
 
     Attributes:
         logits_B1HW: logits of the object mask at the input's size; sigmoid gives probabilities.
-        side_logits: logits of the four decoder levels, stride 32 first, each (B, 1, H/s, W/s).
-        routing: one record per decoder level, in the same order.
+        side_logits: logits of the four decoder levels, stride 32 first, each (B, 1, H/s, W/s);
+            empty for a decoder that has none.
+        routing: one record per decoder level, in the same order; empty without experts.
     """
 
     logits_B1HW: Tensor
@@ -28,7 +30,8 @@ class ModelOutput(NamedTuple):
 
 
 class CamoXpert(nn.Module):
-    """EdgeNeXt (or any timm pyramid) with a top-k mixture-of-experts decoder.
+    """EdgeNeXt (or any timm pyramid) with a top-k mixture-of-experts decoder, or with one of the
+    decoders that it is compared with.
 
     Nothing in it depends on the batch size, the device or a global setting.
 
@@ -44,8 +47,15 @@ class CamoXpert(nn.Module):
     def __init__(self, config: ModelConfig, sides: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config, sides)
-        self.decoder = Decoder(self.backbone.channels, config)
+        peer = config.decoder != "moe"
+        self.backbone = Backbone(
+            config, sides, from_stride_2=peer, dilated=config.decoder in DILATED
+        )
+        self.decoder: Decoder | PeerDecoder
+        if peer:
+            self.decoder = PeerDecoder(self.backbone, config)
+        else:
+            self.decoder = Decoder(self.backbone.channels, config)
         # Saved with the weights: a checkpoint must carry the normalisation it was trained with.
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1))
@@ -66,10 +76,15 @@ class CamoXpert(nn.Module):
     def set_gradient_checkpointing(self, enabled: bool) -> str:
         """Recompute activations in the backward pass; returns what it covers, in words."""
         covered = self.backbone.set_gradient_checkpointing(enabled)
-        self.decoder.checkpointing = enabled
-        if not enabled:
-            return "nothing"
-        return "backbone blocks and decoder levels" if covered else "decoder levels only"
+        levels = isinstance(self.decoder, Decoder)
+        if isinstance(self.decoder, Decoder):
+            self.decoder.checkpointing = enabled
+        parts = [
+            name
+            for name, used in (("backbone blocks", covered), ("decoder levels", levels))
+            if used and enabled
+        ]
+        return " and ".join(parts) or "nothing"
 
     def set_active_experts(self, count: int) -> None:
         """Let every image use its ``count`` most probable experts per level, 1 to all of them."""
@@ -82,6 +97,19 @@ class CamoXpert(nn.Module):
     def moe_levels(self) -> list[MoE]:
         """The mixture-of-experts blocks, stride 4 first."""
         return [module for module in self.decoder.modules() if isinstance(module, MoE)]
+
+    @property
+    def expert_kinds(self) -> tuple[str, ...]:
+        """Kinds of the experts of a level; empty for a decoder without experts."""
+        levels = self.moe_levels
+        return tuple(levels[0].kinds) if levels else ()
+
+    def describe_decoder(self) -> str:
+        """Return the decoder in a few words."""
+        if isinstance(self.decoder, PeerDecoder):
+            return f"{self.decoder.title} decoder"
+        experts, active = len(self.expert_kinds), self.moe_levels[0].router.top_k
+        return f"{experts} experts, top {active}, dispatch {self.moe_levels[0].dispatch}"
 
     def level_names(self) -> tuple[str, ...]:
         """Name the routing records, in the order of ``ModelOutput.routing``."""

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from camoxpert.models.camoxpert import CamoXpert
-from camoxpert.models.decoder import Level
+from camoxpert.models.decoder import Decoder, Level
 from camoxpert.models.stacked import UniformExperts
 from camoxpert.runtime.regions import listening
 
@@ -151,18 +151,27 @@ class ComponentTimer:
 def watched(model: CamoXpert, timer: ComponentTimer) -> Iterator[None]:
     """Charge the forward pass of every part of the model to its component inside the block."""
     timer.watch(model.backbone, "backbone")
-    if model.decoder.checkpointing:
+    timer.watch(model.decoder, "decoder")
+    if isinstance(model.decoder, Decoder):
+        _watch_levels(model, model.decoder, timer)
+    try:
+        yield
+    finally:
+        timer.close()
+
+
+def _watch_levels(model: CamoXpert, decoder: Decoder, timer: ComponentTimer) -> None:
+    if decoder.checkpointing:
         # timm recomputes the backbone block by block.
         for part in model.backbone.modules():
             for block in part if isinstance(part, nn.Sequential) else ():
                 timer.watch(block, "backbone")
-    timer.watch(model.decoder, "decoder")
-    for level in model.decoder.levels:
+    for level in decoder.levels:
         assert isinstance(level, Level)
         timer.watch(level, "decoder")
         timer.watch(level.head, "heads")
-    if model.decoder.detail is not None:
-        timer.watch(model.decoder.detail, "heads")
+    if decoder.detail is not None:
+        timer.watch(decoder.detail, "heads")
     for moe in model.moe_levels:
         timer.watch(moe.router, "router")
         if not isinstance(moe.experts, UniformExperts):
@@ -174,7 +183,3 @@ def watched(model: CamoXpert, timer: ComponentTimer) -> Iterator[None]:
             timer.watch(block, f"experts ({moe.dispatch})")
         if moe.shared is not None:
             timer.watch(moe.shared, "expert shared")
-    try:
-        yield
-    finally:
-        timer.close()

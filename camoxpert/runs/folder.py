@@ -74,7 +74,7 @@ class RunFolder:
 
 
 # Settings added since the first version: at their defaults they do not count in names.
-ADDED = ("data.group_copies", "data.resize", "model.init_from")
+ADDED = ("data.group_copies", "data.resize", "model.decoder", "model.init_from")
 
 
 def run_name(config: Config) -> str:

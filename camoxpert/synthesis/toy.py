@@ -18,6 +18,10 @@ from camoxpert import console
 from camoxpert.data.files.image_io import write_jpeg, write_png
 
 Field = np.ndarray
+LARGEST_SHARE = 0.3
+"""Largest share of the image that an object of a chosen size may cover."""
+SMALLEST_AREA = 12
+"""Fewest pixels of an object of a chosen size."""
 # Natural colours, dark to light, RGB.
 PALETTES = np.array(
     [
@@ -33,7 +37,12 @@ PALETTES = np.array(
 
 
 def toy_pair(
-    seed: int, index: int, *, size: int = 96, difficulty: float = 0.5
+    seed: int,
+    index: int,
+    *,
+    size: int = 96,
+    difficulty: float = 0.5,
+    object_size: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generate one pair; equal arguments give equal pixels.
 
@@ -41,15 +50,19 @@ def toy_pair(
         seed, index: which pair.
         size: side in pixels, at least 16.
         difficulty: 0 (easy) to 1 (nearly invisible).
+        object_size: smallest and largest share of the image that the object covers, 0..0.3; its
+            logarithm is drawn uniformly. None: one or two objects of 3 to 20 % of the image.
 
     Returns:
         image uint8 (S, S, 3) RGB; mask uint8 (S, S), 0 or 255, never empty.
 
     Raises:
-        ValueError: size or difficulty out of range.
+        ValueError: size, difficulty or object size out of range.
     """
     if size < 16 or not 0 <= difficulty <= 1:
         raise ValueError(f"size {size} must be at least 16, difficulty {difficulty:g} in 0..1.")
+    if object_size is not None:
+        check_object_size(object_size, size)
     # Separate streams, so that changing the difficulty changes neither outline nor colours.
     scene, outline, grain = (np.random.default_rng([seed, index, k]) for k in range(3))
     make = list(TEXTURES.values())[index % len(TEXTURES)]
@@ -60,7 +73,11 @@ def toy_pair(
     zoom = (1 + 0.9 * ease) ** scene.choice([-1, 1])
     brightness, direction = scene.choice([-0.3, 0.3]), scene.uniform(0, 2 * np.pi)
 
-    alpha = object_alpha(outline, size)
+    alpha = (
+        object_alpha(outline, size)
+        if object_size is None
+        else sized_alpha(outline, size, object_size)
+    )
     mask = alpha > 0.5
     background = equalise(make(grain, size, angle, scale))
     # Equalised over the object only, so its grey levels are spread like the background's.
@@ -87,13 +104,19 @@ def generate_toy(
     num_test: int,
     size: int = 96,
     difficulty: float = 0.5,
+    object_size: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> None:
-    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/toy/{Imgs,GT}`` under ``root``."""
+    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/toy/{Imgs,GT}`` under ``root``.
+
+    The other arguments are those of ``toy_pair``.
+    """
     root = Path(root)
     folders = [root / "TrainDataset"] * num_train + [root / "TestDataset" / "toy"] * num_test
     for index, folder in console.track(enumerate(folders), "generating", total=len(folders)):
-        image, mask = toy_pair(seed, index, size=size, difficulty=difficulty)
+        image, mask = toy_pair(
+            seed, index, size=size, difficulty=difficulty, object_size=object_size
+        )
         write_jpeg(folder / "Imgs" / f"{toy_name(index)}.jpg", image, quality=95)
         write_png(folder / "GT" / f"{toy_name(index)}.png", mask)
 
@@ -204,17 +227,76 @@ def relief(alpha: np.ndarray, direction: float, *, strength: float) -> np.ndarra
 
 def object_alpha(rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw the outline of one creature, sometimes two; returns coverage in 0..1, (S, S)."""
-    fine = 4
-    canvas = np.zeros((size * fine, size * fine), np.uint8)
+    outlines = []
     for _ in range(2 if rng.random() < 0.2 else 1):
         shape = SHAPES[rng.integers(len(SHAPES))]
         radius = size * rng.uniform(0.14, 0.26)
         centre = rng.uniform(radius * 1.1, size - radius * 1.1, 2)
-        turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.0)
-        rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-        for part in shape(rng):
-            points = (part * [1, stretch]) @ rotation.T * radius + centre
-            cv2.fillPoly(canvas, [np.round(points * fine).astype(np.int32)], 255)
+        outlines += [part * radius + centre for part in _pose(shape, rng)]
+    return _coverage(outlines, size)
+
+
+def check_object_size(object_size: tuple[float, float], size: int) -> None:
+    """Raise ValueError unless objects of these shares of the image can be drawn at this size."""
+    low, high = object_size
+    if not 0 < low <= high <= LARGEST_SHARE:
+        raise ValueError(
+            f"The object size {low:g} to {high:g} must be two shares of the image, the smaller one "
+            f"first, above 0 and at most {LARGEST_SHARE:g}."
+        )
+    if low * size**2 < SMALLEST_AREA:
+        raise ValueError(
+            f"Objects of {low:g} of an image of {size}x{size} pixels have "
+            f"{low * size**2:.1f} pixels; an outline needs {SMALLEST_AREA}: draw larger images or "
+            "larger objects."
+        )
+
+
+def sized_alpha(
+    rng: np.random.Generator, size: int, object_size: tuple[float, float]
+) -> np.ndarray:
+    """Draw the outline of one creature that covers a share of the image from ``object_size``.
+
+    The radius is corrected until the mask, after smoothing and rounding to pixels, has the share
+    that was drawn, or the nearest within the limits that its outline can have.
+
+    Returns:
+        Coverage in 0..1, (S, S).
+    """
+    low, high = object_size
+    share = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    parts = _pose(SHAPES[rng.integers(len(SHAPES))], rng)
+    place = rng.random(2)
+    extent = float(max(np.abs(part).max() for part in parts))
+    radius, best, error = size * (share / 2) ** 0.5, np.zeros((size, size)), np.inf
+    for _ in range(12):
+        reach = min(radius * extent, size / 2)
+        centre = reach + place * (size - 2 * reach)
+        alpha = _coverage([part * radius + centre for part in parts], size)
+        drawn = float((alpha > 0.5).mean())
+        # Outside of the limits is worse than anything within.
+        missed = abs(drawn - share) + (not low <= drawn <= high)
+        if missed < error:
+            best, error = alpha, missed
+        radius *= min(max((share / max(drawn, 1e-9)) ** 0.5, 0.6), 1.6)
+    return best
+
+
+def _pose(
+    shape: Callable[[np.random.Generator], list[np.ndarray]], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the polygons of a shape, turned and squeezed, of radius about 1."""
+    turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.0)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    return [(part * [1, stretch]) @ rotation.T for part in shape(rng)]
+
+
+def _coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
+    """Fill polygons in pixel coordinates; returns coverage in 0..1, (S, S), slightly smoothed."""
+    fine = 4
+    canvas = np.zeros((size * fine, size * fine), np.uint8)
+    for points in outlines:
+        cv2.fillPoly(canvas, [np.round(points * fine).astype(np.int32)], 255)
     alpha = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float64)
     return cv2.GaussianBlur(alpha / 255, (0, 0), 0.6)
 

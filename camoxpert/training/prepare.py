@@ -114,7 +114,7 @@ def prepare(
         batching=batching,
         world=world,
         stop=stop.current(),
-        meter=RoutingMeter(model.level_names(), model.moe_levels[0].kinds),
+        meter=RoutingMeter(model.level_names(), model.expert_kinds),
         step_counts=StepCounts(world.sum),
         gmacs=gmacs,
         forward=model,
@@ -147,8 +147,7 @@ def _build_network(
     console.decide(
         "model",
         f"{config.model.backbone}, {size:.2f} M parameters, {gmacs:.2f} GMACs an image; "
-        f"{config.model.num_experts} experts, top {config.model.top_k}, dispatch "
-        f"{model.moe_levels[0].dispatch}",
+        f"{model.describe_decoder()}",
     )
     return model, gmacs
 

@@ -205,6 +205,25 @@ class TestToy:
             assert image.shape == (64, 64, 3) and set(np.unique(mask)) == {0, 255}
             assert 0.01 < (mask > 0).mean() < 0.4
 
+    @pytest.mark.parametrize("limits", [(0.004, 0.01), (0.05, 0.3), (0.02, 0.02)])
+    def test_object_sizes_keep_their_limits(self, limits: tuple[float, float]) -> None:
+        """Every mask has its share of the image, to a pixel where one size is asked for."""
+        low, high = limits
+        shares = [
+            (toy_pair(0, index, size=96, object_size=limits)[1] > 0).mean() for index in range(30)
+        ]
+        pixels = 3 / 96**2 if low == high else 0
+        assert low - pixels <= min(shares) and max(shares) <= high + pixels
+        # The sizes fill the limits: half of their logarithms are below the middle.
+        if low != high:
+            below = np.mean(np.array(shares) < (low * high) ** 0.5)
+            assert 0.25 < below < 0.75
+
+    @pytest.mark.parametrize("limits", [(0.0, 0.1), (0.2, 0.1), (0.1, 0.6), (0.001, 0.1)])
+    def test_object_sizes_that_cannot_be_drawn(self, limits: tuple[float, float]) -> None:
+        with pytest.raises(ValueError, match=r"share|pixels"):
+            toy_pair(0, 0, size=64, object_size=limits)
+
     def test_harder_means_less_to_see(self) -> None:
         """The colour difference between object and surroundings falls; the outline stays."""
 
