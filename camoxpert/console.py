@@ -23,6 +23,7 @@ LOG_EVERY_SECONDS = 30.0
 LABEL_WIDTH = 12
 
 _silent = False
+_muted = False
 _decisions: list[str] = []
 _listeners: list[Callable[[str], None]] = []
 
@@ -49,9 +50,24 @@ def set_silent(silent: bool) -> None:
     _silent = silent
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """Print nothing inside the block: neither lines nor warnings nor bars; listeners still hear."""
+    global _muted
+    before, _muted = _muted, True
+    try:
+        yield
+    finally:
+        _muted = before
+
+
+def _quiet() -> bool:
+    return _silent or _muted
+
+
 def say(text: str = "") -> None:
     """Print a line of results or status to stdout."""
-    if not _silent and sys.stdout is not None and not sys.stdout.closed:
+    if not _quiet() and sys.stdout is not None and not sys.stdout.closed:
         print(text, flush=True)
 
 
@@ -78,7 +94,7 @@ def remembering() -> Iterator[list[str]]:
 
 def note(text: str) -> None:
     """Print a remark to stderr: stdout may hold a table or JSON that a program reads."""
-    if not _silent:
+    if not _quiet():
         print(text, file=_stderr(), flush=True)
 
 
@@ -123,7 +139,7 @@ def progress(description: str, *, total: int | None, done: int = 0) -> Iterator[
         delay=0 if live else LOG_EVERY_SECONDS,
         mininterval=0.1 if live else LOG_EVERY_SECONDS,
         maxinterval=LOG_EVERY_SECONDS,
-        disable=_silent,
+        disable=_quiet(),
     ) as bar:
         yield bar
 
@@ -172,7 +188,7 @@ class TrainingBar:
         live: bool | None = None,
     ) -> None:
         label = f"Epoch {epoch}/{epochs}" + (f" ({stage})" if stage else "")
-        self._live = (_stderr().isatty() if live is None else live) and not _silent
+        self._live = (_stderr().isatty() if live is None else live) and not _quiet()
         self._last_line = time.monotonic()
         self._tenths = 10 * initial // max(total, 1)
         self._bar = tqdm(
@@ -211,7 +227,7 @@ class TrainingBar:
         parts.append(f"data={data_wait:.0%}" if data_wait is not None else "")
         self._bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)
         self._bar.update(n)
-        if not self._live and not _silent:
+        if not self._live and not _quiet():
             self._log_line()
 
     def text(self) -> str:

@@ -16,7 +16,6 @@ from camoxpert.benchmark.common import (
     heading,
     interleaved,
     milliseconds,
-    multiply_adds,
     paired_ratio,
     quartiles,
     show_table,
@@ -24,7 +23,7 @@ from camoxpert.benchmark.common import (
 from camoxpert.config import Config, ModelConfig
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import CamoXpert, build_model
-from camoxpert.models.decoder import Decoder
+from camoxpert.models.cost import decoder_cost
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.device import Precision, device_name, wait_for
 from camoxpert.training.ema import ModelEma
@@ -194,7 +193,7 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
 
 
 def one_expert_of_equal_work(
-    model: ModelConfig, channels: Sequence[int], img_size: int
+    model: ModelConfig, channels: Sequence[int], img_size: int, *, all_experts: bool = False
 ) -> tuple[ModelConfig, float]:
     """Return the decoder with one expert for all images that does the most nearly equal work.
 
@@ -202,36 +201,40 @@ def one_expert_of_equal_work(
     to their width (the gate of ``hybrid`` grows with its square).
 
     Args:
-        model: a decoder whose experts are of one kind.
+        model: a decoder; its first expert gives the kind, or ``hybrid`` where all kinds are used.
         channels: of the backbone's levels.
         img_size: in pixels.
+        all_experts: equal to the work of all experts instead of those that an image uses.
 
     Returns:
         The settings, and the multiply-adds of that decoder over those of ``model``.
     """
-    images = torch.zeros(1, 3, img_size, img_size)
-    features = [
-        torch.zeros(1, c, img_size // stride, img_size // stride)
-        for c, stride in zip(channels, (4, 8, 16, 32), strict=True)
-    ]
-
-    def work(settings: ModelConfig) -> float:
-        with torch.random.fork_rng(devices=[]):
-            return multiply_adds(Decoder(channels, settings).eval(), images, features)
+    cost = decoder_cost(channels, model, img_size)
+    target = cost.total if all_experts else cost.active
 
     def single(hidden: int) -> ModelConfig:
         expansion = hidden / model.width
-        return replace(model, num_experts=1, top_k=1, expert_expansion=expansion)
+        return replace(
+            model,
+            num_experts=1,
+            top_k=1,
+            expert_family="specialist",
+            shared_expert="",
+            experts=(model.experts or ("hybrid",))[:1],
+            expert_expansion=expansion,
+        )
 
-    target = work(model)
+    def work(hidden: int) -> float:
+        return decoder_cost(channels, single(hidden), img_size).total
+
     narrow, wide = 8, 8
-    while work(single(wide)) < target:
+    while work(wide) < target:
         narrow, wide = wide, 2 * wide
     while wide - narrow > 8:
         middle = (narrow + wide) // 16 * 8
-        narrow, wide = (middle, wide) if work(single(middle)) < target else (narrow, middle)
-    nearest = min((narrow, wide), key=lambda hidden: abs(work(single(hidden)) / target - 1))
-    return single(nearest), work(single(nearest)) / target
+        narrow, wide = (middle, wide) if work(middle) < target else (narrow, middle)
+    nearest = min((narrow, wide), key=lambda hidden: abs(work(hidden) / target - 1))
+    return single(nearest), work(nearest) / target
 
 
 def images_per_second(subject: Subject, *, rounds: int) -> float:

@@ -31,6 +31,10 @@ COMMANDS = {
     "report": "write one HTML page about a run, or print a ledger as a table",
     "synthesize": "generate image and mask pairs with hidden objects",
 }
+# Kinds of a command that have flags of their own: command and kind -> module, what it does.
+KINDS = {
+    ("benchmark", "quality"): ("quality", "which decoder is best on your own data, fairly compared")
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,11 +148,14 @@ def run_command(typed: list[str]) -> int:
             f"Unknown command {name!r}.{did_you_mean(name, COMMANDS)} Commands: "
             f"{', '.join(COMMANDS)}."
         )
-    module = importlib.import_module(f"camoxpert.cli.{name}")
-    parser = Parser(prog=f"camoxpert {name}", description=f"{COMMANDS[name]}.")
+    kind = (name, typed[1] if len(typed) > 1 else "")
+    words = 2 if kind in KINDS else 1
+    module_name, description = KINDS.get(kind, (name, COMMANDS[name]))
+    module = importlib.import_module(f"camoxpert.cli.{module_name}")
+    parser = Parser(prog=f"camoxpert {' '.join(typed[:words])}", description=f"{description}.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(parser)
-    options, rest = parser.parse_checked([_at_home(word) for word in typed[1:]])
+    options, rest = parser.parse_checked([_at_home(word) for word in typed[words:]])
     result: int = module.run(options, rest, typed)
     return result
 

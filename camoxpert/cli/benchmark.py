@@ -20,6 +20,7 @@ KINDS = {
     "moe": "the dispatch back ends against the per-image loop and one dense expert",
     "train": "the training step against the bare backbone's",
     "data": "loading and augmentation against the plain Dataset",
+    "quality": "our decoder against others on your data (`benchmark quality --help`)",
 }
 EXAMPLES = """examples:
   camoxpert benchmark metrics -o metrics.json
@@ -75,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Measure, print and write."""
+    if options.kind == "quality":
+        raise ConfigError("Write `quality` right behind `benchmark`: it has flags of its own.")
     no_overrides(rest)
     if options.rounds < 1 or options.pairs < 1 or min(options.size) < 32:
         raise ConfigError("--rounds and --pairs must be at least 1, --size at least 32.")

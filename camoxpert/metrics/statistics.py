@@ -161,6 +161,40 @@ def compare(
     return {key: Comparison(*(float(v) for v in values)) for key, *values in columns}
 
 
+def compare_seeds(
+    a_SN: Floats, b_SN: Floats, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Return the interval of the difference between two methods over seeds and images.
+
+    A hierarchical bootstrap: each resample draws the seeds of either method and the images, all
+    with replacement; the images are the same for both. Scores of one image with several seeds are
+    not independent, and scores of several images with one seed are not either: an interval over
+    images alone says nothing about other seeds.
+
+    Args:
+        a_SN, b_SN: score of every image with every seed, (seeds, images); equal images in equal
+            columns. The numbers of seeds may differ.
+        level: coverage, 0..1. With few seeds it is lower in truth: the spread over n seeds is drawn
+            too small by about sqrt(1 - 1/n).
+        resamples: how often.
+        seed: equal seeds give equal intervals.
+
+    Raises:
+        ValueError: the numbers of images differ, or there is nothing to resample.
+    """
+    if a_SN.shape[1] != b_SN.shape[1] or 0 in (*a_SN.shape, *b_SN.shape):
+        raise ValueError(f"Scores of shapes {a_SN.shape} and {b_SN.shape} cannot be compared.")
+    rng = np.random.default_rng(seed)
+    weights_a_RS, weights_b_RS, weights_RN = (
+        np.concatenate(list(_resampled_weights(rng, number, resamples)))
+        for number in (a_SN.shape[0], b_SN.shape[0], a_SN.shape[1])
+    )
+    difference_RN = weights_a_RS @ a_SN - weights_b_RS @ b_SN
+    values_R = (weights_RN * difference_RN).sum(1)
+    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
 def _mixed(a: Scores, b: Scores, weights_a_RN: Floats, weights_b_RN: Floats) -> Floats:
     """Return the statistics of a method that takes some images from a and the others from b."""
     values_RK = weights_a_RN @ a.table_NK + weights_b_RN @ b.table_NK

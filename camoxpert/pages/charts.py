@@ -121,6 +121,36 @@ def plot_counts(histograms: Mapping[str, Mapping[str, int]]) -> bytes:
     return _png(figure)
 
 
+def plot_pareto(points: Mapping[str, tuple[float, float, float, float]], xlabel: str) -> bytes:
+    """Plot scores over costs, a point with its error bar and name per method; PNG.
+
+    The line joins the methods that no other method beats in both.
+
+    Args:
+        points: name -> (cost, score, lower end, upper end).
+        xlabel: what the cost is.
+    """
+    figure, (axis,) = _figure(1, width=6.4, height=3.8)
+    best, front = -np.inf, []
+    for cost, score, _, _ in sorted(points.values()):
+        if score > best:
+            best = score
+            front.append((cost, score))
+    axis.plot(*zip(*front, strict=True), color=GREY, linewidth=1, linestyle="--", zorder=1)
+    for index, (name, (cost, score, low, high)) in enumerate(points.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        axis.errorbar(
+            cost, score, [[score - low], [high - score]], color=colour, fmt="o", capsize=3
+        )
+        axis.annotate(
+            name, (cost, score), xytext=(6, 4), textcoords="offset points", color=GREY, fontsize=8
+        )
+    axis.margins(x=0.15)
+    axis.set(xlabel=xlabel, ylabel="weighted F")
+    axis.yaxis.label.set(color=GREY, fontsize=8)
+    return _png(figure)
+
+
 def _figure(columns: int, *, width: float = 8.4, height: float = 2.9) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 

@@ -17,6 +17,7 @@ from camoxpert.config import Config
 from camoxpert.data.samples.augment import image_sides, training_sides
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.models.cost import network_cost
 from camoxpert.runs.folder import recorded_hashes
 from camoxpert.runs.identity import file_hashes
 from camoxpert.runtime.device import (
@@ -143,7 +144,7 @@ def _build_network(
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    gmacs = forward_gmacs(model, config.data.img_size)
+    gmacs = network_cost(model, config.data.img_size).active / 1e9
     console.decide(
         "model",
         f"{config.model.backbone}, {size:.2f} M parameters, {gmacs:.2f} GMACs an image; "
@@ -171,17 +172,3 @@ def _decide_plan(
         f"backbone at {scale:g}x the learning rate",
     )
     return plan
-
-
-@torch.no_grad()
-def forward_gmacs(model: CamoXpert, img_size: int) -> float:
-    """Return the billions of multiply-adds of one image's forward pass, active experts only."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    training = model.training
-    model.eval()
-    image = torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8, device=model.mean.device)
-    with FlopCounterMode(display=False) as counter:
-        model(image)
-    model.train(training)
-    return float(counter.get_total_flops()) / 2e9
