@@ -251,9 +251,6 @@ def test_a_whole_contest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_run_without_test_set_is_named(tmp_path: Path) -> None:
     arm = quality.Arm("moe", settings(), 0, quality.Cost(0, 0))
     result = quality.ArmResult(arm, {}, 0.001, (tmp_path,))
-    costs = {
-        "moe": {"parameters": 0, "gmacs": 0, "total_gmacs": 0, "step_ms": 0, "inference_ms": 0}
-    }
     with pytest.raises(quality_report.DataError, match="no test set"):
         quality_report.summarise([result], {})
 
