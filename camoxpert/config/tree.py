@@ -13,6 +13,7 @@ EXPERT_KINDS = ("texture", "attention", "hybrid", "frequency", "edge", "semantic
 DISPATCH_NAMES = ("auto", "loop", "sorted", "gathered", "dense")
 DECODERS = ("moe", "unet", "fpn", "deeplabv3plus", "upernet", "segformer")
 SCHEDULERS = ("cosine", "poly", "linear", "step", "constant", "onecycle")
+PRESET_NAMES = ("auto", "tiny", "standard", "full")
 SELECTION_MEASURES = ("wFmeasure", "Smeasure", "meanEm", "meanFm", "IoU", "Dice", "MAE")
 
 
@@ -20,6 +21,12 @@ SELECTION_MEASURES = ("wFmeasure", "Smeasure", "meanEm", "meanFm", "IoU", "Dice"
 class AugmentConfig:
     """Augmentation of training samples: probabilities and strengths; 0 switches one off."""
 
+    strength: float | None = setting(
+        None,
+        "share of all strengths and probabilities below but the flips'; unset: by --preset",
+        minimum=0,
+        maximum=1,
+    )
     hflip: float = setting(0.5, "probability of a left-right flip", minimum=0, maximum=1)
     vflip: float = setting(0.0, "probability of an up-down flip", minimum=0, maximum=1)
     rotate: float = setting(15.0, "largest rotation, degrees either way", minimum=0, maximum=180)
@@ -250,7 +257,9 @@ class LossConfig:
 class OptimConfig:
     """AdamW and its schedule, a pure function of the optimizer step."""
 
-    lr: float = setting(2.5e-4, "peak learning rate of the decoder", flag="--lr", above=0)
+    lr: float | None = setting(
+        None, "peak learning rate of the decoder; unset: by --preset", flag="--lr", above=0
+    )
     stage2_lr: float | None = setting(
         None, "peak learning rate of stage 2; unset: the same as --lr", flag="--stage2-lr", above=0
     )
@@ -300,10 +309,17 @@ class OptimConfig:
 class TrainConfig:
     """Length, batches, precision and memory of a run, and when it stops."""
 
+    preset: str = setting(
+        "auto",
+        "values for what is left unset, by the length of the run: --lr, --stage1-epochs, the "
+        "strength of augmentation; auto: by the number of optimizer steps",
+        flag="--preset",
+        choices=PRESET_NAMES,
+    )
     epochs: int = setting(120, "epochs of both stages together", flag="--epochs", minimum=1)
     stage1_epochs: int | None = setting(
         None,
-        "epochs with the backbone frozen; unset: a quarter of --epochs with weights, 0 without",
+        "epochs with the backbone frozen; unset: by --preset",
         flag="--stage1-epochs",
         minimum=0,
     )

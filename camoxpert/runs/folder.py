@@ -74,7 +74,10 @@ class RunFolder:
 
 
 # Settings added since the first version: at their defaults they do not count in names.
-ADDED = ("data.group_copies", "data.resize", "model.decoder", "model.init_from")
+ADDED = (
+    *("data.augment.strength", "data.group_copies", "data.resize", "model.decoder"),
+    *("model.init_from", "train.preset"),
+)
 
 
 def run_name(config: Config) -> str:

@@ -109,6 +109,7 @@ class RunInfo(TypedDict, total=False):
     files: dict[str, str]  # sha256 of the files that settings name, by dotted path
     phases: dict[str, float]  # wall seconds
     decisions: list[str]
+    recipe: dict[str, Any]  # dotted path -> value of the settings that the preset filled
     precision: str
     parameters: int
     gmacs: float

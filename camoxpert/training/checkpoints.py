@@ -35,7 +35,7 @@ def snapshot(run: Run) -> dict[str, Any]:
     batching = run.batching
     return {
         "format": FORMAT,
-        "config": to_dict(run.config),
+        "config": to_dict(run.asked),
         "data_hash": run.data.data_hash,
         "files": run.files,
         "model": run.model.state_dict(),
@@ -65,7 +65,7 @@ def evaluated_weights(run: Run, scores: dict[str, float]) -> dict[str, Any]:
     """Return what evaluation and prediction need: the evaluated weights and the settings."""
     return {
         "format": FORMAT,
-        "config": to_dict(run.config),
+        "config": to_dict(run.asked),
         "data_hash": run.data.data_hash,
         "model": run.evaluated_model.state_dict(),
         "ema": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from camoxpert import console
 from camoxpert.config import Config, DataConfig
@@ -34,6 +35,7 @@ from camoxpert.runtime.host import free_shared_memory
 from camoxpert.runtime.processes import World
 from camoxpert.text import count, shorten
 from camoxpert.training.batching import effective_batch
+from camoxpert.training.recipe import Recipe, choose_recipe
 from camoxpert.training.split import Split, decide_split
 
 MASKS_LOOKED_AT = 16
@@ -48,6 +50,7 @@ class RunData:
         tests: test sets found beside the training data, by name; scored once, at the end.
         data_hash: content hash of train and validation together.
         loading: workers and cache of the training loader.
+        recipe: the settings with nothing left open.
     """
 
     train: Manifest
@@ -55,35 +58,39 @@ class RunData:
     tests: dict[str, Manifest]
     data_hash: str
     loading: LoaderPlan
+    recipe: Recipe
 
 
 def find_data(
-    config: Config,
+    asked: Config,
     world: World,
     *,
     device: str = "cpu",
     write: bool = True,
     kept: Split | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> RunData:
     """Find, pair, check, split and decode the data, printing each decision.
 
     Args:
-        config: settings.
+        asked: settings; what they leave open is decided by the number of images.
         world: the processes that train together; only rank 0 makes the checks that print a remark,
             and the ranks of a machine share its cores and memory.
         device: type of the device on which the step runs.
         write: False does not build a missing cache.
         kept: the split of the run that is continued.
+        recipe: what its preset decided.
 
     Raises:
         DataError: anything wrong with the data or its cache.
         Stopped: a stop was requested; a half-built cache is continued next time.
     """
-    data = config.data
-    clean = read_clean_list(data.clean_list)
-    search = search_of(data, clean)
-    found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
+    clean = read_clean_list(asked.data.clean_list)
+    search = search_of(asked.data, clean)
+    found = load_training_data(asked.data.roots, search, validate=asked.data.val_fraction > 0)
     whole = found.whole
+    chosen = choose_recipe(asked, len(whole), processes=world.size, kept=recipe)
+    config, data = chosen.config, chosen.config.data
     cache, verdict = find_cache(whole, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, whole) if cache is not None else _look_for_faults(whole, data)
@@ -125,7 +132,8 @@ def find_data(
             f"(--unreadable skip): {shorten(pair.name for pair in faults)}",
         )
     loading = _decide_loading(config, train, cache, world, device)
-    return RunData(train, validation, tests, whole.content_hash(), loading)
+    console.decide("recipe", chosen.reason)
+    return RunData(train, validation, tests, whole.content_hash(), loading, chosen)
 
 
 def search_of(data: DataConfig, clean: CleanList) -> Search:

@@ -60,7 +60,8 @@ def build_optimizer(
         }
         for scale, names in _grouped(model, scales, decay)
     ]
-    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
+    # The schedule sets the rate before every step.
+    return torch.optim.AdamW(settings, lr=config.lr or 1e-3, betas=config.betas, fused=True)
 
 
 def decayed(model: nn.Module) -> set[str]:

@@ -75,30 +75,18 @@ class Plan:
         return self.stages[-1]
 
 
-def stage1_epochs(config: TrainConfig, *, has_weights: bool) -> tuple[int, str]:
-    """Return how many epochs train only the decoder, and why.
-
-    Freezing is only useful for a backbone that has learned something: without weights there is no
-    stage 1 unless asked for.
-    """
-    if config.stage1_epochs is not None:
-        return config.stage1_epochs, "as asked"
-    if not has_weights:
-        return 0, "a backbone without weights is not worth freezing"
-    return config.epochs // 4, "a quarter of the epochs"
-
-
 def make_plan(
     train: TrainConfig,
     optim: OptimConfig,
     *,
     num_images: int,
-    has_weights: bool,
     batch_size: int | None = None,
     accumulation_steps: int | None = None,
     stage2_batch_size: int | None = None,
 ) -> Plan:
     """Return the stages and steps for ``num_images`` training images of one process.
+
+    The rate and the epochs of stage 1 must be set: see ``recipe``.
 
     ``batch_size``, ``accumulation_steps`` and ``stage2_batch_size`` replace those of the settings.
     """
@@ -106,7 +94,9 @@ def make_plan(
     accumulation = accumulation_steps or train.accumulation_steps
     if chosen is None:
         raise ValueError("The micro-batch must be chosen before the plan is made.")
-    first, _ = stage1_epochs(train, has_weights=has_weights)
+    if optim.lr is None or train.stage1_epochs is None:
+        raise ValueError("The recipe must be chosen before the plan is made.")
+    first = train.stage1_epochs
     stages: list[Stage] = []
     wanted = (
         (1, first, chosen, optim.lr),

@@ -34,17 +34,18 @@ from camoxpert.training.data import find_data
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.initial import read_initial, start_from
 from camoxpert.training.optim import backbone_scale, build_optimizer, lr_scales, starts_with_weights
-from camoxpert.training.plan import Plan, make_plan, stage1_epochs
+from camoxpert.training.plan import Plan, make_plan
 from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.run import Run
 from camoxpert.training.split import Split
 
 
 def prepare(
-    config: Config,
+    asked: Config,
     *,
     continued: Mapping[str, Any] | None = None,
     kept: Split | None = None,
+    recipe: Mapping[str, Any] | None = None,
     restored: bool = False,
     write: bool = True,
     world: World | None = None,
@@ -52,10 +53,11 @@ def prepare(
     """Decide and build everything a run needs; it has no folder yet.
 
     Args:
-        config: checked settings.
+        asked: checked settings.
         continued: ``run.json`` of the stopped run that this one will continue; the batching that
             it chose from free memory is kept, so that the same command takes the same steps.
         kept: the split of that run.
+        recipe: what that run's preset decided.
         restored: weights will come from a checkpoint: none are downloaded or read from files.
         write: False does not build a missing data cache.
         world: the processes that train together.
@@ -65,11 +67,12 @@ def prepare(
         Stopped: asked to stop; nothing was trained yet.
     """
     world = world or World()
-    device = choose_device(config.train.device, index=world.local_rank)
+    device = choose_device(asked.train.device, index=world.local_rank)
     check_architecture(device)
     data = world.in_turn(
-        lambda: find_data(config, world, device=device.type, write=write, kept=kept)
+        lambda: find_data(asked, world, device=device.type, write=write, kept=kept, recipe=recipe)
     )
+    config = data.recipe.config
     world.check_stop()
     on_cuda = device.type == "cuda"
     name = device_name(device) if on_cuda else f"{torch.get_num_threads()} threads"
@@ -98,11 +101,12 @@ def prepare(
     recomputed = model.set_gradient_checkpointing(batching.checkpointing)
     if batching.checkpointing:
         console.decide("checkpoint", f"activations of the {recomputed} are recomputed")
-    plan = _decide_plan(config, batching, len(data.train), scale, has_weights=has_weights)
+    plan = _decide_plan(config, batching, len(data.train), scale)
     if config.train.compile:
         compiled = compile_model(model, sizes=len(training_sides(config.data)))
         console.decide("compile", f"{compiled}, static shapes; the first steps take minutes")
     return Run(
+        asked=asked,
         config=config,
         data=data,
         device=device,
@@ -153,22 +157,20 @@ def _build_network(
     return model, gmacs
 
 
-def _decide_plan(
-    config: Config, batching: Batching, num_images: int, scale: float, *, has_weights: bool
-) -> Plan:
+def _decide_plan(config: Config, batching: Batching, num_images: int, scale: float) -> Plan:
     plan = make_plan(
         config.train,
         config.optim,
         num_images=-(-num_images // batching.processes),
-        has_weights=has_weights,
         batch_size=batching.size,
         accumulation_steps=batching.steps,
         stage2_batch_size=batching.stage2_size,
     )
-    first, why = stage1_epochs(config.train, has_weights=has_weights)
+    first = config.train.stage1_epochs
+    stages = f"stage 1 takes {first} of them" if first else "all of it trains from the start"
     console.decide(
         "plan",
-        f"{plan.epochs} epochs, {plan.steps} optimizer steps; stage 1 {first} epochs ({why}); "
-        f"backbone at {scale:g}x the learning rate",
+        f"{plan.epochs} epochs, {plan.steps} optimizer steps; {stages}; backbone at {scale:g}x the "
+        "learning rate",
     )
     return plan

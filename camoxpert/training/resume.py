@@ -49,7 +49,7 @@ def changes_since(checkpoint: Checkpoint, run: Run, folder: Path) -> Changes:
         CheckpointError: the changes would make it a different run.
     """
     before = checkpoint.values.get("files") or {}
-    lines = setting_changes(checkpoint.config, run.config, before=before, now=run.files)
+    lines = setting_changes(checkpoint.config, run.asked, before=before, now=run.files)
     lines += batching_changes(checkpoint, run.batching, images_per_step(run))
     if checkpoint.values.get("data_hash") == run.data.data_hash:
         return Changes(tuple(lines))

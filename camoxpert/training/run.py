@@ -70,7 +70,8 @@ class Run:
     """A run: ``prepare`` builds it, ``session`` gives it a folder and a log, ``train`` trains it.
 
     Attributes:
-        config: checked settings.
+        asked: the user's checked settings, which are saved and compared when a run continues.
+        config: the same with nothing left open: what is trained.
         data: training, validation and test sets, and how they are read.
         device, precision: where and in which number format the step runs.
         model: the network, without wrappers; its names are those of checkpoints.
@@ -88,6 +89,7 @@ class Run:
         split: parts into which each micro-batch is split after the device ran out of memory.
     """
 
+    asked: Config
     config: Config
     data: RunData
     device: torch.device

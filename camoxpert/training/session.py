@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from camoxpert import console, stop
 from camoxpert.config import Config, to_yaml
@@ -30,6 +31,7 @@ from camoxpert.runtime.processes import World, join, named_faults
 from camoxpert.training.checkpoints import require_space, restore
 from camoxpert.training.data import hash_of_data
 from camoxpert.training.prepare import prepare
+from camoxpert.training.recipe import recipe_of_older_version
 from camoxpert.training.resume import Changes, changes_since, refuse_if_trained
 from camoxpert.training.run import Run
 from camoxpert.training.split import read_split, write_samples
@@ -111,10 +113,19 @@ def prepare_run(config: Config, folder: RunFolder, world: World, *, write: bool 
         config,
         continued=folder.info,
         kept=read_split(folder.path) if stopped else {},
+        recipe=_recipe_of(folder),
         restored=stopped,
         write=write,
         world=world,
     )
+
+
+def _recipe_of(folder: RunFolder) -> Mapping[str, Any] | None:
+    """Return what the preset of the stopped run decided; None for a new run."""
+    if folder.checkpoint is None:
+        return None
+    known = folder.info.get("recipe")
+    return known if known else recipe_of_older_version(folder.checkpoint.config)
 
 
 @contextmanager
@@ -161,7 +172,7 @@ def open_folder(run: Run, folder: RunFolder) -> Changes:
         # Before anything is written: a refusal must not change the folder.
         require_space(run, folder.path)
         try:
-            path = folder.create(run.config)
+            path = folder.create(run.asked)
         except OSError as error:
             raise CheckpointError(
                 f"The run folder in {run.config.run.dir} cannot be used: {error}."
@@ -195,7 +206,7 @@ def open_log(
         folder, config = run.folder, run.config
         step = checkpoint.values["state"]["step"] + 1 if checkpoint else None
         try:
-            write_bytes(folder / "config.yaml", to_yaml(config).encode())
+            write_bytes(folder / "config.yaml", to_yaml(run.asked).encode())
             write_samples(folder, run.data.train, run.data.validation)
             write_run_json(
                 folder,
@@ -206,6 +217,7 @@ def open_log(
                 extra={
                     "files": run.files,
                     "decisions": list(decisions),
+                    "recipe": run.data.recipe.values,
                     "precision": run.precision.name,
                     "parameters": run.parameters,
                     "gmacs": run.gmacs,

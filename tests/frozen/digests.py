@@ -32,6 +32,7 @@ SETTINGS = (
     *("--backbone", "tiny_test", "--no-pretrained", "--img-size", "32", "--num-experts", "3"),
     *("--num-workers", "0", "--device", "cpu", "--val-fraction", "0.1", "--cache", "none"),
     *("--epochs", "2", "--stage1-epochs", "1", "--router-warmup", "1"),
+    *("--lr", "2.5e-4", "data.augment.strength=1"),
     *("--accumulation-steps", "2", "--no-tensorboard", "--no-report", "--no-test"),
     *("model.width=16", "model.detail_width=8", "optim.router_bias_rate=0.01", "run.log_every=1"),
 )

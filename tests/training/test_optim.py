@@ -16,12 +16,14 @@ from camoxpert.training.optim import (
     saved_names,
     set_lr,
 )
-from camoxpert.training.plan import decay_factor, lr_at, make_plan, stage1_epochs
+from camoxpert.training.plan import Plan, decay_factor, lr_at, make_plan
+
+DECIDED = {"optim.lr": 2.5e-4, "train.stage1_epochs": 0}
 
 
-def plan_of(num_images: int = 100, *, has_weights: bool = True, **train: object):
-    config = build_config({f"train.{k}": v for k, v in train.items()})
-    return make_plan(config.train, config.optim, num_images=num_images, has_weights=has_weights)
+def plan_of(num_images: int = 100, **train: object) -> Plan:
+    config = build_config(DECIDED | {f"train.{k}": v for k, v in train.items()})
+    return make_plan(config.train, config.optim, num_images=num_images)
 
 
 def test_steps_count_the_last_short_window() -> None:
@@ -43,29 +45,29 @@ def test_stage2_has_its_own_batch_size_and_rate() -> None:
             "train.stage1_epochs": 2,
             "train.batch_size": 20,
             "train.stage2_batch_size": 10,
+            "optim.lr": 2.5e-4,
             "optim.stage2_lr": 1e-5,
         }
     )
-    plan = make_plan(config.train, config.optim, num_images=100, has_weights=True)
+    plan = make_plan(config.train, config.optim, num_images=100)
     assert [(s.batch_size, s.steps, s.lr) for s in plan.stages] == [(20, 5, 2.5e-4), (10, 10, 1e-5)]
 
 
-def test_stage1_default_depends_on_weights() -> None:
-    train = build_config({"train.epochs": 120}).train
-    assert stage1_epochs(train, has_weights=True)[0] == 30
-    assert stage1_epochs(train, has_weights=False)[0] == 0
-    skip = build_config({"train.skip_stage1": True}).train
-    assert stage1_epochs(skip, has_weights=True) == (0, "as asked")
-    asked = build_config({"train.stage1_epochs": 5}).train
-    assert stage1_epochs(asked, has_weights=False)[0] == 5
+def test_what_the_recipe_decides_must_be_decided() -> None:
+    config = build_config({})
+    with pytest.raises(ValueError, match="recipe"):
+        make_plan(config.train, config.optim, num_images=100)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_schedule_rises_peaks_and_ends_where_it_should(scheduler: str) -> None:
     config = build_config(
-        {"optim.scheduler": scheduler, "optim.lr": 1e-2, "optim.min_lr": 1e-4, "train.epochs": 10}
+        {
+            **{"optim.scheduler": scheduler, "optim.lr": 1e-2, "optim.min_lr": 1e-4},
+            **{"train.epochs": 10, "train.stage1_epochs": 0},
+        }
     )
-    plan = make_plan(config.train, config.optim, num_images=160, has_weights=False)
+    plan = make_plan(config.train, config.optim, num_images=160)
     rates = [lr_at(plan, config.optim, step) for step in range(plan.steps)]
     assert rates[0] < 0.2 * max(rates)
     assert max(rates) == pytest.approx(1e-2, rel=0.01)
@@ -85,8 +87,9 @@ def test_decay_by_hand() -> None:
 
 
 def test_rate_is_a_function_of_the_step_and_restarts_in_stage_2() -> None:
-    config = build_config({"train.epochs": 8, "train.stage1_epochs": 4, "optim.warmup_epochs": 1})
-    plan = make_plan(config.train, config.optim, num_images=160, has_weights=True)
+    settings = {"train.epochs": 8, "train.stage1_epochs": 4, "optim.warmup_epochs": 1}
+    config = build_config({**settings, "optim.lr": 2.5e-4})
+    plan = make_plan(config.train, config.optim, num_images=160)
     first = [lr_at(plan, config.optim, step) for step in range(40)]
     second = [lr_at(plan, config.optim, step) for step in range(40, 80)]
     assert first == second

@@ -16,7 +16,7 @@ import numpy as np
 
 from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.files.labels import has_void, join_void, void_planes
-from camoxpert.data.samples.draw import Draw, draw, gaussian_kernel
+from camoxpert.data.samples.draw import Draw, draw, gaussian_kernel, scaled
 
 
 def training_sides(data: DataConfig) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ class SampleTransform:
         self, *, img_size: int, augment: AugmentConfig | None, seed: int, source: int | None = None
     ) -> None:
         self.img_size = img_size
-        self.augment = augment
+        self.augment = None if augment is None else scaled(augment)
         self.seed = seed
         self.source = source or img_size
 

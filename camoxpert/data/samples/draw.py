@@ -6,7 +6,7 @@ Both back ends apply the same numbers, so the CPU and the device move the object
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,19 @@ BLUR_RADIUS = 3
 NOISE_RANGE = (0.01, 0.05)
 # Weights of red, green and blue in a grey level (Rec. 601).
 GREY = np.array([0.299, 0.587, 0.114])
+
+SCALED = (
+    *("rotate", "scale", "translate", "brightness", "contrast", "saturation", "hue"),
+    *("blur", "noise"),
+)
+"""Fields of ``AugmentConfig`` that its ``strength`` multiplies."""
+
+
+def scaled(augment: AugmentConfig) -> AugmentConfig:
+    """Return augmentation with its strength multiplied in; unset counts as 1."""
+    strength = 1.0 if augment.strength is None else augment.strength
+    values = {field: strength * getattr(augment, field) for field in SCALED}
+    return replace(augment, strength=1.0, **values)
 
 
 @dataclass(frozen=True)

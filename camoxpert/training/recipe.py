@@ -1,0 +1,118 @@
+"""The preset: values for the settings that the user left open, by the length of the run.
+
+Few optimizer steps want a high learning rate and weak augmentation, many want the opposite;
+freezing the backbone first costs steps that a short run does not have. Measured in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from camoxpert.config import AugmentConfig, Config, build_config, changed_settings, get_setting
+from camoxpert.data.samples.draw import SCALED
+from camoxpert.training.batching import effective_batch
+from camoxpert.training.optim import starts_with_weights
+
+GOVERNED = ("optim.lr", "train.stage1_epochs", "data.augment.strength")
+"""Settings that a preset fills where they are unset."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values for runs of some length.
+
+    Attributes:
+        steps: optimizer steps below which ``auto`` takes it.
+        lr: peak learning rate of the decoder over a backbone with weights.
+        lr_from_scratch: the same without weights.
+        strength: of the augmentation.
+    """
+
+    steps: float
+    lr: float
+    lr_from_scratch: float
+    strength: float
+
+
+PRESETS = {
+    "tiny": Preset(steps=1_000, lr=3e-3, lr_from_scratch=3e-3, strength=0.0),
+    "standard": Preset(steps=10_000, lr=1e-3, lr_from_scratch=2e-3, strength=1.0),
+    "full": Preset(steps=math.inf, lr=5e-4, lr_from_scratch=1e-3, strength=1.0),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was decided.
+
+    Attributes:
+        config: the settings with nothing left open.
+        values: dotted path -> value of the settings in GOVERNED.
+        reason: one line for the user.
+    """
+
+    config: Config
+    values: dict[str, Any]
+    reason: str
+
+
+def choose_recipe(
+    asked: Config,
+    num_images: int,
+    *,
+    processes: int = 1,
+    kept: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Fill in what the user left open.
+
+    Args:
+        asked: the user's settings.
+        num_images: of TRAIN, validation included.
+        processes: that train together.
+        kept: values of the stopped run that this one continues: they stay as they are.
+    """
+    batch = effective_batch(asked.train)
+    if asked.train.batch_size is not None and asked.train.effective_batch_size is None:
+        batch *= processes
+    steps = asked.train.epochs * math.ceil(max(num_images, 1) / batch)
+    name, why = _choose(asked.train.preset, steps)
+    preset = PRESETS[name]
+    has_weights = starts_with_weights(asked.model)
+    own = any(
+        getattr(asked.data.augment, field) != getattr(AugmentConfig(), field) for field in SCALED
+    )
+    values: dict[str, Any] = {
+        "optim.lr": preset.lr if has_weights else preset.lr_from_scratch,
+        "train.stage1_epochs": 0,
+        # Whoever sets a strength of augmentation means it.
+        "data.augment.strength": 1.0 if own else preset.strength,
+    }
+    if kept:
+        values |= {path: kept[path] for path in GOVERNED if path in kept}
+        why = "as the stopped run had it"
+    given = {path: get_setting(asked, path) for path in GOVERNED}
+    values |= {path: value for path, value in given.items() if value is not None}
+    shown = ", ".join(
+        f"{word} {values[path]:g}{' (as asked)' if given[path] is not None else ''}"
+        for path, word in zip(GOVERNED, ("lr", "stage 1 epochs", "augmentation x"), strict=True)
+    )
+    config = build_config({**changed_settings(asked), **values})
+    return Recipe(config, values, f"{name} ({why}): {shown}")
+
+
+def _choose(name: str, steps: int) -> tuple[str, str]:
+    if name != "auto":
+        return name, "as asked"
+    fits = next(known for known, preset in PRESETS.items() if steps < preset.steps)
+    return fits, f"about {steps} optimizer steps"
+
+
+def recipe_of_older_version(config: Config) -> dict[str, Any]:
+    """Return what a run of a version without presets had where its settings are unset."""
+    first = config.train.epochs // 4 if starts_with_weights(config.model) else 0
+    old = {"optim.lr": 2.5e-4, "train.stage1_epochs": first, "data.augment.strength": 1.0}
+    given = {path: get_setting(config, path) for path in GOVERNED}
+    return old | {path: value for path, value in given.items() if value is not None}
