@@ -80,7 +80,7 @@ def test_override_values_keep_their_type(override: str, value: object) -> None:
         (["train.epochs=5", "train.stage1_epochs=6"], "--stage1-epochs 6"),
         (["train.amp=false", "train.precision=bf16"], "contradict"),
         (["train.resume=never", "train.resume_from=x"], "contradict"),
-        (["optim.min_lr=1"], "--min-lr"),
+        (["optim.min_lr=1", "optim.lr=0.01"], "--min-lr"),
         (["loss.structure=0"], "weight 0"),
         (["train.early_stopping=3", "data.val_fraction=0"], "validation split"),
         (["train.device=gpu"], "--device"),

@@ -11,8 +11,7 @@ from camoxpert.errors import ConfigError, DataError
 
 EXAMPLES = """examples:
   camoxpert synthesize toy data/toy
-  camoxpert synthesize toy data/hard --train 1000 --size 128 --difficulty 0.9 --seed 1
-  camoxpert synthesize toy data/tiny --size 160 --object-size 0.002 0.01"""
+  camoxpert synthesize toy data/tiny --train 1000 --size 160 --object-size 0.002 0.01 --seed 1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

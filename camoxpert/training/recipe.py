@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from camoxpert.config import AugmentConfig, Config, build_config, changed_settings, get_setting
+from camoxpert.config import (
+    AugmentConfig,
+    Config,
+    build_config,
+    changed_settings,
+    check_conflicts,
+    get_setting,
+)
 from camoxpert.data.samples.draw import SCALED
 from camoxpert.training.batching import effective_batch
 from camoxpert.training.optim import starts_with_weights
@@ -73,6 +80,9 @@ def choose_recipe(
         num_images: of TRAIN, validation included.
         processes: that train together.
         kept: values of the stopped run that this one continues: they stay as they are.
+
+    Raises:
+        ConfigError: what was set contradicts what the preset chose.
     """
     batch = effective_batch(asked.train)
     if asked.train.batch_size is not None and asked.train.effective_batch_size is None:
@@ -100,6 +110,8 @@ def choose_recipe(
         for path, word in zip(GOVERNED, ("lr", "stage 1 epochs", "augmentation x"), strict=True)
     )
     config = build_config({**changed_settings(asked), **values})
+    # What was unset may contradict what was set: --min-lr 0.1.
+    check_conflicts(config)
     return Recipe(config, values, f"{name} ({why}): {shown}")
 
 

@@ -10,6 +10,7 @@ import pytest
 from camoxpert.cli import main
 from camoxpert.config import AugmentConfig, build_config, load_config, to_dict
 from camoxpert.data.samples.augment import SampleTransform
+from camoxpert.errors import ConfigError
 from camoxpert.files import read_json
 from camoxpert.synthesis.toy import generate_toy, toy_pair
 from camoxpert.training.recipe import (
@@ -59,6 +60,11 @@ def test_what_the_user_set_wins() -> None:
     assert recipe.reason.count("as asked") == 4
     # Nothing else changes.
     assert to_dict(recipe.config) == to_dict(build_config({**own, "train.preset": "full"}))
+
+
+def test_settings_that_contradict_the_preset_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--min-lr 0.1 is above --lr 0.003"):
+        choose_recipe(build_config({"optim.min_lr": 0.1, "train.preset": "tiny"}), 10)
 
 
 def test_an_own_strength_of_augmentation_is_not_weakened() -> None:
