@@ -54,9 +54,13 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_batch_norm_is_scored_the_same_after_a_stop(
     runner: Runner, data: Path, tmp_path: Path
 ) -> None:
-    """Each process has different statistics; the checkpoint, and so the score, has one set."""
+    """Each process has different statistics; the checkpoint, and so the score, has one set.
+
+    Ten images to score, in blocks of four: both processes have some.
+    """
     words = ("--backbone", "test_resnet", "--epochs", "1", "--stage1-epochs", "0")
-    a, b = (command(data, tmp_path / name, *words) for name in "ab")
+    words = (*words, "--val-fraction", "0.5")
+    a, b = (command(data, tmp_path / name, *words, batch=2) for name in "ab")
     assert runner.run(a, ranks=2) == [0, 0], runner.said()
     stop = [["[scoring]", signal.SIGTERM, None]]
     assert runner.run(b, ranks=2, signals=stop, patches=["slow_validation"]) == [143, 143]
@@ -134,8 +138,8 @@ class TestSameAsOne:
     def test_validation_scores_are_those_of_one_process(
         self, runner: Runner, data: Path, tmp_path: Path
     ) -> None:
-        """Three images over two processes: every score is equal to the last bit."""
-        words = command(data, tmp_path, "--epochs", "2", batch=2)
+        """Ten images in blocks of four over two processes: every score is equal to the last bit."""
+        words = command(data, tmp_path, "--epochs", "2", "--val-fraction", "0.5", batch=2)
         assert runner.run(words, ranks=2) == [0, 0], runner.said()
         records = read_jsonl(tmp_path / "r" / "metrics.jsonl")
         logged = [r["scores"] for r in records if r["kind"] == "validation"][-1]
