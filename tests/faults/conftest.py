@@ -21,7 +21,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a data set of 25 training and 3 validation images, 32 px."""
+    """Return a data set of 17 training and 3 validation images, 32 px."""
     root = tmp_path_factory.mktemp("faults")
-    generate_toy(root, num_train=28, num_test=2, size=32, difficulty=0.1, seed=0)
+    generate_toy(root, num_train=20, num_test=2, size=32, difficulty=0.1, seed=0)
     return root

@@ -182,6 +182,7 @@ class TestState:
         words += ["--backbone", "tiny_test", "--no-pretrained", "--img-size", "32"]
         words += ["--batch-size", "8", "--num-experts", "3", "--num-workers", "0"]
         words += ["--no-tensorboard", "model.width=16", "model.detail_width=8", *self.SETTINGS]
+        words += ["--expert-family", "uniform"]
         assert main([*words, "--epochs", "3"]) == 0
         steps = sorted((out / "r" / "checkpoints").glob("step_*.pt"))
         checkpoint = load_checkpoint(steps[0])

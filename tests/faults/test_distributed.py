@@ -42,8 +42,8 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def short(data: Path, out: Path, *words: str, batch: int = 4) -> list[str]:
     """Return the arguments of a run over all images, without accumulation."""
-    words = ("--val-fraction", "0", "--accumulation-steps", "1", "--epochs", "2", *words)
-    return command(data, out, *words, batch=batch)
+    base = ("--val-fraction", "0", "--accumulation-steps", "1", "--epochs", "2")
+    return command(data, out, *base, "--expert-family", "specialist", *words, batch=batch)
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -54,9 +54,13 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_batch_norm_is_scored_the_same_after_a_stop(
     runner: Runner, data: Path, tmp_path: Path
 ) -> None:
-    """Each process has different statistics; the checkpoint, and so the score, has one set."""
-    words = ("--backbone", "resnet18", "--img-size", "64", "--epochs", "1", "--stage1-epochs", "0")
-    a, b = (command(data, tmp_path / name, *words) for name in "ab")
+    """Each process has different statistics; the checkpoint, and so the score, has one set.
+
+    Ten images to score, in blocks of four: both processes have some.
+    """
+    words = ("--backbone", "test_resnet", "--epochs", "1", "--stage1-epochs", "0")
+    words = (*words, "--val-fraction", "0.5")
+    a, b = (command(data, tmp_path / name, *words, batch=2) for name in "ab")
     assert runner.run(a, ranks=2) == [0, 0], runner.said()
     stop = [["[scoring]", signal.SIGTERM, None]]
     assert runner.run(b, ranks=2, signals=stop, patches=["slow_validation"]) == [143, 143]
@@ -134,8 +138,8 @@ class TestSameAsOne:
     def test_validation_scores_are_those_of_one_process(
         self, runner: Runner, data: Path, tmp_path: Path
     ) -> None:
-        """Three images over two processes: every score is equal to the last bit."""
-        words = command(data, tmp_path, "--epochs", "2", batch=2)
+        """Ten images in blocks of four over two processes: every score is equal to the last bit."""
+        words = command(data, tmp_path, "--epochs", "2", "--val-fraction", "0.5", batch=2)
         assert runner.run(words, ranks=2) == [0, 0], runner.said()
         records = read_jsonl(tmp_path / "r" / "metrics.jsonl")
         logged = [r["scores"] for r in records if r["kind"] == "validation"][-1]
@@ -206,7 +210,7 @@ class TestFaults:
 
     def test_a_killed_rank_ends_the_other(self, runner, data, tmp_path: Path, whole) -> None:
         words = command(data, tmp_path, batch=2)
-        kill = [["[step 6]", signal.SIGKILL, 1]]
+        kill = [["[step 5]", signal.SIGKILL, 1]]
         codes = runner.run(words, ranks=2, signals=kill, patches=["slow_steps"])
         assert codes == [PEER_GONE, KILLED], runner.said()
         assert runner.seconds < 10
@@ -229,7 +233,7 @@ class TestFaults:
 
     @pytest.mark.parametrize(
         ("during", "when"),
-        [("slow_steps", "[step 6]"), ("slow_validation", "[scoring]"), ("slow_start", "device")],
+        [("slow_steps", "[step 5]"), ("slow_validation", "[scoring]"), ("slow_start", "device")],
     )
     def test_a_signal_to_one_rank_stops_both(
         self, runner, data, tmp_path: Path, whole, during: str, when: str

@@ -80,11 +80,12 @@ def test_kills_of_two_processes_that_train_together(runner, data, tmp_path: Path
 
     Stochastic depth draws from the random state of each process, which must be restored as well.
     """
-    words = command(data, tmp_path / "whole", "model.drop_path=0.3", batch=2)
+    settings = ("model.drop_path=0.3", "--expert-family", "specialist")
+    words = command(data, tmp_path / "whole", *settings, batch=2)
     started = time.monotonic()
     assert runner.run(words, ranks=2) == [0, 0], runner.said()
     seconds = time.monotonic() - started
-    words = command(data, tmp_path / "killed", "model.drop_path=0.3", batch=2)
+    words = command(data, tmp_path / "killed", *settings, batch=2)
     assert disturbed(runner, words, 6, 0.7 * seconds, ranks=2) >= 3
     assert ending(tmp_path / "killed" / "r") == ending(tmp_path / "whole" / "r")
 
