@@ -126,6 +126,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     _check(options, typed)
     from camoxpert.evaluation.ledger import append_rows, check_ledger, ledger_row
+    from camoxpert.evaluation.published import published_rows
     from camoxpert.evaluation.results import by_method
     from camoxpert.pages.tables import FORMATS
 
@@ -139,6 +140,9 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         console.say(json.dumps(by_method(results), indent=1))
     else:
         rows = [result.to_dict() for result in results]
+        if options.format == "text":
+            # For readers; files and the other formats hold what was measured.
+            rows += published_rows(results)
         console.say(FORMATS[options.format](rows, tuple(results[0].scores)).rstrip("\n"))
     if options.format == "text":
         console.say(f"per image, curves and pictures: {output}")

@@ -38,9 +38,13 @@ def check_data_given(config: Config) -> None:
             "No training data: give a data set folder with --dataset-path. "
             "`camoxpert synthesize toy DIR` generates one to try things out."
         )
-    for root in config.data.roots:
-        if not Path(root).exists():
-            raise DataError(f"--dataset-path: {why_missing(root)}")
+    for flag, roots in (
+        ("--dataset-path", config.data.roots),
+        ("--test-data", config.data.test_roots),
+    ):
+        for root in roots:
+            if not Path(root).exists():
+                raise DataError(f"{flag}: {why_missing(root)}")
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:

@@ -24,7 +24,7 @@ TYPE_NAMES: Mapping[Any, str] = {
 
 PATHS = frozenset(
     (
-        *("data.roots", "data.clean_list", "data.cache_dir"),
+        *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
         *("model.weights", "model.init_from", "train.resume", "run.dir"),
     )
 )

@@ -83,11 +83,10 @@ def read_config(options: argparse.Namespace, rest: Sequence[str]) -> Config:
     types = accepted()
     typed = {path: value for path, value in vars(options).items() if path in types}
     overrides = list(rest)
-    if "data.roots" in typed:
+    for path in {"data.roots", "data.test_roots"} & typed.keys():
         # `--dataset-path A B optim.lr=3e-4`: the list of folders swallows the override.
-        roots = typed["data.roots"]
-        overrides += [root for root in roots if OVERRIDE.fullmatch(root)]
-        typed["data.roots"] = [root for root in roots if not OVERRIDE.fullmatch(root)]
+        overrides += [root for root in typed[path] if OVERRIDE.fullmatch(root)]
+        typed[path] = [root for root in typed[path] if not OVERRIDE.fullmatch(root)]
     flags = {
         path: parse_text(value, types[path], path) if isinstance(value, str) else value
         for path, value in typed.items()

@@ -49,6 +49,11 @@ class DataConfig:
     roots: tuple[str, ...] = setting(
         (), "training data: one or more data set folders or CSV files", flag="--dataset-path"
     )
+    test_roots: tuple[str, ...] = setting(
+        (),
+        "more test sets to score when training ends, beside those that come with the training data",
+        flag="--test-data",
+    )
     layout: str = setting(
         "auto", "name of a known layout, or auto to recognise it", flag="--layout"
     )

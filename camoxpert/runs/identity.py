@@ -12,6 +12,7 @@ from camoxpert.runs.checkpoint import file_digest, resolve_checkpoint
 
 # Settings that say how long, how fast or where, not what is trained.
 FREE = (
+    "data.test_roots",
     "data.num_workers",
     "data.persistent_workers",
     "data.prefetch_factor",

@@ -19,6 +19,7 @@ from camoxpert.data.files.manifest import (
     Manifest,
     Search,
     find_test_sets,
+    load_eval,
     load_training_data,
     read_clean_list,
     unused_rows,
@@ -39,6 +40,8 @@ from camoxpert.training.recipe import Recipe, choose_recipe
 from camoxpert.training.split import Split, decide_split
 
 MASKS_LOOKED_AT = 16
+TEST_SETS = ("NC4K", "CHAMELEON")
+"""Names of data sets that exist for testing alone."""
 
 
 @dataclass
@@ -95,13 +98,20 @@ def find_data(
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, whole) if cache is not None else _look_for_faults(whole, data)
     train, validation = decide_split(found, config, kept or {}, write=write)
-    tests = find_test_sets(data.roots, search)
+    tests = _find_tests(data, search)
     for note in whole.notes:
         console.decide("", note)
     sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
     console.decide(
         "test sets", f"{sizes or 'none found'}; they choose nothing and are scored at the end"
     )
+    for name in sorted({pair.dataset for pair in whole.pairs}):
+        if name.upper() in TEST_SETS:
+            console.decide(
+                "warning",
+                f"{name} is a test set in this field: scores of a model that was trained on it "
+                "cannot be compared. --test-data scores it instead",
+            )
     resized = [text for manifest in (whole, *tests.values()) for text in other_sizes(manifest)]
     if resized:
         console.decide(
@@ -134,6 +144,18 @@ def find_data(
     loading = _decide_loading(config, train, cache, world, device)
     console.decide("recipe", chosen.reason)
     return RunData(train, validation, tests, whole.content_hash(), loading, chosen)
+
+
+def _find_tests(data: DataConfig, search: Search) -> dict[str, Manifest]:
+    """Return the test sets beside the training data and those of ``data.test_roots``, by name."""
+    tests = find_test_sets(data.roots, search)
+    more = load_eval(data.test_roots, search) if data.test_roots else {}
+    doubled = sorted(tests.keys() & more.keys())
+    if doubled:
+        raise DataError(
+            f"--test-data: {doubled[0]} is already a test set of the training data. Leave one out."
+        )
+    return tests | more
 
 
 def search_of(data: DataConfig, clean: CleanList) -> Search:

@@ -270,6 +270,7 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
     """Write the best weights for sharing, score them on every test set, and print the table."""
     from camoxpert.evaluation.model import evaluate_run
     from camoxpert.evaluation.options import ScoringOptions
+    from camoxpert.evaluation.published import published_rows
     from camoxpert.inference.predictor import Predictor
     from camoxpert.pages.tables import text_table
 
@@ -295,7 +296,7 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
         run.log.write({"kind": "event", "text": text})
         console.warn(text)
         return {}
-    rows = [result.to_dict() for result in results]
+    rows = [result.to_dict() for result in results] + published_rows(results)
     console.say(text_table(rows, tuple(results[0].scores)))
     return {result.dataset: result.scores for result in results}
 
