@@ -195,7 +195,7 @@ def evaluate(
     options = ScoringOptions(
         protocol=protocol, empty_gt=empty_gt, intervals=intervals, gallery=gallery
     )
-    with written_to(output) as folder:
+    with written_to(output, options) as folder:
         return evaluate_model(
             predictor,
             sets,
@@ -274,7 +274,7 @@ def score_maps(
         resize=resize,
         gt_threshold=gt_threshold,
     )
-    with written_to(output) as folder:
+    with written_to(output, options) as folder:
         return evaluate_maps(
             tasks, options, num_workers=num_workers, output=folder, command=("evaluate",)
         )

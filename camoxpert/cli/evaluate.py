@@ -241,7 +241,7 @@ def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[Evalu
             pairing,
             images=[Path(path) for path in options.images or ()],
         )
-    with OutputFolder(Path(options.output) if options.output else None) as folder:
+    with OutputFolder(Path(options.output) if options.output else None, scoring) as folder:
         workers = choose_map_workers(options.num_workers)
         results = evaluate_maps(tasks, scoring, num_workers=workers, output=folder, command=typed)
         return results, folder.finish()
@@ -276,7 +276,7 @@ def _checkpoint(
         gallery=options.gallery,
     )
     target = Path(options.output) if options.output else default_output(predictor)
-    with OutputFolder(target) as folder:
+    with OutputFolder(target, scoring) as folder:
         results = evaluate_model(
             predictor,
             sets,

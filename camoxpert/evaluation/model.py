@@ -38,6 +38,7 @@ from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel
+from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count, shorten
 
 Picture = NDArray[np.uint8]
@@ -231,7 +232,7 @@ def evaluate_run(
     command: Sequence[str] = (),
 ) -> list[EvaluationResult]:
     """Score a run's model and write the results to its run folder; see ``evaluate_model``."""
-    with OutputFolder(default_output(predictor)) as folder:
+    with OutputFolder(default_output(predictor), options) as folder:
         results = evaluate_model(
             predictor,
             sets,
@@ -323,6 +324,7 @@ def _score_set(
         unreadable=left_out,
         source=ModelSource(
             checkpoint=predictor.checkpoint.path.stem,
+            weights=file_digest(predictor.checkpoint.path),
             img_size=predictor.img_size,
             precision=predictor.precision.name,
             baseline={"all_foreground": _results(everything)},

@@ -1,5 +1,8 @@
 """The output folder of an evaluation: written completely or not at all, never over other files.
 
+Results are kept by method and data set: a later evaluation into the same folder replaces those it
+scores again and keeps the others.
+
 ::
 
     scores.json                     results, comparisons, gallery, command, versions, files
@@ -21,11 +24,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NamedTuple
 
 from camoxpert import console, stop
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.evaluation.results import EvaluationResult, GalleryEntry, Scored, compare_all
-from camoxpert.files import leads_outside, write_bytes, write_json, write_rows
+from camoxpert.evaluation.options import ScoringOptions
+from camoxpert.evaluation.results import GalleryEntry, Scored, compare_all
+from camoxpert.files import leads_outside, read_json, write_bytes, write_json, write_rows
 from camoxpert.pages import charts, tables
 from camoxpert.pages.evaluation import write_evaluation_page
 from camoxpert.runs.info import versions
@@ -42,26 +47,34 @@ class OutputFolder:
     a mount point), else beside it. It is deleted unless ``finish`` was called.
 
     Args:
-        target: final folder. It may exist if it is empty or holds an earlier evaluation, whose
-            files are then replaced. None: the first free name of ``evaluation``, ``evaluation-2``
+        target: final folder. It may exist if it is empty or holds an earlier evaluation, which is
+            then merged with this one. None: the first free name of ``evaluation``, ``evaluation-2``
             ... in the working directory.
+        scoring: how images will be scored.
 
     Raises:
-        ConfigError: the target is a file, holds other files, or cannot be written.
+        ConfigError: the target is a file, holds other files, or scores by another protocol, or it
+            cannot be written.
     """
 
-    def __init__(self, target: Path | None) -> None:
+    def __init__(self, target: Path | None, scoring: ScoringOptions | None = None) -> None:
         self.target = target
         self._replaces = target is not None and target.is_dir()
         if target is not None and target.exists() and not target.is_dir():
             raise ConfigError(f"--output {target} is a file. Name a folder.")
         self._old = _own_files(target) if target is not None and self._replaces else []
+        self.earlier = _earlier(target) if target is not None and self._old else {}
+        if scoring is not None:
+            _require_same_protocol(self.earlier, scoring, target)
         place = target if target is not None and self._replaces else _parent(target)
         try:
             place.mkdir(parents=True, exist_ok=True)
             self.unfinished = Path(tempfile.mkdtemp(dir=place, prefix=".evaluation-"))
         except OSError as error:
-            raise ConfigError(f"--output: {place} cannot be written: {error.strerror}.") from error
+            raise ConfigError(
+                f"{place} cannot be written: {error.strerror}. Name another folder for the results "
+                "with -o."
+            ) from error
 
     def __enter__(self) -> OutputFolder:
         return self
@@ -79,6 +92,13 @@ class OutputFolder:
         """Return the files written so far, relative to the folder, sorted."""
         root = self.unfinished
         return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+
+    def keep(self, name: str) -> None:
+        """Keep a file of the earlier evaluation, by its relative name, if it is there."""
+        if self.target is not None and name in self._old and (self.target / name).is_file():
+            place = self.unfinished / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.target / name, place)
 
     def finish(self) -> Path:
         """Move everything to the final folder and return it.
@@ -119,29 +139,40 @@ class OutputFolder:
             return target
 
     def _replace(self, target: Path) -> Path:
-        for name in self._old:
+        """Put the new files over the old ones. ``scores.json`` always names all that are ours."""
+        new = self.files()
+        for name in new:
+            place = target / name
+            if (place.exists() and name not in self._old) or leads_outside(target, place):
+                raise OSError(f"{place} already exists or leads out of {target}")
+        if self.earlier:
+            files = sorted({*self._old, *new})
+            write_json(target / MARKER, {**self.earlier, "files": files})
+        # The list of results last: until then the earlier one is whole.
+        for name in sorted(new, key=lambda name: name == MARKER):
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (self.unfinished / name).replace(place)
+        stale = [name for name in self._old if name not in new]
+        for name in stale:
             (target / name).unlink(missing_ok=True)
-        for folder in sorted({(target / name).parent for name in self._old}, reverse=True):
+        for folder in sorted({(target / name).parent for name in stale}, reverse=True):
             while folder != target and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
                 folder = folder.parent
-        for name in self.files():
-            place = target / name
-            if place.exists() or leads_outside(target, place):
-                raise OSError(f"{place} already exists or leads out of {target}")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            (self.unfinished / name).rename(place)
         shutil.rmtree(self.unfinished)
         return target
 
 
 @contextmanager
-def written_to(target: str | Path | None) -> Iterator[OutputFolder | None]:
+def written_to(
+    target: str | Path | None, scoring: ScoringOptions | None = None
+) -> Iterator[OutputFolder | None]:
     """Open an output folder for the block and finish it at the end; None writes nothing."""
     if target is None:
         yield None
         return
-    with OutputFolder(Path(target)) as folder:
+    with OutputFolder(Path(target), scoring) as folder:
         yield folder
         folder.finish()
 
@@ -179,6 +210,34 @@ def _own_files(target: Path) -> list[str]:
     return names
 
 
+def _earlier(target: Path) -> dict[str, Any]:
+    """Return the content of ``scores.json`` if it lists results; else {}: nothing can be kept."""
+    content = read_json(target / MARKER)
+    results = content.get("results")
+    known = isinstance(results, list) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("scores"), dict)
+        and isinstance(entry.get("curves"), dict)
+        and {"method", "dataset", "protocol", "empty_gt"} <= entry.keys()
+        for entry in results
+    )
+    return content if known and isinstance(content.get("gallery"), list) else {}
+
+
+def _require_same_protocol(
+    earlier: Mapping[str, Any], scoring: ScoringOptions, target: Path | None
+) -> None:
+    """Raise ConfigError if the folder's scores cannot stand beside the new ones."""
+    for entry in earlier.get("results", ()):
+        for key, asked in (("protocol", scoring.protocol), ("empty_gt", scoring.empty_gt)):
+            if entry[key] != asked:
+                raise ConfigError(
+                    f"{target} holds scores with --{key.replace('_', '-')} {entry[key]}, and these "
+                    f"will be with {asked}: one table cannot show both. Name another folder with "
+                    "-o."
+                )
+
+
 def _is_old_layout(present: Sequence[Path]) -> bool:
     """Return whether these are the files that releases up to 0.1 wrote for a checkpoint.
 
@@ -211,28 +270,92 @@ def write_evaluation(
         intervals: also compare the methods in pairs.
         command: the command line, for the page.
     """
-    results = [item.result for item in scored]
-    keys = scored[0].evaluator.keys
     comparisons = compare_all(scored) if intervals else []
+    entries = [item.result.to_dict() for item in scored]
+    kept = _kept(output.earlier, entries)
+    keys = list(dict.fromkeys(key for entry in kept.results for key in entry["scores"]))
     folder = output.unfinished
-    methods = file_names(result.method for result in results)
-    datasets = file_names(result.dataset for result in results)
+    # Names of the earlier evaluation come first: its files keep their names.
+    methods = file_names(entry["method"] for entry in kept.results)
+    datasets = file_names(entry["dataset"] for entry in kept.results)
+
+    def table_of(method: str, dataset: str) -> str:
+        return f"per_image/{methods[method]}/{datasets[dataset]}.csv"
+
+    for entry in kept.results:
+        output.keep(table_of(entry["method"], entry["dataset"]))
+    for picture in kept.gallery:
+        output.keep(str(picture["panel"]))
     for item in scored:
-        name = f"{datasets[item.result.dataset]}.csv"
-        path = folder / "per_image" / methods[item.result.method] / name
-        write_rows(path, item.evaluator.rows())
-    write_curves(folder / "curves", results, datasets)
-    entries = [result.to_dict() for result in results]
-    write_tables(folder, entries, keys)
+        name = table_of(item.result.method, item.result.dataset)
+        write_rows(folder / name, item.evaluator.rows())
+    write_curves(folder / "curves", kept.results, datasets)
+    write_tables(folder, kept.results, keys)
     summary = {
         "command": list(command),
         "versions": versions(),
-        "results": entries,
-        "comparisons": comparisons,
-        "gallery": list(gallery),
+        "results": kept.results,
+        "comparisons": [*kept.comparisons, *comparisons],
+        "gallery": [*kept.gallery, *gallery],
     }
     write_evaluation_page(folder / "index.html", summary, keys)
     write_json(folder / MARKER, {**summary, "files": sorted([*output.files(), MARKER])})
+
+
+class _Kept(NamedTuple):
+    """What stands in the folder after this evaluation.
+
+    ``results`` are all, earlier ones in their places; the others are those of the earlier
+    evaluation that stay.
+    """
+
+    results: list[dict[str, Any]]
+    comparisons: list[Any]
+    gallery: list[dict[str, Any]]
+
+
+def _kept(earlier: Mapping[str, Any], entries: Sequence[dict[str, Any]]) -> _Kept:
+    """Merge results with those of the earlier evaluation, by method and data set.
+
+    Results of the same method with other weights are stale and left out, with a remark.
+    """
+    new = {(entry["method"], entry["dataset"]): entry for entry in entries}
+    weights = {entry["method"]: entry.get("weights") for entry in entries}
+    results, gone = [], set()
+    for old in earlier.get("results", ()):
+        pair = (old["method"], old["dataset"])
+        if pair in new:
+            results.append(new.pop(pair))
+            gone.add(pair)
+        elif old["method"] in weights and old.get("weights") != weights[old["method"]]:
+            gone.add(pair)
+            console.note(
+                f"The earlier scores of {old['method']} on {old['dataset']} were those of other "
+                "weights: they are left out."
+            )
+        else:
+            results.append(old)
+            _note_other_images(old, entries)
+    results += new.values()
+    scored_again = {entry["dataset"] for entry in entries} | {dataset for _, dataset in gone}
+    return _Kept(
+        results,
+        [
+            pair
+            for pair in earlier.get("comparisons", ())
+            if not {(pair["a"], pair["dataset"]), (pair["b"], pair["dataset"])} & gone
+        ],
+        [entry for entry in earlier.get("gallery", ()) if entry["dataset"] not in scored_again],
+    )
+
+
+def _note_other_images(old: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
+    for entry in entries:
+        if entry["dataset"] == old["dataset"] and entry["data_hash"] != old.get("data_hash"):
+            console.warn(
+                f"{old['dataset']}: {old['method']} was scored on other images or masks than "
+                f"{entry['method']}; their scores in this table are not comparable"
+            )
 
 
 def write_tables(folder: Path, rows: Sequence[tables.Row], keys: Sequence[str]) -> None:
@@ -243,17 +366,17 @@ def write_tables(folder: Path, rows: Sequence[tables.Row], keys: Sequence[str]) 
 
 
 def write_curves(
-    folder: Path, results: Sequence[EvaluationResult], files: Mapping[str, str]
+    folder: Path, results: Sequence[Mapping[str, Any]], files: Mapping[str, str]
 ) -> None:
     """Write the precision-recall, F and E curves of each data set as PNG, a line per method.
 
     Args:
         folder: receives the files.
-        results: of any methods and data sets.
+        results: entries of ``scores.json``, of any methods and data sets.
         files: data set -> file name without ending.
     """
-    for dataset in dict.fromkeys(result.dataset for result in results):
-        curves = {r.method: r.curves for r in results if r.dataset == dataset}
+    for dataset in dict.fromkeys(result["dataset"] for result in results):
+        curves = {r["method"]: r["curves"] for r in results if r["dataset"] == dataset}
         try:
             picture = charts.plot_curves(curves)
         except Exception as error:

@@ -31,6 +31,7 @@ class ModelSource:
 
     Attributes:
         checkpoint: name of its file.
+        weights: sha256 of that file.
         img_size: side of its input, pixels.
         precision: fp32, bf16 or fp16.
         baseline: ``all_foreground``: the scores of marking every pixel as object, which a model
@@ -38,6 +39,7 @@ class ModelSource:
     """
 
     checkpoint: str
+    weights: str
     img_size: int
     precision: str
     baseline: dict[str, dict[str, float]]

@@ -7,6 +7,8 @@ with mid-grey text, so that they are readable on light and dark pages.
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,9 +154,7 @@ def plot_pareto(points: Mapping[str, tuple[float, float, float, float]], xlabel:
 
 
 def _figure(columns: int, *, width: float = 8.4, height: float = 2.9) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _matplotlib_figure()(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.set_facecolor("none")
@@ -166,6 +166,22 @@ def _figure(columns: int, *, width: float = 8.4, height: float = 2.9) -> tuple[A
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(GREY)
     return figure, axes
+
+
+def _matplotlib_figure() -> Any:
+    """Return matplotlib's class; a notebook's backend (MPLBACKEND), which processes started from it
+    inherit and may not have, is left aside: pictures are files."""
+    if "matplotlib" in sys.modules:
+        from matplotlib.figure import Figure
+
+        return Figure
+    before = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if before is not None:
+            os.environ["MPLBACKEND"] = before
+    return Figure
 
 
 def _legend(axis: Any) -> None:

@@ -98,7 +98,10 @@ def dry_run(config: Config) -> None:
                 console.say(f"changed     {change}")
         with memory_explained(run):
             trial_step(run.model, config, run.device, run.precision, largest)
-        console.say("dry run     one step forward and back worked; nothing was written")
+        console.say(
+            "dry run     one step forward and back worked; nothing was written. Of the images only "
+            "headers and ends were read: `camoxpert doctor` decodes every file"
+        )
 
 
 def find_folder(config: Config, world: World) -> RunFolder:
