@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from camoxpert.benchmark import data, moe, train
+from camoxpert.benchmark import data, moe, quality, quality_report, train
 from camoxpert.cli import main
 from camoxpert.config import build_config
 from camoxpert.pages.scored import run_results
@@ -66,6 +66,19 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
     }
 
 
+def decoders(*, smoke: bool) -> dict[str, Any]:
+    """Time the training step and the inference of our decoder, its dense twins and its peers."""
+    settings = {
+        "model.backbone": "tiny_test" if smoke else "edgenext_base",
+        "data.img_size": 32 if smoke else 352,
+        "train.batch_size": 2 if smoke else 16,
+        "train.device": "cpu" if smoke else "cuda",
+        "train.precision": "fp32" if smoke else "bf16",
+    }
+    arms = quality.build_arms(build_config(settings), ["moe"] if smoke else None, {})
+    return dict(quality_report.measure_costs(arms, rounds=1 if smoke else 10))
+
+
 def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
     """Measure everything, write the JSON file, and return the exit code."""
     if not torch.cuda.is_available() and not smoke:
@@ -104,6 +117,7 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         rounds=1 if smoke else 5,
     )
     result["data"] = data.run(sizes, device=device, needed=result["step"]["images_per_second"])
+    result["decoders"] = decoders(smoke=smoke)
     with tempfile.TemporaryDirectory() as folder:
         result["training"] = short_training(Path(folder), smoke=smoke)
     output.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,8 @@
 #   OUT=benchmarks/results tools/gpu_check.sh            on a CUDA machine
 #   tools/gpu_check.sh --smoke                           the same path with small sizes, on a CPU
 #
-# Wheels in the folder .whl are installed first, for a machine without internet access.
+# Wheels in the folder .whl are installed first, for a machine without internet access; with
+# segmentation-models-pytorch among them its decoders are timed too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT="${OUT:-benchmarks/results}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from camoxpert import console, text
 from camoxpert.benchmark.common import Report, heading, interleaved, milliseconds
-from camoxpert.benchmark.quality import ArmResult
+from camoxpert.benchmark.quality import Arm, ArmResult
 from camoxpert.benchmark.train import Step, Subject
 from camoxpert.errors import DataError
 from camoxpert.files import write_bytes, write_json
@@ -56,22 +56,22 @@ class ArmEntry(TypedDict):
     sets: dict[str, SetResult]
 
 
-def measure_costs(results: Sequence[ArmResult], *, rounds: int) -> dict[str, Costs]:
+def measure_costs(arms: Sequence[Arm], *, rounds: int) -> dict[str, Costs]:
     """Time the training step and the forward pass of every arm in turns with the others."""
-    device = choose_device(results[0].arm.config.train.device)
+    device = choose_device(arms[0].config.train.device)
     steps: dict[str, Step] = {}
     costs: dict[str, Costs] = {}
-    for result in results:
-        config = result.arm.config
+    for arm in arms:
+        config = arm.config
         model = replace(config.model, pretrained=False, weights="", init_from="")
         config = replace(config, model=model)
         precision = choose_precision(config.train, device)
         batch = config.train.batch_size or 8
-        steps[result.arm.name] = Step(Subject(config, device, precision, batch))
-        costs[result.arm.name] = {
-            "parameters": result.arm.parameters,
-            "gmacs": result.arm.cost.active / 1e9,
-            "total_gmacs": result.arm.cost.total / 1e9,
+        steps[arm.name] = Step(Subject(config, device, precision, batch))
+        costs[arm.name] = {
+            "parameters": arm.parameters,
+            "gmacs": arm.cost.active / 1e9,
+            "total_gmacs": arm.cost.total / 1e9,
             "step_ms": 0.0,
             "inference_ms": 0.0,
         }

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     with stop.watch():
         results = quality.contest(contestants, folder / "runs", rates=rates, seeds=seeds)
         console.say("timing steps and inference")
-        costs = quality_report.measure_costs(results, rounds=options.rounds)
+        costs = quality_report.measure_costs(contestants, rounds=options.rounds)
     entries = quality_report.summarise(results, costs)
     quality_report.write_quality(
         folder,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from camoxpert.config import AugmentConfig, DataConfig, build_config
+from camoxpert.config import DECODERS, AugmentConfig, DataConfig, build_config
 from camoxpert.data.cache.build import open_cache
 from camoxpert.data.files.manifest import load_train
 from camoxpert.data.loader import LoaderPlan, build_loader, device_batches
@@ -59,6 +59,21 @@ def test_back_ends_agree_on_the_gpu(dtype, tolerance, family) -> None:
             assert (a - b).norm() <= tolerance * (b.norm() + 1e-6)
         error = (results[name][0] - results["loop"][0]).norm()
         assert error <= tolerance * results["loop"][0].norm()
+
+
+@pytest.mark.parametrize("decoder", [name for name in DECODERS if name != "moe"])
+def test_decoders_to_compare_with_take_a_step(decoder) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    settings = {"model.backbone": "resnet18", "model.pretrained": False, "model.decoder": decoder}
+    config = build_config(settings)
+    model = build_model(config.model).cuda().train()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    masks = torch.zeros(2, 1, 64, 64, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        output = model(images)
+    loss, _ = total_loss(output, masks, config.loss)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.decoder.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
