@@ -16,6 +16,8 @@ from camoxpert.cli import main
 TINY = (
     *("--backbone", "tiny_test", "--no-pretrained", "--img-size", "32", "--batch-size", "8"),
     *("--num-experts", "3", "--num-workers", "0", "--no-tensorboard"),
+    # A low rate keeps rounding small; augmentation must repeat after a stop like everything else.
+    *("--lr", "2.5e-4", "data.augment.strength=1"),
     *("model.width=16", "model.detail_width=8"),
 )
 
