@@ -156,6 +156,8 @@ def evaluate(
     gallery: int = 6,
     batch_size: int = 8,
     num_workers: int = 0,
+    corruptions: Sequence[str] = (),
+    severities: Sequence[int] = (),
 ) -> list[EvaluationResult]:
     """Score a model on data sets, as ``camoxpert evaluate`` does.
 
@@ -172,6 +174,8 @@ def evaluate(
         intervals: also compute 95 % confidence intervals.
         gallery: number of best and of worst images to write as pictures.
         batch_size, num_workers: how the data is read; they do not change the scores.
+        corruptions: also score corrupted images: names, or ``all``; see ``result.robustness``.
+        severities: of the corruptions, 1 to 5; empty: all five.
 
     Returns:
         One result per data set; ``result.scores["Smeasure"]`` is a fraction.
@@ -183,9 +187,12 @@ def evaluate(
 
     from camoxpert.data.files.manifest import Search
     from camoxpert.evaluation.model import evaluate_model, find_sets
-    from camoxpert.evaluation.options import ScoringOptions
+    from camoxpert.evaluation.options import ScoringOptions, choose_corruptions
     from camoxpert.evaluation.output import written_to
 
+    asked = choose_corruptions(
+        [corruptions] if isinstance(corruptions, str) else corruptions, severities
+    )
     predictor = load(model) if isinstance(model, (str, Path)) else model
     paths = [data] if isinstance(data, (str, Path)) else data
     paths = [Path(path).expanduser() for path in paths]
@@ -202,6 +209,7 @@ def evaluate(
             options,
             batch_size=batch_size,
             num_workers=num_workers,
+            corruptions=asked,
             output=folder,
             command=("evaluate",),
         )

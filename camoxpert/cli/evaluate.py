@@ -7,7 +7,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from camoxpert import console, stop
 from camoxpert.cli import no_overrides
@@ -24,6 +24,7 @@ the files.
 
 examples:
   camoxpert evaluate runs/NAME --data NC4K CHAMELEON
+  camoxpert evaluate runs/NAME --corruptions all --severity 1 3 5
   camoxpert evaluate --predictions maps/ours maps/other --gt NC4K/GT --ledger scores.jsonl"""
 
 
@@ -48,6 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=8, help="images read at a time; changes no number [8]"
     )
     add_flags(model, ("train.device", "train.precision", "data.unreadable"))
+    model.add_argument(
+        "--corruptions",
+        nargs="+",
+        metavar="NAME",
+        help="also score corrupted images: all, or noise blur motion fog brightness contrast jpeg "
+        "pixelate [none]",
+    )
+    model.add_argument(
+        "--severity",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="severities of the corruptions, 1 (mild) to 5 [all five]",
+    )
     maps = parser.add_argument_group("scoring prediction maps")
     maps.add_argument(
         "--predictions", nargs="+", metavar="DIR", help="folders of maps, or of folders of maps"
@@ -126,9 +141,6 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     _check(options, typed)
     from camoxpert.evaluation.ledger import append_rows, check_ledger, ledger_row
-    from camoxpert.evaluation.published import published_rows
-    from camoxpert.evaluation.results import by_method
-    from camoxpert.pages.tables import FORMATS
 
     if options.ledger:
         check_ledger(Path(options.ledger))  # not after an hour of scoring
@@ -136,19 +148,42 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     with stop.watch(), stop.outcome(outcome):
         of_maps = bool(options.predictions or options.list)
         results, output = (_maps if of_maps else _checkpoint)(options, typed)
-    if options.format == "json":
-        console.say(json.dumps(by_method(results), indent=1))
-    else:
-        rows = [result.to_dict() for result in results]
-        if options.format == "text":
-            # For readers; files and the other formats hold what was measured.
-            rows += published_rows(results)
-        console.say(FORMATS[options.format](rows, tuple(results[0].scores)).rstrip("\n"))
+    _print(results, options.format)
     if options.format == "text":
         console.say(f"per image, curves and pictures: {output}")
     if options.ledger:
         append_rows(Path(options.ledger), [ledger_row(result) for result in results])
     return 0
+
+
+def _print(results: Sequence[EvaluationResult], form: str) -> None:
+    """Print the scores, and below them the retention under corruptions where it was asked for.
+
+    CSV is one table: with corruptions it has a line for each, the clean scores among them. In JSON
+    the retention is under ``robustness``.
+    """
+    from camoxpert.evaluation.published import published_rows
+    from camoxpert.evaluation.results import by_method
+    from camoxpert.pages.retention import RETENTION_FORMATS
+    from camoxpert.pages.tables import FORMATS
+
+    rows = [result.to_dict() for result in results]
+    corrupted = [row for row in rows if "robustness" in row]
+    keys = tuple(results[0].scores)
+    if form == "json":
+        scores: dict[str, Any] = dict(by_method(results))
+        if corrupted:
+            found = {row["dataset"]: row["robustness"] for row in corrupted}
+            scores = {"scores": scores, "robustness": found}
+        console.say(json.dumps(scores, indent=1))
+        return
+    if form == "text":
+        # For readers; files and the other formats hold what was measured.
+        rows += published_rows(results)
+    tables = [] if corrupted and form == "csv" else [FORMATS[form](rows, keys)]
+    if corrupted:
+        tables.append(RETENTION_FORMATS[form](corrupted, keys))
+    console.say("\n\n".join(text.rstrip("\n") for text in tables))
 
 
 OF_CHECKPOINTS = (
@@ -162,6 +197,8 @@ OF_CHECKPOINTS = (
     "--device",
     "--precision",
     "--unreadable",
+    "--corruptions",
+    "--severity",
 )
 OF_MAPS = (
     *("--images", "--allow-missing", "--allow-extra", "--gt-threshold", "--measures"),
@@ -201,6 +238,10 @@ def _check(options: argparse.Namespace, typed: Sequence[str]) -> None:
             )
     if options.gt_threshold is not None and not 0 <= options.gt_threshold <= 254:
         raise ConfigError("--gt-threshold must be in 0..254.")
+    if options.corruptions is not None or options.severity is not None:
+        from camoxpert.evaluation.options import choose_corruptions
+
+        choose_corruptions(options.corruptions or (), options.severity or ())
     for path in options.data or ():
         # Here, before torch is imported and a model is built.
         if not Path(path).exists():
@@ -253,7 +294,7 @@ def _checkpoint(
     """Score a checkpoint on data sets."""
     from camoxpert.data.files.manifest import Search, read_clean_list
     from camoxpert.evaluation.model import default_output, evaluate_model, find_sets
-    from camoxpert.evaluation.options import ScoringOptions
+    from camoxpert.evaluation.options import ScoringOptions, choose_corruptions
     from camoxpert.evaluation.output import OutputFolder
     from camoxpert.inference.predictor import load_predictor
 
@@ -285,6 +326,7 @@ def _checkpoint(
             batch_size=options.batch_size,
             num_workers=options.num_workers or 0,
             unreadable=options.unreadable,
+            corruptions=choose_corruptions(options.corruptions or (), options.severity or ()),
             output=folder,
             command=typed,
         )

@@ -165,6 +165,11 @@ def _check_data(data: DataConfig) -> None:
             f"--cache ram lives in this process, which workers started by {data.start_method} do "
             f"not share. Use --cache disk, data.start_method=fork or --num-workers 0."
         )
+    if data.augment.corrupt and data.augment_on == "device":
+        raise ConfigError(
+            f"--augment-on device: data.augment.corrupt {data.augment.corrupt:g} needs the CPU, "
+            f"where the JPEG codec is. Use --augment-on cpu, or auto."
+        )
     if data.source_size is not None and data.source_size < data.img_size:
         raise ConfigError(
             f"data.source_size {data.source_size} is less than --img-size {data.img_size}: pairs "

@@ -23,7 +23,8 @@ class AugmentConfig:
 
     strength: float | None = setting(
         None,
-        "share of all strengths and probabilities below but the flips'; unset: by --preset",
+        "share of all strengths and probabilities below but those of flips and corrupt; unset: by "
+        "--preset",
         minimum=0,
         maximum=1,
     )
@@ -40,6 +41,13 @@ class AugmentConfig:
     hue: float = setting(0.02, "largest hue shift, fraction of the circle", minimum=0, maximum=0.5)
     blur: float = setting(0.05, "probability of a slight Gaussian blur", minimum=0, maximum=1)
     noise: float = setting(0.05, "probability of slight Gaussian noise", minimum=0, maximum=1)
+    corrupt: float = setting(
+        0.0,
+        "probability of one of the eight corruptions of `evaluate --corruptions`, at a severity of "
+        "1 to 3; on the CPU only",
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclass(frozen=True)

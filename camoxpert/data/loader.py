@@ -28,8 +28,9 @@ from camoxpert.data.samples.batches import (
     collate,
     collate_eval,
     collate_raw,
+    collate_versions,
 )
-from camoxpert.data.samples.datasets import EvalDataset, PairDataset
+from camoxpert.data.samples.datasets import CorruptedDataset, EvalDataset, PairDataset
 from camoxpert.data.samples.sampler import EpochSampler, InOrderSampler
 from camoxpert.data.supervise import Supervised, loader_options
 from camoxpert.data.unreadable import skippable
@@ -163,16 +164,49 @@ def build_eval_loader(
         keep_images: also keep the original images in the batches.
     """
     dataset = EvalDataset(manifest, data, keep_images=keep_images)
-    sampler = InOrderSampler(len(manifest), batch_size)
+    together = partial(collate_eval, img_size=data.img_size)
+    return _in_order(dataset, data, together, batch_size=batch_size, num_workers=num_workers)
+
+
+def build_corrupted_loader(
+    manifest: Manifest,
+    data: DataConfig,
+    versions: Sequence[tuple[str, int]],
+    *,
+    seed: int,
+    batch_size: int,
+    num_workers: int = 0,
+) -> Supervised[list[EvalBatch]]:
+    """Build a loader in manifest order whose batches are lists, an ``EvalBatch`` per version.
+
+    Args:
+        manifest, data, batch_size, num_workers: see ``build_eval_loader``.
+        versions: (corruption, severity) of each version of an image.
+        seed: of the corruptions.
+    """
+    dataset = CorruptedDataset(manifest, data, versions, seed=seed)
+    together = partial(collate_versions, img_size=data.img_size, num_versions=len(versions))
+    return _in_order(dataset, data, together, batch_size=batch_size, num_workers=num_workers)
+
+
+def _in_order(
+    dataset: EvalDataset,
+    data: DataConfig,
+    together: Callable[[Sequence[Any]], Any],
+    *,
+    batch_size: int,
+    num_workers: int,
+) -> Supervised[Any]:
+    sampler = InOrderSampler(len(dataset), batch_size)
     make = partial(
         DataLoader,
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        collate_fn=partial(collate_eval, img_size=data.img_size),
+        collate_fn=together,
         **_worker_options(data, num_workers, False, 2),
     )
-    names = [pair.name for pair in manifest.pairs]
+    names = [pair.name for pair in dataset.pairs]
     return Supervised(make, sampler, names, timeout=data.worker_timeout)
 
 

@@ -22,7 +22,8 @@ from camoxpert.data.files.manifest import Manifest, Search, find_test_sets, load
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import DataError
-from camoxpert.evaluation.options import ScoringOptions
+from camoxpert.evaluation.corrupted import note_corruptions, score_corrupted
+from camoxpert.evaluation.options import CorruptionOptions, ScoringOptions
 from camoxpert.evaluation.output import OutputFolder, safe_name, write_evaluation
 from camoxpert.evaluation.results import (
     EvaluationResult,
@@ -37,7 +38,7 @@ from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
-from camoxpert.pages.pictures import panel
+from camoxpert.pages.pictures import panel, side_by_side
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count, shorten
 
@@ -172,6 +173,7 @@ def evaluate_model(
     batch_size: int = 8,
     num_workers: int = 0,
     unreadable: str = "error",
+    corruptions: CorruptionOptions | None = None,
     output: OutputFolder | None = None,
     command: Sequence[str] = (),
 ) -> list[EvaluationResult]:
@@ -186,6 +188,7 @@ def evaluate_model(
         num_workers: data worker processes.
         unreadable: images that cannot be read: ``error``, or ``skip``: left out of the scores,
             named in a warning and in the result. A data set without a readable image is an error.
+        corruptions: also score corrupted images; see ``EvaluationResult.robustness``.
         output: see ``evaluation.output``; None writes nothing.
         command: the command line, for the page.
 
@@ -197,23 +200,43 @@ def evaluate_model(
         Stopped: the command was asked to stop.
     """
     method = method or method_name(predictor)
+    if corruptions is not None:
+        note_corruptions(corruptions, sets)
     scored = []
     gallery: list[GalleryEntry] = []
     for name, manifest in sets.items():
         pictures = Gallery(options.gallery if output is not None else 0)
-        scored.append(
-            _score_set(
+        data = _reading(predictor, unreadable)
+        item = _score_set(
+            predictor,
+            name,
+            manifest,
+            data,
+            options,
+            method=method,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pictures=pictures,
+        )
+        if corruptions is not None:
+            robustness, examples = score_corrupted(
                 predictor,
                 name,
                 manifest,
+                data,
+                corruptions,
                 options,
-                method=method,
+                item.evaluator,
                 batch_size=batch_size,
                 num_workers=num_workers,
-                unreadable=unreadable,
-                pictures=pictures,
             )
-        )
+            if output is not None:
+                path = output.unfinished / "robustness" / f"{safe_name(name)}.jpg"
+                write_jpeg(path, side_by_side(examples))
+                place = path.relative_to(output.unfinished).as_posix()
+                robustness = replace(robustness, picture=place)
+            item = replace(item, result=replace(item.result, robustness=robustness))
+        scored.append(item)
         if output is not None:
             gallery += pictures.write(output.unfinished, name, method)
     if output is not None:
@@ -247,16 +270,25 @@ def evaluate_run(
     return results
 
 
+def _reading(predictor: Predictor, unreadable: str) -> DataConfig:
+    """Return how images are read for a model."""
+    return DataConfig(
+        img_size=predictor.img_size,
+        max_pixels=predictor.config.data.max_pixels,
+        unreadable=unreadable,
+    )
+
+
 def _score_set(
     predictor: Predictor,
     name: str,
     manifest: Manifest,
+    data: DataConfig,
     options: ScoringOptions,
     *,
     method: str,
     batch_size: int,
     num_workers: int,
-    unreadable: str,
     pictures: Gallery,
 ) -> Scored:
     started = time.monotonic()
@@ -266,11 +298,7 @@ def _score_set(
     everything = replace(options, keys=cheap).evaluator()
     loader = build_eval_loader(
         manifest,
-        DataConfig(
-            img_size=predictor.img_size,
-            max_pixels=predictor.config.data.max_pixels,
-            unreadable=unreadable,
-        ),
+        data,
         batch_size=batch_size,
         num_workers=num_workers,
         keep_images=pictures.size > 0,

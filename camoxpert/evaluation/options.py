@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from camoxpert.data.samples.corruptions import CORRUPTIONS, SEVERITIES
 from camoxpert.errors import ConfigError
 from camoxpert.metrics import FAST_KEYS, KNOWN_KEYS, RESULT_KEYS, Evaluator
-from camoxpert.text import closest
+from camoxpert.text import closest, did_you_mean
 
 SETS = {"default": RESULT_KEYS, "fast": FAST_KEYS, "all": KNOWN_KEYS}
 """Names of groups of measures."""
@@ -32,6 +33,54 @@ class ScoringOptions:
     def evaluator(self) -> Evaluator:
         """Return an empty evaluator with these options."""
         return Evaluator(protocol=self.protocol, empty_gt=self.empty_gt, keys=self.keys)
+
+
+@dataclass(frozen=True)
+class CorruptionOptions:
+    """Which corruptions images are scored under.
+
+    Attributes:
+        names: corruptions, in the order of ``CORRUPTIONS``.
+        severities: ascending, 1 to 5.
+        seed: of their noise, fog and direction.
+    """
+
+    names: tuple[str, ...]
+    severities: tuple[int, ...]
+    seed: int = 0
+
+
+def choose_corruptions(
+    asked: Iterable[str], severities: Iterable[int] = ()
+) -> CorruptionOptions | None:
+    """Return the corruptions and severities to score; None if no corruption is named.
+
+    Args:
+        asked: names, or ``all``; each text may hold several, separated by commas.
+        severities: of 1 to 5; none: all five.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest one; a wrong severity, or one without a name.
+    """
+    names = [part for text in asked for part in text.split(",") if part]
+    chosen = sorted(set(severities))
+    for name in names:
+        if name not in ("all", *CORRUPTIONS):
+            raise ConfigError(
+                f"--corruptions: unknown corruption {name!r}.{did_you_mean(name, CORRUPTIONS)} "
+                f"Known: all, {', '.join(CORRUPTIONS)}."
+            )
+    for severity in chosen:
+        if severity not in SEVERITIES:
+            raise ConfigError(f"--severity must be in 1..5; got {severity}.")
+    if not names:
+        if chosen:
+            raise ConfigError("--severity belongs to --corruptions. Name some, or all.")
+        return None
+    return CorruptionOptions(
+        tuple(name for name in CORRUPTIONS if name in names or "all" in names),
+        tuple(chosen) or SEVERITIES,
+    )
 
 
 def choose_measures(asked: Iterable[str]) -> tuple[str, ...]:

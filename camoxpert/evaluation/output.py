@@ -10,6 +10,8 @@ scores again and keeps the others.
     per_image/METHOD/DATASET.csv    a row of scores for each image
     curves/DATASET.png              precision over recall, F and E over thresholds
     images/DATASET_best_1.jpg       and worst, and disputed where there are several methods
+    robustness.csv, .md, .tex       with --corruptions: scores and retention
+    robustness/DATASET.png, .jpg    retention over severity, and what the corruptions look like
     index.html                      all of it on one page
 """
 
@@ -31,11 +33,13 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.results import GalleryEntry, Scored, compare_all
 from camoxpert.files import leads_outside, read_json, write_bytes, write_json, write_rows
-from camoxpert.pages import charts, tables
+from camoxpert.pages import charts, retention, tables
 from camoxpert.pages.evaluation import write_evaluation_page
 from camoxpert.runs.info import versions
 from camoxpert.text import free_name
 
+SUFFIXES = (("csv", "csv"), ("md", "markdown"), ("tex", "latex"))
+"""Endings of table files, and the formats in them."""
 MARKER = "scores.json"
 """Lists, under "files", what an evaluation wrote; only those files may be replaced."""
 
@@ -291,6 +295,7 @@ def write_evaluation(
         write_rows(folder / name, item.evaluator.rows())
     write_curves(folder / "curves", kept.results, datasets)
     write_tables(folder, kept.results, keys)
+    write_robustness(folder, kept.results, keys, datasets)
     summary = {
         "command": list(command),
         "versions": versions(),
@@ -360,9 +365,39 @@ def _note_other_images(old: Mapping[str, Any], entries: Sequence[Mapping[str, An
 
 def write_tables(folder: Path, rows: Sequence[tables.Row], keys: Sequence[str]) -> None:
     """Write the score table as CSV, Markdown and LaTeX."""
-    for suffix, form in (("csv", "csv"), ("md", "markdown"), ("tex", "latex")):
+    for suffix, form in SUFFIXES:
         text = tables.FORMATS[form](rows, keys)
         write_bytes(folder / f"scores.{suffix}", text.encode("utf-8", "surrogateescape"))
+
+
+def write_robustness(
+    folder: Path, entries: Sequence[tables.Row], keys: Sequence[str], files: Mapping[str, str]
+) -> None:
+    """Write retention under corruptions as tables and a picture for each data set, if any has it.
+
+    Args:
+        folder: receives the files.
+        entries: results as in ``scores.json``.
+        keys: measures, in the order of the columns.
+        files: data set -> file name without ending.
+    """
+    found = [entry for entry in entries if entry.get("robustness")]
+    if not found:
+        return
+    for suffix, form in SUFFIXES:
+        text = retention.RETENTION_FORMATS[form](found, keys)
+        write_bytes(folder / f"robustness.{suffix}", text.encode("utf-8", "surrogateescape"))
+    for entry in found:
+        curves = retention.retention_curves(entry)
+        try:
+            picture = charts.plot_retention(curves, entry["robustness"]["measure"])
+        except Exception as error:
+            console.warn(f"no retention is drawn: {error}")
+            return
+        name = files[entry["dataset"]]
+        if sum(other["dataset"] == entry["dataset"] for other in found) > 1:
+            name += f"_{safe_name(entry['method'])}"
+        write_bytes(folder / "robustness" / f"{name}.png", picture)
 
 
 def write_curves(

@@ -12,6 +12,7 @@ import numpy as np
 from camoxpert import console
 from camoxpert.errors import DataError
 from camoxpert.evaluation.options import ScoringOptions
+from camoxpert.evaluation.robustness import Robustness
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.groups import count_label, size_label
 from camoxpert.metrics.scoring import Row
@@ -79,6 +80,7 @@ class EvaluationResult:
         curves: E, F, precision and recall over the thresholds 255 ... 0.
         seconds: time that scoring took.
         source: what was scored.
+        robustness: scores under corruptions; None: not asked for.
     """
 
     dataset: str
@@ -95,11 +97,15 @@ class EvaluationResult:
     seconds: float
     source: ModelSource | MapSource
     unreadable: tuple[str, ...] = ()
+    robustness: Robustness | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         source = asdict(values.pop("source"))
+        robustness = values.pop("robustness")
+        if robustness is not None:
+            values["robustness"] = asdict(robustness)
         return {**values, "num_unreadable": len(self.unreadable), **source}
 
 

@@ -105,6 +105,33 @@ def confidence_intervals(
     }
 
 
+def ratio_intervals(
+    values_NC: Floats,
+    base_N: Floats,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Interval]:
+    """Return the percentile bootstrap interval of each column's mean over the mean of a base.
+
+    Args:
+        values_NC: C values of each image.
+        base_N: value of each image by whose mean they are divided; resampled together with them.
+        level, resamples, seed: see ``confidence_intervals``.
+    """
+    rng = np.random.default_rng(seed)
+    parts = []
+    for weights_RN in _resampled_weights(rng, len(base_N), resamples):
+        base_R1 = (weights_RN @ base_N)[:, None]
+        values_RC = weights_RN @ values_NC
+        # A resample whose base is 0 has no ratio.
+        parts.append((values_RC / np.where(base_R1 > 0, base_R1, 1))[base_R1[:, 0] > 0])
+    ratios_RC = np.concatenate(parts)
+    low_C, high_C = np.quantile(ratios_RC, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(float(low), float(high)) for low, high in zip(low_C, high_C, strict=True)]
+
+
 def compare(
     a: Scores, b: Scores, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Comparison]:

@@ -79,14 +79,7 @@ def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
     figure, axes = _figure(3, width=9.6)
     threshold = np.arange(255, -1, -1)
     for index, (name, curve) in enumerate(curves.items()):
-        # After the last colour the first returns, with another dash pattern.
-        style: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
-            "linestyle": ("-", "--", ":", "-.")[index // len(COLOURS) % 4],
-            # "$" starts a formula, and labels that begin with "_" are left out.
-            "label": f"{' ' if name.startswith('_') else ''}{name}".replace("$", r"\$"),
-            "linewidth": 1.4,
-        }
+        style = _line(index, name)
         axes[0].plot(curve["recall"], curve["precision"], **style)
         axes[1].plot(threshold, curve["F"], **style)
         axes[2].plot(threshold, curve["E"], **style)
@@ -95,6 +88,41 @@ def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
     axes[2].set(title="E-measure", xlabel="threshold, 0 to 255", ylim=(0, 1.02))
     _legend(axes[0])
     return _png(figure)
+
+
+def plot_retention(curves: Mapping[str, Mapping[int, float]], measure: str) -> bytes:
+    """Plot retention over severity, a line per corruption, and their mean; PNG.
+
+    Args:
+        curves: corruption -> severity -> share of the clean score; severity 0 is added as 1.
+        measure: the score's name.
+    """
+    figure, (axis,) = _figure(1, width=6.4, height=3.6)
+    whole = {name: {0: 1.0, **curve} for name, curve in curves.items()}
+    for index, (name, curve) in enumerate(whole.items()):
+        axis.plot(list(curve), list(curve.values()), marker=".", **_line(index, name))
+    shared = [s for s in next(iter(whole.values()), {}) if all(s in c for c in whole.values())]
+    if len(whole) > 1:
+        means = [np.mean([curve[severity] for curve in whole.values()]) for severity in shared]
+        axis.plot(shared, means, color=GREY, linewidth=2.6, label="mean")
+    axis.set(title=f"{measure} kept", xlabel="severity", xticks=shared)
+    axis.set_ylim(bottom=0)
+    axis.legend(
+        fontsize=8, frameon=False, labelcolor=GREY, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    return _png(figure)
+
+
+def _line(index: int, name: str) -> dict[str, Any]:
+    """Return the style of the line with a number and a name."""
+    return {
+        # After the last colour the first returns, with another dash pattern.
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": ("-", "--", ":", "-.")[index // len(COLOURS) % 4],
+        # "$" starts a formula, and labels that begin with "_" are left out.
+        "label": f"{' ' if name.startswith('_') else ''}{name}".replace("$", r"\$"),
+        "linewidth": 1.4,
+    }
 
 
 def plot_phases(phases: Mapping[str, float]) -> bytes:

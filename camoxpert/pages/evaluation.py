@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from camoxpert.pages import charts
 from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, p_value, write_page
+from camoxpert.pages.retention import retention_cells, retention_curves
 from camoxpert.pages.tables import best_values, format_value
 from camoxpert.text import count
 
@@ -75,6 +76,17 @@ class Breakdown:
 
 
 @dataclass(frozen=True)
+class RetentionPart:
+    """Retention under corruptions: a table, its chart and examples of the corruptions."""
+
+    measure: str
+    head: list[str]
+    lines: list[list[str]]
+    chart: Chart
+    examples: str
+
+
+@dataclass(frozen=True)
 class DatasetPart:
     """What the page shows of one data set."""
 
@@ -87,6 +99,7 @@ class DatasetPart:
     curves: Chart
     breakdowns: list[Breakdown]
     galleries: list[tuple[str, list[Picture]]]
+    retention: list[tuple[str, RetentionPart]]
 
 
 @dataclass(frozen=True)
@@ -157,6 +170,25 @@ def _dataset(
             _breakdown(results, division, measures) for division in results[0]["breakdown"]
         ],
         galleries=list(_galleries(folder, pictures)),
+        retention=[
+            (result["method"], _retention(folder, result))
+            for result in results
+            if result.get("robustness")
+        ],
+    )
+
+
+def _retention(folder: Path, result: Result) -> RetentionPart:
+    head, lines = retention_cells(result)
+    measure = result["robustness"]["measure"]
+    curves = retention_curves(result)
+    picture = result["robustness"]["picture"]
+    return RetentionPart(
+        measure=measure,
+        head=head,
+        lines=lines,
+        chart=draw(lambda: charts.plot_retention(curves, measure), "retention over severity"),
+        examples=inline_jpeg((folder / picture).read_bytes()) if picture else "",
     )
 
 

@@ -83,7 +83,7 @@ def panel(
         "probability": grey,
         "prediction": compare(image_HWC, predicted, truth),
     }
-    return _side_by_side(pictures, height)
+    return side_by_side(pictures, height)
 
 
 def comparison_panel(
@@ -109,7 +109,7 @@ def comparison_panel(
     pictures["truth"] = overlay(ground, mask_HW, colour=FALSE_NEGATIVE)
     for caption, found_HW in predictions.items():
         pictures[caption] = compare(ground, found_HW, mask_HW)
-    return _side_by_side(pictures, height)
+    return side_by_side(pictures, height)
 
 
 def contact_sheet(pictures: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -138,7 +138,8 @@ def fit(image: np.ndarray, side: int) -> np.ndarray:
     return scaled
 
 
-def _side_by_side(pictures: Mapping[str, np.ndarray], height: int) -> np.ndarray:
+def side_by_side(pictures: Mapping[str, np.ndarray], height: int = 150) -> np.ndarray:
+    """Put pictures of one shape side by side at a height in pixels, their captions above."""
     first = next(iter(pictures.values()))
     width = max(1, round(first.shape[1] * height / first.shape[0]))
     # Very long pictures would make unreadable pages.

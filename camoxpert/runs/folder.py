@@ -75,8 +75,8 @@ class RunFolder:
 
 # Settings added since the first version: at their defaults they do not count in names.
 ADDED = (
-    *("data.augment.strength", "data.group_copies", "data.resize", "model.decoder"),
-    *("data.test_roots", "model.init_from", "train.preset"),
+    *("data.augment.corrupt", "data.augment.strength", "data.group_copies", "data.resize"),
+    *("data.test_roots", "model.decoder", "model.init_from", "train.preset"),
 )
 
 

@@ -300,9 +300,16 @@ def _decide_loading(
     config: Config, train: Manifest, cache: PixelCache | None, world: World, device: str
 ) -> LoaderPlan:
     data, sides = config.data, training_sides(config.data)
-    on_device = data.augment_on == "device" or (data.augment_on == "auto" and device == "cuda")
+    # Corruptions need a JPEG codec; those of a sample cost milliseconds, see docs/data.md.
+    corrupts = data.augment.corrupt > 0
+    default = device == "cuda" and not corrupts
+    on_device = data.augment_on == "device" or (data.augment_on == "auto" and default)
     where = "where the step runs" if on_device else "in the data workers"
     reason = "as asked" if data.augment_on != "auto" else f"the default on {device}"
+    if corrupts:
+        if data.augment_on == "auto" and device == "cuda":
+            reason = "corruptions are made on the CPU"
+        reason += f"; {data.augment.corrupt:.0%} of the images corrupted, at severities 1 to 3"
     words = f"{where}: {reason}"
     if len(sides) > 1:
         words += f"; training sizes {', '.join(map(str, sides))} px, one a batch"

@@ -16,6 +16,7 @@ import numpy as np
 
 from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.files.labels import has_void, join_void, void_planes
+from camoxpert.data.samples.corruptions import corrupt
 from camoxpert.data.samples.draw import Draw, draw, gaussian_kernel, scaled
 
 
@@ -179,4 +180,6 @@ class Operators:
             generator = np.random.default_rng(sample.noise_seed)
             noise = generator.standard_normal(image.shape, np.float32) * (255 * sample.noise)
             image = self._noise.apply(image, noise_map=noise)
+        if sample.corruption:
+            image = corrupt(image, sample.corruption, sample.severity, seed=sample.corruption_seed)
         return image, mask

@@ -19,6 +19,7 @@ def apply_draws(
     """Augment a batch.
 
     Nothing here waits for the device: choices that depend on a draw are made on the host.
+    Corruptions are not made here: samples that may have them are augmented on the CPU.
 
     Args:
         pixels_BHWC: uint8 (B, S, S, 4), RGB and the mask (0, VOID or 255).
@@ -29,6 +30,7 @@ def apply_draws(
     Returns:
         images uint8 (B, 3, T, T), masks uint8 (B, 1, T, T) of 0, VOID and 255.
     """
+    assert not any(sample.corruption for sample in draws), "corruptions are made on the CPU"
     planes = pixels_BHWC.permute(0, 3, 1, 2)
     flips = [sample.flips for sample in draws]
     if all(flip is not None for flip in flips):

@@ -193,6 +193,21 @@ def collate_eval(samples: Sequence[Any], *, img_size: int) -> EvalBatch | DataEr
     return EvalBatch(_planes(images), list(names), sizes, list(masks), kept, skipped)
 
 
+def collate_versions(
+    samples: Sequence[Any], *, img_size: int, num_versions: int
+) -> list[EvalBatch] | DataError:
+    """Return an evaluation batch for each version of the images, or the first DataError."""
+    batches = []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    for version in range(num_versions):
+        batch = collate_eval([sample[version] for sample in samples], img_size=img_size)
+        assert isinstance(batch, EvalBatch)
+        batches.append(batch)
+    return batches
+
+
 def _planes(images: Sequence[np.ndarray]) -> Tensor:
     """Stack uint8 (H, W, 3) images to (B, 3, H, W).
 

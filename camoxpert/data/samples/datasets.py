@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -13,6 +14,7 @@ from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.image_io import read_pair
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
+from camoxpert.data.samples.corruptions import corrupt
 from camoxpert.data.unreadable import first_readable, skippable
 from camoxpert.errors import DataError
 
@@ -117,3 +119,44 @@ class EvalDataset(Dataset[Any]):
         if image.shape[:2] != mask.shape:
             image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
         return resized, pair.name, mask, image
+
+
+class CorruptedDataset(EvalDataset):
+    """Reads pairs for evaluation: versions of the resized image, the mask as it is.
+
+    The image is corrupted at the size that the network sees, so that noise does not depend on the
+    resolution of a photo.
+
+    Args:
+        manifest, data: as in ``EvalDataset``.
+        versions: (corruption, severity) of each version.
+        seed: of the corruptions; the image's name selects its stream.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        versions: Sequence[tuple[str, int]],
+        *,
+        seed: int,
+    ) -> None:
+        super().__init__(manifest, data, keep_images=False)
+        self.versions = tuple(versions)
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a sample of ``EvalDataset`` for each version.
+
+        An unreadable pair gives the DataError.
+        """
+        sample = super().__getitem__(index)
+        if isinstance(sample, DataError):
+            return sample
+        if len(sample) == 2:
+            return [sample] * len(self.versions)
+        image, *rest = sample
+        return [
+            (corrupt(image, kind, severity, seed=self.seed, key=rest[0]), *rest)
+            for kind, severity in self.versions
+        ]

@@ -6,17 +6,24 @@ Both back ends apply the same numbers, so the CPU and the device move the object
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from camoxpert.config import AugmentConfig
+from camoxpert.data.samples.corruptions import CORRUPTIONS
+
+T = TypeVar("T")
 
 # Probability that a sample's colours change at all.
 COLOUR_PROBABILITY = 0.8
 BLUR_SIGMAS = (0.6, 1.2)
 BLUR_RADIUS = 3
 NOISE_RANGE = (0.01, 0.05)
+CORRUPT_SEVERITIES = (1, 2, 3)
+"""Severities of corruption in training; 4 and 5 are left to the test."""
 # Weights of red, green and blue in a grey level (Rec. 601).
 GREY = np.array([0.299, 0.587, 0.114])
 
@@ -48,6 +55,9 @@ class Draw:
         blur: sigma of a Gaussian in target pixels; 0: none.
         noise: standard deviation of Gaussian noise, fraction of the full scale; 0: none.
         noise_seed: seed of the noise.
+        corruption: one of ``CORRUPTIONS``, applied last; "": none.
+        severity: of the corruption.
+        corruption_seed: seed of its random stream.
     """
 
     matrix: np.ndarray
@@ -59,6 +69,9 @@ class Draw:
     blur: float = 0.0
     noise: float = 0.0
     noise_seed: int = 0
+    corruption: str = ""
+    severity: int = 0
+    corruption_seed: int = 0
 
     @property
     def colour(self) -> bool:
@@ -82,7 +95,7 @@ def draw(
     if augment is None:
         return Draw(_matrix(source, target), (False, False) if source == target else None)
     generator = np.random.default_rng([seed, epoch, index])
-    u = generator.random(14).tolist()
+    u = generator.random(18).tolist()
     mirrored, upended = u[0] < augment.hflip, u[1] < augment.vflip
     angle = _within(u[2], augment.rotate)
     zoom = 1 + _within(u[3], augment.scale)
@@ -90,6 +103,7 @@ def draw(
     still = source == target and not (augment.rotate or augment.scale or augment.translate)
     matrix = _matrix(source, target, mirrored, upended, angle, zoom, shift)
     colour = u[6] < COLOUR_PROBABILITY
+    corrupted = u[14] < augment.corrupt
     return Draw(
         matrix,
         (mirrored, upended) if still else None,
@@ -100,6 +114,9 @@ def draw(
         blur=_between(u[11] / augment.blur, *BLUR_SIGMAS) if u[11] < augment.blur else 0.0,
         noise=_between(u[12] / augment.noise, *NOISE_RANGE) if u[12] < augment.noise else 0.0,
         noise_seed=int(u[13] * 2**31),
+        corruption=_one_of(tuple(CORRUPTIONS), u[15]) if corrupted else "",
+        severity=_one_of(CORRUPT_SEVERITIES, u[16]) if corrupted else 0,
+        corruption_seed=int(u[17] * 2**31),
     )
 
 
@@ -131,6 +148,10 @@ def gaussian_kernel(sigma: np.ndarray | float) -> np.ndarray:
 def _within(u: float, strength: float) -> float:
     """Spread u in 0..1 over -strength..strength."""
     return (2 * u - 1) * strength
+
+
+def _one_of(values: Sequence[T], u: float) -> T:
+    return values[int(u * len(values))]
 
 
 def _between(u: float, low: float, high: float) -> float:
