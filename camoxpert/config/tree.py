@@ -278,7 +278,7 @@ class OptimConfig:
     )
     backbone_lr_scale: float | None = setting(
         None,
-        "backbone learning rate over the decoder's; unset: 0.1 with weights, 1 without",
+        "backbone learning rate over the decoder's; unset: by --preset with weights, 1 without",
         above=0,
     )
     router_bias_rate: float = setting(
@@ -324,8 +324,8 @@ class TrainConfig:
 
     preset: str = setting(
         "auto",
-        "values for what is left unset, by the length of the run: --lr, --stage1-epochs, the "
-        "strength of augmentation; auto: by the number of optimizer steps",
+        "values for what is left unset, by the length of the run: --lr, the backbone's rate, "
+        "--stage1-epochs, the strength of augmentation; auto: by the number of optimizer steps",
         flag="--preset",
         choices=PRESET_NAMES,
     )

@@ -17,6 +17,7 @@ scores again and keeps the others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from camoxpert import console, stop
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.results import GalleryEntry, Scored, compare_all
-from camoxpert.files import leads_outside, read_json, write_bytes, write_json, write_rows
+from camoxpert.files import leads_outside, lock, read_json, write_bytes, write_json, write_rows
 from camoxpert.pages import charts, retention, tables
 from camoxpert.pages.evaluation import write_evaluation_page
 from camoxpert.runs.info import versions
@@ -40,6 +41,8 @@ from camoxpert.text import free_name
 
 SUFFIXES = (("csv", "csv"), ("md", "markdown"), ("tex", "latex"))
 """Endings of table files, and the formats in them."""
+UNFINISHED = ".evaluation-"
+"""How the names of unfinished folders, and of the lock, begin."""
 MARKER = "scores.json"
 """Lists, under "files", what an evaluation wrote; only those files may be replaced."""
 
@@ -63,6 +66,7 @@ class OutputFolder:
 
     def __init__(self, target: Path | None, scoring: ScoringOptions | None = None) -> None:
         self.target = target
+        self._held = contextlib.ExitStack()
         self._replaces = target is not None and target.is_dir()
         if target is not None and target.exists() and not target.is_dir():
             raise ConfigError(f"--output {target} is a file. Name a folder.")
@@ -73,7 +77,7 @@ class OutputFolder:
         place = target if target is not None and self._replaces else _parent(target)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            self.unfinished = Path(tempfile.mkdtemp(dir=place, prefix=".evaluation-"))
+            self.unfinished = Path(tempfile.mkdtemp(dir=place, prefix=UNFINISHED))
         except OSError as error:
             raise ConfigError(
                 f"{place} cannot be written: {error.strerror}. Name another folder for the results "
@@ -89,6 +93,7 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._held.close()
         if self.unfinished.exists() and not isinstance(error, _NotMovedError):
             shutil.rmtree(self.unfinished, ignore_errors=True)
 
@@ -96,6 +101,14 @@ class OutputFolder:
         """Return the files written so far, relative to the folder, sorted."""
         root = self.unfinished
         return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+
+    def read_again(self) -> None:
+        """Read what the folder holds by now, and lock it until the end: another evaluation may have
+        ended in it since this one began."""
+        if self.target is not None and self._replaces:
+            self._held.enter_context(lock(self.target / f"{UNFINISHED}lock"))
+            self._old = _own_files(self.target)
+            self.earlier = _earlier(self.target) if self._old else {}
 
     def keep(self, name: str) -> None:
         """Keep a file of the earlier evaluation, by its relative name, if it is there."""
@@ -187,7 +200,7 @@ class _NotMovedError(DataError):
 
 def _own_files(target: Path) -> list[str]:
     """Return the files of the earlier evaluation in ``target``; [] if it is empty."""
-    present = [p for p in target.iterdir() if not p.name.startswith(".evaluation-")]
+    present = [p for p in target.iterdir() if not p.name.startswith(UNFINISHED)]
     if not present:
         return []
     if _is_old_layout(present):
@@ -276,6 +289,7 @@ def write_evaluation(
     """
     comparisons = compare_all(scored) if intervals else []
     entries = [item.result.to_dict() for item in scored]
+    output.read_again()
     kept = _kept(output.earlier, entries)
     keys = list(dict.fromkeys(key for entry in kept.results for key in entry["scores"]))
     folder = output.unfinished

@@ -23,8 +23,13 @@ from camoxpert.data.samples.draw import SCALED
 from camoxpert.training.batching import effective_batch
 from camoxpert.training.optim import starts_with_weights
 
-GOVERNED = ("optim.lr", "train.stage1_epochs", "data.augment.strength")
+GOVERNED = (
+    *("optim.lr", "optim.backbone_lr_scale", "train.stage1_epochs"),
+    "data.augment.strength",
+)
 """Settings that a preset fills where they are unset."""
+SHOWN = ("lr", "backbone x", "stage 1 epochs", "augmentation x")
+"""Their names in the line that the user reads."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,22 @@ class Preset:
     Attributes:
         steps: optimizer steps below which ``auto`` takes it.
         lr: peak learning rate of the decoder over a backbone with weights.
-        lr_from_scratch: the same without weights.
+        backbone: learning rate of a backbone with weights, as a multiple of the decoder's.
+        lr_from_scratch: rate of all parts without weights.
         strength: of the augmentation.
     """
 
     steps: float
     lr: float
+    backbone: float
     lr_from_scratch: float
     strength: float
 
 
 PRESETS = {
-    "tiny": Preset(steps=1_000, lr=3e-3, lr_from_scratch=3e-3, strength=0.0),
-    "standard": Preset(steps=10_000, lr=1e-3, lr_from_scratch=2e-3, strength=1.0),
-    "full": Preset(steps=math.inf, lr=5e-4, lr_from_scratch=1e-3, strength=1.0),
+    "tiny": Preset(steps=1_000, lr=3e-3, backbone=0.3, lr_from_scratch=3e-3, strength=0.0),
+    "standard": Preset(steps=10_000, lr=1e-3, backbone=0.1, lr_from_scratch=2e-3, strength=1.0),
+    "full": Preset(steps=math.inf, lr=5e-4, backbone=0.1, lr_from_scratch=1e-3, strength=1.0),
 }
 
 
@@ -96,6 +103,7 @@ def choose_recipe(
     )
     values: dict[str, Any] = {
         "optim.lr": preset.lr if has_weights else preset.lr_from_scratch,
+        "optim.backbone_lr_scale": preset.backbone if has_weights else 1.0,
         "train.stage1_epochs": 0,
         # Whoever sets a strength of augmentation means it.
         "data.augment.strength": 1.0 if own else preset.strength,
@@ -107,7 +115,9 @@ def choose_recipe(
     values |= {path: value for path, value in given.items() if value is not None}
     shown = ", ".join(
         f"{word} {values[path]:g}{' (as asked)' if given[path] is not None else ''}"
-        for path, word in zip(GOVERNED, ("lr", "stage 1 epochs", "augmentation x"), strict=True)
+        for path, word in zip(
+            GOVERNED, ("lr", "backbone x", "stage 1 epochs", "augmentation x"), strict=True
+        )
     )
     config = build_config({**changed_settings(asked), **values})
     # What was unset may contradict what was set: --min-lr 0.1.
@@ -124,7 +134,12 @@ def _choose(name: str, steps: int) -> tuple[str, str]:
 
 def recipe_of_older_version(config: Config) -> dict[str, Any]:
     """Return what a run of a version without presets had where its settings are unset."""
-    first = config.train.epochs // 4 if starts_with_weights(config.model) else 0
-    old = {"optim.lr": 2.5e-4, "train.stage1_epochs": first, "data.augment.strength": 1.0}
+    has_weights = starts_with_weights(config.model)
+    old = {
+        "optim.lr": 2.5e-4,
+        "optim.backbone_lr_scale": 0.1 if has_weights else 1.0,
+        "train.stage1_epochs": config.train.epochs // 4 if has_weights else 0,
+        "data.augment.strength": 1.0,
+    }
     given = {path: get_setting(config, path) for path in GOVERNED}
     return old | {path: value for path, value in given.items() if value is not None}

@@ -18,6 +18,7 @@ from helpers.pages import active_parts
 from PIL import Image
 
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.evaluation.maps import evaluate as evaluate_module
 from camoxpert.evaluation.maps.masks import find_masks
 from camoxpert.metrics import FAST_KEYS, KNOWN_KEYS, RESULT_KEYS, Evaluator
 
@@ -384,9 +385,8 @@ class TestWritten:
         # Comparisons with the method that was scored again are gone, the others stay.
         assert [c for c in before["comparisons"] if c["dataset"] != "CAMO"] == after["comparisons"]
         assert (world / "out").stat().st_mode == mode
-        assert not [name for name in listing(world / "out") if name.startswith(".")]
         every = {p.relative_to(world / "out").as_posix() for p in (world / "out").rglob("*.*")}
-        assert every - {"images/mine.txt"} == set(after["files"])
+        assert every - {"images/mine.txt", ".evaluation-lock"} == set(after["files"])
 
     def test_methods_of_several_calls_stand_in_one_table(self, world: Path, capsys) -> None:
         names = sorted(listing(world / "maps"))
@@ -401,6 +401,21 @@ class TestWritten:
         table = Path("out/scores.md").read_text()
         assert all(f"{name}" in table and name in page for name in names)
         assert len(listing(world / "out/per_image")) == len(names)
+
+    def test_an_evaluation_that_ends_meanwhile_is_kept(self, world: Path, monkeypatch) -> None:
+        """Two calls into one folder at a time: both results stand in it."""
+        assert evaluate(*CAMO, "--method", "first", "-o", "out") == 0
+        score = evaluate_module.score_task
+
+        def slow(*arguments: object, **options: object) -> Evaluator:
+            monkeypatch.setattr(evaluate_module, "score_task", score)
+            assert evaluate(*CAMO, "--method", "second", "-o", "out") == 0
+            return score(*arguments, **options)
+
+        monkeypatch.setattr(evaluate_module, "score_task", slow)
+        assert evaluate(*CAMO, "--method", "third", "-o", "out") == 0
+        methods = [result["method"] for result in summary("out")["results"]]
+        assert methods == ["first", "second", "third"]
 
     def test_scores_by_another_protocol_are_not_mixed(self, world: Path, capsys) -> None:
         assert evaluate(*CAMO, "-o", "out") == 0

@@ -37,6 +37,7 @@ def test_auto_goes_by_the_number_of_steps(images: int, epochs: int, name: str) -
     preset = PRESETS[name]
     assert recipe.reason.startswith(f"{name} (about {epochs * -(-images // 16)} optimizer steps)")
     assert recipe.config.optim.lr == preset.lr
+    assert recipe.config.optim.backbone_lr_scale == preset.backbone
     assert recipe.config.train.stage1_epochs == 0
     assert recipe.config.data.augment.strength == preset.strength
 
@@ -50,14 +51,20 @@ def test_the_effective_batch_counts_processes_and_accumulation() -> None:
 
 def test_without_weights_the_rate_is_that_from_scratch() -> None:
     asked = build_config({"model.pretrained": False, "train.preset": "full"})
-    assert choose_recipe(asked, 10).config.optim.lr == PRESETS["full"].lr_from_scratch
+    optim = choose_recipe(asked, 10).config.optim
+    assert (optim.lr, optim.backbone_lr_scale) == (PRESETS["full"].lr_from_scratch, 1)
 
 
 def test_what_the_user_set_wins() -> None:
-    own = {"optim.lr": 0.0123, "train.stage1_epochs": 3, "data.augment.strength": 0.25}
+    own = {
+        "optim.lr": 0.0123,
+        "optim.backbone_lr_scale": 0.7,
+        "train.stage1_epochs": 3,
+        "data.augment.strength": 0.25,
+    }
     recipe = choose_recipe(build_config({**own, "train.preset": "full"}), 10)
     assert recipe.values == own
-    assert recipe.reason.count("as asked") == 4
+    assert recipe.reason.count("as asked") == 5
     # Nothing else changes.
     assert to_dict(recipe.config) == to_dict(build_config({**own, "train.preset": "full"}))
 
@@ -77,7 +84,12 @@ def test_an_own_strength_of_augmentation_is_not_weakened() -> None:
 
 
 def test_a_continued_run_keeps_its_recipe() -> None:
-    kept = {"optim.lr": 0.007, "train.stage1_epochs": 1, "data.augment.strength": 0.5}
+    kept = {
+        "optim.lr": 0.007,
+        "optim.backbone_lr_scale": 0.2,
+        "train.stage1_epochs": 1,
+        "data.augment.strength": 0.5,
+    }
     recipe = choose_recipe(build_config({}), 4040, kept=kept)
     assert recipe.values == kept and "as the stopped run had it" in recipe.reason
     # A new explicit value still wins.
@@ -87,7 +99,12 @@ def test_a_continued_run_keeps_its_recipe() -> None:
 
 def test_runs_of_the_version_before_presets_go_on_as_they_were() -> None:
     old = recipe_of_older_version(build_config({"optim.lr": 2.5e-4, "train.epochs": 40}))
-    assert old == {"optim.lr": 2.5e-4, "train.stage1_epochs": 10, "data.augment.strength": 1.0}
+    assert old == {
+        "optim.lr": 2.5e-4,
+        "optim.backbone_lr_scale": 0.1,
+        "train.stage1_epochs": 10,
+        "data.augment.strength": 1.0,
+    }
     scratch = build_config({"model.pretrained": False})
     assert recipe_of_older_version(scratch)["train.stage1_epochs"] == 0
 
