@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,7 +18,9 @@ from camoxpert.data.samples.augment_device import apply_draws
 from camoxpert.data.samples.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from camoxpert.data.samples.draw import CORRUPT_SEVERITIES, draw
 from camoxpert.errors import ConfigError
+from camoxpert.runtime.processes import World
 from camoxpert.synthesis.toy import toy_pair
+from camoxpert.training.data import find_data
 
 STILL = AugmentConfig(
     hflip=0, rotate=0, scale=0, translate=0, brightness=0, contrast=0, saturation=0, hue=0, blur=0,
@@ -185,3 +189,24 @@ class TestTraining:
         sample = draw(always, seed=0, epoch=0, index=0, source=32, target=32)
         with pytest.raises(AssertionError, match="on the CPU"):
             apply_draws(torch.zeros(1, 32, 32, 4, dtype=torch.uint8), [sample], 32)
+
+    @pytest.mark.parametrize("share", [0.0, 0.3])
+    def test_auto_is_the_cpu_and_says_so(self, toy_data: Path, share: float, capsys) -> None:
+        words = {"data.roots": [str(toy_data)], "data.img_size": 32, "data.num_workers": 0}
+        asked = build_config({**words, "data.cache": "none", "data.augment.corrupt": share})
+        found = find_data(asked, World(), device="cuda", write=False)
+        said = " ".join(capsys.readouterr().out.split())
+        assert found.loading.on_device == (share == 0)
+        told = "corruptions are made on the CPU; 30% of the images corrupted, at severities 1 to 3"
+        assert (told in said) == (share > 0)
+
+    def test_a_run_trains_with_them(self, train, tmp_path: Path, capsys) -> None:
+        words = ("--epochs", "1", "--no-report", "--no-test", "--augment-on", "cpu")
+        losses = []
+        for share in ("1", "1", "0"):
+            out = tmp_path / f"{len(losses)}"
+            assert train(*words, f"data.augment.corrupt={share}", out=out) == 0
+            (log,) = out.glob("*/metrics.jsonl")
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            losses.append([row["loss"] for row in rows if row.get("loss") is not None])
+        assert losses[0] == losses[1] != losses[2]
