@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import cv2
@@ -27,7 +26,6 @@ STILL = AugmentConfig(
     noise=0,
 )  # fmt: skip
 ALL = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
-EXACT = [(name, severity) for name, severity in ALL if name != "jpeg"]
 # First 12 digits of SHA-256 of picture() by severity.
 GOLDEN = {
     "noise": "6ad3a3f673f6 f7e9ca062850 841b6ab41728 5102896f059e 696ed76c80ea",
@@ -116,10 +114,10 @@ class TestCorrupt:
         changed = corrupt(small, name, 4).astype(float)
         assert np.abs(changed - shrunk).mean() < 0.35 * np.abs(changed - small).mean()
 
-    @pytest.mark.parametrize(("name", "severity"), ALL)
     @pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 7), (32, 32)])
-    def test_odd_sizes(self, name: str, severity: int, size: tuple[int, int]) -> None:
-        assert corrupt(picture(*size), name, severity).shape == (*size, 3)
+    def test_odd_sizes(self, size: tuple[int, int]) -> None:
+        for name, severity in ALL:
+            assert corrupt(picture(*size), name, severity).shape == (*size, 3)
 
     def test_by_hand(self) -> None:
         grey = np.full((8, 8, 3), 100, np.uint8)
@@ -202,11 +200,6 @@ class TestTraining:
 
     def test_a_run_trains_with_them(self, train, tmp_path: Path, capsys) -> None:
         words = ("--epochs", "1", "--no-report", "--no-test", "--augment-on", "cpu")
-        losses = []
-        for share in ("1", "1", "0"):
-            out = tmp_path / f"{len(losses)}"
-            assert train(*words, f"data.augment.corrupt={share}", out=out) == 0
-            (log,) = out.glob("*/metrics.jsonl")
-            rows = [json.loads(line) for line in log.read_text().splitlines()]
-            losses.append([row["loss"] for row in rows if row.get("loss") is not None])
-        assert losses[0] == losses[1] != losses[2]
+        assert train(*words, "data.augment.corrupt=1") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "as asked; 100% of the images corrupted, at severities 1 to 3" in said

@@ -71,6 +71,7 @@ def corrupt(image: Image, name: str, severity: int, *, seed: int = 0, key: str =
         uint8 RGB (H, W, 3).
     """
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    assert severity in SEVERITIES
     kind = CORRUPTIONS[name]
     text = f"{seed}/{name}/{key}".encode("utf-8", "surrogateescape")
     bits = np.random.PCG64(int.from_bytes(hashlib.sha256(text).digest()[:16], "big"))
