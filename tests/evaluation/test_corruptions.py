@@ -230,11 +230,11 @@ class TestCommand:
     ) -> None:
         monkeypatch.setattr(evaluation, "write_evaluation", lambda *words, **options: None)
         base = ["evaluate", str(tiny_run), "--data", str(toy_data), "--gallery", "0"]
-        base += ["-o", str(tmp_path / "out"), "--no-intervals"]
+        base += ["--no-intervals"]
         words = ["--corruptions", "contrast", "--severity", "2"]
         said = {}
         for form in ("text", "json", "csv", "markdown", "latex"):
-            assert main([*base, *words, "--format", form]) == 0
+            assert main([*base, *words, "--format", form, "-o", str(tmp_path / form)]) == 0
             said[form] = capsys.readouterr()
         assert "1 corruption at severity 2: 8 images are scored 1 time" in said["text"].err
         assert "tiny on toy, wFmeasure" in said["text"].out and "contrast" in said["text"].out
