@@ -24,7 +24,7 @@ from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import DataError
 from camoxpert.evaluation.corrupted import note_corruptions, score_corrupted
 from camoxpert.evaluation.options import CorruptionOptions, ScoringOptions
-from camoxpert.evaluation.output import OutputFolder, safe_name, write_evaluation
+from camoxpert.evaluation.output import OutputFolder, file_names, safe_name, write_evaluation
 from camoxpert.evaluation.results import (
     EvaluationResult,
     GalleryEntry,
@@ -202,6 +202,7 @@ def evaluate_model(
     method = method or method_name(predictor)
     if corruptions is not None:
         note_corruptions(corruptions, sets)
+    files = file_names(sets)
     scored = []
     gallery: list[GalleryEntry] = []
     for name, manifest in sets.items():
@@ -231,7 +232,7 @@ def evaluate_model(
                 num_workers=num_workers,
             )
             if output is not None:
-                path = output.unfinished / "robustness" / f"{safe_name(name)}.jpg"
+                path = output.unfinished / "robustness" / f"{files[name]}.jpg"
                 write_jpeg(path, side_by_side(examples))
                 place = path.relative_to(output.unfinished).as_posix()
                 robustness = replace(robustness, picture=place)

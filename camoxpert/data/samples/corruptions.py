@@ -36,6 +36,7 @@ DIRECTIONS = tuple(
 """Directions of motion over a half turn, in 1/1024: whole numbers, so that no rounding differs."""
 # Sum of eight random bytes: mean and standard deviation.
 BYTES_MEAN, BYTES_STD = 1020, 209.02
+NOISE_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def corrupt(image: Image, name: str, severity: int, *, seed: int = 0, key: str =
         uint8 RGB (H, W, 3).
     """
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    assert severity in SEVERITIES
     kind = CORRUPTIONS[name]
     text = f"{seed}/{name}/{key}".encode("utf-8", "surrogateescape")
     bits = np.random.PCG64(int.from_bytes(hashlib.sha256(text).digest()[:16], "big"))
@@ -79,14 +81,22 @@ def corrupt(image: Image, name: str, severity: int, *, seed: int = 0, key: str =
 def _noise(image: Image, level: float, words: Words) -> Image:
     """Add noise that is nearly normal: the sum of eight random bytes (Irwin and Hall)."""
     low = np.uint64(0x00FF00FF00FF00FF)
-    word = words(image.size)
-    pairs = (word & low) + ((word >> np.uint64(8)) & low)
-    # The product adds the four 16-bit parts in the highest one.
-    total = (pairs * np.uint64(0x0001000100010001)) >> np.uint64(48)
     factor = round(255 * level / BYTES_STD * 1024)
-    table = ((np.arange(8 * 255 + 1) - BYTES_MEAN) * factor + 512) >> 10
-    added = table.astype(np.int16).take(total.astype(np.int16)).reshape(image.shape)
-    return _clipped(image + added)
+    table = (((np.arange(8 * 255 + 1) - BYTES_MEAN) * factor + 512) >> 10).astype(np.int16)
+    noisy = np.empty_like(image)
+    # Blocks of rows fit into the cache of a core.
+    for start in range(0, len(image), NOISE_ROWS):
+        block = image[start : start + NOISE_ROWS]
+        word = words(block.size)
+        odd = (word >> np.uint64(8)) & low
+        word &= low
+        word += odd
+        # The product adds the four 16-bit parts in the highest one.
+        word *= np.uint64(0x0001000100010001)
+        word >>= np.uint64(48)
+        added = table.take(word.astype(np.int16)).reshape(block.shape)
+        noisy[start : start + NOISE_ROWS] = _clipped(block + added)
+    return noisy
 
 
 def _blur(image: Image, level: float, words: Words) -> Image:
