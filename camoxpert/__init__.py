@@ -193,16 +193,16 @@ def evaluate(
     asked = choose_corruptions(
         [corruptions] if isinstance(corruptions, str) else corruptions, severities
     )
-    predictor = load(model) if isinstance(model, (str, Path)) else model
     paths = [data] if isinstance(data, (str, Path)) else data
     paths = [Path(path).expanduser() for path in paths]
-    sets = find_sets(
-        predictor, paths, Search(layout, noncam, any_size=resize == "bilinear"), split=split
-    )
     options = ScoringOptions(
         protocol=protocol, empty_gt=empty_gt, intervals=intervals, gallery=gallery
     )
     with written_to(output, options) as folder:
+        predictor = load(model) if isinstance(model, (str, Path)) else model
+        sets = find_sets(
+            predictor, paths, Search(layout, noncam, any_size=resize == "bilinear"), split=split
+        )
         return evaluate_model(
             predictor,
             sets,
@@ -272,7 +272,6 @@ def score_maps(
         for paths in (predictions, gt)
     )
     pairing = PairOptions(noncam, allow_missing, allow_extra, map_suffix=map_suffix)
-    tasks = find_tasks(maps, masks, pairing, images=[Path(path) for path in images])
     options = MapOptions(
         protocol=protocol,
         empty_gt=empty_gt,
@@ -283,6 +282,7 @@ def score_maps(
         gt_threshold=gt_threshold,
     )
     with written_to(output, options) as folder:
+        tasks = find_tasks(maps, masks, pairing, images=[Path(path) for path in images])
         return evaluate_maps(
             tasks, options, num_workers=num_workers, output=folder, command=("evaluate",)
         )

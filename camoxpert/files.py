@@ -116,6 +116,35 @@ def why_missing(path: str | Path, what: str = "file or folder") -> str:
     return f"There is no {what} {text}.{hint}"
 
 
+def require_writable(folder: Path) -> None:
+    """Raise OSError unless a file can be written into a folder; leaves nothing behind.
+
+    Writing tells what permissions do not: a full disk, a read-only mount, a quota.
+
+    Args:
+        folder: need not exist; then its nearest existing parent is tried.
+    """
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", str(place))
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # The name of a temporary file says nothing.
+        raise OSError(error.errno, error.strerror, str(place)) from error
+
+
+def why_unwritable(error: OSError) -> str:
+    """Return what the system refused, and where."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
 def append_here(path: Path) -> IO[str]:
     """Open a text file at its end, without following a symlink; replace one if found.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from camoxpert import console
 from camoxpert.cli import no_overrides
+from camoxpert.cli.outputs import check_file
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError
 
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--rounds and --pairs must be at least 1, --size at least 32.")
     if options.files < 0 or 0 < options.files < 64:
         raise ConfigError("--files must be 0 or at least 64: with fewer the start dominates.")
-    check_output("--output", options.output)
+    check_file("-o", options.output)
     measure = {"metrics": _metrics, "moe": _moe, "train": _train, "data": _data}[options.kind]
     write_figures(options.output, measure(options))
     return 0
@@ -96,18 +97,6 @@ def write_figures(file: str | None, figures: Report) -> None:
 
         write_json(Path(file), figures)
         console.say(f"figures: {file}")
-
-
-def check_output(flag: str, file: str | None) -> None:
-    """Raise ConfigError if ``file`` cannot be written, before minutes are spent measuring."""
-    if not file:
-        return
-    if Path(file).is_dir():
-        raise ConfigError(f"{flag} {file} is a folder; give a file.")
-    try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{flag} {file} cannot be written: {error}.") from error
 
 
 def _metrics(options: argparse.Namespace) -> Report:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from camoxpert.cli import no_overrides
+from camoxpert.cli.outputs import check_file, check_folder
 from camoxpert.config import DataConfig
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError, DataError
@@ -64,6 +65,9 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     )
     if options.clean_list and not data.roots:
         raise ConfigError("--clean-list needs data to check: camoxpert doctor DIR.")
+    check_file("--clean-list", options.clean_list)
+    if data.roots:
+        check_folder("-o", options.output)
     from camoxpert.doctor.diagnose import diagnose
 
     sound = diagnose(

@@ -23,8 +23,7 @@ silently: missing and extra maps, other sizes, colour pictures and grey masks ar
 the files.
 
 examples:
-  camoxpert evaluate runs/NAME --data NC4K CHAMELEON
-  camoxpert evaluate runs/NAME --corruptions all --severity 1 3 5
+  camoxpert evaluate runs/NAME --data NC4K CHAMELEON --corruptions all --severity 1 3 5
   camoxpert evaluate --predictions maps/ours maps/other --gt NC4K/GT --ledger scores.jsonl"""
 
 
@@ -273,16 +272,17 @@ def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[Evalu
         options.method or "",
         options.map_suffix,
     )
-    if options.list:
-        tasks = list_tasks(Path(options.list), pairing)
-    else:
-        tasks = find_tasks(
-            [Path(path) for path in options.predictions],
-            [Path(path) for path in options.gt],
-            pairing,
-            images=[Path(path) for path in options.images or ()],
-        )
+    # First of all: what cannot be written need not be scored.
     with OutputFolder(Path(options.output) if options.output else None, scoring) as folder:
+        if options.list:
+            tasks = list_tasks(Path(options.list), pairing)
+        else:
+            tasks = find_tasks(
+                [Path(path) for path in options.predictions],
+                [Path(path) for path in options.gt],
+                pairing,
+                images=[Path(path) for path in options.images or ()],
+            )
         workers = choose_map_workers(options.num_workers)
         results = evaluate_maps(tasks, scoring, num_workers=workers, output=folder, command=typed)
         return results, folder.finish()
@@ -297,27 +297,27 @@ def _checkpoint(
     from camoxpert.evaluation.options import ScoringOptions, choose_corruptions
     from camoxpert.evaluation.output import OutputFolder
     from camoxpert.inference.predictor import load_predictor
+    from camoxpert.runs.checkpoint import resolve_checkpoint
 
-    predictor = load_predictor(
-        Path(options.checkpoint), device=options.device, precision=options.precision
-    )
-    clean = read_clean_list(options.clean_list)
-    search = Search(
-        options.layout,
-        options.noncam,
-        clean,
-        options.allow_outside,
-        any_size=options.resize == "bilinear",
-    )
-    sets = find_sets(predictor, options.data or (), search, split=options.split)
+    file = resolve_checkpoint(Path(options.checkpoint))
+    target = Path(options.output) if options.output else default_output(file)
     scoring = ScoringOptions(
         protocol=options.protocol,
         empty_gt=options.empty_gt,
         intervals=not options.no_intervals,
         gallery=options.gallery,
     )
-    target = Path(options.output) if options.output else default_output(predictor)
+    # First of all: what cannot be written need not be scored.
     with OutputFolder(target, scoring) as folder:
+        predictor = load_predictor(file, device=options.device, precision=options.precision)
+        search = Search(
+            options.layout,
+            options.noncam,
+            read_clean_list(options.clean_list),
+            options.allow_outside,
+            any_size=options.resize == "bilinear",
+        )
+        sets = find_sets(predictor, options.data or (), search, split=options.split)
         results = evaluate_model(
             predictor,
             sets,

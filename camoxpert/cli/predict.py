@@ -7,6 +7,7 @@ from pathlib import Path
 
 from camoxpert import console, stop
 from camoxpert.cli import no_overrides, print_paragraph
+from camoxpert.cli.outputs import check_folder
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError
 
@@ -50,6 +51,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     if options.batch_size < 1 or not 0 <= options.threshold <= 1:
         raise ConfigError("--batch-size must be at least 1 and --threshold between 0 and 1.")
+    check_folder("-o", options.output)
     from camoxpert.inference.photos import PhotoOptions, predict_photos
     from camoxpert.inference.predictor import load_predictor
     from camoxpert.inference.sources import look_for_photos

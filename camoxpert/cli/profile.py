@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from camoxpert.cli.benchmark import check_output, write_figures
+from camoxpert.cli.benchmark import write_figures
+from camoxpert.cli.outputs import check_file
 from camoxpert.cli.train import check_data_given
 from camoxpert.config.flags import add_setting_flags, read_config
 from camoxpert.errors import ConfigError
@@ -32,8 +33,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     check_data_given(config)
     if options.steps < 1:
         raise ConfigError("--steps must be at least 1.")
-    check_output("--trace", options.trace)
-    check_output("--output", options.output)
+    check_file("--trace", options.trace)
+    check_file("-o", options.output)
     from camoxpert.profile import run as profile
     from camoxpert.training.prepare import prepare
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from camoxpert import console, stop
+from camoxpert.cli.outputs import check_folder
 from camoxpert.cli.train import check_data_given
 from camoxpert.config.flags import add_setting_flags, read_config
 from camoxpert.errors import ConfigError
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     settings += [word for word in arms if "=" in word]
     config = read_config(options, settings)
     check_data_given(config)
+    check_folder("-o", options.output)
     own = {name: overrides for name, *overrides in options.arm}
     from camoxpert.benchmark import quality, quality_report
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from camoxpert import console
 from camoxpert.cli import no_overrides
+from camoxpert.cli.outputs import check_file
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 
 EXAMPLES = """examples:
@@ -18,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
     parser.add_argument("run", help="a run folder, or a ledger that `evaluate --ledger` wrote")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="the page of a run [RUN/report.html]"
+    )
     ledger = parser.add_argument_group("of a ledger")
     ledger.add_argument("--dataset", nargs="+", metavar="NAME", help="only these data sets")
     ledger.add_argument("--method", nargs="+", metavar="NAME", help="only these methods")
@@ -31,18 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
-    """Write ``report.html`` into the run folder, or print the ledger's table."""
+    """Write a run's page, or print the ledger's table."""
     no_overrides(rest)
     path = Path(options.run)
     if path.is_file():
+        if options.output:
+            raise ConfigError("-o belongs to the page of a run; a ledger's table is printed.")
         return _ledger(path, options)
     if not (path / "config.yaml").is_file():
         raise CheckpointError(
             f"{path} is neither a run folder (it holds no config.yaml) nor a ledger file."
         )
+    page = Path(options.output or path / "report.html")
+    check_file("-o", page)
     from camoxpert.pages.report import write_report
 
-    console.say(str(write_report(path)))
+    console.say(str(write_report(path, page)))
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from camoxpert import console
 from camoxpert.cli import no_overrides
+from camoxpert.cli.outputs import check_folder
 from camoxpert.errors import ConfigError, DataError
 
 EXAMPLES = """examples:
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         except ValueError as error:
             raise ConfigError(f"--object-size: {error}") from error
     output = Path(options.output)
+    check_folder("OUTPUT", output)
     if output.exists() and any(output.iterdir()):
         raise DataError(
             f"{output} exists and is not empty; nothing is overwritten. Name a new folder."

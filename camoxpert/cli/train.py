@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check settings and data, build everything, take one step, write nothing",
+        help="check settings and the headers of the data, build everything, take one step, write "
+        "nothing",
     )
     add_setting_flags(parser)
 

@@ -15,7 +15,7 @@ from typing import IO, Any, TypedDict
 
 from camoxpert.errors import DataError
 from camoxpert.evaluation.results import EvaluationResult, MapSource
-from camoxpert.files import finite, lock
+from camoxpert.files import finite, lock, require_writable, why_unwritable
 from camoxpert.runs.info import git_commit, versions
 from camoxpert.text import shorten
 
@@ -86,16 +86,19 @@ def append_rows(path: Path, rows: Sequence[LedgerRow]) -> None:
 
 def check_ledger(path: Path) -> None:
     """Raise DataError if rows could not be appended: not a ledger, or not writable."""
-    if path.exists():
+    known = path.exists()
+    if known:
         read_ledger(path)
-        if not os.access(path, os.W_OK):
-            raise DataError(f"The ledger {path} cannot be written: no permission.")
-        return
-    folder = Path(os.path.abspath(path)).parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DataError(f"The ledger {path} cannot be written: {folder} is not a writable folder.")
+    try:
+        # Also for a file that exists: the disk may be full.
+        require_writable(path.parent)
+        if known:
+            path.open("ab").close()
+    except OSError as error:
+        raise DataError(
+            f"The ledger {path} cannot be written: {why_unwritable(error)}. Name another file with "
+            "--ledger."
+        ) from error
 
 
 def _ends_line(file: IO[bytes]) -> bool:

@@ -30,7 +30,7 @@ from camoxpert.evaluation.results import (
     GalleryEntry,
     ModelSource,
     Scored,
-    decide_void,
+    note_void,
     summarise,
 )
 from camoxpert.files import leads_outside, why_missing
@@ -135,27 +135,27 @@ def _note_other_sizes(sets: Mapping[str, Manifest]) -> None:
             )
 
 
-def run_folder(predictor: Predictor) -> Path | None:
-    """Return the run folder that holds the checkpoint, or None for a file on its own."""
-    folder = predictor.checkpoint.path.parent.parent
+def run_folder(checkpoint: Path) -> Path | None:
+    """Return the run folder that holds a checkpoint's file, or None for a file on its own."""
+    folder = checkpoint.parent.parent
     return folder if (folder / "config.yaml").is_file() else None
 
 
 def method_name(predictor: Predictor) -> str:
     """Return the name of a model in tables: its run's, or its file's."""
-    folder = run_folder(predictor)
+    folder = run_folder(predictor.checkpoint.path)
     return predictor.checkpoint.path.stem if folder is None else folder.resolve().name
 
 
-def default_output(predictor: Predictor) -> Path:
+def default_output(checkpoint: Path) -> Path:
     """Return where results go: ``evaluation`` in the run folder, else ``evaluation/FILE``.
 
     Raises:
         DataError: the run, which may come from somebody else, has a symlink there.
     """
-    folder = run_folder(predictor)
+    folder = run_folder(checkpoint)
     if folder is None:
-        return Path("evaluation", predictor.checkpoint.path.stem)
+        return Path("evaluation", checkpoint.stem)
     if leads_outside(folder, folder / "evaluation" / "file"):
         raise DataError(
             f"{folder / 'evaluation'} is a symlink that leads out of {folder}. Remove it, or name "
@@ -256,7 +256,7 @@ def evaluate_run(
     command: Sequence[str] = (),
 ) -> list[EvaluationResult]:
     """Score a run's model and write the results to its run folder; see ``evaluate_model``."""
-    with OutputFolder(default_output(predictor), options) as folder:
+    with OutputFolder(default_output(predictor.checkpoint.path), options) as folder:
         results = evaluate_model(
             predictor,
             sets,
@@ -343,7 +343,7 @@ def _score_set(
             f"{name}: {len(left_out)} of {len(manifest)} images cannot be read and are missing "
             f"from the scores: {shorten(left_out)}"
         )
-    decide_void(name, evaluator)
+    note_void(name, evaluator)
     return summarise(
         evaluator,
         options,

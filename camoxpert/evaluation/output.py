@@ -33,7 +33,16 @@ from camoxpert import console, stop
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.results import GalleryEntry, Scored, compare_all
-from camoxpert.files import leads_outside, lock, read_json, write_bytes, write_json, write_rows
+from camoxpert.files import (
+    leads_outside,
+    lock,
+    read_json,
+    require_writable,
+    why_unwritable,
+    write_bytes,
+    write_json,
+    write_rows,
+)
 from camoxpert.pages import charts, retention, tables
 from camoxpert.pages.evaluation import write_evaluation_page
 from camoxpert.runs.info import versions
@@ -69,19 +78,22 @@ class OutputFolder:
         self._held = contextlib.ExitStack()
         self._replaces = target is not None and target.is_dir()
         if target is not None and target.exists() and not target.is_dir():
-            raise ConfigError(f"--output {target} is a file. Name a folder.")
+            raise ConfigError(f"--output {target} is a file. Name another folder with -o.")
         self._old = _own_files(target) if target is not None and self._replaces else []
         self.earlier = _earlier(target) if target is not None and self._old else {}
         if scoring is not None:
             _require_same_protocol(self.earlier, scoring, target)
         place = target if target is not None and self._replaces else _parent(target)
+        self._made: list[Path] = []
         try:
+            require_writable(place)
+            self._made = [p for p in (place, *place.parents) if not p.exists()]
             place.mkdir(parents=True, exist_ok=True)
             self.unfinished = Path(tempfile.mkdtemp(dir=place, prefix=UNFINISHED))
         except OSError as error:
             raise ConfigError(
-                f"{place} cannot be written: {error.strerror}. Name another folder for the results "
-                "with -o."
+                f"The results cannot be written to {target or place}: {why_unwritable(error)}. "
+                "Name another folder with -o."
             ) from error
 
     def __enter__(self) -> OutputFolder:
@@ -96,6 +108,9 @@ class OutputFolder:
         self._held.close()
         if self.unfinished.exists() and not isinstance(error, _NotMovedError):
             shutil.rmtree(self.unfinished, ignore_errors=True)
+            for folder in self._made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def files(self) -> list[str]:
         """Return the files written so far, relative to the folder, sorted."""

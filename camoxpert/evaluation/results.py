@@ -229,12 +229,11 @@ def compare_all(scored: Sequence[Scored]) -> list[ComparisonEntry]:
     return entries
 
 
-def decide_void(dataset: str, evaluator: Evaluator) -> None:
-    """Print how many images have void pixels, if any has."""
+def note_void(dataset: str, evaluator: Evaluator) -> None:
+    """Say how many images have void pixels, if any has; on stderr, for stdout may hold JSON."""
     if evaluator.num_with_void:
-        console.decide(
-            "void",
-            f"{dataset}: {evaluator.num_with_void} of {evaluator.num_images} masks have unlabelled "
+        console.note(
+            f"void        {dataset}: {evaluator.num_with_void} of {evaluator.num_images} masks have unlabelled "
             f"pixels (void); no measure counts them",
         )
 

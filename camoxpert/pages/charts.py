@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -181,8 +180,26 @@ def plot_pareto(points: Mapping[str, tuple[float, float, float, float]], xlabel:
     return _png(figure)
 
 
+def _empty_figure(width: float, height: float) -> Any:
+    """Return a figure that is drawn by Agg, whatever backend the user's environment names.
+
+    Notebooks export theirs, such as ``module://matplotlib_inline.backend_inline``, to every program
+    they start; where it is not installed, importing matplotlib fails.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def _figure(columns: int, *, width: float = 8.4, height: float = 2.9) -> tuple[Any, Any]:
-    figure = _matplotlib_figure()(figsize=(width, height), layout="constrained")
+    figure = _empty_figure(width, height)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.set_facecolor("none")
@@ -194,22 +211,6 @@ def _figure(columns: int, *, width: float = 8.4, height: float = 2.9) -> tuple[A
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(GREY)
     return figure, axes
-
-
-def _matplotlib_figure() -> Any:
-    """Return matplotlib's class; a notebook's backend (MPLBACKEND), which processes started from it
-    inherit and may not have, is left aside: pictures are files."""
-    if "matplotlib" in sys.modules:
-        from matplotlib.figure import Figure
-
-        return Figure
-    before = os.environ.pop("MPLBACKEND", None)
-    try:
-        from matplotlib.figure import Figure
-    finally:
-        if before is not None:
-            os.environ["MPLBACKEND"] = before
-    return Figure
 
 
 def _legend(axis: Any) -> None:

@@ -116,8 +116,13 @@ class RunPage:
     environment: list[tuple[str, object]]
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a run folder; parts that are missing become a sentence."""
+def write_report(run_dir: Path, page_file: Path | None = None) -> Path:
+    """Write the page of a run; parts that are missing become a sentence.
+
+    Args:
+        run_dir: the run folder.
+        page_file: the page; None: ``report.html`` in the run folder.
+    """
     info = read_info(run_dir)
     records = read_records(run_dir / "metrics.jsonl")
     results = run_results(run_dir)
@@ -140,7 +145,7 @@ def write_report(run_dir: Path) -> Path:
         decisions=info.get("decisions", ()),
         environment=_environment(info),
     )
-    return write_page(run_dir / "report.html", "report.html.j2", page)
+    return write_page(page_file or run_dir / "report.html", "report.html.j2", page)
 
 
 def _facts(info: RunInfo) -> list[str]:

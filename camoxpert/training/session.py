@@ -21,7 +21,7 @@ from camoxpert.errors import (
     NumericError,
     Stopped,
 )
-from camoxpert.files import read_json, write_bytes
+from camoxpert.files import read_json, require_writable, why_unwritable, write_bytes
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
 from camoxpert.runs.folder import RunFolder, find_run
 from camoxpert.runs.info import update_run_json, write_run_json
@@ -87,7 +87,7 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
 
 
 def dry_run(config: Config) -> None:
-    """Check settings and data, build everything, take one step; write nothing."""
+    """Check settings and the data's headers, build everything, take one step; write nothing."""
     with joined(config) as world, stop.outcome(NOTHING_YET):
         folder = find_folder(config, world)
         folder.close()
@@ -99,14 +99,31 @@ def dry_run(config: Config) -> None:
         with memory_explained(run):
             trial_step(run.model, config, run.device, run.precision, largest)
         console.say(
-            "dry run     one step forward and back worked; nothing was written. Of the images only "
-            "headers and ends were read: `camoxpert doctor` decodes every file"
+            "dry run     one step forward and back on a blank batch worked; nothing was written"
         )
+        console.say(f"data        {run.data.checked}; `camoxpert doctor` reads every file")
 
 
 def find_folder(config: Config, world: World) -> RunFolder:
-    """Return the folder of the stopped run that these settings continue, the same on all ranks."""
-    return world.from_first(lambda: find_run(config, data_hash=lambda: hash_of_data(config)))
+    """Return the folder of the stopped run that these settings continue, the same on all ranks.
+
+    Raises:
+        ConfigError: the run could not write its folder; decoding and building come later.
+    """
+
+    def find() -> RunFolder:
+        found = find_run(config, data_hash=lambda: hash_of_data(config))
+        try:
+            require_writable(found.path or Path(config.run.dir))
+        except OSError as error:
+            found.close()
+            raise ConfigError(
+                f"The run could not be written to {found.path or config.run.dir}: "
+                f"{why_unwritable(error)}. Name another folder with --checkpoint-dir."
+            ) from error
+        return found
+
+    return world.from_first(find)
 
 
 def prepare_run(config: Config, folder: RunFolder, world: World, *, write: bool = True) -> Run:
@@ -294,7 +311,8 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
                 # A broken test image must not keep a trained run from finishing: it is named.
                 unreadable="skip",
             )
-    except DataError as error:
+    except (ConfigError, DataError) as error:
+        # ConfigError: the folder for the scores cannot be used. The training is kept.
         text = f"the test sets could not be scored: {error}"
         run.log.write({"kind": "event", "text": text})
         console.warn(text)

@@ -90,7 +90,7 @@ class TestArms:
             (["unett"], {}, "Did you mean unet"),
             (["moe"], {"unet": []}, "is taken"),
             (["moe"], {"a/b": []}, "not plain"),
-            (["moe"], {"wide": ["model.widht=3"]}, "width"),
+            (["moe"], {"wide": ["model.widthh=3"]}, "width"),
         ],
     )
     def test_mistakes(self, names: list[str], own: dict[str, list[str]], words: str) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +15,7 @@ from jinja2 import UndefinedError
 
 from camoxpert.pages.render import ENVIRONMENT, draw
 
+ROOT = Path(__file__).parents[2]
 TEMPLATES = ENVIRONMENT.list_templates()
 EVIL = "'\"><script>alert(1)</script>"
 
@@ -40,3 +46,41 @@ def test_a_chart_that_fails_says_why() -> None:
 
     assert draw(fail, "time").fault == "no such record" and not draw(fail, "time").source
     assert draw(lambda: b"png", "time").source == "data:image/png;base64,cG5n"
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "module://matplotlib_inline.backend_inline",
+        "module://ipykernel.pylab.backend_inline",
+        "no such backend",
+        "QtAgg",
+    ],
+)
+def test_a_notebooks_backend_changes_no_chart(backend: str) -> None:
+    """Notebooks export their backend to programs that may not have it, or have no display."""
+    code = (
+        "import os, sys\n"
+        "from camoxpert.pages.charts import _empty_figure, plot_phases\n"
+        "assert plot_phases({'train': 1.0}).startswith(b'\\x89PNG')\n"
+        "canvas = type(_empty_figure(2, 2).canvas).__module__\n"
+        "assert canvas == 'matplotlib.backends.backend_agg', canvas\n"
+        f"assert os.environ['MPLBACKEND'] == {backend!r}\n"
+        "assert not {'matplotlib.pyplot', 'ipykernel', 'torch'} & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_charts_are_drawn_in_one_place() -> None:
+    """pyplot takes the backend of the environment; no other module may import matplotlib."""
+    importing = {
+        path.name
+        for path in (ROOT / "camoxpert").rglob("*.py")
+        if re.search(r"^\s*(from|import) matplotlib", path.read_text(), re.MULTILINE)
+    }
+    assert importing == {"charts.py"}
+    assert "pyplot" not in (ROOT / "camoxpert" / "pages" / "charts.py").read_text()

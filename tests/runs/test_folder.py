@@ -11,10 +11,11 @@ from camoxpert.runs.folder import run_name
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        ([], "edgenext_base-352-67078a96"),
-        (["model.backbone=resnet18"], "resnet18-352-0adb673b"),
-        (["train.precision=fp32"], "edgenext_base-352-318339d5"),
-        (["train.stage1_epochs=0"], "edgenext_base-352-f38d4426"),
+        # Its rate, which is unset today: a run with another rate is another run.
+        (["optim.lr=2.5e-4"], "edgenext_base-352-67078a96"),
+        (["optim.lr=2.5e-4", "model.backbone=resnet18"], "resnet18-352-0adb673b"),
+        (["optim.lr=2.5e-4", "train.precision=fp32"], "edgenext_base-352-318339d5"),
+        (["optim.lr=2.5e-4", "train.stage1_epochs=0"], "edgenext_base-352-f38d4426"),
         (
             ["model.backbone=resnet18", "optim.lr=3e-4", "data.roots=[a,b]"],
             "resnet18-352-1495edba",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from helpers.runs import records
 
+from camoxpert.cli import main
 from camoxpert.config import load_config
+from camoxpert.data.files.manifest import load_train
 from camoxpert.files import read_jsonl
 
 
@@ -92,6 +97,44 @@ class TestCommand:
         out = capsys.readouterr().out
         assert not list(tmp_path.iterdir())
         assert "precision   fp32" in out and "one step" in out
+
+    def test_a_dry_run_says_what_it_did_not_read(
+        self, train, toy_data: Path, tmp_path: Path, capsys
+    ) -> None:
+        """It reads headers: a JPEG that is damaged in the middle is the doctor's to find."""
+        data = tmp_path / "data"
+        for folder in ("Imgs", "GT"):
+            (data / "TrainDataset" / folder).mkdir(parents=True)
+        for index, pair in enumerate(load_train([toy_data]).pairs[:20]):
+            shutil.copy(pair.mask, data / "TrainDataset/GT" / f"{index}.png")
+            photo = cv2.resize(cv2.imread(str(pair.image)), (96, 96))
+            photo += np.random.default_rng(index).integers(0, 99, photo.shape, dtype=np.uint8)
+            kept = data / "TrainDataset/Imgs" / f"{index}.jpg"
+            assert cv2.imwrite(str(kept), photo, [cv2.IMWRITE_JPEG_QUALITY, 90])
+            mask = data / "TrainDataset/GT" / f"{index}.png"
+            cv2.imwrite(str(mask), cv2.resize(cv2.imread(str(mask), 0), (96, 96)) // 128 * 255)
+        damaged = data / "TrainDataset/Imgs/3.jpg"
+        whole = damaged.read_bytes()
+        half = len(whole) // 2
+        damaged.write_bytes(whole[:half] + bytes(len(whole) - half - 2) + whole[-2:])
+        words = ("--val-fraction", "0.2", "--epochs", "1")
+        assert train(*words, "--cache", "none", "--dry-run", data=data) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "the headers of 20 training pairs and the pixels of" in said
+        assert "damage inside a file was not looked for" in said
+        assert "`camoxpert doctor` reads every file" in said
+        # What it points to finds the file, as does decoding all of them into a cache.
+        assert main(["doctor", str(data), "--no-copies", "-o", str(tmp_path / "page")]) == 3
+        assert "3.jpg" in capsys.readouterr().out
+        assert train(*words, "--cache", "ram", data=data) == 3
+        assert "3.jpg" in capsys.readouterr().err
+        damaged.write_bytes(whole)
+        place = ("--cache", "disk", "--cache-dir", str(tmp_path / "cache"))
+        assert train(*words, *place, data=data) == 0
+        capsys.readouterr()
+        assert train(*words, *place, "--seed", "7", "--dry-run", data=data) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "every pixel of the 20 training pairs was decoded into the cache" in said
 
     def test_decisions_are_said_with_their_reason(self, train, capsys) -> None:
         train("--dry-run")

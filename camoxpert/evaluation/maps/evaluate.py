@@ -20,8 +20,8 @@ from camoxpert.evaluation.results import (
     GalleryEntry,
     MapSource,
     by_dataset,
-    decide_void,
     deciding_key,
+    note_void,
     ranked,
     summarise,
 )
@@ -76,7 +76,7 @@ def evaluate_maps(
         )
         stop.check()
     for dataset, methods in by_dataset(scored).items():
-        decide_void(dataset, next(iter(methods.values())))
+        note_void(dataset, next(iter(methods.values())))
     if output is not None:
         gallery = write_gallery(output.unfinished, tasks, by_dataset(scored), options)
         write_evaluation(output, scored, gallery, intervals=options.intervals, command=command)
