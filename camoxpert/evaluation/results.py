@@ -233,8 +233,8 @@ def note_void(dataset: str, evaluator: Evaluator) -> None:
     """Say how many images have void pixels, if any has; on stderr, for stdout may hold JSON."""
     if evaluator.num_with_void:
         console.note(
-            f"void        {dataset}: {evaluator.num_with_void} of {evaluator.num_images} masks have "
-            "unlabelled pixels (void); no measure counts them"
+            f"void        {dataset}: {evaluator.num_with_void} of {evaluator.num_images} masks "
+            "have unlabelled pixels (void); no measure counts them"
         )
 
 
