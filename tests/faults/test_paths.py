@@ -74,10 +74,10 @@ def test_a_table_names_nothing_outside_its_folder(
         outside = spelled(form, place, end)
         listed = table(place, outside) if end == "jpg" else table(place, "in/a.jpg", outside)
         assert train(data=Path(listed)) == 3
-        assert main(["evaluate", run, "--data", listed, "-o", out]) == 3
-        assert main(["doctor", listed, "-o", out, "--no-copies"]) == 3
+        assert main(["evaluate", run, "--data", listed, "-o", f"{out}/scores"]) == 3
+        assert main(["doctor", listed, "-o", f"{out}/page", "--no-copies"]) == 3
         if end == "jpg":
-            assert main(["predict", run, listed, "-o", out]) == 3
+            assert main(["predict", run, listed, "-o", f"{out}/maps"]) == 3
         captured = capsys.readouterr()
         said = " ".join((captured.out + captured.err).split())
         assert said.count("may not lead out of it") >= 3 and "--allow-outside" in said
