@@ -81,6 +81,12 @@ class OutputFolder:
             raise ConfigError(f"--output {target} is a file. Name another folder with -o.")
         self._old = _own_files(target) if target is not None and self._replaces else []
         self.earlier = _earlier(target) if target is not None and self._old else {}
+        if MARKER in self._old and not self.earlier:
+            # Its results would be lost without a word.
+            raise ConfigError(
+                f"{target}/{MARKER} is damaged, so its results cannot be kept beside new ones. "
+                f"Name another folder with -o, or remove {target}."
+            )
         if scoring is not None:
             _require_same_protocol(self.earlier, scoring, target)
         place = target if target is not None and self._replaces else _parent(target)
@@ -120,17 +126,33 @@ class OutputFolder:
     def read_again(self) -> None:
         """Read what the folder holds by now, and lock it until the end: another evaluation may have
         ended in it since this one began."""
-        if self.target is not None and self._replaces:
-            self._held.enter_context(lock(self.target / f"{UNFINISHED}lock"))
-            self._old = _own_files(self.target)
-            self.earlier = _earlier(self.target) if self._old else {}
+        if self.target is None:
+            return
+        if not self.target.exists():
+            # Two evaluations may begin before either has made the folder.
+            self._made.insert(0, self.target)
+            self.target.mkdir(exist_ok=True)
+        self._replaces = True
+        path = self.target / f"{UNFINISHED}lock"
+        self._held.enter_context(lock(path))
+        # Removed while it is held: whoever waits opens the file again.
+        self._held.callback(path.unlink, missing_ok=True)
+        self._old = _own_files(self.target)
+        self.earlier = _earlier(self.target) if self._old else {}
 
-    def keep(self, name: str) -> None:
-        """Keep a file of the earlier evaluation, by its relative name, if it is there."""
-        if self.target is not None and name in self._old and (self.target / name).is_file():
-            place = self.unfinished / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.target / name, place)
+    def keep(self, name: str) -> bool:
+        """Keep a file of the earlier evaluation, by its relative name; False if it is not there.
+
+        A symlink is not followed: it could bring any file into the results.
+        """
+        if self.target is None or name not in self._old:
+            return False
+        source, place = self.target / name, self.unfinished / name
+        if source.is_symlink() or not source.is_file():
+            return False
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, place)
+        return True
 
     def finish(self) -> Path:
         """Move everything to the final folder and return it.
@@ -175,7 +197,8 @@ class OutputFolder:
         new = self.files()
         for name in new:
             place = target / name
-            if (place.exists() and name not in self._old) or leads_outside(target, place):
+            foreign = (place.exists() or place.is_symlink()) and name not in self._old
+            if foreign or leads_outside(target, place):
                 raise OSError(f"{place} already exists or leads out of {target}")
         if self.earlier:
             files = sorted({*self._old, *new})
@@ -317,20 +340,22 @@ def write_evaluation(
 
     for entry in kept.results:
         output.keep(table_of(entry["method"], entry["dataset"]))
-    for picture in kept.gallery:
-        output.keep(str(picture["panel"]))
+    pictures = [entry for entry in kept.gallery if output.keep(str(entry["panel"]))]
     for item in scored:
         name = table_of(item.result.method, item.result.dataset)
         write_rows(folder / name, item.evaluator.rows())
     write_curves(folder / "curves", kept.results, datasets)
-    write_tables(folder, kept.results, keys)
+    # Tables group rows by data set; a method that came later has its rows behind all others.
+    order = list(datasets)
+    grouped = sorted(kept.results, key=lambda entry: order.index(entry["dataset"]))
+    write_tables(folder, grouped, keys)
     write_robustness(folder, kept.results, keys, datasets)
     summary = {
         "command": list(command),
         "versions": versions(),
         "results": kept.results,
         "comparisons": [*kept.comparisons, *comparisons],
-        "gallery": [*kept.gallery, *gallery],
+        "gallery": [*pictures, *gallery],
     }
     write_evaluation_page(folder / "index.html", summary, keys)
     write_json(folder / MARKER, {**summary, "files": sorted([*output.files(), MARKER])})
@@ -385,7 +410,16 @@ def _kept(earlier: Mapping[str, Any], entries: Sequence[dict[str, Any]]) -> _Kep
 
 def _note_other_images(old: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
     for entry in entries:
-        if entry["dataset"] == old["dataset"] and entry["data_hash"] != old.get("data_hash"):
+        if entry["dataset"] != old["dataset"]:
+            continue
+        resized = [each.get("resize") == "bilinear" for each in (old, entry)]
+        if resized[0] != resized[1]:
+            console.warn(
+                f"{old['dataset']}: the maps of {(old, entry)[resized[1]]['method']} were resized, "
+                f"those of {(entry, old)[resized[1]]['method']} were not; their scores in this "
+                "table are not comparable"
+            )
+        if entry["data_hash"] != old.get("data_hash"):
             console.warn(
                 f"{old['dataset']}: {old['method']} was scored on other images or masks than "
                 f"{entry['method']}; their scores in this table are not comparable"

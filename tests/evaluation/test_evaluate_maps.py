@@ -386,7 +386,7 @@ class TestWritten:
         assert [c for c in before["comparisons"] if c["dataset"] != "CAMO"] == after["comparisons"]
         assert (world / "out").stat().st_mode == mode
         every = {p.relative_to(world / "out").as_posix() for p in (world / "out").rglob("*.*")}
-        assert every - {"images/mine.txt", ".evaluation-lock"} == set(after["files"])
+        assert every - {"images/mine.txt"} == set(after["files"])
 
     def test_methods_of_several_calls_stand_in_one_table(self, world: Path, capsys) -> None:
         names = sorted(listing(world / "maps"))
@@ -416,6 +416,68 @@ class TestWritten:
         assert evaluate(*CAMO, "--method", "third", "-o", "out") == 0
         methods = [result["method"] for result in summary("out")["results"]]
         assert methods == ["first", "second", "third"]
+
+    def test_two_calls_that_begin_with_no_folder(self, world: Path, monkeypatch) -> None:
+        """The second finds the folder that the first has made, and joins it."""
+        score = evaluate_module.score_task
+
+        def slow(*arguments: object, **options: object) -> Evaluator:
+            monkeypatch.setattr(evaluate_module, "score_task", score)
+            assert evaluate(*CAMO, "--method", "first", "-o", "out") == 0
+            return score(*arguments, **options)
+
+        monkeypatch.setattr(evaluate_module, "score_task", slow)
+        assert evaluate(*CAMO, "--method", "second", "-o", "out") == 0
+        assert [r["method"] for r in summary("out")["results"]] == ["first", "second"]
+        assert not [name for name in listing(world) | listing(world / "out") if name[0] == "."]
+
+    def test_a_damaged_summary_is_refused_before_the_work(
+        self, world: Path, monkeypatch, capsys
+    ) -> None:
+        assert evaluate(*CAMO, "-o", "out", "--gallery", "0") == 0
+        content = summary("out")
+        del content["results"][0]["curves"]
+        Path("out/scores.json").write_text(json.dumps(content))
+        before = contents(world / "out")
+        monkeypatch.setattr(evaluate_module, "score_task", None)
+        assert evaluate(*CAMO, "--method", "other", "-o", "out") == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "out/scores.json is damaged" in said and "-o" in said
+        assert contents(world / "out") == before
+
+    def test_earlier_pictures_that_are_gone_or_links_are_left_out(self, world: Path) -> None:
+        """A link in somebody else's folder must not bring another file into the results."""
+        words = ("--gallery", "2", "--no-intervals", "-o", "out")
+        assert evaluate(*CAMO, *words) == 0
+        gone, linked, *rest = (entry["panel"] for entry in summary("out")["gallery"])
+        Path("secret").write_bytes(b"precious")
+        Path("out", gone).unlink()
+        Path("out", linked).unlink()
+        Path("out", linked).symlink_to(world / "secret")
+        cod = ("--predictions", "maps/good/COD10K", "--gt", "data/COD10K/GT")
+        assert evaluate(*cod, *words) == 0
+        panels = [entry["panel"] for entry in summary("out")["gallery"]]
+        assert panels[: len(rest)] == rest and not {gone, linked} & set(panels)
+        assert not [p for p in Path("out").rglob("*.*") if b"precious" in p.read_bytes()]
+
+    def test_resized_maps_beside_others_are_warned_of(self, world: Path, capsys) -> None:
+        assert evaluate(*CAMO, "-o", "out", "--gallery", "0") == 0
+        for path in (world / "maps/bad/CAMO").iterdir():
+            write(path, np.zeros((18, 24), np.uint8))
+        words = ("--predictions", "maps/bad/CAMO", "--gt", "data/CAMO", "--gallery", "0")
+        assert evaluate(*words, "--method", "bad", "--resize", "bilinear", "-o", "out") == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "the maps of bad were resized, those of good were not" in said
+
+    def test_rows_of_one_data_set_stand_together(self, world: Path) -> None:
+        both = ("--gallery", "0", "--no-intervals", "-o", "out")
+        assert evaluate("--predictions", "maps/good", "--gt", "data", *both) == 0
+        words = ("--predictions", "maps/bad/CAMO", "--gt", "data/CAMO", "--method", "bad")
+        assert evaluate(*words, *both) == 0
+        with Path("out/scores.csv").open() as file:
+            rows = [(row["dataset"], row["method"]) for row in csv.DictReader(file)]
+        assert rows == [("CAMO", "good"), ("CAMO", "bad"), ("COD10K", "good")]
+        assert Path("out/scores.tex").read_text().count(r"\midrule") == 2
 
     def test_scores_by_another_protocol_are_not_mixed(self, world: Path, capsys) -> None:
         assert evaluate(*CAMO, "-o", "out") == 0
