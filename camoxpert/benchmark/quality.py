@@ -94,7 +94,7 @@ class Trial:
             config,
             data=replace(config.data, val_fraction=fraction),
             optim=replace(config.optim, lr=self.rate, stage2_lr=None),
-            train=replace(config.train, seed=self.seed),
+            train=replace(config.train, seed=self.seed, resume="auto", max_hours=None),
             run=replace(
                 config.run,
                 dir=str(folder),
@@ -169,7 +169,16 @@ def build_arms(
 
 
 def _arm(name: str, config: Config) -> Arm:
-    """Build an arm's network once: what cannot be is found before hours of training."""
+    """Build an arm's network once: what cannot be is found before hours of training.
+
+    Raises:
+        ConfigError: settings that cannot be, or early stopping: all arms take the same steps.
+    """
+    if config.train.early_stopping:
+        raise ConfigError(
+            f"{name}: --early-stopping has no place here: all arms take the same steps, and the "
+            "final runs have no validation split."
+        )
     bare = replace(config.model, pretrained=False, weights="", init_from="")
     with torch.random.fork_rng(devices=[]):
         network = build_model(bare, sides=image_sides(config.data))
@@ -179,9 +188,9 @@ def _arm(name: str, config: Config) -> Arm:
 
 def _with_decoder(config: Config, name: str) -> Config:
     """Return the settings of an arm of ARMS."""
-    model = config.model
     if name in DECODERS:
-        return replace(config, model=replace(model, decoder=name))
+        return replace(config, model=replace(config.model, decoder=name))
+    model = replace(config.model, decoder="moe")
     bare = replace(model, pretrained=False, weights="", init_from="")
     channels = Backbone(bare, image_sides(config.data)).channels
     single, _ = one_expert_of_equal_work(
@@ -191,7 +200,12 @@ def _with_decoder(config: Config, name: str) -> Config:
 
 
 def contest(
-    arms: Sequence[Arm], folder: Path, *, rates: Sequence[float], seeds: Sequence[int]
+    arms: Sequence[Arm],
+    folder: Path,
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    max_hours: float | None = None,
 ) -> list[ArmResult]:
     """Search the rate of every arm, then train it with every seed; skip what is done.
 
@@ -200,6 +214,7 @@ def contest(
         folder: receives a folder for each run, and holds those of a contest that was stopped.
         rates: peak learning rates to choose from; a single one is taken as it is.
         seeds: of the final runs; the first is also that of the search.
+        max_hours: after this time the run in progress is saved and the contest stops.
 
     Raises:
         Stopped: the same call continues.
@@ -213,6 +228,7 @@ def contest(
                     # Before hours of training: a folder of another contest is refused at once.
                     trial = Trial(arm, rate, seed, final)
                     _is_done(folder / trial.name, trial.config(folder))
+    deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
     number, total = 0, len(arms) * (len(rates) * searched + len(seeds))
     results = []
     for arm in arms:
@@ -220,13 +236,13 @@ def contest(
         for rate in rates if searched else ():
             number += 1
             trial = Trial(arm, rate, seeds[0], final=False)
-            search[rate] = _train(trial, folder, f"[{number}/{total}]")
+            search[rate] = _train(trial, folder, f"[{number}/{total}]", deadline)
         best = max(search, key=lambda rate: _or_worst(search[rate])) if searched else rates[0]
         runs = []
         for seed in seeds:
             number += 1
             trial = Trial(arm, best, seed, final=True)
-            _train(trial, folder, f"[{number}/{total}]")
+            _train(trial, folder, f"[{number}/{total}]", deadline)
             runs.append(folder / trial.name)
         results.append(ArmResult(arm, search, best, tuple(runs)))
     return results
@@ -236,13 +252,25 @@ def _or_worst(score: float | None) -> float:
     return -math.inf if score is None else score
 
 
-def _train(trial: Trial, folder: Path, place: str) -> float | None:
-    """Train, unless that was done before; return the score of a search run, None if it failed."""
+def _train(trial: Trial, folder: Path, place: str, deadline: float | None) -> float | None:
+    """Train, unless that was done before; return the score of a search run, None if it failed.
+
+    Args:
+        trial: the run.
+        folder: receives the run folder.
+        place: number of the run, for the user.
+        deadline: of the contest, on the monotonic clock, or None.
+    """
     config = trial.config(folder)
     path = folder / trial.name
     started = time.monotonic()
     done = _is_done(path, config)
     if not done:
+        console.note(f"{place} {trial.name}: training")
+        if deadline is not None:
+            # A run that begins at the deadline stops in its first step.
+            left = max((deadline - started) / 3600, 1e-6)
+            config = replace(config, train=replace(config.train, max_hours=left))
         try:
             with console.muted():
                 session.run(config)

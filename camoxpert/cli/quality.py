@@ -74,9 +74,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     own = {name: overrides for name, *overrides in options.arm}
     from camoxpert.benchmark import quality, quality_report
 
-    names = [word for word in arms if "=" not in word] or (
-        [] if own and arms else list(quality.ARMS)
-    )
+    names = [word for word in arms if "=" not in word] or None
     rates = tuple(dict.fromkeys(options.rates or quality.RATES))
     seeds = range(config.train.seed, config.train.seed + options.seeds)
     contestants = quality.build_arms(config, names, own)
@@ -88,7 +86,13 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     with stop.watch():
-        results = quality.contest(contestants, folder / "runs", rates=rates, seeds=seeds)
+        results = quality.contest(
+            contestants,
+            folder / "runs",
+            rates=rates,
+            seeds=seeds,
+            max_hours=config.train.max_hours,
+        )
         console.say("timing steps and inference")
         costs = quality_report.measure_costs(contestants, rounds=options.rounds)
     entries = quality_report.summarise(results, costs)

@@ -12,7 +12,7 @@ IMAGES = {"COD10K": 2026, "NC4K": 4121, "CAMO": 250}
 KEYS = ("Smeasure", "wFmeasure", "MAE")
 # Model -> parameters, multiply-adds, and test set -> S-measure, weighted F, MAE; None: not given.
 # Sources: Pang et al., ZoomNeXt, TPAMI 2024; Hu et al., PRNet, 2024; Ji et al., DGNet, MIR 2023;
-# Fan et al., SINet-V2, TPAMI 2022. Copied from the papers' tables.
+# Fan et al., SINet-V2, TPAMI 2022. Taken over second-hand: check the papers before citing them.
 PUBLISHED: dict[str, dict[str, tuple[float | None, ...]]] = {
     "ZoomNeXt PVTv2-B4, 65 M, 132 GMACs": {
         "COD10K": (0.898, 0.838, 0.017),

@@ -65,16 +65,16 @@ def _count(module: nn.Module, call: Callable[[], object]) -> Cost:
     counts = counter.get_flop_counts()
     root = type(module).__name__
     idle = 0.0
+    # Routing on lateral features calls the routers from outside of the blocks.
+    fused = any(m.routing == "fused" for m in module.modules() if isinstance(m, Decoder))
     for name, level, share in levels:
-        # Stacked experts run without a module call of their own: what the block does beside them
-        # is the router's work alone.
+        # Not the sum over the experts: stacked ones run without a module call of their own.
         own = sum(counts[f"{root}.{name}"].values())
-        beside = sum(
-            sum(counts[f"{root}.{name}.{part}"].values())
-            for part in ("router", "shared")
-            if getattr(level, part) is not None
-        )
-        idle += (1 - share) * (own - beside) / 2
+        if fused:
+            own -= sum(counts[f"{root}.{name}.router"].values())
+        if level.shared is not None:
+            own -= sum(counts[f"{root}.{name}.shared"].values())
+        idle += (1 - share) * own / 2
     return Cost(total - idle, total)
 
 

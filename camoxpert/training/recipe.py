@@ -1,7 +1,8 @@
 """The preset: values for the settings that the user left open, by the length of the run.
 
 Few optimizer steps want a high learning rate and weak augmentation, many want the opposite;
-freezing the backbone first costs steps that a short run does not have. Measured in docs/results.md.
+freezing the backbone first costs steps that a short run does not have. docs/results.md says which
+of these values were measured, and on what.
 """
 
 from __future__ import annotations
@@ -115,9 +116,7 @@ def choose_recipe(
     values |= {path: value for path, value in given.items() if value is not None}
     shown = ", ".join(
         f"{word} {values[path]:g}{' (as asked)' if given[path] is not None else ''}"
-        for path, word in zip(
-            GOVERNED, ("lr", "backbone x", "stage 1 epochs", "augmentation x"), strict=True
-        )
+        for path, word in zip(GOVERNED, SHOWN, strict=True)
     )
     config = build_config({**changed_settings(asked), **values})
     # What was unset may contradict what was set: --min-lr 0.1.

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from camoxpert.benchmark import quality, quality_report
+from camoxpert.benchmark.common import multiply_adds
 from camoxpert.cli import main
 from camoxpert.config import Config, load_config
 from camoxpert.errors import CheckpointError, ConfigError, NumericError, Stopped
@@ -17,6 +19,7 @@ from camoxpert.files import read_json
 from camoxpert.metrics.statistics import compare_seeds
 from camoxpert.models.camoxpert import build_model
 from camoxpert.models.cost import decoder_cost, network_cost
+from camoxpert.models.decoder import Decoder
 from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training import session
 
@@ -47,6 +50,23 @@ class TestCost:
         stacked = cost(4, 1, "model.expert_family=uniform")
         assert stacked[1] > stacked[0] > 0
 
+    @pytest.mark.parametrize("routing", ["lateral", "fused"])
+    @pytest.mark.parametrize(
+        "more",
+        ["model.experts=[]", "model.expert_family=uniform", "model.shared_expert=edge"],
+    )
+    def test_only_experts_are_left_out(self, routing: str, more: str) -> None:
+        """All minus active is what the idle experts take, counted one by one."""
+        config = settings("model.num_experts=4", f"model.routing={routing}", more).model
+        channels = (16, 24, 32, 48)
+        active, total = decoder_cost(channels, config, 64)
+        idle = 0.0
+        for level, side in zip(Decoder(channels, config).levels, (16, 8, 4, 2), strict=True):
+            features = torch.zeros(1, config.width, side, side)
+            moe = level.moe.eval()
+            idle += sum(multiply_adds(moe.experts[i], features) for i in range(4)) / 2
+        assert total - active == pytest.approx(idle, rel=1e-9)
+
     def test_counting_changes_nothing(self) -> None:
         model = build_model(settings().model).train()
         before = [(level.dispatch, level.router.top_k) for level in model.moe_levels]
@@ -67,6 +87,15 @@ class TestArms:
         same = replace(moe.config.model, num_experts=1, top_k=1, experts=("hybrid",))
         dense = active.config.model
         assert dense == replace(same, expert_expansion=dense.expert_expansion)
+
+    def test_dense_arms_are_ours_whatever_decoder_was_asked_for(self) -> None:
+        pytest.importorskip("segmentation_models_pytorch")
+        (dense,) = quality.build_arms(settings("model.decoder=unet"), ["dense-active"], {})
+        assert dense.config.model.decoder == "moe"
+
+    def test_early_stopping_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="same steps"):
+            quality.build_arms(settings("train.early_stopping=3"), ["moe"], {})
 
     def test_own_arm_is_the_settings_with_its_overrides(self) -> None:
         _, wide = quality.build_arms(settings(), ["moe"], {"wide": ["model.width=24"]})
@@ -168,6 +197,18 @@ class TestContest:
         with pytest.raises(CheckpointError, match=r"train.epochs: 120 -> 3"):
             quality.contest([other], tmp_path, rates=(0.001,), seeds=(1, 2))
 
+    def test_runs_get_what_is_left_of_the_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A clock that moves an hour at each look: less and less is left, never nothing."""
+        hours = iter(range(100))
+        monkeypatch.setattr(quality.time, "monotonic", lambda: 3600.0 * next(hours))
+        left = []
+        monkeypatch.setattr(session, "run", lambda config: left.append(config.train.max_hours))
+        asked = quality.Arm("moe", settings("train.max_hours=9"), 0, quality.Cost(0, 0))
+        quality.contest([asked], tmp_path, rates=(0.001,), seeds=(1, 2, 3), max_hours=3.5)
+        assert left[0] == pytest.approx(2.5) and left[0] > left[1] > left[2] > 0
+
     def test_a_stop_names_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def stopped(config: Config) -> None:
             raise Stopped("in a step")
@@ -253,6 +294,24 @@ def test_a_run_without_test_set_is_named(tmp_path: Path) -> None:
     result = quality.ArmResult(arm, {}, 0.001, (tmp_path,))
     with pytest.raises(quality_report.DataError, match="no test set"):
         quality_report.summarise([result], {})
+
+
+def test_without_names_all_arms_take_part_that_the_backbone_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    arms: list[str] = []
+
+    def contest(contestants: list[quality.Arm], *arguments: object, **options: object) -> None:
+        arms.extend(arm.name for arm in contestants)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(quality, "contest", contest)
+    (tmp_path / "data").mkdir()
+    words = ["--dataset-path", str(tmp_path / "data"), "-o", str(tmp_path / "out"), *TINY]
+    assert main(["benchmark", "quality", *words, "--arm", "wide", "model.width=24"]) == 2
+    assert arms == [name for name in quality.ARMS if name != "deeplabv3plus"] + ["wide"]
+    assert "deeplabv3plus is left out" in capsys.readouterr().out
 
 
 def test_quality_has_flags_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
