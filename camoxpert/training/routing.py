@@ -11,6 +11,7 @@ from torch import Tensor
 
 from camoxpert.config import Config
 from camoxpert.models.balance import expert_counts
+from camoxpert.models.experts import expert_names
 from camoxpert.models.router import Routing
 from camoxpert.runs.records import LevelRouting
 
@@ -63,10 +64,7 @@ class RoutingMeter:
 
     def __init__(self, levels: Sequence[str], experts: Sequence[str]) -> None:
         self.levels = tuple(levels)
-        self.experts = [
-            f"{kind} {1 + list(experts[:i]).count(kind)}" if list(experts).count(kind) > 1 else kind
-            for i, kind in enumerate(experts)
-        ]
+        self.experts = expert_names(experts)
         self.ill = self.alarmed = False
         self.reset()
 
