@@ -183,6 +183,11 @@ def _check_model(model: ModelConfig) -> None:
             f"--weights {model.weights} starts the backbone and --init-from {model.init_from} the "
             f"whole model. Give one of them."
         )
+    if model.upcycle_noise and not model.init_from:
+        raise ConfigError(
+            f"model.upcycle_noise {model.upcycle_noise:g} is for the copies of an expert that "
+            f"--init-from makes, and no model is named. Add --init-from, or leave it out."
+        )
     for name, value in (("model.width", model.width), ("model.detail_width", model.detail_width)):
         if value % 8:
             raise ConfigError(f"{name} must be a multiple of 8; {value} is not.")

@@ -195,6 +195,12 @@ class ModelConfig:
         "that fits is taken, what does not is listed",
         flag="--init-from",
     )
+    upcycle_noise: float = setting(
+        0.0,
+        "noise on each copy where --init-from turns one expert per level into several of its kind, "
+        "in standard deviations of the copied tensor",
+        minimum=0,
+    )
     decoder: str = setting(
         "moe",
         "moe: the mixture of experts; the others are those of segmentation-models-pytorch, to "

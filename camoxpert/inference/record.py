@@ -83,7 +83,7 @@ def model_digest(checkpoint: Checkpoint) -> str:
     network = {
         key: value
         for key, value in to_dict(checkpoint.config)["model"].items()
-        if key not in ("pretrained", "weights")
+        if key not in ("pretrained", "weights", "upcycle_noise")
     }
     digest = hashlib.sha256(json.dumps(network, sort_keys=True, default=str).encode())
     for name, weight in sorted(checkpoint.evaluated_weights.items()):
