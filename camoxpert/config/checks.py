@@ -124,6 +124,12 @@ def check_conflicts(config: Config) -> None:
                 f"--min-lr {optim.min_lr:g} is above {name} {low_lr:g}; the schedule ends at "
                 f"--min-lr."
             )
+    if train.expert_dropout and config.model.num_experts <= config.model.top_k:
+        raise ConfigError(
+            f"train.expert_dropout {train.expert_dropout:g} hides an expert, and --num-experts "
+            f"{config.model.num_experts} --top-k {config.model.top_k} can spare none. Raise the "
+            f"first, or leave it out."
+        )
     if not (loss.structure or loss.bce or loss.iou or loss.dice):
         raise ConfigError(
             "All segmentation losses have weight 0 (loss.structure, .bce, .iou, .dice). Give one a "
@@ -195,6 +201,11 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"--top-k {model.top_k} is more than --num-experts {model.num_experts}: an image "
             f"cannot use more experts than there are. Lower --top-k or raise --num-experts."
+        )
+    if model.routing_grid > 1 and model.num_experts == 1:
+        raise ConfigError(
+            f"model.routing_grid {model.routing_grid} routes regions, and with --num-experts 1 "
+            f"there is nothing to choose. Raise --num-experts, or leave it out."
         )
     for kind in (*model.experts, *([model.shared_expert] if model.shared_expert else [])):
         if kind not in EXPERT_KINDS:

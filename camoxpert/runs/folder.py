@@ -77,7 +77,7 @@ class RunFolder:
 ADDED = (
     *("data.augment.corrupt", "data.augment.strength", "data.group_copies", "data.resize"),
     *("data.test_roots", "model.decoder", "model.init_from", "model.upcycle_noise"),
-    "train.preset",
+    *("model.routing_grid", "train.expert_dropout", "train.preset"),
 )
 
 
