@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from helpers.runs import records
 
 from camoxpert.config import build_config, load_config
 from camoxpert.errors import ConfigError
@@ -231,6 +234,20 @@ class TestModel:
             for i, r in enumerate(output.routing)
         )
         assert float(parts["balance"]) == pytest.approx(by_hand, rel=1e-5)
+
+    def test_a_run_says_and_counts_regions(self, train, tmp_path, capsys) -> None:
+        words = ("--epochs", "1", "--stage1-epochs", "0", "--run-name", "r", "--img-size", "64")
+        assert train(*words, "model.routing_grid=2", "--val-fraction", "0.2") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        whole = "stride 16 whole, stride 32 whole; each is routed by itself"
+        assert f"stride 4 in 2 x 2, stride 8 in 2 x 2, {whole}" in said
+        (record,) = records(tmp_path / "r", "routing")
+        units = [level["units"] for level in record["levels"].values()]
+        assert units == [32, 32, 128, 128]  # 32 training images
+        page = " ".join((tmp_path / "r" / "report.html").read_text().split())
+        assert "used by the regions of images of epoch 1 (regions routed: stride 32 32," in page
+        (result,) = json.loads((tmp_path / "r/evaluation/scores.json").read_text())["results"]
+        assert sum(use["images"] for use in result["experts"]["uses"]) == 4 * 8
 
     def test_the_halo_is_counted(self) -> None:
         whole, halved = (network_cost(model_of(routing_grid=g), 64) for g in (1, 2))
