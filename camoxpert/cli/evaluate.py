@@ -156,7 +156,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
 
 
 def _print(results: Sequence[EvaluationResult], form: str) -> None:
-    """Print the scores, and below them the retention under corruptions where it was asked for.
+    """Print the scores, and below them the retention under corruptions where it was asked for and,
+    of a single data set, what each expert was chosen for.
 
     CSV is one table: with corruptions it has a line for each, the clean scores among them. In JSON
     the retention is under ``robustness``.
@@ -182,6 +183,11 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
     tables = [] if corrupted and form == "csv" else [FORMATS[form](rows, keys)]
     if corrupted:
         tables.append(RETENTION_FORMATS[form](corrupted, keys))
+    chosen = [row for row in rows if row.get("experts")] if form == "text" else []
+    if len(chosen) == 1:
+        from camoxpert.pages.experts import expert_text
+
+        tables.append(expert_text(chosen[0]))
     console.say("\n\n".join(text.rstrip("\n") for text in tables))
 
 

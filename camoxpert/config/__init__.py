@@ -5,6 +5,7 @@ overrides (``optim.lr=3e-4``), and returns frozen dataclasses.
 """
 
 from camoxpert.config.aliases import ALIASES
+from camoxpert.config.augment import AugmentConfig
 from camoxpert.config.checks import check_conflicts
 from camoxpert.config.load import (
     build_config,
@@ -20,7 +21,6 @@ from camoxpert.config.tree import (
     EXPERT_KINDS,
     SCHEDULERS,
     SELECTION_MEASURES,
-    AugmentConfig,
     Config,
     DataConfig,
     LossConfig,

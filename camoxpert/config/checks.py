@@ -124,6 +124,12 @@ def check_conflicts(config: Config) -> None:
                 f"--min-lr {optim.min_lr:g} is above {name} {low_lr:g}; the schedule ends at "
                 f"--min-lr."
             )
+    if train.expert_dropout and config.model.num_experts <= config.model.top_k:
+        raise ConfigError(
+            f"train.expert_dropout {train.expert_dropout:g} hides an expert, and --num-experts "
+            f"{config.model.num_experts} --top-k {config.model.top_k} can spare none. Raise the "
+            f"first, or leave it out."
+        )
     if not (loss.structure or loss.bce or loss.iou or loss.dice):
         raise ConfigError(
             "All segmentation losses have weight 0 (loss.structure, .bce, .iou, .dice). Give one a "
@@ -183,6 +189,11 @@ def _check_model(model: ModelConfig) -> None:
             f"--weights {model.weights} starts the backbone and --init-from {model.init_from} the "
             f"whole model. Give one of them."
         )
+    if model.upcycle_noise and not model.init_from:
+        raise ConfigError(
+            f"model.upcycle_noise {model.upcycle_noise:g} is for the copies of an expert that "
+            f"--init-from makes, and no model is named. Add --init-from, or leave it out."
+        )
     for name, value in (("model.width", model.width), ("model.detail_width", model.detail_width)):
         if value % 8:
             raise ConfigError(f"{name} must be a multiple of 8; {value} is not.")
@@ -190,6 +201,11 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"--top-k {model.top_k} is more than --num-experts {model.num_experts}: an image "
             f"cannot use more experts than there are. Lower --top-k or raise --num-experts."
+        )
+    if model.routing_grid > 1 and model.num_experts == 1:
+        raise ConfigError(
+            f"model.routing_grid {model.routing_grid} routes regions, and with --num-experts 1 "
+            f"there is nothing to choose. Raise --num-experts, or leave it out."
         )
     for kind in (*model.experts, *([model.shared_expert] if model.shared_expert else [])):
         if kind not in EXPERT_KINDS:

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from camoxpert.config.augment import AugmentConfig
 from camoxpert.config.schema import Leaf, get_setting, setting, walk
 
 EXPERT_KINDS = ("texture", "attention", "hybrid", "frequency", "edge", "semantic", "contrast")
@@ -15,39 +16,6 @@ DECODERS = ("moe", "unet", "fpn", "deeplabv3plus", "upernet", "segformer")
 SCHEDULERS = ("cosine", "poly", "linear", "step", "constant", "onecycle")
 PRESET_NAMES = ("auto", "tiny", "standard", "full")
 SELECTION_MEASURES = ("wFmeasure", "Smeasure", "meanEm", "meanFm", "IoU", "Dice", "MAE")
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Augmentation of training samples: probabilities and strengths; 0 switches one off."""
-
-    strength: float | None = setting(
-        None,
-        "share of all strengths and probabilities below but those of flips and corrupt; unset: by "
-        "--preset",
-        minimum=0,
-        maximum=1,
-    )
-    hflip: float = setting(0.5, "probability of a left-right flip", minimum=0, maximum=1)
-    vflip: float = setting(0.0, "probability of an up-down flip", minimum=0, maximum=1)
-    rotate: float = setting(15.0, "largest rotation, degrees either way", minimum=0, maximum=180)
-    scale: float = setting(
-        0.2, "largest relative change of size, 0.2 = 0.8x to 1.2x", minimum=0, maximum=0.9
-    )
-    translate: float = setting(0.08, "largest shift, fraction of the side", minimum=0, maximum=0.5)
-    brightness: float = setting(0.2, "largest relative brightness change", minimum=0, maximum=1)
-    contrast: float = setting(0.2, "largest relative contrast change", minimum=0, maximum=1)
-    saturation: float = setting(0.2, "largest relative saturation change", minimum=0, maximum=1)
-    hue: float = setting(0.02, "largest hue shift, fraction of the circle", minimum=0, maximum=0.5)
-    blur: float = setting(0.05, "probability of a slight Gaussian blur", minimum=0, maximum=1)
-    noise: float = setting(0.05, "probability of slight Gaussian noise", minimum=0, maximum=1)
-    corrupt: float = setting(
-        0.0,
-        "probability of one of the eight corruptions of `evaluate --corruptions`, at a severity of "
-        "1 to 3; on the CPU only",
-        minimum=0,
-        maximum=1,
-    )
 
 
 @dataclass(frozen=True)
@@ -195,6 +163,12 @@ class ModelConfig:
         "that fits is taken, what does not is listed",
         flag="--init-from",
     )
+    upcycle_noise: float = setting(
+        0.0,
+        "noise on each copy where --init-from turns one expert per level into several of its kind, "
+        "in standard deviations of the copied tensor",
+        minimum=0,
+    )
     decoder: str = setting(
         "moe",
         "moe: the mixture of experts; the others are those of segmentation-models-pytorch, to "
@@ -224,6 +198,13 @@ class ModelConfig:
         "fused, with those from above (one sync per level)",
         flag="--routing",
         choices=("lateral", "fused"),
+    )
+    routing_grid: int = setting(
+        1,
+        "route regions: each image in up to this many rows and columns of cells, as far as cells "
+        "are 4 pixels of a level's map; 1: whole images",
+        minimum=1,
+        maximum=16,
     )
     experts: tuple[str, ...] = setting(
         (),
@@ -383,6 +364,13 @@ class TrainConfig:
         "the router settles; they cost num_experts / top_k of the experts' time",
         flag="--router-warmup",
         minimum=0,
+    )
+    expert_dropout: float = setting(
+        0.0,
+        "probability, for each image and level, that training hides one expert at random from the "
+        "router",
+        minimum=0,
+        maximum=1,
     )
     use_ema: bool = setting(
         True, "evaluate and keep an exponential moving average", flag="--use-ema"

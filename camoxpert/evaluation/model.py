@@ -22,6 +22,7 @@ from camoxpert.data.files.manifest import Manifest, Search, find_test_sets, load
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import DataError
+from camoxpert.evaluation.chosen import expert_meter
 from camoxpert.evaluation.corrupted import note_corruptions, score_corrupted
 from camoxpert.evaluation.options import CorruptionOptions, ScoringOptions
 from camoxpert.evaluation.output import OutputFolder, file_names, safe_name, write_evaluation
@@ -305,9 +306,13 @@ def _score_set(
         keep_images=pictures.size > 0,
     )
 
+    experts = expert_meter(predictor.model)
+
     def seen(item: Item, prediction: Callable[[], NDArray[np.uint8]], row: Row) -> None:
         mask, void = split_void(item.mask)
         everything.add(item.name, np.full_like(item.mask, 255), mask, void=void)
+        if experts is not None:
+            experts.add_image(item, mask, void)
         original = item.original
         if original is not None:
             pictures.offer(
@@ -335,6 +340,7 @@ def _score_set(
         groups={pair.name: pair.group for pair in manifest.pairs},
         precision=predictor.precision,
         seen=seen,
+        routed=None if experts is None else experts.add_choices,
     )
     if left_out:
         if len(left_out) == len(manifest):
@@ -344,7 +350,7 @@ def _score_set(
             f"from the scores: {shorten(left_out)}"
         )
     note_void(name, evaluator)
-    return summarise(
+    scored = summarise(
         evaluator,
         options,
         method=method,
@@ -359,6 +365,11 @@ def _score_set(
             baseline={"all_foreground": _results(everything)},
         ),
     )
+    if experts is None:
+        return scored
+    scored = replace(scored, columns=experts.columns())
+    found = experts.table(scored.rows(), statistics=options.intervals)
+    return replace(scored, result=replace(scored.result, experts=found))
 
 
 def _results(evaluator: Evaluator) -> dict[str, float]:

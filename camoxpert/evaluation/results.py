@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from typing import Any, TypedDict
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from camoxpert import console
 from camoxpert.errors import DataError
+from camoxpert.evaluation.experts import ExpertTable
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.robustness import Robustness
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
@@ -81,6 +82,7 @@ class EvaluationResult:
         seconds: time that scoring took.
         source: what was scored.
         robustness: scores under corruptions; None: not asked for.
+        experts: what each expert was chosen for; None: the model has no choice of experts.
     """
 
     dataset: str
@@ -98,23 +100,30 @@ class EvaluationResult:
     source: ModelSource | MapSource
     unreadable: tuple[str, ...] = ()
     robustness: Robustness | None = None
+    experts: ExpertTable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         source = asdict(values.pop("source"))
-        robustness = values.pop("robustness")
-        if robustness is not None:
-            values["robustness"] = asdict(robustness)
+        for name in ("robustness", "experts"):
+            part = values.pop(name)
+            if part is not None:
+                values[name] = asdict(part)
         return {**values, "num_unreadable": len(self.unreadable), **source}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A result and the scores of its images."""
+    """A result and the scores of its images; ``columns``: more of the per-image table, by name."""
 
     result: EvaluationResult
     evaluator: Evaluator
+    columns: Mapping[str, Row] = field(default_factory=dict)
+
+    def rows(self) -> list[Row]:
+        """Return the per-image table, sorted by name."""
+        return [{**row, **self.columns.get(row["name"], {})} for row in self.evaluator.rows()]
 
 
 class ComparisonEntry(TypedDict):

@@ -83,7 +83,9 @@ def model_digest(checkpoint: Checkpoint) -> str:
     network = {
         key: value
         for key, value in to_dict(checkpoint.config)["model"].items()
-        if key not in ("pretrained", "weights")
+        # At its default a setting that was added later changes nothing.
+        if key not in ("pretrained", "weights", "upcycle_noise")
+        and (key, value) != ("routing_grid", 1)
     }
     digest = hashlib.sha256(json.dumps(network, sort_keys=True, default=str).encode())
     for name, weight in sorted(checkpoint.evaluated_weights.items()):

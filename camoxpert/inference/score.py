@@ -19,7 +19,7 @@ from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
 from camoxpert.metrics.scoring import Row
-from camoxpert.models.router import Routing
+from camoxpert.models.router import Routing, first_choices
 from camoxpert.runtime.device import Precision
 
 FORWARD_BATCH = {"cpu": 4}
@@ -49,6 +49,8 @@ class Item:
 
 Seen = Callable[[Item, Callable[[], NDArray[np.uint8]], Row], None]
 """Called with an image, a function that returns its uint8 map, and its score row."""
+Routed = Callable[[Sequence[Item], Tensor], None]
+"""Called with images and the experts that they use most, (levels, images), on the device."""
 
 
 @torch.inference_mode()
@@ -98,6 +100,7 @@ def score(
     groups: Mapping[str, str] | None = None,
     precision: Precision | None = None,
     seen: Seen | None = None,
+    routed: Routed | None = None,
     on_device: bool | None = None,
 ) -> None:
     """Score a model on evaluation batches into ``evaluator``.
@@ -117,6 +120,7 @@ def score(
         groups: image name -> label of its row.
         precision: number format of the forward pass; None: the format of the weights.
         seen: called for every image, in order.
+        routed: called for every forward pass, before ``seen``.
         on_device: score the maps with the torch path; None: only on CUDA devices.
 
     Raises:
@@ -149,7 +153,10 @@ def score(
             filled = [*items, *[items[-1]] * (size - len(items))]
             images = torch.stack([item.image for item in filled]).to(device)
             sizes = [item.size for item in items]
-            maps, _ = probability_maps(model, images, sizes, precision=precision)
+            maps, routing = probability_maps(model, images, sizes, precision=precision)
+            if routed is not None:
+                chosen = torch.stack([first_choices(level, size) for level in routing])
+                routed(items, chosen[:, : len(items)])
             finish(waiting)
             waiting = [(i, (m * 255).to(torch.uint8)) for i, m in zip(items, maps, strict=True)]
             if scorer is not None:

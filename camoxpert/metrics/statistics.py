@@ -222,6 +222,36 @@ def compare_seeds(
     return Interval(float(low), float(high))
 
 
+def group_p_value(
+    labels_N: NDArray[np.int64], values_N: Floats, *, resamples: int = RESAMPLES, seed: int = 0
+) -> float:
+    """Return the p-value of the hypothesis that labels say nothing about values: a permutation
+    test of the variance between the labels' means ((1 + count) / (1 + permutations), never 0).
+
+    Args:
+        labels_N: group of each value, from 0.
+        values_N: without NaN.
+        resamples: number of permutations.
+        seed: equal seeds give equal results.
+    """
+    rng = np.random.default_rng(seed)
+    centred_N = values_N - values_N.mean()
+    groups = [index for index in range(int(labels_N.max()) + 1) if (labels_N == index).any()]
+
+    def between(labels_RN: NDArray[np.int64]) -> Floats:
+        own = [labels_RN == index for index in groups]
+        return sum((o @ centred_N) ** 2 / o[0].sum() for o in own)
+
+    # As in `compare`: equal sums in another order must count as equal.
+    threshold = between(labels_N[None])[0] * (1 - 1e-9) - 1e-12
+    at_least = 0
+    for start in range(0, resamples, CHUNK):
+        size = min(CHUNK, resamples - start)
+        shuffled_RN = rng.permuted(np.tile(labels_N, (size, 1)), axis=1)
+        at_least += int((between(shuffled_RN) >= threshold).sum())
+    return (1 + at_least) / (1 + resamples)
+
+
 def _mixed(a: Scores, b: Scores, weights_a_RN: Floats, weights_b_RN: Floats) -> Floats:
     """Return the statistics of a method that takes some images from a and the others from b."""
     values_RK = weights_a_RN @ a.table_NK + weights_b_RN @ b.table_NK

@@ -93,6 +93,12 @@ class CamoXpert(nn.Module):
                 raise ValueError(f"{count} of {len(level.experts)} experts cannot be active.")
             level.router.top_k = count
 
+    def set_expert_dropout(self, rate: float) -> None:
+        """Hide one expert at random from this share of the images (regions) of every level, in
+        training mode only and only where more experts are left than are active."""
+        for level in self.moe_levels:
+            level.router.dropout = rate
+
     @property
     def moe_levels(self) -> list[MoE]:
         """The mixture-of-experts blocks, stride 4 first."""
@@ -109,7 +115,9 @@ class CamoXpert(nn.Module):
         if isinstance(self.decoder, PeerDecoder):
             return f"{self.decoder.title} decoder"
         experts, active = len(self.expert_kinds), self.moe_levels[0].router.top_k
-        return f"{experts} experts, top {active}, dispatch {self.moe_levels[0].dispatch}"
+        text = f"{experts} experts, top {active}, dispatch {self.moe_levels[0].dispatch}"
+        grid = self.config.routing_grid
+        return f"{text}, regions of up to {grid} x {grid} routed" if grid > 1 else text
 
     def level_names(self) -> tuple[str, ...]:
         """Name the routing records, in the order of ``ModelOutput.routing``."""

@@ -50,6 +50,7 @@ class Level(nn.Module):
             expansion=config.expert_expansion,
             dispatch=config.dispatch,
             shared=config.shared_expert,
+            grid=config.routing_grid,
         )
         self.head = pointwise(config.width, 1)
 
@@ -167,8 +168,10 @@ class Decoder(nn.Module):
         nothing: list[None] = [None] * len(levels)
         if self.routing != "lateral":
             return list(nothing), list(nothing)
-        decided = [level.moe.router(x) for level, x in zip(levels, laterals, strict=True)]
+        decided: list[Routing] = [
+            level.moe.route(x) for level, x in zip(levels, laterals, strict=True)
+        ]
         if any(level.moe.dispatch != "sorted" for level in levels):
-            return decided, list(nothing)
+            return list(decided), list(nothing)
         num_experts = len(levels[0].moe.experts)
-        return decided, list(read_counts([r.experts_BK for r in decided], num_experts))
+        return list(decided), list(read_counts([r.experts_BK for r in decided], num_experts))

@@ -6,7 +6,7 @@ distributed run executes the same program. Shape letters: B batch, C width, D hi
 height, W width in pixels, N pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -226,6 +226,14 @@ EXPERTS: dict[str, Callable[[int, int], nn.Module]] = {
     "semantic": SemanticExpert,
     "contrast": ContrastExpert,
 }
+
+
+def expert_names(kinds: Sequence[str]) -> list[str]:
+    """Return a name for each expert of a level: its kind, with a number where a kind repeats."""
+    return [
+        f"{kind} {1 + list(kinds[:index]).count(kind)}" if list(kinds).count(kind) > 1 else kind
+        for index, kind in enumerate(kinds)
+    ]
 
 
 def expert_kinds(num_experts: int, kinds: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -3,7 +3,8 @@ gradient.
 
 All back ends have one signature, ``Dispatch``: the experts, the features x_BCHW, the routing
 decision, and the number of images of every expert if the caller has read it already. They return
-``sum_k gates_BK[:, k] * expert[experts_BK[:, k]](x)`` for every image. Shape letters: B batch, C
+``sum_k gates_BK[:, k] * expert[experts_BK[:, k]](x)`` for every image. Where regions are routed,
+each is an image to them (see ``regions``). Shape letters: B batch, C
 width, H height, W width in pixels, E experts, K experts per image.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from camoxpert.errors import ConfigError
 from camoxpert.models.experts import EXPERTS, expert_kinds
 from camoxpert.models.layers import LayerNorm2d
+from camoxpert.models.regions import HALO, cut, grid_of, join
 from camoxpert.models.router import Router, Routing
 from camoxpert.models.stacked import UniformExperts
 
@@ -148,6 +150,7 @@ class MoE(nn.Module):
         dispatch: name of the back end, or "auto".
         shared: kind of an expert that every image uses beside the chosen ones, or "". It learns
             what all images need from all of them (Dai et al., DeepSeekMoE, ACL 2024, section 3.2).
+        grid: an image is routed in up to grid x grid regions; 1: as a whole.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class MoE(nn.Module):
         expansion: float = 1.0,
         dispatch: str = "auto",
         shared: str = "",
+        grid: int = 1,
     ) -> None:
         super().__init__()
         hidden = max(8, round(width * expansion / 8) * 8)
@@ -175,6 +179,7 @@ class MoE(nn.Module):
             self.experts = nn.ModuleList(EXPERTS[kind](width, hidden) for kind in self.kinds)
         self.family = family
         self.asked = dispatch
+        self.grid = grid
         self.shared = EXPERTS[shared](width, hidden) if shared else None
 
     @property
@@ -191,6 +196,12 @@ class MoE(nn.Module):
     def dispatch(self, name: str) -> None:
         self.asked = name
 
+    def route(self, x_BCHW: Tensor) -> Routing:
+        """Decide for every image, or every region of it, from its features (B, C, H, W)."""
+        grid = grid_of(self.grid, *x_BCHW.shape[-2:])
+        decided: Routing = self.router(cut(x_BCHW, grid))
+        return decided
+
     def forward(
         self, x_BCHW: Tensor, routing: Routing | None = None, counts: Counts = None
     ) -> tuple[Tensor, Routing]:
@@ -199,16 +210,19 @@ class MoE(nn.Module):
         Args:
             x_BCHW: features (B, C, H, W).
             routing: the decision if it was made before; None routes on ``x_BCHW``.
-            counts: images per expert, if the caller has read them.
+            counts: images (regions) per expert, if the caller has read them.
 
         Returns:
             x + mixture, (B, C, H, W); the routing.
         """
         if routing is None:
             # Routed on the raw features: the norm would hide how strongly they respond.
-            routing = self.router(x_BCHW)
+            routing = self.route(x_BCHW)
         h = self.norm(x_BCHW)
-        mixture = DISPATCH[self.dispatch](self.experts, h, routing, counts)
+        size = x_BCHW.shape[-2:]
+        grid = grid_of(self.grid, *size)
+        parts = DISPATCH[self.dispatch](self.experts, cut(h, grid, halo=HALO), routing, counts)
+        mixture = join(parts, size, grid=grid, halo=HALO)
         if self.shared is not None:
             mixture = mixture + self.shared(h)
         return x_BCHW + mixture, routing

@@ -1,6 +1,7 @@
-"""The gate: which experts an image uses, decided from its own features.
+"""The gate: which experts an image uses, or a region of it, decided from its own features.
 
-Shape letters: B batch, C channels, E experts, K experts chosen per image.
+Shape letters: B batch (of images, or of the regions of all images), C channels, E experts, K
+experts chosen per image.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 class Routing(NamedTuple):
     """The decision of one MoE level for a batch: all that auxiliary losses and reports need.
+
+    With a grid a row is a region; the rows of an image follow each other.
 
     Attributes:
         logits_BE: gate logits, float32.
@@ -40,6 +43,8 @@ class Router(nn.Module):
     def __init__(self, channels: int, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
+        # Probability that training hides one expert at random from an image.
+        self.dropout = 0.0
         hidden = max(channels // 2, num_experts)
         self.norm = nn.LayerNorm(2 * channels)
         self.hidden = nn.Linear(2 * channels, hidden)
@@ -60,7 +65,10 @@ class Router(nn.Module):
             spread_BC = (x - mean_BC[..., None, None]).square().mean((2, 3)).add(1e-6).sqrt()
             summary = self.norm(torch.cat([mean_BC, spread_BC], 1))
             logits_BE = self.gate(torch.nn.functional.gelu(self.hidden(summary)))
-            return choose(logits_BE, self.top_k, self.bias_E)
+            hidden_BE = None
+            if self.training and self.dropout and self.top_k < logits_BE.shape[1]:
+                hidden_BE = hide_one(logits_BE, self.dropout)
+            return choose(logits_BE, self.top_k, self.bias_E, hidden_BE)
 
     @torch.no_grad()
     def move_bias(self, counts_E: Tensor, rate: float | Tensor) -> None:
@@ -73,16 +81,55 @@ class Router(nn.Module):
         self.bias_E += rate * (counts_E.mean() - counts_E).sign()
 
 
-def choose(logits_BE: Tensor, top_k: int, bias_E: Tensor | None = None) -> Routing:
+def first_choices(routing: Routing, images: int) -> Tensor:
+    """Return the expert that each image uses most, int64 (images,), without a host sync.
+
+    It is the first choice of most of its routing units; of equals the one with the lowest number.
+
+    Args:
+        routing: of one level, for one or more units of every image.
+        images: how many.
+    """
+    first_BU = routing.experts_BK[:, 0].reshape(images, -1)
+    votes_BE = routing.probs_BE.new_zeros(images, routing.probs_BE.shape[1])
+    return votes_BE.scatter_add_(
+        1, first_BU, torch.ones_like(first_BU, dtype=votes_BE.dtype)
+    ).argmax(1)
+
+
+def hide_one(logits_BE: Tensor, rate: float) -> Tensor:
+    """Return True for one expert, drawn evenly, in a share ``rate`` of the rows; (B, E).
+
+    Drawn from torch's generator of the device, whose state is saved with a run, as stochastic depth
+    is.
+    """
+    batch, num_experts = logits_BE.shape
+    device = logits_BE.device
+    hit_B1 = torch.rand(batch, 1, device=device) < rate
+    which_B1 = torch.randint(num_experts, (batch, 1), device=device)
+    return hit_B1 & (which_B1 == torch.arange(num_experts, device=device))
+
+
+def choose(
+    logits_BE: Tensor,
+    top_k: int,
+    bias_E: Tensor | None = None,
+    hidden_BE: Tensor | None = None,
+) -> Routing:
     """Turn gate logits (B, E) into a routing decision with ``top_k`` experts per image.
 
     Args:
         logits_BE: of the gate.
         top_k: experts per image.
         bias_E: added to the probabilities for the choice alone.
+        hidden_BE: True for experts that cannot be chosen and have probability 0; at least ``top_k``
+            of each row are left.
     """
-    probs_BE = logits_BE.softmax(-1)
+    open_BE = logits_BE if hidden_BE is None else logits_BE.masked_fill(hidden_BE, -torch.inf)
+    probs_BE = open_BE.softmax(-1)
     favoured_BE = probs_BE if bias_E is None else probs_BE.detach() + bias_E
+    if hidden_BE is not None:
+        favoured_BE = favoured_BE.masked_fill(hidden_BE, -torch.inf)
     experts_BK = favoured_BE.topk(top_k, dim=-1).indices
     gates_BK = probs_BE.gather(1, experts_BK)
     if top_k > 1:

@@ -68,7 +68,7 @@ def plot_routing(record: RoutingRecord) -> bytes:
         dark = value > 0.6 * max(2.5 * fair, usage.max())
         colour = "white" if dark else "#1f2933"
         axis.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=9)
-    axis.set_title(f"share of images per expert (fair: {fair:.0%})")
+    axis.set_title(f"share of choices per expert (fair: {fair:.0%})")
     axis.grid(False)
     return _png(figure)
 

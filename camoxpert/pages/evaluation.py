@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from camoxpert.pages import charts
+from camoxpert.pages.experts import expert_cells
 from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, p_value, write_page
 from camoxpert.pages.retention import retention_cells, retention_curves
 from camoxpert.pages.tables import best_values, format_value
@@ -86,6 +87,13 @@ class RetentionPart:
     examples: str
 
 
+class ExpertPart(NamedTuple):
+    """What each expert was chosen for."""
+
+    head: list[str]
+    lines: list[list[str]]
+
+
 @dataclass(frozen=True)
 class DatasetPart:
     """What the page shows of one data set."""
@@ -99,6 +107,7 @@ class DatasetPart:
     curves: Chart
     breakdowns: list[Breakdown]
     galleries: list[tuple[str, list[Picture]]]
+    experts: list[tuple[str, ExpertPart]]
     retention: list[tuple[str, RetentionPart]]
 
 
@@ -170,6 +179,11 @@ def _dataset(
             _breakdown(results, division, measures) for division in results[0]["breakdown"]
         ],
         galleries=list(_galleries(folder, pictures)),
+        experts=[
+            (result["method"], ExpertPart(*expert_cells(result)))
+            for result in results
+            if result.get("experts")
+        ],
         retention=[
             (result["method"], _retention(folder, result))
             for result in results

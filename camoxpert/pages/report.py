@@ -68,7 +68,8 @@ class ScoreRow(NamedTuple):
 class Experts:
     """How the last logged epoch used the experts.
 
-    ``idle`` names, by level, those with less than a tenth of their fair share.
+    ``idle`` names, by level, those with less than a tenth of their fair share. ``units``: how many
+    regions were routed; empty where whole images were.
     """
 
     count: int
@@ -76,6 +77,7 @@ class Experts:
     entropy: list[str]
     excess: list[str]
     idle: list[tuple[str, list[str]]]
+    units: list[str]
     chart: Chart
 
 
@@ -136,7 +138,7 @@ def write_report(run_dir: Path, page_file: Path | None = None) -> Path:
         tested=bool(results),
         galleries=list(_galleries(run_dir, results)),
         curves=list(_curves(records, results)),
-        experts=_experts(records.routing),
+        experts=_experts(records.routing, regions=_routes_regions(run_dir)),
         speed=_speed(records.train),
         phases=draw(lambda: charts.plot_phases(phases), "time") if phases else None,
         events=records.events,
@@ -209,7 +211,14 @@ def _curves(records: Records, results: Sequence[Result]) -> Iterator[Chart]:
         yield draw(lambda: charts.plot_curves(curves), "PR, F and E curves")
 
 
-def _experts(routing: Sequence[RoutingRecord]) -> Experts | None:
+def _routes_regions(run_dir: Path) -> bool:
+    try:
+        return config_from_dict(read_yaml(run_dir / "config.yaml")).model.routing_grid > 1
+    except ConfigError:
+        return False
+
+
+def _experts(routing: Sequence[RoutingRecord], *, regions: bool) -> Experts | None:
     known = [record for record in routing if record.get("levels")]
     if not known:
         return None
@@ -234,6 +243,7 @@ def _experts(routing: Sequence[RoutingRecord]) -> Experts | None:
             if "max_violation" in level
         ],
         idle=[(name, experts) for name, experts in idle.items() if experts],
+        units=[f"{name} {level.get('units', '?')}" for name, level in levels] if regions else [],
         chart=draw(lambda: charts.plot_routing(last), "expert usage"),
     )
 

@@ -52,6 +52,7 @@ class LevelRouting(TypedDict):
     gate: list[float]  # share of probability
     entropy: float  # of the usage: 1 is uniform, 0 a single expert
     max_violation: float  # excess of the busiest expert over its fair share, as a multiple of it
+    units: int  # images, or regions of images, that were routed
 
 
 class RoutingRecord(_AtStep):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from camoxpert import console
 from camoxpert.config import Config, ModelConfig
-from camoxpert.errors import CheckpointError
+from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.experts import expert_kinds
 from camoxpert.models.stacked import FIELDS
@@ -19,6 +19,7 @@ from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_check
 from camoxpert.text import count, shorten
 
 EXPERT = re.compile(r"(decoder\.levels\.\d+\.moe\.)experts\.(\d+)\.(.+)")
+ROUTER = re.compile(r"decoder\.levels\.\d+\.moe\.router\.")
 ROWS = re.compile(r"decoder\.levels\.\d+\.moe\.(router\.gate\.(weight|bias)|router\.bias_E)")
 STACKED = re.compile(r"decoder\.levels\.\d+\.moe\.experts\.\w+")
 
@@ -40,14 +41,24 @@ def read_initial(config: Config) -> Checkpoint | None:
 def start_from(model: CamoXpert, source: Checkpoint) -> None:
     """Copy the evaluated weights of another model as far as they fit, and print what does not.
 
-    Experts are matched by kind, not by number, and the router's outputs with them.
+    Experts are matched by kind, not by number, and the router's outputs with them. A single expert
+    becomes many: see ``copies_of_one``.
 
     Raises:
         CheckpointError: nothing fits.
+        ConfigError: noise was asked for, and no expert is copied.
     """
     weights = source.evaluated_weights
     own = model.state_dict()
-    taken = _fitting(own, weights, source.config.model, model.config)
+    old, new = source.config.model, model.config
+    copies = copies_of_one(own, weights, old, new)
+    if new.upcycle_noise and not copies:
+        raise ConfigError(
+            f"model.upcycle_noise {new.upcycle_noise:g} is for the copies of a single expert, and "
+            f"none is copied: {source.path} has {_describe(old)}, this model {_describe(new)}. "
+            f"Leave it out."
+        )
+    taken = copies | _fitting(own, weights, old, new)
     learned = {name for name, _ in model.named_parameters()}
     if not taken.keys() & learned:
         raise CheckpointError(
@@ -56,6 +67,8 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
         )
     model.load_state_dict(own | taken)
     console.decide("init", f"{len(taken)} of {len(own)} tensors from {source.path}")
+    if copies:
+        _decide_copies(_kinds(old)[0], new)
     fresh = _parts(name for name in own if name not in taken)
     if fresh:
         console.decide("", f"not in it, or of another kind or size, and new here: {shorten(fresh)}")
@@ -63,10 +76,68 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
         console.decide("", f"its backbone is {source.config.model.backbone}")
 
 
+def copies_of_one(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], old: ModelConfig, new: ModelConfig
+) -> dict[str, Tensor]:
+    """Return own name -> tensor of all experts that start as a copy of the single one of a level.
+
+    Empty unless the other model has one expert per level, this one several of them of its kind, and
+    every tensor fits. With equal experts the mixture computes what the single one did, whatever the
+    new router decides, if its gates sum to 1. Each copy gets noise of its own:
+    ``model.upcycle_noise`` times the standard deviation of the tensor. Source: Komatsuzaki et al.,
+    Sparse Upcycling, ICLR 2023.
+    """
+    if not _is_upcycled(old, new):
+        return {}
+    kinds = _kinds(new)
+    taken: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        expert = EXPERT.fullmatch(name)
+        if expert is not None and kinds[int(expert[2])] == _kinds(old)[0]:
+            source = weights.get(f"{expert[1]}experts.0.{expert[3]}")
+            if source is None or source.shape != tensor.shape:
+                return {}
+            if new.upcycle_noise:
+                spread = source.float().std(correction=0)
+                noise = torch.randn(source.shape, device=source.device)
+                source = (source + new.upcycle_noise * spread * noise).to(source.dtype)
+            taken[name] = source
+    return taken
+
+
+def _is_upcycled(old: ModelConfig, new: ModelConfig) -> bool:
+    """Return whether a single expert meets several of its kind."""
+    # Like experts in stacked weights differ in their receptive field: they are no copies.
+    unlike = old.expert_family == new.expert_family == "specialist"
+    return unlike and old.num_experts == 1 and _kinds(new).count(_kinds(old)[0]) > 1
+
+
+def _decide_copies(kind: str, new: ModelConfig) -> None:
+    """Print that experts start as copies."""
+    number = _kinds(new).count(kind)
+    noise = f", with noise of {new.upcycle_noise:g} x its spread" if new.upcycle_noise else ""
+    console.decide(
+        "upcycle",
+        f"{number} of {new.num_experts} experts of a level start as copies of its single {kind} "
+        f"expert{noise}; the routers are new",
+    )
+    if new.top_k == 1:
+        console.decide(
+            "",
+            f"--top-k 1 scales them by their probability, at first 1/{new.num_experts}; with 2 and "
+            f"more the mixture starts as the single expert",
+        )
+
+
+def _describe(model: ModelConfig) -> str:
+    return f"{count(model.num_experts, 'expert')} ({', '.join(dict.fromkeys(_kinds(model)))})"
+
+
 def _fitting(
     own: Mapping[str, Tensor], weights: Mapping[str, Tensor], old: ModelConfig, new: ModelConfig
 ) -> dict[str, Tensor]:
-    """Return own name -> tensor to copy."""
+    """Return own name -> tensor to copy; without the experts and routers of an upcycled model."""
+    upcycled = _is_upcycled(old, new)
     same_backbone = old.backbone == new.backbone
     place = _matched(_kinds(old), _kinds(new))
     known = all(number is not None for number in place)
@@ -78,6 +149,8 @@ def _fitting(
         if name.startswith("backbone.") or name in ("mean", "std"):
             # Equal names and shapes in another network say nothing.
             source = weights.get(name) if same_backbone else None
+        elif upcycled and (expert is not None or ROUTER.match(name)):
+            source = None
         elif expert is not None:
             number = place[int(expert[2])] if same_family else None
             key = f"{expert[1]}experts.{number}.{expert[3]}"

@@ -16,8 +16,10 @@ from camoxpert import console, stop
 from camoxpert.config import Config
 from camoxpert.data.samples.augment import image_sides, training_sides
 from camoxpert.losses import total_loss
+from camoxpert.models.backbone import STRIDES
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.models.cost import network_cost
+from camoxpert.models.regions import grid_of
 from camoxpert.runs.folder import recorded_hashes
 from camoxpert.runs.identity import file_hashes
 from camoxpert.runtime.device import (
@@ -154,7 +156,27 @@ def _build_network(
         f"{config.model.backbone}, {size:.2f} M parameters, {gmacs:.2f} GMACs an image; "
         f"{model.describe_decoder()}",
     )
+    model.set_expert_dropout(config.train.expert_dropout)
+    if config.train.expert_dropout and model.moe_levels:
+        console.decide(
+            "dropout",
+            f"each level hides one expert at random from {config.train.expert_dropout:.0%} of its "
+            f"{'regions' if config.model.routing_grid > 1 else 'images'} in training",
+        )
+    if config.model.routing_grid > 1 and model.moe_levels:
+        console.decide("regions", _describe_regions(config))
     return model, gmacs
+
+
+def _describe_regions(config: Config) -> str:
+    """Return into how many regions the maps of an image are cut."""
+    sides = [config.data.img_size // stride for stride in STRIDES]
+    grids = [grid_of(config.model.routing_grid, side, side) for side in sides]
+    cut = ", ".join(
+        f"stride {stride} in {grid} x {grid}" if grid > 1 else f"stride {stride} whole"
+        for stride, grid in zip(STRIDES, grids, strict=True)
+    )
+    return f"{cut}; each is routed by itself"
 
 
 def _decide_plan(config: Config, batching: Batching, num_images: int, scale: float) -> Plan:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from camoxpert.config import Config
 from camoxpert.models.balance import expert_counts
+from camoxpert.models.experts import expert_names
 from camoxpert.models.router import Routing
 from camoxpert.runs.records import LevelRouting
 
@@ -44,8 +45,8 @@ class StepCounts:
         return self.counts_LE
 
 
-ALARM_IMAGES = 512
-"""Images needed to judge the router; fewer say little."""
+ALARM_UNITS = 512
+"""Images, or regions of images, needed to judge a router; fewer say little."""
 LOW_ENTROPY, HIGH_VIOLATION, LOW_SHARE = 0.9, 1.0, 0.1
 
 
@@ -57,16 +58,14 @@ class RoutingMeter:
         experts: kind of every expert; repeated kinds get a number.
 
     Attributes:
+        units: routing units counted at each level: images, or regions of images.
         ill: the last judged epoch favoured few experts.
         alarmed: the user was warned of that.
     """
 
     def __init__(self, levels: Sequence[str], experts: Sequence[str]) -> None:
         self.levels = tuple(levels)
-        self.experts = [
-            f"{kind} {1 + list(experts[:i]).count(kind)}" if list(experts).count(kind) > 1 else kind
-            for i, kind in enumerate(experts)
-        ]
+        self.experts = expert_names(experts)
         self.ill = self.alarmed = False
         self.reset()
 
@@ -74,15 +73,16 @@ class RoutingMeter:
         """Forget everything counted."""
         self.chosen: Tensor | None = None
         self.mass: Tensor | None = None
-        self.images = 0
+        self.units = [0] * len(self.levels)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was counted so far, for a run that stops in the middle of an epoch."""
-        return {"chosen": self.chosen, "mass": self.mass, "images": self.images}
+        return {"chosen": self.chosen, "mass": self.mass, "units": self.units}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue counting from what ``state_dict`` returned."""
-        self.images = int(state["images"])
+        # The first versions counted images, the units of all levels.
+        self.units = list(state.get("units") or [int(state["images"])] * len(self.levels))
         self.chosen, self.mass = (
             None if state[name] is None else state[name].to(device) for name in ("chosen", "mass")
         )
@@ -96,11 +96,12 @@ class RoutingMeter:
         """
         if self.chosen is None or self.mass is None:
             return
-        images = torch.tensor(float(self.images), device=self.chosen.device)
+        units = torch.tensor(self.units, dtype=torch.float64, device=self.chosen.device)
         self.chosen, self.mass = total(self.chosen.clone()), total(self.mass.clone())
-        self.images = int(total(images))
+        self.units = [int(number) for number in total(units).tolist()]
         if not first:
-            self.chosen, self.mass, self.images = self.chosen * 0, self.mass * 0, 0
+            self.chosen, self.mass = self.chosen * 0, self.mass * 0
+            self.units = [0] * len(self.levels)
 
     @torch.no_grad()
     def update(self, routing: Sequence[Routing]) -> None:
@@ -112,14 +113,15 @@ class RoutingMeter:
         mass = torch.stack([r.probs_BE.detach().sum(0) for r in routing])
         self.chosen = chosen if self.chosen is None else self.chosen + chosen
         self.mass = mass if self.mass is None else self.mass + mass
-        self.images += routing[0].probs_BE.shape[0]
+        counted = (record.probs_BE.shape[0] for record in routing)
+        self.units = [old + new for old, new in zip(self.units, counted, strict=True)]
 
     def summary(self) -> dict[str, LevelRouting]:
         """Return the health of every level.
 
         Level -> usage (share of choices), gate (share of probability), entropy of the usage over
         log(experts) (1 is uniform, 0 a single expert), and max_violation: by how much the busiest
-        expert exceeds its fair share, as a multiple of it (0 is uniform).
+        expert exceeds its fair share, as a multiple of it (0 is uniform); units.
         """
         if self.chosen is None or self.mass is None:
             return {}
@@ -127,7 +129,7 @@ class RoutingMeter:
         both = both / both.sum(-1, keepdim=True).clamp_min(1e-12)
         shares, gates = both.tolist()
         result: dict[str, LevelRouting] = {}
-        for name, usage, gate in zip(self.levels, shares, gates, strict=True):
+        for name, usage, gate, units in zip(self.levels, shares, gates, self.units, strict=True):
             entropy = -sum(p * math.log(p) for p in usage if p > 0)
             scale = math.log(len(usage)) if len(usage) > 1 else 1.0
             result[name] = {
@@ -135,30 +137,32 @@ class RoutingMeter:
                 "gate": gate,
                 "entropy": entropy / scale,
                 "max_violation": max(usage) * len(usage) - 1,
+                "units": units,
             }
         return result
 
 
 def collapse_alarm(
-    levels: Mapping[str, LevelRouting], experts: Sequence[str], *, images: int, top_k: int
+    levels: Mapping[str, LevelRouting], experts: Sequence[str], *, top_k: int
 ) -> str:
     """Return a warning about the routing with advice, or "".
 
-    Judges only enough images, and only if experts can be left out. A level is unhealthy if the
-    entropy of its usage is under 0.9, its busiest expert has more than twice the fair share, or an
-    expert has under a tenth of it.
+    Judges only levels with enough units, and only if experts can be left out. A level is unhealthy
+    if the entropy of its usage is under 0.9, its busiest expert has more than twice the fair share,
+    or an expert has under a tenth of it.
 
     Args:
         levels: from ``RoutingMeter.summary``.
         experts: names.
-        images: number of images in the summary.
         top_k: experts per image.
     """
     count = len(experts)
-    if images < ALARM_IMAGES or top_k >= count:
+    if top_k >= count:
         return ""
     ill = []
     for name, level in levels.items():
+        if level["units"] < ALARM_UNITS:
+            continue
         idle = [
             expert
             for expert, usage in zip(experts, level["usage"], strict=True)

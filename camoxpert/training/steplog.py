@@ -281,7 +281,8 @@ def describe_images(window: list[Batch]) -> list[ImageFacts]:
 
 
 def log_routing(run: Run, stage: Stage, epoch: int) -> None:
-    """Log which experts the epoch's images used on all ranks, and warn of a collapse once.
+    """Log which experts the epoch's images, or their regions, used on all ranks; warn of a collapse
+    once.
 
     Logs nothing if no images were counted. Every rank calls this.
     """
@@ -306,7 +307,7 @@ def log_routing(run: Run, stage: Stage, epoch: int) -> None:
         usage = zip(meter.experts, level["usage"], strict=True)
         log.scalars(step, {f"routing {name}/{expert}": share for expert, share in usage})
     top_k = active_experts(run.config, epoch)
-    alarm = collapse_alarm(levels, meter.experts, images=meter.images, top_k=top_k)
+    alarm = collapse_alarm(levels, meter.experts, top_k=top_k)
     again, meter.ill = meter.ill, bool(alarm)
     if alarm:
         run.note_event(alarm, epoch_end=True)

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from helpers.runs import ending
 
-from camoxpert.config import build_config
+from camoxpert.config import build_config, load_config
 from camoxpert.data.samples.batches import Batch
+from camoxpert.errors import ConfigError
 from camoxpert.losses import total_loss
 from camoxpert.models.balance import balance_loss, expert_counts
 from camoxpert.models.camoxpert import build_model
-from camoxpert.models.router import Routing, choose
+from camoxpert.models.router import Routing, choose, hide_one
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.processes import World
 from camoxpert.training.prepare import prepare
@@ -129,6 +131,68 @@ def test_balance_loss_by_hand() -> None:
     )
 
 
+def test_a_hidden_expert_is_never_chosen_and_top_k_are_left() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]))
+    hidden = torch.tensor([[True, False, False], [False, False, False]])
+    # A bias for the choice does not bring it back.
+    routing = choose(logits, 2, torch.tensor([0.9, 0.0, 0.0]), hidden)
+    assert routing.experts_BK.tolist() == [[1, 2], [0, 1]]
+    torch.testing.assert_close(routing.probs_BE[0], torch.tensor([0.0, 0.6, 0.4]))
+    torch.testing.assert_close(routing.gates_BK[0], torch.tensor([0.6, 0.4]))
+    torch.testing.assert_close(routing.logits_BE, logits)
+    drawn = torch.cat([hide_one(torch.zeros(500, 4), 0.4) for _ in range(4)])
+    assert drawn.sum(1).max() == 1
+    assert float(drawn.any(1).float().mean()) == pytest.approx(0.4, abs=0.05)
+    assert drawn.sum(0).min() > 0.2 * drawn.sum()
+    assert hide_one(torch.zeros(50, 4), 1.0).any(1).all() and not hide_one(logits, 0.0).any()
+
+
+def test_expert_dropout_is_of_training_and_spares_top_k() -> None:
+    config, model = model_of()
+    images, masks = images_of(6)
+    chosen = model(images).routing
+    model.set_expert_dropout(1.0)
+    output = model(images)
+    assert any(
+        not torch.equal(a.experts_BK, b.experts_BK)
+        for a, b in zip(chosen, output.routing, strict=True)
+    )
+    for level in output.routing:
+        assert (level.probs_BE == 0).sum(1).tolist() == [1] * 6
+        # A hidden expert has no share of the gates.
+        assert (level.probs_BE.gather(1, level.experts_BK) > 0).all()
+    total_loss(output, masks, config.loss).total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    before = torch.get_rng_state()
+    model.set_active_experts(4)
+    assert all((level.probs_BE > 0).all() for level in model(images).routing), "warm-up"
+    model.set_active_experts(2)
+    model.eval()
+    for a, b in zip(chosen, model(images).routing, strict=True):
+        assert torch.equal(a.experts_BK, b.experts_BK)
+    model.train().set_expert_dropout(0.0)
+    model(images)
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn where nothing is hidden"
+    with pytest.raises(ConfigError, match="can spare none"):
+        load_config(overrides=["train.expert_dropout=0.1", "model.num_experts=2"])
+
+
+def test_a_resumed_run_repeats_the_hidden_experts(train, stopped, tmp_path: Path, capsys) -> None:
+    words = ("--epochs", "1", "--stage1-epochs", "0", "--no-test", "--no-report", "--run-name", "r")
+    words += ("--top-k", "1", "--expert-family", "uniform")
+    ends = {}
+    for rate in ("0.5", "0"):
+        whole, parts = tmp_path / f"whole {rate}", tmp_path / f"parts {rate}"
+        assert train(*words, f"train.expert_dropout={rate}", out=whole) == 0
+        if rate == "0.5":
+            assert "each level hides one expert at random from 50%" in capsys.readouterr().out
+            assert stopped(*words, f"train.expert_dropout={rate}", steps=2, out=parts) == 75
+            assert train(*words, f"train.expert_dropout={rate}", out=parts) == 0
+            assert ending(parts / "r") == ending(whole / "r")
+        ends[rate] = ending(whole / "r")
+    assert ends["0.5"] != ends["0"], "negative control"
+
+
 def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]]))
     biased = choose(logits, 2, torch.tensor([-0.4, 0.0, 0.0]))
@@ -194,7 +258,8 @@ def record_of(choices: list[int], count: int = 4) -> Routing:
 def alarm_for(choices: list[int], images: int = 600) -> str:
     meter = RoutingMeter(["stride 4"], list("abcd"))
     meter.update([record_of(choices)])
-    return collapse_alarm(meter.summary(), meter.experts, images=images, top_k=1)
+    meter.units = [images] * len(meter.levels)
+    return collapse_alarm(meter.summary(), meter.experts, top_k=1)
 
 
 def test_the_summary_by_hand() -> None:
@@ -205,9 +270,9 @@ def test_the_summary_by_hand() -> None:
     assert level["usage"] == pytest.approx([0.5, 0.25, 0.25, 0])
     assert level["max_violation"] == pytest.approx(1.0)
     assert level["entropy"] == pytest.approx(1.5 / 2)
-    assert meter.images == 8
+    assert meter.units == [8] and level["units"] == 8
     meter.reset()
-    assert meter.summary() == {} and meter.images == 0
+    assert meter.summary() == {} and meter.units == [0]
 
 
 def test_the_alarm_names_the_level_the_expert_and_what_helps() -> None:
@@ -220,7 +285,7 @@ def test_the_alarm_names_the_level_the_expert_and_what_helps() -> None:
     assert alarm_for([0] * 40, images=100) == ""  # too few to judge
     meter = RoutingMeter(["stride 4"], list("ab"))
     meter.update([record_of([0, 1, 1, 0], 2)])
-    assert collapse_alarm(meter.summary(), meter.experts, images=600, top_k=2) == ""
+    assert collapse_alarm(meter.summary(), meter.experts, top_k=2) == ""
 
 
 def test_the_alarm_reaches_the_log_and_the_console(toy_data: Path, tmp_path: Path, capsys) -> None:
@@ -235,7 +300,7 @@ def test_the_alarm_reaches_the_log_and_the_console(toy_data: Path, tmp_path: Pat
         "loss.balance=0",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "ALARM_IMAGES", 10)
+        patch.setattr(routing, "ALARM_UNITS", 10)
         patch.setattr(routing, "LOW_ENTROPY", 1.1)
         assert main(words) == 0
     assert capsys.readouterr().err.count("the router favours few experts") == 1
