@@ -30,7 +30,7 @@ def model(tiny_run: Path) -> camoxpert.Predictor:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    tables = ("results.csv", "predictions.jsonl")
+    tables = ("results.csv", "predictions.jsonl", "predict.json", ".predictions.lock")
     files = (p for p in folder.rglob("*") if p.is_file() and p.name not in tables)
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 

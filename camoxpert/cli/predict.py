@@ -32,7 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(KINDS),
         help="what to write: probability map, binary mask, RGBA cut-out, overlay [all]",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass [8]")
+    parser.add_argument(
+        "--batch-size",
+        default="8",
+        metavar="N",
+        help="images per forward pass; auto: as many as fit and make it faster [8]",
+    )
+    parser.add_argument(
+        "--devices",
+        default="auto",
+        metavar="LIST",
+        help="auto: --device, in this process; all; or a list such as 0,1 or cpu,cpu with a "
+        "process for each [auto]",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="predict at most N of the images, for a trial"
+    )
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="probability that counts as object [0.5]"
     )
@@ -41,7 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(
         parser,
-        ("data.allow_outside", "data.max_pixels", "train.device", "train.precision"),
+        (
+            "data.allow_outside",
+            "data.max_pixels",
+            "train.device",
+            "train.precision",
+            "train.max_hours",
+        ),
         defaults={"data.max_pixels": None},
     )
 
@@ -49,23 +70,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Predict; unreadable images are named at the end and give exit code 3."""
     no_overrides(rest)
-    if options.batch_size < 1 or not 0 <= options.threshold <= 1:
-        raise ConfigError("--batch-size must be at least 1 and --threshold between 0 and 1.")
+    batch_size = _batch_size(options.batch_size)
+    if not 0 <= options.threshold <= 1:
+        raise ConfigError(f"--threshold must be between 0 and 1; {options.threshold:g} is not.")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
     check_folder("-o", options.output)
+    from camoxpert.inference.devices import choose_devices
     from camoxpert.inference.photos import PhotoOptions, predict_photos
     from camoxpert.inference.predictor import load_predictor
     from camoxpert.inference.sources import look_for_photos
+    from camoxpert.inference.timing import describe
 
+    devices = choose_devices(options.devices)
+    if devices and options.device != "auto":
+        raise ConfigError(
+            f"--device {options.device} and --devices {options.devices}: give one of them."
+        )
     output = Path(options.output)
     found = look_for_photos(options.inputs, allow_outside=options.allow_outside, output=output)
     for note in found.notes:
         console.note(note)
-    wanted = PhotoOptions(options.save, options.batch_size, options.threshold, options.overwrite)
+    wanted = PhotoOptions(
+        kinds=options.save,
+        batch_size=batch_size,
+        threshold=options.threshold,
+        overwrite=options.overwrite,
+        devices=devices,
+        limit=options.limit,
+    )
     outcome = "What is done is written; run the same command again for the rest."
-    with stop.watch(), stop.outcome(outcome):
+    with stop.watch(options.max_hours), stop.outcome(outcome):
         predictor = load_predictor(
             Path(options.checkpoint),
-            device=options.device,
+            # With a process for each device this one only reads the settings.
+            device="cpu" if devices else options.device,
             precision=options.precision,
             max_pixels=options.max_pixels,
         )
@@ -74,6 +113,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     if result.replaced:
         there += f"; {result.replaced} photos had changed since"
     console.say(f"{result.done} images predicted{there}; results in {options.output}")
+    if result.summary:
+        console.say(describe(result.summary))
     if result.failed:
         listed = "\n".join(f"  {path}: {reason}" for path, reason in result.failed)
         print_paragraph(
@@ -81,3 +122,12 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
         return 3
     return 0
+
+
+def _batch_size(text: str) -> int | None:
+    """Return the value of --batch-size; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--batch-size must be auto or at least 1; {text!r} is neither.")
+    return int(text)

@@ -2,64 +2,243 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from camoxpert import console, stop
-from camoxpert.errors import DataError
-from camoxpert.files import append_here, write_rows
+from camoxpert.errors import CheckpointError, DataError
+from camoxpert.files import write_json
+from camoxpert.inference.devices import DeviceEngine
+from camoxpert.inference.engine import ChunkResult, Row
+from camoxpert.inference.ledger import FAILED, Ledger, Source, as_fields, open_ledger, source_of
+from camoxpert.inference.local import LocalEngine
+from camoxpert.inference.plan import Plan, Settings, make_plan, model_digest, remove_unfinished
 from camoxpert.inference.prediction import KINDS, Prediction
-from camoxpert.inference.predictor import Predictor
-from camoxpert.inference.record import (
-    Record,
-    Settings,
-    Source,
-    model_digest,
-    open_record,
-    source_of,
-)
-from camoxpert.inference.sources import Photo
-from camoxpert.text import count
+from camoxpert.inference.predictor import Predictor, load_predictor
+from camoxpert.inference.score import enlarged
+from camoxpert.inference.sources import Photo, read_pixels
+from camoxpert.runs.checkpoint import file_digest
+from camoxpert.text import count, shorten
 
-COLUMNS = ("image", "height", "width", "object_fraction", "confidence", "seconds")
-WRITERS = 2
-"""Threads that encode and write pictures beside the forward pass."""
-WAITING = 8
-"""Photos that may wait to be written: a photo of 12 megapixels takes 84 MB."""
+SUMMARY = "predict.json"
+ORIGINAL = ("cutout", "overlay")
+"""Pictures that show the photo."""
 
 
 @dataclass(frozen=True)
 class PhotoOptions:
-    """What is written for each photo.
+    """What is written for each photo, and how.
 
     Attributes:
         kinds: pictures to write: map (probability, 0..255), mask (0 or 255), cutout (RGBA),
             overlay.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; None chooses.
         threshold: probability above which a pixel is object, for mask and table.
         overwrite: predict photos whose outputs exist again.
+        devices: names of devices for worker processes; empty: the predictor's own device, in this
+            process.
+        limit: predict at most this many of the photos that are left to do.
     """
 
     kinds: Sequence[str] = KINDS
-    batch_size: int = 8
+    batch_size: int | None = 8
     threshold: float = 0.5
     overwrite: bool = False
+    devices: Sequence[str] = ()
+    limit: int | None = None
 
 
 @dataclass
 class BatchResult:
-    """Counts of a list of photos, and (path, reason) of the unreadable ones."""
+    """Counts of a list of photos, and (path, reason) of those that failed.
+
+    Attributes:
+        done: predicted by this call.
+        skipped: with up-to-date results before.
+        replaced: of ``done``, those whose file had changed.
+        failed: (path, reason).
+        summary: where the time went; the content of ``predict.json``.
+    """
 
     done: int = 0
     skipped: int = 0
     replaced: int = 0
     failed: list[tuple[Path, str]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PhotoSample:
+    """A photo that was read: see ``engine.Sample``.
+
+    Attributes:
+        inputs: the image at the network's size, uint8 (3, S, S).
+        size: (height, width) of the photo.
+        pixels: uint8 RGB (H, W, 3), or None where no picture shows them.
+        source: its file.
+        digest: of its content.
+        seconds: stage -> seconds.
+    """
+
+    inputs: tuple[Tensor, ...]
+    size: tuple[int, int]
+    pixels: NDArray[np.uint8] | None
+    source: Source | None
+    digest: str | None
+    seconds: dict[str, float]
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory until it is finished: pixels, and the map at the photo's size."""
+        pixels = 0 if self.pixels is None else self.pixels.nbytes
+        return pixels + 4 * self.size[0] * self.size[1] + sum(t.nbytes for t in self.inputs)
+
+
+class PhotoStages:
+    """Reads photos, finds the hidden objects, writes pictures.
+
+    Args:
+        predictor: the model.
+        output: folder of the results.
+        kinds: pictures to write.
+        threshold: probability above which a pixel is object.
+    """
+
+    def __init__(
+        self, predictor: Predictor, output: Path, kinds: Sequence[str], threshold: float
+    ) -> None:
+        self.predictor, self.output = predictor, output
+        self.kinds, self.threshold = tuple(kinds), threshold
+        self.device: torch.device = predictor.device
+
+    def read(self, photo: Photo) -> PhotoSample:
+        """Return the sample of a photo.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        started = time.monotonic()
+        before = source_of(photo.path)
+        pixels = read_pixels(photo, max_pixels=self.predictor.max_pixels)
+        digest = file_digest(photo.path) if before is not None else None
+        decoded = time.monotonic()
+        prepared = self.predictor.prepare(pixels)
+        return PhotoSample(
+            (prepared,),
+            (pixels.shape[0], pixels.shape[1]),
+            pixels if set(self.kinds) & set(ORIGINAL) else None,
+            # A file that changes while it is read has no known content.
+            before if source_of(photo.path) == before else None,
+            digest,
+            {"read": decoded - started, "resize": time.monotonic() - decoded},
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return float32 logits (B, 1, h, w) of prepared images."""
+        return self.predictor.logits(inputs)
+
+    def finish(self, photo: Photo, sample: PhotoSample, outputs: list[Tensor]) -> Row:
+        """Write the pictures of a photo and return the fields of its row.
+
+        Raises:
+            DataError: they cannot be written.
+        """
+        started = time.monotonic()
+        with torch.inference_mode():
+            probability_HW = enlarged(outputs[0], sample.size).numpy()
+        pixels = sample.pixels
+        if pixels is None:
+            pixels = np.empty((0, 0, 3), np.uint8)
+        found = Prediction(photo.name, pixels, probability_HW, 0.0, self.threshold)
+        enlarging = time.monotonic() - started
+        found.save(self.output, self.kinds)
+        height, width = sample.size
+        return {
+            "status": "ok",
+            **as_fields(sample.source),
+            "digest": sample.digest,
+            "kinds": list(self.kinds),
+            "height": height,
+            "width": width,
+            "object_fraction": found.object_fraction,
+            "confidence": found.confidence,
+            "seconds": {
+                "enlarge": enlarging,
+                "write": time.monotonic() - started - enlarging,
+            },
+        }
+
+    def failed(self, photo: Photo, reason: str) -> Row:
+        """Return the fields of the row of a photo that failed."""
+        return _failed(photo, reason)
+
+    def example(self) -> Tensor:
+        """Return a grey image."""
+        side = self.predictor.img_size
+        return torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=self.device)
+
+
+def _failed(photo: Photo, reason: str) -> Row:
+    return {"status": "failed", **as_fields(source_of(photo.path)), "reason": reason}
+
+
+@dataclass(frozen=True)
+class PhotoSpec:
+    """Builds ``PhotoStages`` in a worker process.
+
+    Attributes:
+        checkpoint: file of the model.
+        model: its hash, so that all workers have the same one.
+        precision, max_pixels: see ``load_predictor``.
+        output, kinds, threshold: see ``PhotoStages``.
+    """
+
+    checkpoint: str
+    model: str
+    precision: str
+    max_pixels: int
+    output: str
+    kinds: tuple[str, ...]
+    threshold: float
+
+    def build(self, device: str) -> PhotoStages:
+        """Load the model on a device.
+
+        Raises:
+            CheckpointError: the file is not the model that the parent process read.
+        """
+        predictor = load_predictor(
+            Path(self.checkpoint),
+            device=device,
+            precision=self.precision,
+            max_pixels=self.max_pixels,
+        )
+        if model_digest(predictor.checkpoint) != self.model:
+            raise CheckpointError(f"{self.checkpoint} changed while the run started. Start again.")
+        return PhotoStages(predictor, Path(self.output), self.kinds, self.threshold)
+
+    def failed(self, photo: Photo, reason: str) -> Row:
+        """Return the fields of the row of a photo that no process could do."""
+        return _failed(photo, reason)
+
+
+class Engine(Protocol):
+    """Decides who does which chunk: ``LocalEngine``, ``DeviceEngine``."""
+
+    def results(self, items: Sequence[Any]) -> Iterator[ChunkResult]:
+        """Yield the rows of all items, a chunk at a time."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return where the time went."""
 
 
 def predict_photos(
@@ -68,18 +247,19 @@ def predict_photos(
     """Predict every photo at its original size and write the outputs.
 
     Photos whose outputs are complete and up to date are skipped, so that the same call finishes a
-    stopped one; see ``record``. An unreadable photo is reported; the others are still predicted.
+    stopped one; see ``plan``. An unreadable photo is reported; the others are still predicted.
 
     Args:
         predictor: the model.
         photos: inputs.
-        output: folder for ``maps/``, ``masks/``, ``cutouts/``, ``overlays/``, ``results.csv`` and
-            ``predictions.jsonl``.
-        options: what to write.
+        output: folder for ``maps/``, ``masks/``, ``cutouts/``, ``overlays/``, ``results.csv``,
+            ``predictions.jsonl`` (see ``ledger``) and ``predict.json``.
+        options: what to write, and how.
 
     Raises:
         ConfigError: the folder holds pictures made with other settings, or of unknown origin.
-        DataError: an output would be written outside ``output``, or cannot be written.
+        DataError: an output would be written outside ``output``, or cannot be written; or photos
+            have no row in the end.
         Stopped: the command was asked to stop.
     """
     settings = Settings(
@@ -89,167 +269,88 @@ def predict_photos(
         precision=predictor.precision.name,
         threshold=options.threshold,
     )
-    with open_record(output, settings) as record, Table(output / "results.csv") as table:
-        result = BatchResult()
-        todo = list(photos)
-        if options.overwrite:
-            if record.is_new:
-                names = {photo.name for photo in photos}
-                others = [name for name in record.made if name not in names]
-                if others:
-                    console.warn(
-                        f"{output} still holds pictures of {count(len(others), 'photo')} made with "
-                        "other settings"
-                    )
-                table.clear()
-                record.restart()
-        else:
-            record.require_same()
-            todo, replaced = record.left_to_do(photos, options.kinds, set(table.rows))
-            result.skipped = len(photos) - len(todo)
-            result.replaced = len(replaced)
-            if record.is_new:
-                table.clear()
-                record.restart()
-        attempts = predictor.attempts(
-            todo, threshold=options.threshold, batch_size=options.batch_size
-        )
-        sources = {photo.name: source_of(photo.path) for photo in todo}
-        with (
-            console.progress("predict", total=len(todo)) as bar,
-            _Writing(output, options.kinds, record, table) as writing,
-        ):
-            for photo, found in attempts:
-                stop.check()
-                bar.update()
-                if isinstance(found, DataError):
-                    result.failed.append((photo.path, str(found)))
-                    continue
-                # Between pictures and row nothing is lost, but the photo would be predicted again.
-                with stop.current().deferred():
-                    writing.add(photo, sources[photo.name], found)
-                    result.done += 1
+    with open_ledger(output, KINDS) as ledger:
+        if not ledger.finished:
+            remove_unfinished(output)
+        plan = make_plan(ledger, settings, photos, options.kinds, overwrite=options.overwrite)
+        if options.limit is not None:
+            plan.todo = plan.todo[: options.limit]
+        result = BatchResult(skipped=plan.skipped, replaced=plan.replaced)
+        complete = False
+        try:
+            if plan.todo:
+                engine = _choose_engine(predictor, settings, output, options)
+                _work(engine, plan.todo, ledger, result)
+                result.summary = engine.summary()
+                if result.summary.get("deaths"):
+                    remove_unfinished(output)
+            complete = True
+        finally:
+            with stop.current().deferred():
+                ledger.finish((photo.name for photo in photos), complete=complete)
+        _audit(ledger, plan, result)
+    if result.summary:
+        result.summary["settings"] = asdict(settings) | {"kinds": list(options.kinds)}
+        write_json(output / SUMMARY, result.summary, durable=False)
     return result
 
 
-class Table:
-    """``results.csv``: a row for each image, appended as they are made.
+def _choose_engine(
+    predictor: Predictor, settings: Settings, output: Path, options: PhotoOptions
+) -> Engine:
+    kinds = tuple(options.kinds)
+    if not options.devices:
+        stages = PhotoStages(predictor, output, kinds, options.threshold)
+        return LocalEngine(stages, batch_size=options.batch_size)
+    spec = PhotoSpec(
+        checkpoint=settings.checkpoint,
+        model=settings.model,
+        precision=settings.precision,
+        max_pixels=predictor.max_pixels,
+        output=str(output),
+        kinds=kinds,
+        threshold=options.threshold,
+    )
+    return DeviceEngine(spec, options.devices, batch_size=options.batch_size)
 
-    A row that replaces an earlier one is appended as well; leaving the block removes the earlier
-    one, as does the next call after a kill.
+
+def _work(engine: Engine, todo: Sequence[Photo], ledger: Ledger, result: BatchResult) -> None:
+    """Run the engine; append the rows of each chunk when its files are in place."""
+    with console.progress("predict", total=len(todo)) as bar:
+        for chunk in engine.results(todo):
+            with stop.current().deferred():
+                ledger.append([_joined(row, ledger) for row in chunk.rows])
+                result.done += sum(row["status"] == "ok" for row in chunk.rows)
+            bar.update(len(chunk.rows))
+            stop.check()
+
+
+def _joined(row: Row, ledger: Ledger) -> Row:
+    """Return a row with its attempt, and with the earlier pictures of the same file."""
+    name, index = row["item"], ledger.index
+    kinds = row.get("kinds")
+    others = index.has_kinds(name) - set(kinds or ())
+    if kinds is not None and others and ledger.row(name)["digest"] == row["digest"] is not None:
+        kinds = sorted({*kinds, *others})
+    head = {"item": name, "status": row["status"], "attempt": index.attempts(name) + 1}
+    return head | row | ({} if kinds is None else {"kinds": kinds})
+
+
+def _audit(ledger: Ledger, plan: Plan, result: BatchResult) -> None:
+    """Compare the ledger with what was planned; collect what failed.
 
     Raises:
-        DataError: the file is another table, or cannot be written.
+        DataError: a photo has no row: a fault of the program, which must not pass for success.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, list[str]] = {}
-        self._repeats = False
-        if path.is_file() and not path.is_symlink():
-            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-                lines = [line for line in csv.reader(file) if line]
-            if lines and tuple(lines[0]) != COLUMNS:
-                raise DataError(
-                    f"{path} is not a table of `predict` (its columns: {', '.join(lines[0])}). "
-                    "Move it, or name another folder with -o."
-                )
-            # A killed call can leave half a line.
-            whole = [line for line in lines[1:] if len(line) == len(COLUMNS)]
-            self.rows = {line[0]: line for line in whole}
-            self._repeats = len(self.rows) < len(lines) - 1
-
-    def __enter__(self) -> Table:
-        if self._repeats:
-            self._rewrite()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._repeats:
-            with stop.current().deferred():
-                self._rewrite()
-
-    def clear(self) -> None:
-        """Remove all rows."""
-        self.rows, self._repeats = {}, False
-        self.path.unlink(missing_ok=True)
-
-    def add(self, found: Prediction) -> None:
-        """Append the row of an image."""
-        row = [
-            found.name,
-            *(str(side) for side in found.size),
-            f"{found.object_fraction:.6f}",
-            f"{found.confidence:.4f}",
-            f"{found.seconds:.4f}",
-        ]
-        self._repeats |= found.name in self.rows
-        self.rows[found.name] = row
-        try:
-            with append_here(self.path) as file:
-                # File names may hold bytes that are not UTF-8: they are written as they were read.
-                file.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
-                writer = csv.writer(file)
-                if not file.tell():
-                    writer.writerow(COLUMNS)
-                writer.writerow(row)
-        except OSError as error:
-            raise DataError(f"{self.path} could not be written: {error}.") from error
-
-    def _rewrite(self) -> None:
-        rows = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows.values()]
-        try:
-            write_rows(self.path, rows, COLUMNS)
-        except OSError as error:
-            raise DataError(f"{self.path} could not be written: {error}.") from error
-        self._repeats = False
-
-
-class _Writing:
-    """Writes pictures in threads, and their rows in the order of the photos.
-
-    Leaving the block, for whatever reason, first finishes everything that was added.
-    """
-
-    def __init__(self, output: Path, kinds: Sequence[str], record: Record, table: Table) -> None:
-        self.output, self.kinds = output, kinds
-        self.record, self.table = record, table
-        self._pool = ThreadPoolExecutor(max_workers=WRITERS)
-        self._waiting: deque[tuple[Photo, Source | None, Prediction, Future[list[Path]]]] = deque()
-
-    def add(self, photo: Photo, source: Source | None, found: Prediction) -> None:
-        """Queue the pictures of a photo; wait for the oldest if many are waiting.
-
-        Raises:
-            DataError: pictures of an earlier photo could not be written.
-        """
-        future = self._pool.submit(found.save, self.output, self.kinds)
-        self._waiting.append((photo, source, found, future))
-        while len(self._waiting) > WAITING or (self._waiting and self._waiting[0][-1].done()):
-            self._finish_oldest()
-
-    def _finish_oldest(self) -> None:
-        photo, source, found, future = self._waiting.popleft()
-        future.result()
-        self.table.add(found)
-        self.record.note(photo, source, self.kinds)
-
-    def __enter__(self) -> _Writing:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        first: DataError | None = None
-        with stop.current().deferred():
-            while self._waiting:
-                try:
-                    self._finish_oldest()
-                except DataError as found:
-                    first = first or found
-            self._pool.shutdown()
-        if first is not None and error is None:
-            raise first
+    lost = []
+    for photo in (*plan.todo, *plan.failed):
+        status = ledger.index.status(photo.name)
+        if status == FAILED:
+            result.failed.append((Path(photo.path), str(ledger.row(photo.name)["reason"])))
+        elif not status:
+            lost.append(str(photo.path))
+    if lost:
+        raise DataError(
+            f"{count(len(lost), 'photo')} of {len(plan.todo)} have neither a result nor a reason "
+            f"in {ledger.path}: {shorten(lost)}. The same command does what is missing."
+        )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import cv2
 import numpy as np
@@ -16,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from camoxpert import stop
 from camoxpert.config import TrainConfig
 from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
+from camoxpert.inference.batching import BatchSize
+from camoxpert.inference.engine import Chunk, Pipeline, Row
 from camoxpert.inference.prediction import Prediction
-from camoxpert.inference.score import probability_maps
+from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import ImageInput, find_photos, name_of, read_pixels
+from camoxpert.inference.timing import Timing
 from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.runtime.device import (
@@ -33,8 +34,6 @@ from camoxpert.runtime.device import (
 )
 
 Input = TypeVar("Input", bound=ImageInput)
-DECODERS = 2
-"""Threads that read images during the forward pass."""
 
 
 class Predictor:
@@ -152,49 +151,22 @@ class Predictor:
         Args:
             images, threshold, batch_size: see ``stream``.
         """
-        rest = iter(images)
-        numbers = count(1)
-        pool = ThreadPoolExecutor(max_workers=DECODERS)
-
-        def read_ahead() -> list[tuple[Input, Future[NDArray[np.uint8] | DataError]]]:
-            chunk = list(islice(rest, batch_size))
-            return [(image, pool.submit(self._read, image)) for image in chunk]
-
-        try:
-            ahead = read_ahead()
-            while ahead:
-                current, ahead = ahead, read_ahead()
-                read = [(image, future.result()) for image, future in current]
-                stop.check()
-                readable = [pixels for _, pixels in read if not isinstance(pixels, DataError)]
-                predictions = iter(self._batch(readable, threshold))
-                for image, pixels in read:
-                    name = name_of(image, f"image-{next(numbers)}")
-                    if isinstance(pixels, DataError):
-                        yield image, pixels
-                    else:
-                        yield image, dataclasses.replace(next(predictions), name=name)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _read(self, image: ImageInput) -> NDArray[np.uint8] | DataError:
-        try:
-            return read_pixels(image, max_pixels=self.max_pixels)
-        except DataError as error:
-            return error
-
-    def _batch(self, images: Sequence[NDArray[np.uint8]], threshold: float) -> list[Prediction]:
-        """Return predictions of uint8 RGB images from one forward pass, still without names."""
-        if not images:
-            return []
-        started = time.monotonic()
-        prepared = torch.stack([self.prepare(image) for image in images])
-        maps = self(prepared, [(image.shape[0], image.shape[1]) for image in images])
-        each = (time.monotonic() - started) / len(images)
-        return [
-            Prediction("", image, map_HW, each, threshold)
-            for image, map_HW in zip(images, maps, strict=True)
-        ]
+        source = _Iterated(images, batch_size)
+        stages = _StreamStages(self, threshold)
+        with Pipeline(
+            stages,
+            source,
+            batch_size=BatchSize(batch_size),
+            timing=Timing(),
+            worker="",
+            most_chunks=1,
+        ) as pipeline:
+            for result in pipeline.results():
+                for row in result.rows:
+                    found = row["found"]
+                    if isinstance(found, Prediction):
+                        found = dataclasses.replace(found, seconds=row["seconds"]["forward"])
+                    yield row["image"], found
 
     def prepare(self, image_HWC: NDArray[np.uint8]) -> Tensor:
         """Return an RGB uint8 image (H, W, 3) resized to the training size, uint8 (3, S, S)."""
@@ -205,13 +177,85 @@ class Predictor:
         )
         return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
 
-    def __call__(
-        self, images: Tensor, sizes: Sequence[tuple[int, int]]
-    ) -> list[NDArray[np.float32]]:
-        """Return float32 probability maps (H, W) in 0..1 for prepared images (B, 3, S, S)."""
-        on_device = images.to(self.device)
-        maps, _ = probability_maps(self.model, on_device, sizes, precision=self.precision)
-        return [map_HW.cpu().numpy() for map_HW in maps]
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """Return float32 logits (B, 1, h, w) of prepared images (B, 3, S, S) on the device."""
+        with self.precision.autocast(self.device):
+            output: Tensor = self.model(images_BCHW).logits_B1HW
+        return output.float()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """An image that a caller gave, with the name of its outputs."""
+
+    image: Any
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """An image that was read: see ``engine.Sample``."""
+
+    inputs: tuple[Tensor, ...]
+    pixels: NDArray[np.uint8]
+    seconds: dict[str, float]
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory until it is finished: pixels, and the map at their size."""
+        return 3 * self.pixels.nbytes
+
+
+class _Iterated:
+    """Images of an iterable as chunks, taken as they are needed."""
+
+    def __init__(self, images: Iterable[ImageInput], size: int) -> None:
+        self._images = iter(images)
+        self._size = size
+        self._number = 0
+        self._unnamed = count(1)
+
+    def take(self, *, wait: bool) -> Chunk | None:
+        """Return the next chunk, or None after the last."""
+        images = list(islice(self._images, self._size))
+        if not images:
+            return None
+        self._number += 1
+        items = [_Given(image, name_of(image, f"image-{next(self._unnamed)}")) for image in images]
+        return Chunk(self._number, tuple(items))
+
+
+class _StreamStages:
+    """Reads images and returns predictions in the rows."""
+
+    def __init__(self, predictor: Predictor, threshold: float) -> None:
+        self.predictor, self.threshold = predictor, threshold
+        self.device = predictor.device
+
+    def read(self, given: _Given) -> _Read:
+        started = time.monotonic()
+        pixels = read_pixels(given.image, max_pixels=self.predictor.max_pixels)
+        prepared = self.predictor.prepare(pixels)
+        return _Read((prepared,), pixels, {"read": time.monotonic() - started})
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.predictor.logits(inputs)
+
+    def finish(self, given: _Given, sample: _Read, outputs: list[Tensor]) -> Row:
+        started = time.monotonic()
+        height, width = sample.pixels.shape[:2]
+        with torch.inference_mode():
+            map_HW = enlarged(outputs[0], (height, width)).numpy()
+        found = Prediction(given.name, sample.pixels, map_HW, 0.0, self.threshold)
+        seconds = {"enlarge": time.monotonic() - started}
+        return {"image": given.image, "found": found, "seconds": seconds}
+
+    def failed(self, given: _Given, reason: str) -> Row:
+        return {"image": given.image, "found": DataError(reason)}
+
+    def example(self) -> Tensor:
+        side = self.predictor.img_size
+        return torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
 
 
 def _or_raise(found: Prediction | DataError) -> Prediction:

@@ -77,13 +77,14 @@ def probability_maps(
     with nullcontext() if precision is None else precision.autocast(images_BCHW.device):
         output = model(images_BCHW)
     logits = output.logits_B1HW.float()
-    maps = [
-        F.interpolate(logits[i : i + 1], size=size, mode="bilinear", align_corners=False).sigmoid()[
-            0, 0
-        ]
-        for i, size in enumerate(sizes)
-    ]
+    maps = [enlarged(logits[i], size) for i, size in enumerate(sizes)]
     return maps, output.routing
+
+
+def enlarged(logits_1HW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the probabilities (H, W) of float32 logits (1, h, w) at an image's own size."""
+    resized = F.interpolate(logits_1HW[None], size=size, mode="bilinear", align_corners=False)
+    return resized.sigmoid()[0, 0]
 
 
 def to_uint8(probability_HW: NDArray[np.float32]) -> NDArray[np.uint8]:

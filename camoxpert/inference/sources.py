@@ -17,6 +17,7 @@ from camoxpert.data.files.listing import (
     IMAGE_SUFFIXES,
     OUTPUT_FOLDERS,
     OUTPUT_RECORD,
+    OUTPUT_SUMMARY,
     OUTPUT_TABLE,
     VIDEO_SUFFIXES,
     endings,
@@ -134,8 +135,9 @@ def _is_result(folder: Path, output: Path | None) -> bool:
 
 
 def _of_predict(file: Path) -> bool:
-    """Return whether a file is the table or the record of results of predict."""
-    return file.name in (OUTPUT_TABLE, OUTPUT_RECORD) and is_predict_output(file.parent)
+    """Return whether a file is the table, the ledger or the summary of results of predict."""
+    known = (OUTPUT_TABLE, OUTPUT_RECORD, OUTPUT_SUMMARY)
+    return file.name in known and is_predict_output(file.parent)
 
 
 def _single(path: Path) -> Photo:

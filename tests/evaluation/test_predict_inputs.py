@@ -11,11 +11,17 @@ import pytest
 from PIL import Image
 
 from camoxpert.cli import main
-from camoxpert.data.files.listing import OUTPUT_COLUMNS, OUTPUT_FOLDERS, OUTPUT_RECORD, OUTPUT_TABLE
+from camoxpert.data.files.listing import (
+    OUTPUT_COLUMNS,
+    OUTPUT_FOLDERS,
+    OUTPUT_RECORD,
+    OUTPUT_SUMMARY,
+    OUTPUT_TABLE,
+)
 from camoxpert.errors import DataError
-from camoxpert.inference.photos import COLUMNS
+from camoxpert.inference.ledger import COLUMNS, LEDGER, TABLE
+from camoxpert.inference.photos import SUMMARY
 from camoxpert.inference.prediction import FOLDERS
-from camoxpert.inference.record import RECORD
 from camoxpert.inference.sources import find_photos, look_for_photos
 
 
@@ -33,7 +39,8 @@ def names(*inputs: object, **options: Path) -> list[str]:
 
 
 def test_the_names_of_results_are_those_of_the_listing() -> None:
-    assert tuple(FOLDERS.values()) == OUTPUT_FOLDERS and RECORD == OUTPUT_RECORD
+    assert tuple(FOLDERS.values()) == OUTPUT_FOLDERS
+    assert (LEDGER, TABLE, SUMMARY) == (OUTPUT_RECORD, OUTPUT_TABLE, OUTPUT_SUMMARY)
     assert ",".join(COLUMNS).encode().startswith(OUTPUT_COLUMNS)
 
 

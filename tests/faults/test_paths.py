@@ -95,7 +95,8 @@ def test_allowed_it_is_read_and_results_stay_where_they_belong(
     assert [photo.path for photo in photos] == [tmp_path / "secret" / "a.jpg"]
     assert main(["predict", run, listed, "-o", str(tmp_path / "out"), allowed]) == 0
     made = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert len(made) == len(KINDS) + 2  # and the table and the record
+    # And the table, the ledger with its lock, and the summary.
+    assert len(made) == len(KINDS) + 4
     assert all(path.resolve().is_relative_to(tmp_path / "out") for path in made)
     words = [allowed, "--gallery", "1", "--no-intervals"]
     assert main(["evaluate", run, "--data", listed, "-o", str(tmp_path / "e"), *words]) == 0

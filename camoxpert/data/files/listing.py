@@ -24,6 +24,7 @@ ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz
 VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
 OUTPUT_TABLE = "results.csv"
 OUTPUT_RECORD = "predictions.jsonl"
+OUTPUT_SUMMARY = "predict.json"
 OUTPUT_FOLDERS = ("maps", "masks", "cutouts", "overlays")
 """What ``predict`` writes."""
 OUTPUT_COLUMNS = b"image,height,width"

@@ -1,0 +1,441 @@
+"""The ledger of a folder of results: the truth about which item is done, with what settings.
+
+``predictions.jsonl`` is only appended to while a run works. It has a line ``settings`` (the head),
+then a row for each item and attempt, and a line ``commit`` behind the rows of each chunk, written
+with them and synced to the disk; rows without it are those of a chunk that a kill cut short, and do
+not count. Files are renamed into place before their row is written, so that an item that counts has
+its files, and an item that does not is done again, which is harmless. A run that ends puts the rows
+into the order of its items, adds the line ``finished`` and writes ``results.csv`` from them.
+
+Rows::
+
+    {"item": "sub/a", "status": "ok", "attempt": 1, "source": "/photos/sub/a.jpg", "size": 81234,
+     "mtime_ns": ..., "ctime_ns": ..., "digest": "sha256 ...", "kinds": ["mask"], "height": 768,
+     "width": 1024, "object_fraction": 0.0312, "confidence": 0.91,
+     "seconds": {"read": 0.01, "forward": 0.1, "write": 0.02}, "worker": "cpu"}
+    {"item": "b", "status": "failed", "attempt": 1, ..., "reason": "b.jpg is damaged ..."}
+
+In memory an item takes about 250 bytes: its name and a few numbers. Everything else stays in the
+file and is read by its place in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from camoxpert.errors import DataError
+from camoxpert.files import append_here, try_lock, write_whole
+
+LEDGER = "predictions.jsonl"
+LOCK = ".predictions.lock"
+TABLE = "results.csv"
+COLUMNS = ("image", "height", "width", "object_fraction", "confidence", "seconds")
+OK, FAILED = 1, 2
+STATUS = {"ok": OK, "failed": FAILED}
+MARKS = ("settings", "commit", "finished")
+TIMES = ("seconds", "worker")
+"""Fields that differ between two runs that did the same."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file of an item as it was when it was read."""
+
+    source: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def stamp(self) -> int:
+        """64 bits that change when the file does; not its path."""
+        text = f"{self.size} {self.mtime_ns} {self.ctime_ns}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def source_of(path: str | Path) -> Source | None:
+    """Return the present state of a file; None if there is none."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return Source(os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+class Index:
+    """What a ledger says of each item, in a few numbers.
+
+    Attributes:
+        kinds: names of files that rows list, in the order of their bits.
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self.kinds = tuple(kinds)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all items."""
+        self._slot: dict[str, int] = {}
+        self._status = array("B")
+        self._kinds = array("B")
+        self._attempts = array("H")
+        self._stamps = array("Q")
+        self._offsets = array("Q")
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slot)
+
+    def add(self, row: Mapping[str, Any], offset: int) -> None:
+        """Note the row that begins at ``offset`` of the file; it replaces an earlier one.
+
+        Raises:
+            KeyError, ValueError, TypeError: the row is not one of ours.
+        """
+        status = STATUS[row["status"]]
+        kinds = sum(1 << self.kinds.index(kind) for kind in row.get("kinds", ()))
+        stamp = 0
+        if row.get("size") is not None:
+            stamp = Source("", row["size"], row["mtime_ns"], row["ctime_ns"]).stamp
+        name, attempt = row["item"], int(row["attempt"])
+        slot = self._slot.setdefault(name, len(self._slot))
+        if slot == len(self._status):
+            for column in (self._status, self._kinds, self._attempts, self._stamps, self._offsets):
+                column.append(0)
+        self._status[slot], self._kinds[slot] = status, kinds
+        self._attempts[slot] = min(attempt, 65535)
+        self._stamps[slot], self._offsets[slot] = stamp, offset
+
+    def move(self, names: Sequence[str], places: Sequence[int]) -> None:
+        """Note the order and the places of rows that were written anew."""
+        old = self._slot
+        self._slot = {name: number for number, name in enumerate(names)}
+        for column in (self._status, self._kinds, self._attempts, self._stamps):
+            column[:] = array(column.typecode, [column[old[name]] for name in names])
+        self._offsets = array("Q", places)
+
+    def slot(self, name: str) -> int | None:
+        """Return the number of an item; None for one without a row."""
+        return self._slot.get(name)
+
+    def status(self, name: str) -> int:
+        """Return OK, FAILED, or 0 for an item without a row."""
+        slot = self._slot.get(name)
+        return 0 if slot is None else self._status[slot]
+
+    def has_kinds(self, name: str) -> frozenset[str]:
+        """Return the kinds of files that are up to date."""
+        slot = self._slot.get(name)
+        bits = 0 if slot is None else self._kinds[slot]
+        return frozenset(kind for bit, kind in enumerate(self.kinds) if bits >> bit & 1)
+
+    def attempts(self, name: str) -> int:
+        """Return how often the item was tried."""
+        slot = self._slot.get(name)
+        return 0 if slot is None else self._attempts[slot]
+
+    def stamp(self, name: str) -> int:
+        """Return the stamp of the item's source; 0: unknown."""
+        return self._stamps[self._slot[name]]
+
+    def offset(self, name: str) -> int:
+        """Return where the item's row begins."""
+        return self._offsets[self._slot[name]]
+
+
+class Ledger:
+    """The ledger of one folder, open for appending; see ``open_ledger``.
+
+    Args:
+        folder: of the results.
+        kinds: of files that rows list.
+        table: whether ``results.csv`` is written from it.
+
+    Attributes:
+        earlier: the head of the rows that count; None: there is none.
+        index: the items that count.
+        finished: whether the last call into the folder came to its end.
+    """
+
+    def __init__(self, folder: Path, kinds: Sequence[str], *, table: bool = True) -> None:
+        self.folder = folder
+        self.path = folder / LEDGER
+        self.table = table
+        self.earlier: dict[str, Any] | None = None
+        self.index = Index(kinds)
+        self.finished = False
+        self._pending: dict[str, Any] | None = None
+        self._changed = False
+        self._torn: int | None = None
+        self._read()
+
+    @property
+    def made(self) -> list[str]:
+        """Names of the items that have results."""
+        return [name for name in self.index if self.index.status(name) == OK]
+
+    def restart(self, head: Mapping[str, Any]) -> None:
+        """Forget all rows, and note the settings of the coming ones with the first of them."""
+        self.index.clear()
+        self.earlier = dict(head)
+        self._pending = dict(head)
+        self.finished = False
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Write the rows of a chunk, all or none, and wait until they are on the disk.
+
+        Raises:
+            DataError: they cannot be written.
+        """
+        lines = []
+        if self._pending is not None:
+            lines.append(json.dumps({"settings": self._pending}))
+        start = len(lines)
+        lines += [json.dumps(row) for row in rows]
+        lines.append(json.dumps({"commit": len(rows)}))
+        try:
+            with append_here(self.path) as file:
+                if self._torn is not None:
+                    file.truncate(self._torn)
+                offset = file.seek(0, os.SEEK_END)
+                file.write("\n".join(lines) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._pending, self._torn = None, None
+        self._changed, self.finished = True, False
+        for number, line in enumerate(lines):
+            if start <= number < len(lines) - 1:
+                self.index.add(rows[number - start], offset)
+            # ASCII: json escapes everything else.
+            offset += len(line) + 1
+
+    def row(self, name: str) -> Row:
+        """Return the last row of an item, read from the file."""
+        with self.path.open("rb") as file:
+            file.seek(self.index.offset(name))
+            row: Row = json.loads(file.readline())
+        return row
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the last row of every item, read from the file."""
+        with self.path.open("rb") as file:
+            for name in self.index:
+                file.seek(self.index.offset(name))
+                yield json.loads(file.readline())
+
+    def finish(self, order: Iterable[str], *, complete: bool) -> None:
+        """Put the rows into order and write the table from them.
+
+        Args:
+            order: names of the items of this call; those of other calls keep their places.
+            complete: every item of the call has a row.
+
+        Raises:
+            DataError: a file cannot be written.
+        """
+        if not self._changed and self.finished >= complete and self._has_table():
+            return
+        mine = dict.fromkeys(name for name in order if self.index.status(name))
+        ordered = iter(mine)
+        sequence = [next(ordered) if name in mine else name for name in self.index]
+        try:
+            if self.path.exists() and self.earlier is not None and len(self.index):
+                self._rewrite(sequence, complete)
+            if self.table:
+                self._write_table()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._changed = False
+
+    def _has_table(self) -> bool:
+        return not self.table or (self.folder / TABLE).is_file()
+
+    def _rewrite(self, sequence: Sequence[str], complete: bool) -> None:
+        """Write the ledger anew: head, all attempts of each item in order, end."""
+        earlier = self._attempts_before_last()
+        places = array("Q")
+
+        def write(file: IO[bytes]) -> None:
+            with self.path.open("rb") as old:
+                file.write(json.dumps({"settings": self.earlier}).encode() + b"\n")
+                for name in sequence:
+                    for offset in (*earlier.get(name, ()), self.index.offset(name)):
+                        old.seek(offset)
+                        place = file.tell()
+                        file.write(old.readline())
+                    places.append(place)
+                file.write(json.dumps({"commit": len(sequence)}).encode() + b"\n")
+                if complete:
+                    file.write(b'{"finished": true}\n')
+
+        write_whole(self.path, write, durable=True)
+        self.index.move(sequence, places)
+        self.finished = complete
+
+    def _attempts_before_last(self) -> dict[str, list[int]]:
+        """Return the places of rows that later attempts replaced; few items have any."""
+        again = {name for name in self.index if self.index.attempts(name) > 1}
+        found: dict[str, list[int]] = {}
+        if again:
+            for kind, entry, offset, _ in self._lines():
+                if kind == "settings":
+                    found.clear()
+                    continue
+                name = entry.get("item")
+                if name in again and offset != self.index.offset(name):
+                    found.setdefault(name, []).append(offset)
+        return found
+
+    def _write_table(self) -> None:
+        def write(file: IO[bytes]) -> None:
+            text = io.TextIOWrapper(
+                file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
+            )
+            writer = csv.writer(text)
+            writer.writerow(COLUMNS)
+            for row in self.rows() if len(self.index) else ():
+                if row["status"] == "ok":
+                    writer.writerow(table_row(row))
+            text.detach()
+
+        write_whole(self.folder / TABLE, write)
+
+    def _read(self) -> None:
+        """Read the file up to the last commit; what a kill left behind it is cut off later."""
+        waiting: list[tuple[Row, int]] = []
+        head: dict[str, Any] | None = None
+        good = 0
+        for kind, entry, offset, end in self._lines():
+            if kind == "settings":
+                head, waiting = entry["settings"], []
+            elif kind == "row":
+                waiting.append((entry, offset))
+            elif kind == "commit":
+                if head is not None:
+                    self.index.clear()
+                    self.earlier, head = head, None
+                for row, place in waiting:
+                    self._note(row, place)
+                waiting = []
+            self.finished = kind == "finished"
+            if kind in ("commit", "finished"):
+                good = end
+        if self.path.is_file() and self.path.stat().st_size > good:
+            self._torn = good
+
+    def _note(self, row: Row, offset: int) -> None:
+        try:
+            self.index.add(row, offset)
+        except (KeyError, ValueError, TypeError):
+            # A row of another version: the item is done again.
+            return
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any], int, int]]:
+        """Yield (kind, content, place, end) of every whole line; damaged ones are left out."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            end = 0
+            for line in file:
+                place, end = end, end + len(line)
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    entry = json.loads(line)
+                    kind = next((key for key in MARKS if key in entry), "row")
+                except (ValueError, TypeError):
+                    continue
+                yield kind, entry, place, end
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.path} could not be written: {error.strerror or error}. Make room, or name "
+            "another folder with -o; the same call does what is missing."
+        )
+
+
+def table_row(row: Row) -> list[str]:
+    """Return the cells of an item's row of the table, in the order of COLUMNS."""
+    return [
+        row["item"],
+        str(row["height"]),
+        str(row["width"]),
+        f"{row['object_fraction']:.6f}",
+        f"{row['confidence']:.4f}",
+        f"{row['seconds'].get('forward', 0.0):.4f}",
+    ]
+
+
+def same_work(row: Row) -> Row:
+    """Return a row without the fields that differ between two runs that did the same."""
+    return {key: value for key, value in row.items() if key not in TIMES}
+
+
+@contextmanager
+def open_ledger(folder: Path, kinds: Sequence[str], *, table: bool = True) -> Iterator[Ledger]:
+    """Read the ledger of a folder and keep other calls out of it during the block.
+
+    Raises:
+        DataError: another process works on the folder, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / LOCK, folder / LEDGER):
+            if path.is_symlink():
+                path.unlink()
+        held = try_lock(folder / LOCK)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror or error}. Name another folder with -o."
+        ) from error
+    if held is None:
+        raise DataError(
+            f"Another process is predicting into {folder}. Wait for it, or name another folder "
+            "with -o."
+        )
+    try:
+        try:
+            if table:
+                _require_own_table(folder / TABLE)
+            ledger = Ledger(folder, kinds, table=table)
+        except OSError as error:
+            raise DataError(f"{folder} cannot be read: {error}.") from error
+        yield ledger
+    finally:
+        held.release()
+
+
+def _require_own_table(path: Path) -> None:
+    """Raise DataError if the file of the table is another table."""
+    if not path.is_file() or path.is_symlink():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        first = next(csv.reader(file), list(COLUMNS))
+    if tuple(first) != COLUMNS:
+        raise DataError(
+            f"{path} is not a table of `predict` (its columns: {', '.join(first)}). Move it, or "
+            "name another folder with -o."
+        )
+
+
+def as_fields(source: Source | None) -> Row:
+    """Return the fields of a row that describe its source."""
+    if source is None:
+        return {"source": None, "size": None, "mtime_ns": None, "ctime_ns": None}
+    return asdict(source)
