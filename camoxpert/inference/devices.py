@@ -1,10 +1,8 @@
 """The engine on several devices of this machine: a process for each, chunks handed out on demand.
 
-Each process loads the model once. It has two chunks at a time, so that it reads the second during
-the forward pass of the first, and gets the next one when it hands back rows: a slow device does
-less. The parent alone writes the ledger. When a process dies its chunks are done by others; a chunk
-that was there at two deaths is cut in halves, each of which is then done alone, until the one image
-that kills is known.
+Each process loads the model once and gets its next chunk when it hands back rows: a slow device
+does less. The parent alone writes the ledger. What becomes of the chunks of a process that dies is
+decided in ``schedule``.
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ import signal
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -29,16 +26,11 @@ import torch
 from camoxpert import console, stop
 from camoxpert.errors import CamoXpertError, ConfigError, PeerError, Stopped
 from camoxpert.inference.engine import Chunk, ChunkResult, Spec
-from camoxpert.inference.local import Chunks, device_facts, find_batch_size, run_chunks
+from camoxpert.inference.local import device_facts, find_batch_size, run_chunks
+from camoxpert.inference.schedule import Schedule
 from camoxpert.inference.timing import Timing
 from camoxpert.runtime.host import usable_cores
 
-AT_ONCE = 2
-"""Chunks that a process has at a time."""
-FATAL_DEATHS = 2
-"""Deaths of a process with a chunk after which the chunk is cut, or its only item given up."""
-MOST_DEATHS = 20
-"""Deaths in a row, without a chunk done between them, after which the run gives up."""
 LOAD_DEATHS = 2
 """Deaths of the processes of a device before they were ready, after which it is left out."""
 GRACE_SECONDS = 10.0
@@ -79,30 +71,6 @@ def choose_devices(text: str) -> tuple[str, ...]:
 
 
 @dataclass
-class _Task:
-    """A chunk on its way through the processes.
-
-    Attributes:
-        chunk: the chunk.
-        deaths: processes that died with it.
-        parts: rows by position in the original chunk, where it was cut; shared by its parts.
-        start: position of its first item in the original chunk.
-        total: items of the original chunk.
-    """
-
-    chunk: Chunk
-    deaths: int = 0
-    start: int = 0
-    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
-    total: int = 0
-
-    @property
-    def suspect(self) -> bool:
-        """Whether it is done alone, so that a death has one cause."""
-        return self.deaths > 0
-
-
-@dataclass
 class _Worker:
     """A process as its parent sees it."""
 
@@ -110,7 +78,6 @@ class _Worker:
     device: str
     process: BaseProcess
     connection: Connection
-    tasks: dict[int, _Task] = field(default_factory=dict)
     ready: dict[str, Any] | None = None
     ended: bool = False
 
@@ -135,13 +102,10 @@ class DeviceEngine:
             self._places.append((label, name))
         self._cores = max(1, usable_cores() // max(1, list(devices).count("cpu")))
         self._workers: list[_Worker] = []
-        self._waiting: deque[_Task] = deque()
         self._load_deaths: dict[str, int] = {}
         self._loads: list[float] = []
-        self._ready: dict[str, dict[str, Any]] = {}
         self._summaries: list[dict[str, Any]] = []
-        self._number = 0
-        self._deaths = self._deaths_in_a_row = 0
+        self._schedule: Schedule | None = None
         self._wall = 0.0
 
     def results(self, items: Sequence[Any]) -> Iterator[ChunkResult]:
@@ -155,13 +119,9 @@ class DeviceEngine:
         started = time.monotonic()
         try:
             self._workers = [self._spawn(*place) for place in self._places]
-            size = self._wait_until_ready()
-            chunks = Chunks(items, size)
-            while True:
-                self._hand_out(chunks)
-                under_way = any(worker.tasks for worker in self._workers)
-                if not under_way and not self._waiting and not chunks.left:
-                    break
+            schedule = self._schedule = Schedule(self.spec, items, self._wait_until_ready())
+            while not schedule.finished:
+                self._hand_out(schedule)
                 yield from self._receive()
             self._end()
         finally:
@@ -176,7 +136,7 @@ class DeviceEngine:
             "wall_seconds": self._wall,
             "model_loads": len(self._loads),
             "load_seconds": self._loads,
-            "deaths": self._deaths,
+            "deaths": 0 if self._schedule is None else self._schedule.deaths,
             "workers": self._summaries,
         }
 
@@ -202,34 +162,18 @@ class DeviceEngine:
         sizes = [worker.ready["batch_size"] for worker in self._workers if worker.ready]
         return min(sizes)
 
-    def _hand_out(self, chunks: Chunks) -> None:
+    def _hand_out(self, schedule: Schedule) -> None:
         """Give every process as much as it may have."""
         for worker in self._workers:
-            while worker.ready is not None and self._may_have_more(worker):
-                task = self._next_task(chunks, idle=not worker.tasks)
-                if task is None:
+            while worker.ready is not None:
+                chunk = schedule.next_for(worker.name)
+                if chunk is None:
                     break
-                self._number += 1
-                worker.tasks[self._number] = task
-                chunk = Chunk(self._number, task.chunk.items)
                 try:
                     worker.connection.send(("chunk", chunk))
                 except OSError:
                     # It just died: its end is noticed next.
                     return
-
-    def _may_have_more(self, worker: _Worker) -> bool:
-        alone = any(task.suspect for task in worker.tasks.values())
-        return not alone and len(worker.tasks) < AT_ONCE
-
-    def _next_task(self, chunks: Chunks, *, idle: bool) -> _Task | None:
-        """Return the next task: a suspect one only for a process that has nothing else."""
-        if self._waiting:
-            if not idle and self._waiting[0].suspect:
-                return None
-            return self._waiting.popleft()
-        chunk = chunks.take()
-        return None if chunk is None else _Task(chunk, total=len(chunk.items))
 
     def _receive(self) -> Iterator[ChunkResult]:
         """Wait for messages and deaths; yield the chunks that they complete."""
@@ -247,8 +191,8 @@ class DeviceEngine:
                 self._loads.append(content["load_seconds"])
                 self._load_deaths[worker.name] = 0
             elif kind == "rows":
-                self._deaths_in_a_row = 0
-                yield from self._done(worker, content)
+                assert self._schedule is not None
+                yield from self._schedule.done(worker.name, content)
             elif kind == "end":
                 worker.ended = True
                 self._summaries.append(content)
@@ -259,18 +203,6 @@ class DeviceEngine:
             else:
                 console.warn(f"{worker.name} failed: {content}")
 
-    def _done(self, worker: _Worker, result: ChunkResult) -> Iterator[ChunkResult]:
-        task = worker.tasks.pop(result.number)
-        for position, row in enumerate(result.rows):
-            task.parts[task.start + position] = row
-        yield from self._completed(task, worker.name)
-
-    def _completed(self, task: _Task, worker: str) -> Iterator[ChunkResult]:
-        """Yield the original chunk of a task if all its rows are there."""
-        if len(task.parts) == task.total:
-            rows = [task.parts[position] for position in range(task.total)]
-            yield ChunkResult(task.chunk.number, rows, worker)
-
     def _bury(self, worker: _Worker) -> Iterator[ChunkResult]:
         """Note the death of a process: its tasks go back, and another takes its place."""
         worker.process.join(GRACE_SECONDS)
@@ -279,27 +211,16 @@ class DeviceEngine:
         if worker.ended:
             return
         cause = describe_exit(worker.process.exitcode)
-        self._deaths += 1
-        self._deaths_in_a_row += 1
         if worker.ready is None:
             self._count_load_death(worker, cause)
             if self._load_deaths[worker.name] >= LOAD_DEATHS:
                 return
-        elif self._deaths_in_a_row >= MOST_DEATHS:
-            raise PeerError(
-                f"{self._deaths_in_a_row} worker processes ended one after the other without "
-                f"getting anything done; the last one, on {worker.name}: {cause}. What is done is "
-                "written; the same command continues."
-            )
-        else:
-            images = sum(len(task.chunk.items) for task in worker.tasks.values())
+        if self._schedule is not None:
             console.warn(
-                f"the worker process on {worker.name} ended: {cause}. Its {images} images are "
-                "given to another"
+                f"the worker process on {worker.name} ended: {cause}. Its "
+                f"{self._schedule.items_of(worker.name)} images are given to another"
             )
-        for task in worker.tasks.values():
-            task.deaths += 1
-            yield from self._put_back(task, cause)
+            yield from self._schedule.lost(worker.name, cause)
         self._workers.append(self._spawn(worker.name, worker.device))
 
     def _count_load_death(self, worker: _Worker, cause: str) -> None:
@@ -315,24 +236,6 @@ class DeviceEngine:
             f"the worker process on {worker.name} ended twice while it loaded the model ({cause}); "
             "the others go on without it"
         )
-
-    def _put_back(self, task: _Task, cause: str) -> Iterator[ChunkResult]:
-        """Queue a task again: whole, in halves, or not at all where its only item kills."""
-        items = task.chunk.items
-        if task.deaths < FATAL_DEATHS:
-            self._waiting.append(task)
-        elif len(items) == 1:
-            reason = f"the worker process ends whenever it gets it: {cause}"
-            row = {"item": items[0].name, **self.spec.failed(items[0], reason), "worker": ""}
-            task.parts[task.start] = row
-            yield from self._completed(task, "")
-        else:
-            half = (len(items) + 1) // 2
-            for start, part in ((0, items[:half]), (half, items[half:])):
-                chunk = Chunk(task.chunk.number, part)
-                self._waiting.append(
-                    _Task(chunk, FATAL_DEATHS - 1, task.start + start, task.parts, task.total)
-                )
 
     def _end(self) -> None:
         """Tell the processes that there is no more work; collect their figures."""

@@ -22,12 +22,13 @@ file and is read by its place in it.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
+import shutil
+import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ COLUMNS = ("image", "height", "width", "object_fraction", "confidence", "seconds
 OK, FAILED = 1, 2
 STATUS = {"ok": OK, "failed": FAILED}
 MARKS = ("settings", "commit", "finished")
+ROWS_A_COMMIT = 1000
+"""Items between two commits of a ledger in order: rows before a commit wait in memory."""
 TIMES = ("seconds", "worker")
 """Fields that differ between two runs that did the same."""
 
@@ -61,8 +64,13 @@ class Source:
     @property
     def stamp(self) -> int:
         """64 bits that change when the file does; not its path."""
-        text = f"{self.size} {self.mtime_ns} {self.ctime_ns}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        return stamp_of(self.size, self.mtime_ns, self.ctime_ns)
+
+
+def stamp_of(size: int, mtime_ns: int, ctime_ns: int) -> int:
+    """Return the stamp of a file; it is kept in memory only, never written."""
+    # The hash of numbers, unlike that of text, is the same in every process.
+    return hash((size, mtime_ns, ctime_ns)) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def source_of(path: str | Path) -> Source | None:
@@ -83,6 +91,7 @@ class Index:
 
     def __init__(self, kinds: Sequence[str]) -> None:
         self.kinds = tuple(kinds)
+        self._bits = {kind: 1 << bit for bit, kind in enumerate(self.kinds)}
         self.clear()
 
     def clear(self) -> None:
@@ -107,18 +116,24 @@ class Index:
             KeyError, ValueError, TypeError: the row is not one of ours.
         """
         status = STATUS[row["status"]]
-        kinds = sum(1 << self.kinds.index(kind) for kind in row.get("kinds", ()))
-        stamp = 0
-        if row.get("size") is not None:
-            stamp = Source("", row["size"], row["mtime_ns"], row["ctime_ns"]).stamp
-        name, attempt = row["item"], int(row["attempt"])
+        kinds = 0
+        for kind in row.get("kinds", ()):
+            kinds |= self._bits[kind]
+        size, stamp = row["size"], 0
+        if size is not None:
+            stamp = stamp_of(size, row["mtime_ns"], row["ctime_ns"])
+        name, attempt = row["item"], min(int(row["attempt"]), 65535)
         slot = self._slot.setdefault(name, len(self._slot))
         if slot == len(self._status):
-            for column in (self._status, self._kinds, self._attempts, self._stamps, self._offsets):
-                column.append(0)
-        self._status[slot], self._kinds[slot] = status, kinds
-        self._attempts[slot] = min(attempt, 65535)
-        self._stamps[slot], self._offsets[slot] = stamp, offset
+            self._status.append(status)
+            self._kinds.append(kinds)
+            self._attempts.append(attempt)
+            self._stamps.append(stamp)
+            self._offsets.append(offset)
+        else:
+            self._status[slot], self._kinds[slot] = status, kinds
+            self._attempts[slot], self._stamps[slot] = attempt, stamp
+            self._offsets[slot] = offset
 
     def move(self, names: Sequence[str], places: Sequence[int]) -> None:
         """Note the order and the places of rows that were written anew."""
@@ -255,10 +270,9 @@ class Ledger:
         ordered = iter(mine)
         sequence = [next(ordered) if name in mine else name for name in self.index]
         try:
-            if self.path.exists() and self.earlier is not None and len(self.index):
-                self._rewrite(sequence, complete)
-            if self.table:
-                self._write_table()
+            with self._table() as add:
+                if self.path.exists() and self.earlier is not None and len(self.index):
+                    self._rewrite(sequence, complete, add)
         except OSError as error:
             raise self._unwritable(error) from error
         self._changed = False
@@ -266,21 +280,37 @@ class Ledger:
     def _has_table(self) -> bool:
         return not self.table or (self.folder / TABLE).is_file()
 
-    def _rewrite(self, sequence: Sequence[str], complete: bool) -> None:
-        """Write the ledger anew: head, all attempts of each item in order, end."""
+    def _rewrite(
+        self, sequence: Sequence[str], complete: bool, add: Callable[[bytes], object]
+    ) -> None:
+        """Write the ledger anew: head, all attempts of each item in order, end.
+
+        Args:
+            sequence: the items.
+            complete: add the line that says so.
+            add: called with the line of the last attempt of each item.
+        """
         earlier = self._attempts_before_last()
         places = array("Q")
 
         def write(file: IO[bytes]) -> None:
             with self.path.open("rb") as old:
                 file.write(json.dumps({"settings": self.earlier}).encode() + b"\n")
+                since = 0
                 for name in sequence:
-                    for offset in (*earlier.get(name, ()), self.index.offset(name)):
+                    if since == ROWS_A_COMMIT:
+                        file.write(json.dumps({"commit": since}).encode() + b"\n")
+                        since = 0
+                    since += 1
+                    for offset in earlier.get(name, ()):
                         old.seek(offset)
-                        place = file.tell()
                         file.write(old.readline())
-                    places.append(place)
-                file.write(json.dumps({"commit": len(sequence)}).encode() + b"\n")
+                    old.seek(self.index.offset(name))
+                    line = old.readline()
+                    places.append(file.tell())
+                    file.write(line)
+                    add(line)
+                file.write(json.dumps({"commit": since}).encode() + b"\n")
                 if complete:
                     file.write(b'{"finished": true}\n')
 
@@ -302,19 +332,27 @@ class Ledger:
                     found.setdefault(name, []).append(offset)
         return found
 
-    def _write_table(self) -> None:
-        def write(file: IO[bytes]) -> None:
-            text = io.TextIOWrapper(
-                file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True
-            )
+    @contextmanager
+    def _table(self) -> Iterator[Callable[[bytes], object]]:
+        """Write the table from the lines of the ledger that the block gives to the function."""
+        if not self.table:
+            yield lambda line: None
+            return
+        with tempfile.TemporaryFile() as scratch:
+            text = io.TextIOWrapper(scratch, encoding="utf-8", errors="surrogateescape", newline="")
             writer = csv.writer(text)
             writer.writerow(COLUMNS)
-            for row in self.rows() if len(self.index) else ():
+
+            def add(line: bytes) -> None:
+                row = json.loads(line)
                 if row["status"] == "ok":
                     writer.writerow(table_row(row))
-            text.detach()
 
-        write_whole(self.folder / TABLE, write)
+            yield add
+            text.flush()
+            scratch.seek(0)
+            write_whole(self.folder / TABLE, lambda file: shutil.copyfileobj(scratch, file))
+            text.detach()
 
     def _read(self) -> None:
         """Read the file up to the last commit; what a kill left behind it is cut off later."""
@@ -358,8 +396,8 @@ class Ledger:
                     return
                 try:
                     entry = json.loads(line)
-                    kind = next((key for key in MARKS if key in entry), "row")
-                except (ValueError, TypeError):
+                    kind = "row" if "item" in entry else next(k for k in MARKS if k in entry)
+                except (ValueError, TypeError, StopIteration):
                     continue
                 yield kind, entry, place, end
 
