@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from camoxpert import console, stop
@@ -20,8 +21,10 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoint", help="a run folder (its best weights) or a .pt file")
-    parser.add_argument("inputs", nargs="+", help="images, folders, globs or CSV (column image)")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="a run folder (its best weights) or a .pt file"
+    )
+    parser.add_argument("inputs", nargs="*", help="images, folders, globs or CSV (column image)")
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder of the results"
     )
@@ -54,6 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="predict images again that have results"
     )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="predict part I of N, for jobs on several machines with a common -o; auto: from the "
+        "variables of torchrun or SLURM",
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="put the finished parts in -o together"
+    )
     add_flags(
         parser,
         (
@@ -70,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Predict; unreadable images are named at the end and give exit code 3."""
     no_overrides(rest)
+    if options.merge:
+        return _merge(options)
+    if options.checkpoint is None or not options.inputs:
+        raise ConfigError("The model and at least one input are required: predict MODEL INPUT ...")
     batch_size = _batch_size(options.batch_size)
     if not 0 <= options.threshold <= 1:
         raise ConfigError(f"--threshold must be between 0 and 1; {options.threshold:g} is not.")
@@ -79,6 +95,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     from camoxpert.inference.devices import choose_devices
     from camoxpert.inference.photos import PhotoOptions, predict_photos
     from camoxpert.inference.predictor import load_predictor
+    from camoxpert.inference.shards import choose_shard
     from camoxpert.inference.sources import look_for_photos
     from camoxpert.inference.timing import describe
 
@@ -87,6 +104,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError(
             f"--device {options.device} and --devices {options.devices}: give one of them."
         )
+    shard = None if options.shard is None else choose_shard(options.shard)
     output = Path(options.output)
     found = look_for_photos(options.inputs, allow_outside=options.allow_outside, output=output)
     for note in found.notes:
@@ -98,6 +116,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         overwrite=options.overwrite,
         devices=devices,
         limit=options.limit,
+        shard=shard,
     )
     outcome = "What is done is written; run the same command again for the rest."
     with stop.watch(options.max_hours), stop.outcome(outcome):
@@ -116,12 +135,30 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     if result.summary:
         console.say(describe(result.summary))
     if result.failed:
-        listed = "\n".join(f"  {path}: {reason}" for path, reason in result.failed)
-        print_paragraph(
-            f"{len(result.failed)} images could not be read:\n{listed}", prefix="error: "
-        )
+        _print_failed(result.failed)
         return 3
     return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    """Put the parts of a divided job together."""
+    if options.checkpoint is not None or options.shard is not None:
+        raise ConfigError("--merge takes only -o: the parts are what is in that folder.")
+    from camoxpert.inference.prediction import KINDS as PICTURES
+    from camoxpert.inference.shards import merge
+
+    with stop.watch():
+        done, failed = merge(Path(options.output), PICTURES)
+    console.say(f"{done} images in {options.output}")
+    if failed:
+        _print_failed(failed)
+        return 3
+    return 0
+
+
+def _print_failed(failed: Sequence[tuple[object, str]]) -> None:
+    listed = "\n".join(f"  {name}: {reason}" for name, reason in failed)
+    print_paragraph(f"{len(failed)} images could not be predicted:\n{listed}", prefix="error: ")
 
 
 def _batch_size(text: str) -> int | None:

@@ -38,7 +38,6 @@ from camoxpert.errors import DataError
 from camoxpert.files import append_here, try_lock, write_whole
 
 LEDGER = "predictions.jsonl"
-LOCK = ".predictions.lock"
 TABLE = "results.csv"
 COLUMNS = ("image", "height", "width", "object_fraction", "confidence", "seconds")
 OK, FAILED = 1, 2
@@ -178,6 +177,7 @@ class Ledger:
     Args:
         folder: of the results.
         kinds: of files that rows list.
+        name: of its file.
         table: whether ``results.csv`` is written from it.
 
     Attributes:
@@ -186,9 +186,11 @@ class Ledger:
         finished: whether the last call into the folder came to its end.
     """
 
-    def __init__(self, folder: Path, kinds: Sequence[str], *, table: bool = True) -> None:
+    def __init__(
+        self, folder: Path, kinds: Sequence[str], *, name: str = LEDGER, table: bool = True
+    ) -> None:
         self.folder = folder
-        self.path = folder / LEDGER
+        self.path = folder / name
         self.table = table
         self.earlier: dict[str, Any] | None = None
         self.index = Index(kinds)
@@ -426,18 +428,24 @@ def same_work(row: Row) -> Row:
 
 
 @contextmanager
-def open_ledger(folder: Path, kinds: Sequence[str], *, table: bool = True) -> Iterator[Ledger]:
-    """Read the ledger of a folder and keep other calls out of it during the block.
+def open_ledger(
+    folder: Path, kinds: Sequence[str], *, name: str = LEDGER, table: bool = True
+) -> Iterator[Ledger]:
+    """Read a ledger of a folder and keep other calls out of it during the block.
+
+    Args:
+        folder, kinds, name, table: see ``Ledger``.
 
     Raises:
         DataError: another process works on the folder, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (folder / LOCK, folder / LEDGER):
+        lock = folder / f".{name.removesuffix('.jsonl')}.lock"
+        for path in (lock, folder / name):
             if path.is_symlink():
                 path.unlink()
-        held = try_lock(folder / LOCK)
+        held = try_lock(lock)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written: {error.strerror or error}. Name another folder with -o."
@@ -451,7 +459,7 @@ def open_ledger(folder: Path, kinds: Sequence[str], *, table: bool = True) -> It
         try:
             if table:
                 _require_own_table(folder / TABLE)
-            ledger = Ledger(folder, kinds, table=table)
+            ledger = Ledger(folder, kinds, name=name, table=table)
         except OSError as error:
             raise DataError(f"{folder} cannot be read: {error}.") from error
         yield ledger

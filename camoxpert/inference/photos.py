@@ -19,12 +19,28 @@ from camoxpert.errors import CheckpointError, DataError
 from camoxpert.files import write_json
 from camoxpert.inference.devices import DeviceEngine
 from camoxpert.inference.engine import ChunkResult, Row
-from camoxpert.inference.ledger import FAILED, Ledger, Source, as_fields, open_ledger, source_of
+from camoxpert.inference.ledger import (
+    FAILED,
+    LEDGER,
+    Ledger,
+    Source,
+    as_fields,
+    open_ledger,
+    source_of,
+)
 from camoxpert.inference.local import LocalEngine
-from camoxpert.inference.plan import Plan, Settings, make_plan, model_digest, remove_unfinished
+from camoxpert.inference.plan import (
+    Plan,
+    Settings,
+    make_plan,
+    model_digest,
+    not_merged,
+    remove_unfinished,
+)
 from camoxpert.inference.prediction import KINDS, Prediction
 from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.score import enlarged
+from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count, shorten
@@ -47,6 +63,7 @@ class PhotoOptions:
         devices: names of devices for worker processes; empty: the predictor's own device, in this
             process.
         limit: predict at most this many of the photos that are left to do.
+        shard: predict a part of the photos, with a ledger of its own; see ``shards``.
     """
 
     kinds: Sequence[str] = KINDS
@@ -55,6 +72,7 @@ class PhotoOptions:
     overwrite: bool = False
     devices: Sequence[str] = ()
     limit: int | None = None
+    shard: Shard | None = None
 
 
 @dataclass
@@ -269,20 +287,26 @@ def predict_photos(
         precision=predictor.precision.name,
         threshold=options.threshold,
     )
-    with open_ledger(output, KINDS) as ledger:
-        if not ledger.finished:
+    shard, merged = options.shard, 0
+    if shard is not None:
+        left = not_merged(output, settings, photos, options.kinds)
+        merged = len(photos) - len(left)
+        photos = shard.part(left)
+    name = LEDGER if shard is None else shard.ledger
+    with open_ledger(output, KINDS, name=name, table=shard is None) as ledger:
+        if not ledger.finished and shard is None:
             remove_unfinished(output)
         plan = make_plan(ledger, settings, photos, options.kinds, overwrite=options.overwrite)
         if options.limit is not None:
             plan.todo = plan.todo[: options.limit]
-        result = BatchResult(skipped=plan.skipped, replaced=plan.replaced)
+        result = BatchResult(skipped=plan.skipped + merged, replaced=plan.replaced)
         complete = False
         try:
             if plan.todo:
                 engine = _choose_engine(predictor, settings, output, options)
                 _work(engine, plan.todo, ledger, result)
                 result.summary = engine.summary()
-                if result.summary.get("deaths"):
+                if result.summary.get("deaths") and shard is None:
                     remove_unfinished(output)
             complete = True
         finally:
@@ -291,7 +315,8 @@ def predict_photos(
         _audit(ledger, plan, result)
     if result.summary:
         result.summary["settings"] = asdict(settings) | {"kinds": list(options.kinds)}
-        write_json(output / SUMMARY, result.summary, durable=False)
+        name = SUMMARY if shard is None else f"predict.{shard.number}-of-{shard.of}.json"
+        write_json(output / name, result.summary, durable=False)
     return result
 
 

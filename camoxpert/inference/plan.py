@@ -20,7 +20,7 @@ from camoxpert import console
 from camoxpert.config import to_dict
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.ledger import FAILED, LEDGER, Ledger, source_of
-from camoxpert.inference.prediction import FOLDERS, output_path
+from camoxpert.inference.prediction import FOLDERS, KINDS, output_path
 from camoxpert.inference.sources import Photo
 from camoxpert.runs.checkpoint import Checkpoint, file_digest
 from camoxpert.text import bullet_list, count
@@ -141,6 +141,16 @@ def make_plan(
     if ledger.earlier is None or changed:
         ledger.restart(asdict(settings))
     return plan
+
+
+def not_merged(
+    folder: Path, settings: Settings, photos: Sequence[Photo], kinds: Sequence[str]
+) -> list[Photo]:
+    """Return the photos of a divided job without results from an earlier one that was merged."""
+    whole = Ledger(folder, KINDS, table=False)
+    if whole.earlier is None or settings.differences(whole.earlier):
+        return list(photos)
+    return _left_to_do(whole, photos, kinds).todo
 
 
 def _warn_of_others(ledger: Ledger, photos: Iterable[Photo]) -> None:
