@@ -58,6 +58,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="predict images again that have results"
     )
     parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: the work is done on a Ray cluster whose nodes share the folders [local]",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of the cluster; local starts one on this machine [auto]",
+    )
+    parser.add_argument(
+        "--ray-actors",
+        type=int,
+        metavar="N",
+        help="workers on the cluster [one per GPU, or per two cores]",
+    )
+    parser.add_argument(
         "--shard",
         metavar="I/N",
         help="predict part I of N, for jobs on several machines with a common -o; auto: from the "
@@ -105,6 +122,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             f"--device {options.device} and --devices {options.devices}: give one of them."
         )
     shard = None if options.shard is None else choose_shard(options.shard)
+    _check_ray(options)
     output = Path(options.output)
     found = look_for_photos(options.inputs, allow_outside=options.allow_outside, output=output)
     for note in found.notes:
@@ -117,13 +135,15 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         devices=devices,
         limit=options.limit,
         shard=shard,
+        ray=(options.ray_address or "auto") if options.engine == "ray" else "",
+        ray_actors=options.ray_actors,
     )
     outcome = "What is done is written; run the same command again for the rest."
     with stop.watch(options.max_hours), stop.outcome(outcome):
         predictor = load_predictor(
             Path(options.checkpoint),
             # With a process for each device this one only reads the settings.
-            device="cpu" if devices else options.device,
+            device="cpu" if devices or wanted.ray else options.device,
             precision=options.precision,
             max_pixels=options.max_pixels,
         )
@@ -138,6 +158,23 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         _print_failed(result.failed)
         return 3
     return 0
+
+
+def _check_ray(options: argparse.Namespace) -> None:
+    """Refuse flags that say nothing together; look for Ray before the model is loaded."""
+    if options.engine != "ray":
+        if options.ray_address or options.ray_actors is not None:
+            raise ConfigError("--ray-address and --ray-actors belong to --engine ray.")
+        return
+    if options.devices != "auto" or options.device != "auto":
+        raise ConfigError(
+            "With --engine ray the cluster's devices do the work: leave --device and --devices out."
+        )
+    if options.ray_actors is not None and options.ray_actors < 1:
+        raise ConfigError(f"--ray-actors must be at least 1; {options.ray_actors} is not.")
+    from camoxpert.inference.cluster import import_ray
+
+    import_ray()
 
 
 def _merge(options: argparse.Namespace) -> int:

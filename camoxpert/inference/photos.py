@@ -17,6 +17,7 @@ from torch import Tensor
 from camoxpert import console, stop
 from camoxpert.errors import CheckpointError, DataError
 from camoxpert.files import write_json
+from camoxpert.inference.cluster import RayEngine
 from camoxpert.inference.devices import DeviceEngine
 from camoxpert.inference.engine import ChunkResult, Row
 from camoxpert.inference.ledger import (
@@ -64,6 +65,8 @@ class PhotoOptions:
             process.
         limit: predict at most this many of the photos that are left to do.
         shard: predict a part of the photos, with a ledger of its own; see ``shards``.
+        ray: address of a Ray cluster that does the work; empty: this machine does.
+        ray_actors: workers on the cluster; None: as many as it has GPUs, or pairs of cores.
     """
 
     kinds: Sequence[str] = KINDS
@@ -73,6 +76,8 @@ class PhotoOptions:
     devices: Sequence[str] = ()
     limit: int | None = None
     shard: Shard | None = None
+    ray: str = ""
+    ray_actors: int | None = None
 
 
 @dataclass
@@ -304,6 +309,9 @@ def predict_photos(
         try:
             if plan.todo:
                 engine = _choose_engine(predictor, settings, output, options)
+                if options.ray:
+                    # Workers on other nodes have another working directory.
+                    plan.todo = [Photo(Path(os.path.abspath(p.path)), p.name) for p in plan.todo]
                 _work(engine, plan.todo, ledger, result)
                 result.summary = engine.summary()
                 if result.summary.get("deaths") and shard is None:
@@ -324,7 +332,7 @@ def _choose_engine(
     predictor: Predictor, settings: Settings, output: Path, options: PhotoOptions
 ) -> Engine:
     kinds = tuple(options.kinds)
-    if not options.devices:
+    if not options.devices and not options.ray:
         stages = PhotoStages(predictor, output, kinds, options.threshold)
         return LocalEngine(stages, batch_size=options.batch_size)
     spec = PhotoSpec(
@@ -332,10 +340,18 @@ def _choose_engine(
         model=settings.model,
         precision=settings.precision,
         max_pixels=predictor.max_pixels,
-        output=str(output),
+        output=os.path.abspath(output),
         kinds=kinds,
         threshold=options.threshold,
     )
+    if options.ray:
+        return RayEngine(
+            spec,
+            options.ray,
+            batch_size=options.batch_size,
+            output=output,
+            actors=options.ray_actors,
+        )
     return DeviceEngine(spec, options.devices, batch_size=options.batch_size)
 
 
