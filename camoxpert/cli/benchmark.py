@@ -21,6 +21,7 @@ KINDS = {
     "moe": "the dispatch back ends against the per-image loop and one dense expert",
     "train": "the training step against the bare backbone's",
     "data": "loading and augmentation against the plain Dataset",
+    "predict": "the inference engine against scripts that do one thing after the other",
     "quality": "our decoder against others on your data (`benchmark quality --help`)",
 }
 EXAMPLES = """examples:
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=(768, 1024),
         metavar=("HEIGHT", "WIDTH"),
-        help="of the pairs, of the JPEGs of data [768 1024]",
+        help="of the pairs, of the JPEGs of data and predict [768 1024]",
     )
     metrics.add_argument(
         "--files",
@@ -61,11 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not compare with the training step's need",
     )
-    experts = parser.add_argument_group("moe, train, data")
+    experts = parser.add_argument_group("moe, train, data, predict")
     defaults = {"model.num_experts": 4, "model.backbone": "edgenext_small"}
     paths = ("train.device", "model.num_experts", "model.top_k", "model.width")
     add_flags(experts, paths, defaults=defaults)
-    step = parser.add_argument_group("train, data")
+    step = parser.add_argument_group("train, data, predict")
     add_flags(step, ("train.precision", "model.backbone", "data.img_size"), defaults=defaults)
     step.add_argument("--batch-size", type=int, default=8, help="images per step [8]")
     step.add_argument(
@@ -85,7 +86,13 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     if options.files < 0 or 0 < options.files < 64:
         raise ConfigError("--files must be 0 or at least 64: with fewer the start dominates.")
     check_file("-o", options.output)
-    measure = {"metrics": _metrics, "moe": _moe, "train": _train, "data": _data}[options.kind]
+    measure = {
+        "metrics": _metrics,
+        "moe": _moe,
+        "train": _train,
+        "data": _data,
+        "predict": _predict,
+    }[options.kind]
     write_figures(options.output, measure(options))
     return 0
 
@@ -155,6 +162,27 @@ def _data(options: argparse.Namespace) -> Report:
     )
     needed = train.images_per_second(subject, rounds=options.rounds) if options.step else None
     return data.run(sizes, device=subject.device, needed=needed)
+
+
+def _predict(options: argparse.Namespace) -> Report:
+    from camoxpert.benchmark import predict
+
+    if options.images < options.batch_size:
+        raise ConfigError("--images must be at least --batch-size.")
+    subject = _subject(options)
+    sizes = predict.Sizes(
+        images=options.images,
+        sizes=(tuple(options.size),),
+        batch_size=options.batch_size,
+        rounds=options.rounds,
+    )
+    return predict.run(
+        subject.config,
+        sizes,
+        device=subject.device,
+        precision=subject.precision,
+        processes=subject.device.type == "cpu",
+    )
 
 
 def _subject(options: argparse.Namespace) -> Subject:

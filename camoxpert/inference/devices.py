@@ -89,9 +89,17 @@ class DeviceEngine:
         spec: builds the stages in each process.
         devices: names, one for each process.
         batch_size: inputs of a forward pass; None chooses: the least of all devices' choices.
+        threads: of torch in each process; None: the cores, divided by the processes on the CPU.
     """
 
-    def __init__(self, spec: Spec, devices: Sequence[str], *, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        devices: Sequence[str],
+        *,
+        batch_size: int | None,
+        threads: int | None = None,
+    ) -> None:
         self.spec = spec
         self.batch_size = batch_size
         counts = {name: 0 for name in devices}
@@ -100,7 +108,7 @@ class DeviceEngine:
             number = counts[name] = counts[name] + 1
             label = name if list(devices).count(name) == 1 else f"{name}#{number}"
             self._places.append((label, name))
-        self._cores = max(1, usable_cores() // max(1, list(devices).count("cpu")))
+        self._threads = threads or max(1, usable_cores() // max(1, list(devices).count("cpu")))
         self._workers: list[_Worker] = []
         self._load_deaths: dict[str, int] = {}
         self._loads: list[float] = []
@@ -145,7 +153,7 @@ class DeviceEngine:
         here, there = context.Pipe()
         process = context.Process(
             target=_work,
-            args=(there, self.spec, device, name, self.batch_size, self._cores),
+            args=(there, self.spec, device, name, self.batch_size, self._threads),
             name=f"camoxpert {name}",
             daemon=True,
         )
@@ -354,11 +362,11 @@ def _work(
     device: str,
     name: str,
     batch_size: int | None,
-    cores: int,
+    threads: int,
 ) -> None:
     """Be a worker process: load, then do chunks until there are no more."""
     console.set_silent(True)
-    torch.set_num_threads(cores)
+    torch.set_num_threads(threads)
     parent, handed = _Parent(connection), _Handed()
     threading.Thread(target=parent.listen, args=(handed,), daemon=True).start()
     try:

@@ -43,6 +43,27 @@ def test_generated_pairs_look_like_those_of_a_model() -> None:
         assert np.array_equal(again, prediction)
 
 
+def test_predict_measures_every_variant(tmp_path: Path, monkeypatch, capsys) -> None:
+    from camoxpert.benchmark import predict
+
+    # Two processes would take longer to start than everything else here.
+    monkeypatch.setattr(predict, "measure_processes", lambda case, model, rounds: {})
+    file = tmp_path / "predict.json"
+    words = ["--images", "4", "--rounds", "2", "--size", "64", "80", "--batch-size", "2"]
+    small = ["--backbone", "tiny_test", "--img-size", "32", "--width", "16", "--device", "cpu"]
+    assert main(["benchmark", "predict", *words, *small, "-o", str(file)]) == 0
+    cases = json.loads(file.read_text())["cases"]
+    assert set(cases) == {"80x64, all four outputs", "80x64, masks only"}
+    for case in cases.values():
+        rates = case["images_per_second"]
+        assert list(rates) == [
+            predict.FORWARD, predict.SCRIPT, predict.SINGLE, predict.BATCHED, predict.ENGINE
+        ]  # fmt: skip
+        assert case["engine_over"][predict.ENGINE]["ratio"] == 1
+        assert sum(case["engine_loop_shares"].values()) == pytest.approx(1, abs=0.05)
+    assert "the engine's loop: " in capsys.readouterr().out
+
+
 def test_the_command_writes_ratios_with_their_machine(tmp_path: Path, capsys) -> None:
     pytest.importorskip("py_sod_metrics")
     file = tmp_path / "metrics.json"
