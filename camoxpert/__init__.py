@@ -32,11 +32,13 @@ if TYPE_CHECKING:
         NumericError,
     )
     from camoxpert.evaluation.results import EvaluationResult
+    from camoxpert.inference.photos import BatchResult
     from camoxpert.inference.prediction import Prediction
     from camoxpert.inference.predictor import Predictor
     from camoxpert.training.session import Result
 
 __all__ = [
+    "BatchResult",
     "CamoXpertError",
     "CheckpointError",
     "ConfigError",
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
+    "predict_folder",
     "score_maps",
     "train",
 ]
@@ -59,6 +62,7 @@ __version__: str
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "200000000")
 
 _PLACES = {
+    "BatchResult": "inference.photos",
     "EvaluationResult": "evaluation.results",
     "Prediction": "inference.prediction",
     "Predictor": "inference.predictor",
@@ -109,6 +113,63 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     from camoxpert.inference.predictor import load_predictor
 
     return load_predictor(Path(model).expanduser(), device=device, precision=precision)
+
+
+def predict_folder(
+    model: Predictor | str | Path,
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    kinds: Sequence[str] = ("map", "mask", "cutout", "overlay"),
+    threshold: float = 0.5,
+    batch_size: int | None = 8,
+    devices: str = "auto",
+    overwrite: bool = False,
+    limit: int | None = None,
+) -> BatchResult:
+    """Predict files, folders and globs into a folder, as ``camoxpert predict`` does.
+
+    A call that was stopped or killed is finished by the same call; see docs/predict.md.
+
+    Args:
+        model: a loaded model, or a path that ``load`` takes.
+        inputs: images, folders, globs or CSV files.
+        output: folder of pictures, ledger and table.
+        kinds: pictures to write: map, mask, cutout, overlay.
+        threshold: probability above which a pixel counts as object, 0..1.
+        batch_size: images per forward pass; None chooses.
+        devices: auto: the model's device, in this process; all, or a list such as ``0,1`` or
+            ``cpu,cpu``: a process for each. A script that uses them needs an
+            ``if __name__ == "__main__"`` block.
+        overwrite: predict photos again that have results.
+        limit: predict at most this many.
+
+    Returns:
+        Counts, the images that failed with their reasons, and where the time went.
+
+    Raises:
+        ConfigError: a wrong option, or results of other settings in ``output``.
+        DataError: no image was found, or ``output`` cannot be written.
+    """
+    from pathlib import Path
+
+    from camoxpert.inference.devices import choose_devices
+    from camoxpert.inference.photos import PhotoOptions, predict_photos
+    from camoxpert.inference.sources import look_for_photos
+
+    given = [inputs] if isinstance(inputs, (str, Path)) else inputs
+    place = Path(output).expanduser()
+    options = PhotoOptions(
+        kinds=tuple(kinds),
+        batch_size=batch_size,
+        threshold=threshold,
+        overwrite=overwrite,
+        devices=choose_devices(devices),
+        limit=limit,
+    )
+    found = look_for_photos([str(Path(path).expanduser()) for path in given], output=place)
+    predictor = load(model) if isinstance(model, (str, Path)) else model
+    return predict_photos(predictor, found.photos, place, options)
 
 
 def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Result:

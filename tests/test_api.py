@@ -78,6 +78,22 @@ class TestPredict:
         assert model.predict(pixels).name == "image"
         assert expected.name == path.stem and expected.presence is None
 
+    def test_a_folder_is_predicted_as_on_the_command_line(
+        self, model: camoxpert.Predictor, tiny_run: Path, photos: list[Path], tmp_path: Path
+    ) -> None:
+        folder = photos[0].parent
+        assert main(["predict", str(tiny_run), str(folder), "-o", str(tmp_path / "cli")]) == 0
+        result = camoxpert.predict_folder(model, folder, tmp_path / "api")
+        assert (result.done, result.skipped, result.failed) == (len(photos), 0, [])
+        assert tree(tmp_path / "api") == tree(tmp_path / "cli")
+        assert result.summary["workers"][0]["images"] == len(photos)
+        again = camoxpert.predict_folder(tiny_run, [folder], tmp_path / "api")
+        assert (again.done, again.skipped) == (0, len(photos))
+        for wrong in ({"kinds": ["maks"]}, {"threshold": 2}, {"batch_size": 0}, {"devices": "x"}):
+            with pytest.raises(ConfigError):
+                camoxpert.predict_folder(model, folder, tmp_path / "none", **wrong)
+        assert not (tmp_path / "none").exists()
+
     def test_what_a_prediction_holds(self, model: camoxpert.Predictor, photos: list[Path]) -> None:
         first, second = model.predict([photos[0], photos[1]], threshold=0.3)
         assert first.name != second.name

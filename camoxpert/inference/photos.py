@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert import console, stop
-from camoxpert.errors import CheckpointError, DataError
+from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.files import write_json
 from camoxpert.inference.cluster import RayEngine
 from camoxpert.inference.devices import DeviceEngine
@@ -44,7 +44,7 @@ from camoxpert.inference.score import enlarged
 from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
 from camoxpert.runs.checkpoint import file_digest
-from camoxpert.text import count, shorten
+from camoxpert.text import count, did_you_mean, shorten
 
 SUMMARY = "predict.json"
 ORIGINAL = ("cutout", "overlay")
@@ -78,6 +78,19 @@ class PhotoOptions:
     shard: Shard | None = None
     ray: str = ""
     ray_actors: int | None = None
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ConfigError(
+                    f"Unknown picture {kind!r}.{did_you_mean(kind, KINDS)} Choose from "
+                    f"{', '.join(KINDS)}."
+                )
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"The threshold must be between 0 and 1; {self.threshold:g} is not.")
+        for name, number in (("batch size", self.batch_size), ("limit", self.limit)):
+            if number is not None and number < 1:
+                raise ConfigError(f"The {name} must be at least 1; {number} is not.")
 
 
 @dataclass
