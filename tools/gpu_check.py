@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from camoxpert.benchmark import data, moe, quality, quality_report, train
+from camoxpert.benchmark import data, moe, predict, quality, quality_report, train
 from camoxpert.cli import main
 from camoxpert.config import build_config
 from camoxpert.pages.scored import run_results
@@ -118,6 +118,16 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
     )
     result["data"] = data.run(sizes, device=device, needed=result["step"]["images_per_second"])
     result["decoders"] = decoders(smoke=smoke)
+    photos = predict.Sizes(
+        images=4 if smoke else 256,
+        sizes=((96, 128),) if smoke else ((768, 1024),),
+        batch_size=2 if smoke else 32,
+        rounds=1 if smoke else 2,
+    )
+    result["predict"] = predict.run(
+        config, photos, device=device, precision=precision, processes=False
+    )
+    result["batch_sizes"] = predict.compare_batch_sizes(config, device, precision)
     with tempfile.TemporaryDirectory() as folder:
         result["training"] = short_training(Path(folder), smoke=smoke)
     output.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from camoxpert.benchmark.common import (
 from camoxpert.benchmark.data import write_images
 from camoxpert.config import Config, to_dict
 from camoxpert.inference.devices import DeviceEngine
-from camoxpert.inference.local import LocalEngine
+from camoxpert.inference.local import LocalEngine, find_batch_size
 from camoxpert.inference.photos import PhotoSpec, PhotoStages
 from camoxpert.inference.plan import model_digest
 from camoxpert.inference.prediction import KINDS, Prediction
@@ -204,6 +204,40 @@ def measure_processes(case: Case, model: Path, rounds: int) -> dict[str, Any]:
     ratio = paired_ratio(rates["two"], rates["one"])
     console.say(f"{PROCESSES_NOTE}, {counted(len(case.photos), 'image')}: {quartiles(ratio)}")
     return {"images_per_second": rates, "two_over_one": ratio}
+
+
+@torch.inference_mode()
+def compare_batch_sizes(
+    config: Config,
+    device: torch.device,
+    precision: Precision,
+    sizes: Sequence[int] = (8, 16, 32, 64),
+) -> dict[str, Any]:
+    """Return the images per second of fixed batch sizes beside those of the chosen one."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = _write_model(Path(folder), config)
+        predictor = load_predictor(model, device=str(device), precision=precision.name)
+    stages = PhotoStages(predictor, Path(), (), 0.5)
+    chosen, reason = find_batch_size(stages, None)
+    one = stages.example()
+
+    def forward(size: int) -> Callable[[], None]:
+        batch = one.expand(size, *one.shape[1:]).contiguous()
+
+        def call() -> None:
+            predictor.logits(batch)
+            wait_for(device)
+
+        return call
+
+    variants = {str(size): forward(size) for size in sorted({*sizes, chosen})}
+    seconds = interleaved(variants, rounds=5, description="batch sizes")
+    rates = {name: 1e3 * int(name) / milliseconds(taken) for name, taken in seconds.items()}
+    best = max(rates[str(size)] for size in sizes)
+    console.say(
+        f"batch size {chosen} ({reason}): {rates[str(chosen)] / best:.2f} of the best fixed one"
+    )
+    return {"chosen": chosen, "reason": reason, "images_per_second": rates}
 
 
 @torch.inference_mode()
