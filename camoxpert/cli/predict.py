@@ -15,7 +15,8 @@ from camoxpert.errors import ConfigError
 KINDS = ("map", "mask", "cutout", "overlay")
 EXAMPLES = """examples:
   camoxpert predict runs/NAME photos/ -o out
-  camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4"""
+  camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4
+  camoxpert predict runs/NAME large/ -o out --tile 1024 --overlap 0.25 --tta flip,scales"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="probability that counts as object [0.5]"
+    )
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="N",
+        help="look at images larger than N px in windows of N px as well, for small objects",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        metavar="F",
+        help="share of a window of --tile that the next one covers too, 0 to 0.9 [0.25]",
+    )
+    parser.add_argument(
+        "--tta",
+        metavar="LIST",
+        help="mean of several looks at each image: flip (mirrored too), scales (three sizes), or "
+        "flip,scales; takes 2 to 6 times as long",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="predict images again that have results"
@@ -115,7 +134,9 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     from camoxpert.inference.shards import choose_shard
     from camoxpert.inference.sources import look_for_photos
     from camoxpert.inference.timing import describe
+    from camoxpert.inference.views import choose_views
 
+    views = choose_views(options.tile, options.overlap, options.tta)
     devices = choose_devices(options.devices)
     if devices and options.device != "auto":
         raise ConfigError(
@@ -137,6 +158,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         shard=shard,
         ray=(options.ray_address or "auto") if options.engine == "ray" else "",
         ray_actors=options.ray_actors,
+        views=views,
     )
     outcome = "What is done is written; run the same command again for the rest."
     with stop.watch(options.max_hours), stop.outcome(outcome):

@@ -233,7 +233,7 @@ class Pipeline:
         self._queue: deque[tuple[_Work, int, Any]] = deque()
         self._reading: deque[_Reading] = deque()
         self._works: deque[_Work] = deque()
-        self._batch: list[tuple[_Computing, int, Tensor]] = []
+        self._batches: dict[torch.Size, list[tuple[_Computing, int, Tensor]]] = {}
         self._launched: _Launched | None = None
         self._written: deque[tuple[Future[Row], int]] = deque()
         self._mean_bytes = 0.0
@@ -267,8 +267,6 @@ class Pipeline:
             self._read_ahead()
             if self._reading:
                 self._take_sample(self._reading.popleft())
-            elif self._batch:
-                self._launch()
             elif self._launched is not None:
                 self._fetch()
             elif not self._works:
@@ -279,7 +277,7 @@ class Pipeline:
 
     @property
     def _in_flight(self) -> bool:
-        return bool(self._batch) or self._launched is not None
+        return bool(self._batches) or self._launched is not None
 
     def _read_ahead(self) -> None:
         """Keep enough items being read; ask for more chunks where they run out."""
@@ -324,19 +322,18 @@ class Pipeline:
                 work, reading.position, reading.item, sample, [None] * len(sample.inputs)
             )
             for number, tensor in enumerate(sample.inputs):
-                if self._batch and self._batch[0][2].shape != tensor.shape:
-                    self._launch()
-                self._batch.append((computing, number, tensor))
-                if len(self._batch) >= self.batch_size.value:
-                    self._launch()
+                batch = self._batches.setdefault(tensor.shape, [])
+                batch.append((computing, number, tensor))
+                if len(batch) >= self.batch_size.value:
+                    self._launch(tensor.shape)
         # Batches do not cross chunks: a chunk that is repeated has the same batches.
-        if not work.unread and self._batch:
-            self._launch()
+        if not work.unread:
+            for shape in list(self._batches):
+                self._launch(shape)
 
-    def _launch(self) -> None:
-        """Start the forward pass of the batch; on CUDA fetch the one before meanwhile."""
-        batch, self._batch = self._batch, []
-        launched = self._forward(batch)
+    def _launch(self, shape: torch.Size) -> None:
+        """Start the forward pass of a batch; on CUDA fetch the one before meanwhile."""
+        launched = self._forward(self._batches.pop(shape))
         if launched is None:
             return
         if self._launched is not None:

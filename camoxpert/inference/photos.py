@@ -40,9 +40,9 @@ from camoxpert.inference.plan import (
 )
 from camoxpert.inference.prediction import KINDS, Prediction
 from camoxpert.inference.predictor import Predictor, load_predictor
-from camoxpert.inference.score import enlarged
 from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
+from camoxpert.inference.views import ONE_VIEW, ViewOptions
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count, did_you_mean, shorten
 
@@ -67,6 +67,7 @@ class PhotoOptions:
         shard: predict a part of the photos, with a ledger of its own; see ``shards``.
         ray: address of a Ray cluster that does the work; empty: this machine does.
         ray_actors: workers on the cluster; None: as many as it has GPUs, or pairs of cores.
+        views: tiles and augmentation.
     """
 
     kinds: Sequence[str] = KINDS
@@ -78,6 +79,7 @@ class PhotoOptions:
     shard: Shard | None = None
     ray: str = ""
     ray_actors: int | None = None
+    views: ViewOptions = ONE_VIEW
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -117,12 +119,13 @@ class PhotoSample:
     """A photo that was read: see ``engine.Sample``.
 
     Attributes:
-        inputs: the image at the network's size, uint8 (3, S, S).
+        inputs: of the network, uint8 (3, s, s): see ``views.Views``.
         size: (height, width) of the photo.
         pixels: uint8 RGB (H, W, 3), or None where no picture shows them.
         source: its file.
         digest: of its content.
         seconds: stage -> seconds.
+        view_bytes: memory of inputs, logits and maps.
     """
 
     inputs: tuple[Tensor, ...]
@@ -131,12 +134,12 @@ class PhotoSample:
     source: Source | None
     digest: str | None
     seconds: dict[str, float]
+    view_bytes: int
 
     @property
     def held_bytes(self) -> int:
-        """Memory until it is finished: pixels, and the map at the photo's size."""
-        pixels = 0 if self.pixels is None else self.pixels.nbytes
-        return pixels + 4 * self.size[0] * self.size[1] + sum(t.nbytes for t in self.inputs)
+        """Memory until it is finished: pixels, inputs, logits, and the map at the photo's size."""
+        return self.view_bytes + (0 if self.pixels is None else self.pixels.nbytes)
 
 
 class PhotoStages:
@@ -147,13 +150,20 @@ class PhotoStages:
         output: folder of the results.
         kinds: pictures to write.
         threshold: probability above which a pixel is object.
+        views: tiles and augmentation.
     """
 
     def __init__(
-        self, predictor: Predictor, output: Path, kinds: Sequence[str], threshold: float
+        self,
+        predictor: Predictor,
+        output: Path,
+        kinds: Sequence[str],
+        threshold: float,
+        views: ViewOptions = ONE_VIEW,
     ) -> None:
         self.predictor, self.output = predictor, output
         self.kinds, self.threshold = tuple(kinds), threshold
+        self.views = predictor.views(views)
         self.device: torch.device = predictor.device
 
     def read(self, photo: Photo) -> PhotoSample:
@@ -167,20 +177,21 @@ class PhotoStages:
         pixels = read_pixels(photo, max_pixels=self.predictor.max_pixels)
         digest = file_digest(photo.path) if before is not None else None
         decoded = time.monotonic()
-        prepared = self.predictor.prepare(pixels)
+        inputs, size = self.views.inputs(pixels), (pixels.shape[0], pixels.shape[1])
         return PhotoSample(
-            (prepared,),
-            (pixels.shape[0], pixels.shape[1]),
+            inputs,
+            size,
             pixels if set(self.kinds) & set(ORIGINAL) else None,
             # A file that changes while it is read has no known content.
             before if source_of(photo.path) == before else None,
             digest,
             {"read": decoded - started, "resize": time.monotonic() - decoded},
+            self.views.held_bytes(inputs, size),
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return float32 logits (B, 1, h, w) of prepared images."""
-        return self.predictor.logits(inputs)
+        return self.views.logits(inputs)
 
     def finish(self, photo: Photo, sample: PhotoSample, outputs: list[Tensor]) -> Row:
         """Write the pictures of a photo and return the fields of its row.
@@ -190,7 +201,7 @@ class PhotoStages:
         """
         started = time.monotonic()
         with torch.inference_mode():
-            probability_HW = enlarged(outputs[0], sample.size).numpy()
+            probability_HW = self.views.probability(outputs, sample.size).numpy()
         pixels = sample.pixels
         if pixels is None:
             pixels = np.empty((0, 0, 3), np.uint8)
@@ -219,7 +230,7 @@ class PhotoStages:
 
     def example(self) -> Tensor:
         """Return a grey image."""
-        side = self.predictor.img_size
+        side = max(self.views.sides)
         return torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=self.device)
 
 
@@ -235,7 +246,7 @@ class PhotoSpec:
         checkpoint: file of the model.
         model: its hash, so that all workers have the same one.
         precision, max_pixels: see ``load_predictor``.
-        output, kinds, threshold: see ``PhotoStages``.
+        output, kinds, threshold, views: see ``PhotoStages``.
     """
 
     checkpoint: str
@@ -245,6 +256,7 @@ class PhotoSpec:
     output: str
     kinds: tuple[str, ...]
     threshold: float
+    views: ViewOptions = ONE_VIEW
 
     def build(self, device: str) -> PhotoStages:
         """Load the model on a device.
@@ -260,7 +272,7 @@ class PhotoSpec:
         )
         if model_digest(predictor.checkpoint) != self.model:
             raise CheckpointError(f"{self.checkpoint} changed while the run started. Start again.")
-        return PhotoStages(predictor, Path(self.output), self.kinds, self.threshold)
+        return PhotoStages(predictor, Path(self.output), self.kinds, self.threshold, self.views)
 
     def failed(self, photo: Photo, reason: str) -> Row:
         """Return the fields of the row of a photo that no process could do."""
@@ -293,7 +305,8 @@ def predict_photos(
         options: what to write, and how.
 
     Raises:
-        ConfigError: the folder holds pictures made with other settings, or of unknown origin.
+        ConfigError: the folder holds pictures made with other settings, or of unknown origin; or a
+            tile is smaller than the network's input.
         DataError: an output would be written outside ``output``, or cannot be written; or photos
             have no row in the end.
         Stopped: the command was asked to stop.
@@ -304,7 +317,9 @@ def predict_photos(
         img_size=predictor.img_size,
         precision=predictor.precision.name,
         threshold=options.threshold,
+        **asdict(options.views),
     )
+    views = predictor.views(options.views)
     shard, merged = options.shard, 0
     if shard is not None:
         left = not_merged(output, settings, photos, options.kinds)
@@ -321,6 +336,7 @@ def predict_photos(
         complete = False
         try:
             if plan.todo:
+                views.decide()
                 engine = _choose_engine(predictor, settings, output, options)
                 if options.ray:
                     # Workers on other nodes have another working directory.
@@ -346,7 +362,7 @@ def _choose_engine(
 ) -> Engine:
     kinds = tuple(options.kinds)
     if not options.devices and not options.ray:
-        stages = PhotoStages(predictor, output, kinds, options.threshold)
+        stages = PhotoStages(predictor, output, kinds, options.threshold, options.views)
         return LocalEngine(stages, batch_size=options.batch_size)
     spec = PhotoSpec(
         checkpoint=settings.checkpoint,
@@ -356,6 +372,7 @@ def _choose_engine(
         output=os.path.abspath(output),
         kinds=kinds,
         threshold=options.threshold,
+        views=options.views,
     )
     if options.ray:
         return RayEngine(

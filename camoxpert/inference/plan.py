@@ -26,7 +26,8 @@ from camoxpert.runs.checkpoint import Checkpoint, file_digest
 from camoxpert.text import bullet_list, count
 
 COMPARED = {"model": "model", "img_size": "image size", "precision": "precision",
-            "threshold": "threshold"}  # fmt: skip
+            "threshold": "threshold", "tile": "--tile", "overlap": "--overlap",
+            "tta": "--tta"}  # fmt: skip
 """Settings that change pictures or table, and their names in messages."""
 TEMPORARY = re.compile(r"\.\w+\.tmp")
 """Names of files that are not written to the end: see ``files.write_whole``."""
@@ -42,6 +43,7 @@ class Settings:
         img_size: side of the network's input, pixels.
         precision: number format of the forward pass.
         threshold: probability above which a pixel is object.
+        tile, overlap, tta: see ``views.ViewOptions``; None, and absent in an older head: off.
     """
 
     model: str
@@ -49,6 +51,9 @@ class Settings:
     img_size: int
     precision: str
     threshold: float
+    tile: int | None = None
+    overlap: float | None = None
+    tta: str | None = None
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Return a text for each setting of an earlier call that changes pictures or table."""
@@ -62,6 +67,7 @@ class Settings:
                     f"{self.checkpoint} ({self.model[:8]})"
                 )
             elif before != after:
+                before, after = ("off" if value is None else value for value in (before, after))
                 texts.append(f"{name} {before}, now {after}")
         return texts
 

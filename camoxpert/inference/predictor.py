@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,9 +21,10 @@ from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.inference.batching import BatchSize
 from camoxpert.inference.engine import Chunk, Pipeline, Row
 from camoxpert.inference.prediction import Prediction
-from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import ImageInput, find_photos, name_of, read_pixels
 from camoxpert.inference.timing import Timing
+from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
+from camoxpert.models.backbone import BACKBONES
 from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.runtime.device import (
@@ -73,7 +74,14 @@ class Predictor:
 
     @overload
     def predict(
-        self, images: ImageInput, *, threshold: float = ..., batch_size: int = ...
+        self,
+        images: ImageInput,
+        *,
+        threshold: float = ...,
+        batch_size: int = ...,
+        tile: int | None = ...,
+        overlap: float | None = ...,
+        tta: str | None = ...,
     ) -> Prediction: ...
 
     @overload
@@ -83,6 +91,9 @@ class Predictor:
         *,
         threshold: float = ...,
         batch_size: int = ...,
+        tile: int | None = ...,
+        overlap: float | None = ...,
+        tta: str | None = ...,
     ) -> list[Prediction]: ...
 
     def predict(
@@ -91,6 +102,9 @@ class Predictor:
         *,
         threshold: float = 0.5,
         batch_size: int = 8,
+        tile: int | None = None,
+        overlap: float | None = None,
+        tta: str | None = None,
     ) -> Prediction | list[Prediction]:
         """Find the hidden objects in one image, or in each of a list.
 
@@ -98,18 +112,27 @@ class Predictor:
             images: a path, uint8 RGB pixels (H, W, 3) or a Pillow image; or a list or tuple of
                 these.
             threshold: probability above which a pixel counts as object, 0..1.
-            batch_size: images per forward pass, for a list.
+            batch_size: images or tiles per forward pass.
+            tile, overlap, tta: see ``stream``.
 
         Returns:
             A Prediction, or a list of them in order.
 
         Raises:
             DataError: an image cannot be read.
-            ConfigError: ``threshold`` or ``batch_size`` is out of range.
+            ConfigError: a value is out of range.
         """
+        stream = functools.partial(
+            self.stream,
+            threshold=threshold,
+            batch_size=batch_size,
+            tile=tile,
+            overlap=overlap,
+            tta=tta,
+        )
         if isinstance(images, (list, tuple)):
-            return list(self.stream(images, threshold=threshold, batch_size=batch_size))
-        (prediction,) = self.stream([images], threshold=threshold)
+            return list(stream(images))
+        (prediction,) = stream([images])
         return dataclasses.replace(prediction, name=name_of(images, "image"))
 
     def stream(
@@ -118,6 +141,9 @@ class Predictor:
         *,
         threshold: float = 0.5,
         batch_size: int = 8,
+        tile: int | None = None,
+        overlap: float | None = None,
+        tta: str | None = None,
     ) -> Iterator[Prediction]:
         """Yield a prediction for each image, in order, with two batches of images in memory.
 
@@ -128,11 +154,15 @@ class Predictor:
             images: any iterable of paths, uint8 RGB pixels and Pillow images, finite or not; or a
                 folder, glob or CSV file, as on the command line.
             threshold: probability above which a pixel counts as object, 0..1.
-            batch_size: images per forward pass.
+            batch_size: images or tiles per forward pass.
+            tile: images larger than this many pixels are also looked at in windows of this size.
+            overlap: least share of a window that the next one covers too, 0.25 if unset.
+            tta: ``flip``, ``scales`` or ``flip,scales``: mean of the logits of the mirrored image,
+                and of three sizes.
 
         Raises:
             DataError: no image was found; or, during the iteration, an image cannot be read.
-            ConfigError: ``threshold`` or ``batch_size`` is out of range.
+            ConfigError: a value is out of range.
         """
         if batch_size < 1 or not 0 <= threshold <= 1:
             raise ConfigError(
@@ -140,19 +170,30 @@ class Predictor:
                 f"{batch_size} and {threshold}."
             )
         chosen = find_photos([str(images)]) if isinstance(images, (str, Path)) else images
-        attempts = self.attempts(chosen, threshold=threshold, batch_size=batch_size)
+        attempts = self.attempts(
+            chosen,
+            threshold=threshold,
+            batch_size=batch_size,
+            views=self.views(choose_views(tile, overlap, tta)),
+        )
         return (_or_raise(found) for _, found in attempts)
 
     def attempts(
-        self, images: Iterable[Input], *, threshold: float, batch_size: int
+        self,
+        images: Iterable[Input],
+        *,
+        threshold: float,
+        batch_size: int,
+        views: Views | None = None,
     ) -> Iterator[tuple[Input, Prediction | DataError]]:
         """Yield each image with its prediction, or with the error if it cannot be read.
 
         Args:
             images, threshold, batch_size: see ``stream``.
+            views: tiles and augmentation; None: none.
         """
         source = _Iterated(images, batch_size)
-        stages = _StreamStages(self, threshold)
+        stages = _StreamStages(self, threshold, views or self.views(ONE_VIEW))
         with Pipeline(
             stages,
             source,
@@ -170,18 +211,32 @@ class Predictor:
 
     def prepare(self, image_HWC: NDArray[np.uint8]) -> Tensor:
         """Return an RGB uint8 image (H, W, 3) resized to the training size, uint8 (3, S, S)."""
-        size = (self.img_size, self.img_size)
-        shrink = min(image_HWC.shape[:2]) > self.img_size
-        resized = cv2.resize(
-            image_HWC, size, interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
-        )
-        return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        return prepared(image_HWC, self.img_size)
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """Return float32 logits (B, 1, h, w) of prepared images (B, 3, S, S) on the device."""
         with self.precision.autocast(self.device):
             output: Tensor = self.model(images_BCHW).logits_B1HW
         return output.float()
+
+    def views(self, options: ViewOptions) -> Views:
+        """Return how images become inputs of this model.
+
+        Raises:
+            ConfigError: the network does not take inputs of the sides that are asked for.
+        """
+        views = Views(options, side=self.img_size, logits=self.logits)
+        name = self.config.model.backbone
+        for side in set(views.sides) - {self.img_size} if name not in BACKBONES else ():
+            try:
+                self.logits(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise ConfigError(
+                    f"--tta scales: {name} does not take images of {side} px after training with "
+                    f"{self.img_size} px ({reason}). Use --tta flip."
+                ) from error
+        return views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +254,12 @@ class _Read:
     inputs: tuple[Tensor, ...]
     pixels: NDArray[np.uint8]
     seconds: dict[str, float]
+    view_bytes: int
 
     @property
     def held_bytes(self) -> int:
-        """Memory until it is finished: pixels, and the map at their size."""
-        return 3 * self.pixels.nbytes
+        """Memory until it is finished: pixels, inputs, logits, and the map at the pixels' size."""
+        return self.pixels.nbytes + self.view_bytes
 
 
 class _Iterated:
@@ -228,24 +284,25 @@ class _Iterated:
 class _StreamStages:
     """Reads images and returns predictions in the rows."""
 
-    def __init__(self, predictor: Predictor, threshold: float) -> None:
-        self.predictor, self.threshold = predictor, threshold
+    def __init__(self, predictor: Predictor, threshold: float, views: Views) -> None:
+        self.predictor, self.threshold, self.views = predictor, threshold, views
         self.device = predictor.device
 
     def read(self, given: _Given) -> _Read:
         started = time.monotonic()
         pixels = read_pixels(given.image, max_pixels=self.predictor.max_pixels)
-        prepared = self.predictor.prepare(pixels)
-        return _Read((prepared,), pixels, {"read": time.monotonic() - started})
+        inputs = self.views.inputs(pixels)
+        needed = self.views.held_bytes(inputs, (pixels.shape[0], pixels.shape[1]))
+        return _Read(inputs, pixels, {"read": time.monotonic() - started}, needed)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.predictor.logits(inputs)
+        return self.views.logits(inputs)
 
     def finish(self, given: _Given, sample: _Read, outputs: list[Tensor]) -> Row:
         started = time.monotonic()
         height, width = sample.pixels.shape[:2]
         with torch.inference_mode():
-            map_HW = enlarged(outputs[0], (height, width)).numpy()
+            map_HW = self.views.probability(outputs, (height, width)).numpy()
         found = Prediction(given.name, sample.pixels, map_HW, 0.0, self.threshold)
         seconds = {"enlarge": time.monotonic() - started}
         return {"image": given.image, "found": found, "seconds": seconds}
@@ -254,7 +311,7 @@ class _StreamStages:
         return {"image": given.image, "found": DataError(reason)}
 
     def example(self) -> Tensor:
-        side = self.predictor.img_size
+        side = max(self.views.sides)
         return torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
 
 

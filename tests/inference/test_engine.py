@@ -75,6 +75,14 @@ def test_tiles_of_several_images_share_batches_and_shapes_do_not_mix() -> None:
     assert [row["found"] for row in result.rows] == [[2, 3, 4], [10, 11], [18]]
 
 
+def test_inputs_of_different_shapes_fill_batches_of_their_own() -> None:
+    stages = FakeStages()
+    items = [Thing("a", 1, (2, 4)), Thing("b", 5, (2, 4)), Thing("c", 9, (2, 4))]
+    (result,) = run(stages, items, 2, chunk=3)
+    assert stages.passes == [[1, 5], [1.5, 5.5], [9], [9.5]]
+    assert [row["found"] for row in result.rows] == [[2, 3], [10, 11], [18, 19]]
+
+
 def test_outputs_that_cannot_be_written_end_the_run_after_the_chunks_before() -> None:
     done = []
     with Pipeline(

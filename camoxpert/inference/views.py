@@ -1,0 +1,184 @@
+"""What the network sees of an image, ``--tile`` and ``--tta``: one input, or several whose logits
+become one map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from camoxpert import console
+from camoxpert.errors import ConfigError, DataError
+from camoxpert.inference.score import enlarged
+from camoxpert.inference.tiles import Grid, blended, joined, make_grid, stride
+from camoxpert.inference.tta import FLIP, averaged, mirrored_too, parse_tta, sides_of
+
+OVERLAP = 0.25
+"""Share of a tile that the next one covers too, unless another is given."""
+OVERLAP_LIMIT = 0.9
+MOST_BYTES = 4_000_000_000
+"""Memory that the inputs and logits of one image may take; one that needs more is refused."""
+EXAMPLE = (3000, 4000)
+"""Size (height, width) of the photo for which the cost of tiles is printed."""
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How images are looked at; ``choose_views`` makes it. The default is a single input.
+
+    Attributes:
+        tile: side of the windows of large images, source pixels; None: images are not cut.
+        overlap: share of a window that the next one covers too; None without tiles.
+        tta: words of ``--tta`` with commas, in a fixed order; None: none.
+    """
+
+    tile: int | None = None
+    overlap: float | None = None
+    tta: str | None = None
+
+
+ONE_VIEW = ViewOptions()
+
+
+def choose_views(
+    tile: int | None = None, overlap: float | None = None, tta: str | None = None
+) -> ViewOptions:
+    """Return the options; whether a tile is large enough for the network is found by ``Views``.
+
+    Args:
+        tile: ``--tile``; None: off.
+        overlap: ``--overlap``; None: OVERLAP.
+        tta: ``--tta``; None: off.
+
+    Raises:
+        ConfigError: a value is out of range, or an overlap has no tiles.
+    """
+    words = parse_tta(tta)
+    if overlap is not None and not 0 <= overlap < OVERLAP_LIMIT:
+        raise ConfigError(
+            f"--overlap must be at least 0 and less than {OVERLAP_LIMIT}; {overlap:g} is not."
+        )
+    if overlap is not None and tile is None:
+        raise ConfigError("--overlap is of the windows of --tile: give both, or none.")
+    share = None if tile is None else float(OVERLAP if overlap is None else overlap)
+    return ViewOptions(tile, share, ",".join(words) or None)
+
+
+class Views:
+    """Turns images into inputs of the network, and their logits into one map.
+
+    Args:
+        options: windows and augmentation.
+        side: of the network's input, pixels.
+        logits: the network: uint8 (B, 3, s, s) to float32 (B, 1, s, s).
+
+    Raises:
+        ConfigError: a tile is smaller than the network's input.
+    """
+
+    def __init__(
+        self, options: ViewOptions, *, side: int, logits: Callable[[Tensor], Tensor]
+    ) -> None:
+        if options.tile is not None and options.tile < side:
+            raise ConfigError(
+                f"--tile must be at least the side of the network's input, {side} px; "
+                f"{options.tile} is not."
+            )
+        self.options, self.side = options, side
+        self.words = parse_tta(options.tta)
+        self.sides = sides_of(side, self.words)
+        self._logits = logits
+
+    def inputs(self, image_HWC: NDArray[np.uint8]) -> tuple[Tensor, ...]:
+        """Return the inputs for an image, uint8 (3, s, s) each.
+
+        The whole image is first, then its windows row by row; each at all sizes.
+
+        Raises:
+            DataError: there would be too many.
+        """
+        size = (image_HWC.shape[0], image_HWC.shape[1])
+        grid = self._grid(size)
+        parts = [image_HWC]
+        if grid is not None:
+            needed = (1 + len(grid)) * sum((3 + 4) * side * side for side in self.sides)
+            if needed > MOST_BYTES:
+                raise DataError(
+                    f"An image of {size[1]} x {size[0]} pixels makes {len(grid)} tiles, which take "
+                    f"{needed / 1e9:.0f} GB. Give a larger --tile or less --overlap."
+                )
+            parts += grid.crops(image_HWC)
+        return tuple(prepared(part, side) for part in parts for side in self.sides)
+
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """Return float32 logits (B, 1, s, s) of inputs, on the device."""
+        if FLIP in self.words:
+            return mirrored_too(self._logits, images_BCHW)
+        return self._logits(images_BCHW)
+
+    def probability(self, outputs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return the probabilities (H, W) of an image from the logits of its inputs.
+
+        Args:
+            outputs: float32 (1, s, s) for every input, in order.
+            size: (height, width) of the image.
+        """
+        number = len(self.sides)
+        starts = range(0, len(outputs), number)
+        whole, *tiles = (outputs[start : start + number] for start in starts)
+        grid = self._grid(size)
+        if grid is None:
+            return enlarged(averaged(whole), size)
+        map_HW = blended(grid, map(averaged, tiles))
+        return joined(grid, map_HW, averaged(whole)).sigmoid_()
+
+    def held_bytes(self, inputs: Sequence[Tensor], size: tuple[int, int]) -> int:
+        """Return the memory that an image takes beside its pixels until its map is made.
+
+        That is its inputs, their logits, the map at its own size, and for tiles the context that is
+        added to it.
+        """
+        logits = sum(4 * tensor[0].numel() for tensor in inputs)
+        maps = 1 if self._grid(size) is None else 2
+        return sum(t.nbytes for t in inputs) + logits + 4 * maps * size[0] * size[1]
+
+    def decide(self) -> None:
+        """Print what was chosen and what it costs."""
+        passes = len(self.sides) * (2 if FLIP in self.words else 1)
+        tile, overlap = self.options.tile, self.options.overlap
+        if tile is not None and overlap is not None:
+            grid = self._grid(EXAMPLE)
+            number = passes * (1 if grid is None else 1 + len(grid))
+            console.decide(
+                "tiles",
+                f"images larger than {tile} px in windows of {tile} px, a new one every "
+                f"{stride(tile, overlap)}, and the whole of it: {number} forward passes for "
+                f"{EXAMPLE[1]} x {EXAMPLE[0]} pixels",
+            )
+        if self.words:
+            pixels = passes * sum(side**2 for side in self.sides) / len(self.sides) / self.side**2
+            mirror = "as it is and mirrored, " if FLIP in self.words else ""
+            console.decide(
+                "tta",
+                f"each image or tile {mirror}at {', '.join(map(str, self.sides))} px: {passes} "
+                f"forward passes instead of 1, {pixels:.1f} times the pixels",
+            )
+
+    def _grid(self, size: tuple[int, int]) -> Grid | None:
+        if self.options.tile is None or self.options.overlap is None:
+            return None
+        return make_grid(size, self.options.tile, self.options.overlap)
+
+
+def prepared(image_HWC: NDArray[np.uint8], side: int) -> Tensor:
+    """Return an RGB uint8 image (H, W, 3) as an input of the network, uint8 (3, side, side)."""
+    shrink = min(image_HWC.shape[:2]) > side
+    resized = cv2.resize(
+        image_HWC, (side, side), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
+    )
+    return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
