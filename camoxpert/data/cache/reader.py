@@ -16,6 +16,7 @@ from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.samples.augment import SampleTransform
 from camoxpert.data.samples.batches import RawBatch
 from camoxpert.data.samples.sampler import EpochSampler
+from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.unreadable import Fault, first_readable
 from camoxpert.errors import DataError
 
@@ -36,6 +37,7 @@ class CacheReader:
         ahead: int = 2,
         pin_memory: bool = False,
         skip: int = 0,
+        soft: SoftMaps | None = None,
     ) -> None:
         self.transform = transform
         self._names = [pair.name for pair in manifest.pairs]
@@ -44,6 +46,9 @@ class CacheReader:
         self._bad = cache.unreadable_of(manifest)
         self._void = np.isin(self._rows, sorted(cache.void))
         self._skip = skip
+        self._soft = soft
+        self._maps = [] if soft is None else soft.of(manifest)
+        self._unlabeled = [not pair.labeled for pair in manifest.pairs]
         self._sampler = sampler
         self._ahead = ahead
         self._pin = pin_memory
@@ -128,7 +133,14 @@ class CacheReader:
         sizes = [(int(height), int(width)) for height, width in self._cache.sizes[rows]]
         names = [self._names[place] for place in places]
         void = bool(self._void[places].any())
-        return RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced, void)
+        batch = RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced, void)
+        if self._soft is not None:
+            soft = torch.from_numpy(self._soft.stack([self._maps[place] for place in places]))
+            batch.soft = soft.pin_memory() if self._pin else soft
+        unlabeled = [self._unlabeled[place] for place in places]
+        if any(unlabeled):
+            batch.unlabeled = unlabeled
+        return batch
 
     def _require(self, place: int) -> None:
         """Raise DataError for a row that could not be decoded."""
