@@ -291,7 +291,8 @@ def _quick_checks(
     console.decide("masks", f"stored as {words} ({len(looked_at)} looked at)")
     _judge_masks(shapes)
     items = [
-        (pair.image, part)
+        # Images without masks are trained on: only what is set aside must not be among them.
+        (pair.image, "training" if part == "unlabeled" else part)
         for part, manifest in parts.items()
         for pair in manifest.pairs
         if pair not in unreadable

@@ -6,6 +6,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from camoxpert.data.samples.sampler import EpochSampler
 from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.unreadable import Fault, first_readable
 from camoxpert.errors import DataError
+from camoxpert.runtime.host import usable_cores
 
 
 class CacheReader:
@@ -48,6 +50,8 @@ class CacheReader:
         self._skip = skip
         self._soft = soft
         self._maps = [] if soft is None else soft.of(manifest)
+        # The decoders release the interpreter's lock: maps of a batch are read at once.
+        self._pool = None if soft is None else ThreadPoolExecutor(usable_cores())
         self._unlabeled = [not pair.labeled for pair in manifest.pairs]
         self._sampler = sampler
         self._ahead = ahead
@@ -59,7 +63,9 @@ class CacheReader:
         self._sampler.seek(epoch, start_batch)
 
     def close(self) -> None:
-        """Do nothing: the thread ends when the iteration does."""
+        """End the threads that read maps; the one that reads ahead ends with its iteration."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def __len__(self) -> int:
         return -(-len(self._sampler) // self._sampler.batch_size)
@@ -134,8 +140,9 @@ class CacheReader:
         names = [self._names[place] for place in places]
         void = bool(self._void[places].any())
         batch = RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced, void)
-        if self._soft is not None:
-            soft = torch.from_numpy(self._soft.stack([self._maps[place] for place in places]))
+        if self._soft is not None and self._pool is not None:
+            maps = self._pool.map(self._soft.read, [self._maps[place] for place in places])
+            soft = torch.from_numpy(np.stack(list(maps)))
             batch.soft = soft.pin_memory() if self._pin else soft
         unlabeled = [self._unlabeled[place] for place in places]
         if any(unlabeled):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,3 @@ class SoftMaps:
                 f"{self.side}x{self.side}. Remove it: it is made again."
             )
         return pixels
-
-    def stack(self, paths: Sequence[Path | None]) -> np.ndarray:
-        """Return several maps, uint8 (B, S, S); DataError as ``read``."""
-        return np.stack([self.read(path) for path in paths])
