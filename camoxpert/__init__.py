@@ -89,13 +89,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(model: str | Path, *, device: str = "auto", precision: str = "auto") -> Predictor:
+def load(
+    model: str | Path, *, device: str = "auto", precision: str = "auto", zoom: bool = False
+) -> Predictor:
     """Load a trained model.
 
     Args:
         model: a run folder (its best weights), a checkpoint file, or a folder of shared weights.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: number format of the forward pass: auto, fp32, bf16 or fp16.
+        zoom: look at every image at two sizes, as ``camoxpert predict --zoom`` does.
 
     Raises:
         CheckpointError: no usable checkpoint at ``model``.
@@ -108,7 +111,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     wait_passively()
     from camoxpert.inference.predictor import load_predictor
 
-    return load_predictor(Path(model).expanduser(), device=device, precision=precision)
+    return load_predictor(Path(model).expanduser(), device=device, precision=precision, zoom=zoom)
 
 
 def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Result:

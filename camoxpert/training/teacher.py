@@ -35,14 +35,13 @@ from camoxpert.evaluation.maps.masks import named
 from camoxpert.files import lock, why_missing
 from camoxpert.inference.score import forward_batch, probability_maps
 from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.models.zoom import ZOOM, zoomed_side
 from camoxpert.runs.checkpoint import Checkpoint, file_digest, load_checkpoint
 from camoxpert.runs.identity import model_file
 from camoxpert.runtime.device import Precision, choose_device, choose_precision
 from camoxpert.runtime.host import usable_cores
 from camoxpert.text import count, shorten
 
-SCALES = (1.0, 1.5)
-"""Sizes at which an own model makes its maps, as multiples of the size it was trained with."""
 FORMAT = 1
 """Increase it when the making of maps changes."""
 
@@ -143,13 +142,13 @@ def _source(teacher: str, pairs: Sequence[Pair], *, digest: str, precision: str)
         if not digest:
             raise DataError(f"--teacher: {why_missing(path)}")
         words = f"{teacher}, which is gone: a stopped run needs its maps alone"
-        return Source(words, _key([*parts, SCALES, precision]))
+        return Source(words, _key([*parts, ZOOM, precision]))
     model = model_file(path)
     if model is None:
         given, rule = _given_maps(path, pairs)
         return Source(f"maps in {path}", _key(parts), given=given, rule=rule)
-    words = f"{model}, its evaluated weights at {' and '.join(f'{s:g}' for s in SCALES)} x its size"
-    return Source(words, _key([*parts, SCALES, precision]), model)
+    words = f"{model}, its evaluated weights at 1 and {ZOOM:g} x its size"
+    return Source(words, _key([*parts, ZOOM, precision]), model)
 
 
 def _key(parts: Sequence[object]) -> str:
@@ -270,9 +269,8 @@ class Teacher:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, precision: Precision) -> None:
         own = image_sides(checkpoint.config.data)
-        wanted = tuple(max(32, round(own[0] * scale / 32) * 32) for scale in SCALES)
         self.device, self.precision = device, precision
-        self.sides: tuple[int, ...] = tuple(dict.fromkeys(wanted))
+        self.sides: tuple[int, ...] = tuple(dict.fromkeys((own[0], zoomed_side(own[0]))))
         try:
             model = _built(checkpoint, (*own, *self.sides))
         except ConfigError:
