@@ -93,13 +93,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(model: str | Path, *, device: str = "auto", precision: str = "auto") -> Predictor:
+def load(
+    model: str | Path, *, device: str = "auto", precision: str = "auto", zoom: bool = False
+) -> Predictor:
     """Load a trained model.
 
     Args:
         model: a run folder (its best weights), a checkpoint file, or a folder of shared weights.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: number format of the forward pass: auto, fp32, bf16 or fp16.
+        zoom: look at every image at two sizes, as ``camoxpert predict --zoom`` does.
 
     Raises:
         CheckpointError: no usable checkpoint at ``model``.
@@ -112,7 +115,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     wait_passively()
     from camoxpert.inference.predictor import load_predictor
 
-    return load_predictor(Path(model).expanduser(), device=device, precision=precision)
+    return load_predictor(Path(model).expanduser(), device=device, precision=precision, zoom=zoom)
 
 
 def predict_folder(
@@ -155,8 +158,11 @@ def predict_folder(
 
     from camoxpert.inference.devices import choose_devices
     from camoxpert.inference.photos import PhotoOptions, predict_photos
+    from camoxpert.inference.predictor import load_for
     from camoxpert.inference.sources import look_for_photos
+    from camoxpert.runtime.host import wait_passively
 
+    wait_passively()
     given = [inputs] if isinstance(inputs, (str, Path)) else inputs
     place = Path(output).expanduser()
     options = PhotoOptions(
@@ -168,7 +174,11 @@ def predict_folder(
         limit=limit,
     )
     found = look_for_photos([str(Path(path).expanduser()) for path in given], output=place)
-    predictor = load(model) if isinstance(model, (str, Path)) else model
+    predictor = (
+        load_for(Path(model).expanduser(), options.devices)
+        if isinstance(model, (str, Path))
+        else model
+    )
     return predict_photos(predictor, found.photos, place, options)
 
 

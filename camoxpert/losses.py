@@ -28,8 +28,8 @@ class Loss(NamedTuple):
 
     Attributes:
         total: the scalar loss, with its graph.
-        terms: its weighted parts, detached, still on the device: ``mask``, ``side``, ``balance``,
-            ``router_z``; they sum to the total.
+        terms: its weighted parts, detached, still on the device: ``mask``, ``side``, ``teacher``,
+            ``balance``, ``router_z``; they sum to the total.
     """
 
     total: Tensor
@@ -136,6 +136,42 @@ def dice_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, known_B1HW: Tensor | None 
     return (1 - (2 * both + 1) / (total + 1)).mean()
 
 
+def teacher_loss(
+    logits_B1HW: Tensor,
+    teacher_B1HW: Tensor,
+    mask_B1HW: Tensor,
+    *,
+    known_B1HW: Tensor | None = None,
+    unlabeled_B: Tensor | None = None,
+) -> Tensor:
+    """Return the cross entropy to a teacher's probabilities p, weighted by its confidence
+    ``|2p - 1|``; mean over all pixels.
+
+    Where there is a mask, a pixel counts only if the teacher agrees with it (p >= 1/2 on the
+    object, and only there): what the teacher adds is how sure to be, not another answer. Void
+    pixels of a mask do not count. In images without a mask every pixel counts.
+
+    The sum is divided by the number of pixels and not by that of the weights: an image that the
+    teacher is unsure of counts less.
+
+    Args:
+        logits_B1HW: logits.
+        teacher_B1HW: probabilities, 0..1.
+        mask_B1HW: target, 0 or 1; anything where there is no mask.
+        known_B1HW: 0 on void pixels, else 1.
+        unlabeled_B: True for images without a mask; None: all have one.
+    """
+    probs = teacher_B1HW.float()
+    weight = (2 * probs - 1).abs()
+    counts = ((probs >= 0.5) == (mask_B1HW > 0.5)).float()
+    if known_B1HW is not None:
+        counts = counts * known_B1HW
+    if unlabeled_B is not None:
+        counts = torch.where(unlabeled_B.view(-1, 1, 1, 1), 1.0, counts)
+    bce = F.binary_cross_entropy_with_logits(logits_B1HW.float(), probs, reduction="none")
+    return (weight * counts * bce).mean()
+
+
 def segmentation_loss(
     logits_B1HW: Tensor,
     mask_B1HW: Tensor,
@@ -178,6 +214,8 @@ def total_loss(
     *,
     counts_LE: Tensor | None = None,
     known_B1HW: Tensor | None = None,
+    teacher_B1HW: Tensor | None = None,
+    unlabeled_B: Tensor | None = None,
 ) -> Loss:
     """Return the sum of all weighted terms.
 
@@ -188,6 +226,8 @@ def total_loss(
         counts_LE: choices per level and expert over the whole batch of an optimizer step; None
             counts this batch alone.
         known_B1HW: 0 on void pixels, which are left out, else 1; None: every pixel counts.
+        teacher_B1HW: probabilities of a teacher, which the final logits learn from as well.
+        unlabeled_B: True for images without a mask, whose pixels are all void.
     """
     mask = mask_B1HW.float()
     # Once for the mask and all side heads, which have the same target.
@@ -209,6 +249,14 @@ def total_loss(
         # With weight 0, not left out: distributed training needs a gradient for every parameter.
         unused = torch.stack([side.float().mean() for side in output.side_logits])
         parts["mask"] = parts["mask"] + 0.0 * unused.sum()
+    if teacher_B1HW is not None and config.teacher:
+        parts["teacher"] = config.teacher * teacher_loss(
+            output.logits_B1HW,
+            teacher_B1HW,
+            mask,
+            known_B1HW=known_B1HW,
+            unlabeled_B=unlabeled_B,
+        )
     if output.routing and output.routing[0].probs_BE.shape[1] > 1:
         levels = len(output.routing)
         parts["balance"] = config.balance * sum(

@@ -25,6 +25,7 @@ TYPE_NAMES: Mapping[Any, str] = {
 PATHS = frozenset(
     (
         *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
+        *("data.teacher", "data.unlabeled"),
         *("model.weights", "model.init_from", "train.resume", "run.dir"),
     )
 )
@@ -134,6 +135,13 @@ def check_conflicts(config: Config) -> None:
         raise ConfigError(
             "All segmentation losses have weight 0 (loss.structure, .bce, .iou, .dice). Give one a "
             "weight."
+        )
+    if config.data.unlabeled and not (config.data.teacher and loss.teacher):
+        missing = "loss.teacher is 0" if config.data.teacher else "there is no --teacher"
+        raise ConfigError(
+            f"--unlabeled {config.data.unlabeled}: images without masks learn from a teacher "
+            f"alone, and {missing}. Name a model or a folder of maps with --teacher, or leave "
+            f"--unlabeled out."
         )
     if train.early_stopping and config.data.val_fraction == 0:
         raise ConfigError(

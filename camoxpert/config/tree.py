@@ -30,6 +30,24 @@ class DataConfig:
         "more test sets to score when training ends, beside those that come with the training data",
         flag="--test-data",
     )
+    teacher: str = setting(
+        "",
+        "soft maps to learn from beside the masks: those of an own model (a run, a checkpoint, "
+        "shared weights), made once and kept in the cache folder, or a folder of any model's maps",
+        flag="--teacher",
+    )
+    unlabeled: str = setting(
+        "",
+        "folder of images without masks that join the training; they learn from --teacher alone",
+        flag="--unlabeled",
+    )
+    unlabeled_share: float = setting(
+        0.5,
+        "share of a batch that --unlabeled may take; an epoch sees each of these images at most "
+        "once",
+        above=0,
+        maximum=0.95,
+    )
     layout: str = setting(
         "auto", "name of a known layout, or auto to recognise it", flag="--layout"
     )
@@ -239,6 +257,9 @@ class LossConfig:
     bce: float = setting(0.0, "weight of plain binary cross entropy", minimum=0)
     iou: float = setting(0.0, "weight of the soft IoU loss", minimum=0)
     dice: float = setting(0.0, "weight of the soft Dice loss", minimum=0)
+    teacher: float = setting(
+        1.0, "weight of the cross entropy to the maps of --teacher; 0: they are not used", minimum=0
+    )
     deep_supervision: bool = setting(
         True, "also train the side heads, one per decoder level", flag="--deep-supervision"
     )

@@ -20,6 +20,7 @@ from camoxpert.config import DataConfig
 from camoxpert.data.cache.reader import CacheReader
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.unlabeled import unlabeled_per_epoch
 from camoxpert.data.samples.augment import SampleTransform, sample_transform, training_sides
 from camoxpert.data.samples.batches import (
     Batch,
@@ -32,6 +33,7 @@ from camoxpert.data.samples.batches import (
 )
 from camoxpert.data.samples.datasets import CorruptedDataset, EvalDataset, PairDataset
 from camoxpert.data.samples.sampler import EpochSampler, InOrderSampler
+from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.supervise import Supervised, loader_options
 from camoxpert.data.unreadable import skippable
 from camoxpert.data.workers import choose_start_method
@@ -50,6 +52,7 @@ class LoaderPlan:
         on_device: samples are augmented on the device of the step; batches are RawBatch. With a
             cache and no workers, batches are read straight from the cache.
         pin_memory: batches are in page-locked memory.
+        soft: maps of a teacher that the batches carry, or None.
     """
 
     num_workers: int = 0
@@ -57,6 +60,7 @@ class LoaderPlan:
     cache: PixelCache | None = None
     on_device: bool = False
     pin_memory: bool = False
+    soft: SoftMaps | None = None
 
 
 SIMPLE = LoaderPlan()
@@ -105,7 +109,7 @@ def build_loader(
     """Build a loader of training batches.
 
     Args:
-        manifest: the pairs.
+        manifest: the pairs; those without a mask, if any, come last.
         data: settings. Images are augmented by ``data.augment``; with several training sizes one
             is drawn per batch.
         plan: workers and cache.
@@ -114,13 +118,17 @@ def build_loader(
         rank, world_size: rank of this process, and number of processes that share an epoch.
     """
     transform = sample_transform(data, seed)
+    labeled = sum(pair.labeled for pair in manifest.pairs)
+    unlabeled = len(manifest) - labeled
     sampler = EpochSampler(
-        len(manifest),
+        labeled,
         seed=seed,
         rank=rank,
         world_size=world_size,
         batch_size=batch_size,
         targets=training_sides(data),
+        unlabeled=unlabeled,
+        mixed_in=unlabeled_per_epoch(labeled, unlabeled, data.unlabeled_share),
     )
     if plan.cache is not None and plan.on_device and plan.num_workers == 0:
         return CacheReader(
@@ -131,8 +139,11 @@ def build_loader(
             ahead=plan.prefetch,
             pin_memory=plan.pin_memory,
             skip=skippable(data, len(manifest)),
+            soft=plan.soft,
         )
-    dataset = PairDataset(manifest, data, transform, cache=plan.cache, raw=plan.on_device)
+    dataset = PairDataset(
+        manifest, data, transform, cache=plan.cache, raw=plan.on_device, soft=plan.soft
+    )
     make = partial(
         DataLoader,
         dataset,
@@ -282,7 +293,7 @@ def _arrived(
     """Make the step wait for its own batch, but not for the next one."""
     current = torch.cuda.current_stream(device)
     current.wait_event(done)
-    for tensor in (batch.images, batch.masks):
+    for tensor in batch.tensors().values():
         # The allocator must not reuse the memory while this stream still reads it.
         tensor.record_stream(current)
     return batch, waited

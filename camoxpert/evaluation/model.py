@@ -143,9 +143,10 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def method_name(predictor: Predictor) -> str:
-    """Return the name of a model in tables: its run's, or its file's."""
+    """Return the name of a model in tables: its run's, or its file's; ``-zoom`` at two sizes."""
     folder = run_folder(predictor.checkpoint.path)
-    return predictor.checkpoint.path.stem if folder is None else folder.resolve().name
+    name = predictor.checkpoint.path.stem if folder is None else folder.resolve().name
+    return f"{name}-zoom" if predictor.zoom else name
 
 
 def default_output(checkpoint: Path) -> Path:

@@ -282,8 +282,9 @@ class Pipeline:
     def _read_ahead(self) -> None:
         """Keep enough items being read; ask for more chunks where they run out."""
         window = self._batches_ahead * self.batch_size.value
-        if self._mean_bytes:
-            window = min(window, max(FEWEST_AHEAD, int(HELD_BYTES / self._mean_bytes)))
+        # How large the samples are is known with the first.
+        fitting = int(HELD_BYTES / self._mean_bytes) if self._mean_bytes else 0
+        window = min(window, max(FEWEST_AHEAD, fitting))
         while len(self._reading) < window:
             if not self._queue and not self._take_chunk():
                 return
@@ -315,7 +316,8 @@ class Pipeline:
             work.rows[reading.position] = self.stages.failed(reading.item, reason)
         work.unread -= 1
         if sample is not None:
-            self._mean_bytes += (sample.held_bytes - self._mean_bytes) / 8
+            mean = self._mean_bytes or sample.held_bytes
+            self._mean_bytes = mean + (sample.held_bytes - mean) / 8
             self.timing.add(sample.seconds)
             work.computing += 1
             computing = _Computing(

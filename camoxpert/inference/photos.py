@@ -245,7 +245,7 @@ class PhotoSpec:
     Attributes:
         checkpoint: file of the model.
         model: its hash, so that all workers have the same one.
-        precision, max_pixels: see ``load_predictor``.
+        precision, max_pixels, zoom: see ``load_predictor``.
         output, kinds, threshold, views: see ``PhotoStages``.
     """
 
@@ -257,6 +257,7 @@ class PhotoSpec:
     kinds: tuple[str, ...]
     threshold: float
     views: ViewOptions = ONE_VIEW
+    zoom: bool = False
 
     def build(self, device: str) -> PhotoStages:
         """Load the model on a device.
@@ -269,6 +270,7 @@ class PhotoSpec:
             device=device,
             precision=self.precision,
             max_pixels=self.max_pixels,
+            zoom=self.zoom,
         )
         if model_digest(predictor.checkpoint) != self.model:
             raise CheckpointError(f"{self.checkpoint} changed while the run started. Start again.")
@@ -317,6 +319,7 @@ def predict_photos(
         img_size=predictor.img_size,
         precision=predictor.precision.name,
         threshold=options.threshold,
+        zoom=predictor.zoom or None,
         **asdict(options.views),
     )
     views = predictor.views(options.views)
@@ -373,6 +376,7 @@ def _choose_engine(
         kinds=kinds,
         threshold=options.threshold,
         views=options.views,
+        zoom=predictor.zoom,
     )
     if options.ray:
         return RayEngine(

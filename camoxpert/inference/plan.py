@@ -27,7 +27,7 @@ from camoxpert.text import bullet_list, count
 
 COMPARED = {"model": "model", "img_size": "image size", "precision": "precision",
             "threshold": "threshold", "tile": "--tile", "overlap": "--overlap",
-            "tta": "--tta"}  # fmt: skip
+            "tta": "--tta", "zoom": "--zoom"}  # fmt: skip
 """Settings that change pictures or table, and their names in messages."""
 TEMPORARY = re.compile(r"\.\w+\.tmp")
 """Names of files that are not written to the end: see ``files.write_whole``."""
@@ -44,6 +44,7 @@ class Settings:
         precision: number format of the forward pass.
         threshold: probability above which a pixel is object.
         tile, overlap, tta: see ``views.ViewOptions``; None, and absent in an older head: off.
+        zoom: whether images are looked at in two sizes; None: no.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Settings:
     tile: int | None = None
     overlap: float | None = None
     tta: str | None = None
+    zoom: bool | None = None
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Return a text for each setting of an earlier call that changes pictures or table."""

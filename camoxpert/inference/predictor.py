@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -25,7 +25,8 @@ from camoxpert.inference.sources import ImageInput, find_photos, name_of, read_p
 from camoxpert.inference.timing import Timing
 from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
 from camoxpert.models.backbone import BACKBONES
-from camoxpert.models.camoxpert import build_model
+from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.models.zoom import Zoomed, zoomed_side
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.runtime.device import (
     Precision,
@@ -45,6 +46,7 @@ class Predictor:
         device: device of the model.
         precision: number format of the forward pass.
         max_pixels: larger images are refused; None: as in training.
+        zoom: look at every image at two sizes; see ``models.zoom``.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Predictor:
         device: torch.device,
         precision: Precision,
         max_pixels: int | None = None,
+        zoom: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
@@ -63,13 +66,25 @@ class Predictor:
         self.max_pixels = max_pixels or self.config.data.max_pixels
         # The checkpoint has the weights: nothing is downloaded.
         model = dataclasses.replace(checkpoint.config.model, pretrained=False, weights="")
-        self.model = build_model(model, sides=image_sides(self.config.data))
+        sides, self.zoom = image_sides(self.config.data), zoom
+        if zoom:
+            sides = (*sides, zoomed_side(self.img_size))
         try:
-            self.model.load_state_dict(checkpoint.evaluated_weights)
+            built = build_model(model, sides=sides)
+        except ConfigError as error:
+            if not zoom:
+                raise
+            raise ConfigError(f"--zoom looks at images at two sizes. {error}") from error
+        try:
+            built.load_state_dict(checkpoint.evaluated_weights)
         except RuntimeError as error:
             raise CheckpointError(
                 f"{checkpoint.path} does not fit its own settings: {error}"
             ) from error
+        self.model: CamoXpert | Zoomed = built
+        if zoom:
+            # Images are read at the larger size.
+            self.model, self.img_size = Zoomed(built, self.img_size), sides[-1]
         self.model.to(device).eval()
 
     @overload
@@ -322,13 +337,18 @@ def _or_raise(found: Prediction | DataError) -> Prediction:
 
 
 def load_predictor(
-    path: Path, *, device: str = "auto", precision: str = "auto", max_pixels: int | None = None
+    path: Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    max_pixels: int | None = None,
+    zoom: bool = False,
 ) -> Predictor:
     """Load a predictor from a checkpoint file, a run folder or a folder of shared weights.
 
     Args:
         path: where the model is.
-        device, precision: as the flags of ``predict``.
+        device, precision, zoom: as the flags of ``predict``.
         max_pixels: larger images are refused; None: as in training.
 
     Raises:
@@ -341,4 +361,31 @@ def load_predictor(
     if precision not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision}: use auto, fp32, bf16 or fp16.")
     chosen = choose_precision(TrainConfig(precision=precision), where)
-    return Predictor(checkpoint, device=where, precision=chosen, max_pixels=max_pixels)
+    return Predictor(checkpoint, device=where, precision=chosen, max_pixels=max_pixels, zoom=zoom)
+
+
+def load_for(
+    path: Path,
+    devices: Sequence[str],
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    max_pixels: int | None = None,
+    zoom: bool = False,
+) -> Predictor:
+    """Load the predictor of a job: for worker processes one that only knows the settings.
+
+    Args:
+        path: where the model is.
+        devices: of the worker processes; empty: this process does the work.
+        device, precision, max_pixels, zoom: see ``load_predictor``; ``auto`` chooses the precision
+            for the first of the devices.
+    """
+    if devices:
+        device = "cpu"
+        if precision == "auto":
+            first = torch.device(devices[0])
+            precision = choose_precision(TrainConfig(precision="auto"), first).name
+    return load_predictor(
+        path, device=device, precision=precision, max_pixels=max_pixels, zoom=zoom
+    )

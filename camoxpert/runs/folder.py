@@ -19,7 +19,7 @@ from camoxpert.files import read_json, try_lock
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
 from camoxpert.runs.identity import (
     FREE,
-    ROOTS,
+    PLACES,
     file_hashes,
     setting_differences,
     what_is_trained,
@@ -76,6 +76,7 @@ class RunFolder:
 # Settings added since the first version: at their defaults they do not count in names.
 ADDED = (
     *("data.augment.corrupt", "data.augment.strength", "data.group_copies", "data.resize"),
+    *("data.teacher", "data.unlabeled", "data.unlabeled_share", "loss.teacher"),
     *("data.test_roots", "model.decoder", "model.init_from", "model.upcycle_noise"),
     *("model.routing_grid", "train.expert_dropout", "train.preset"),
 )
@@ -228,12 +229,13 @@ def _is_same(folder: Path, info: Mapping[str, Any], config: Config, now: Mapping
     if old is None:
         return False
     before = recorded_hashes(info)
-    return setting_differences(old, config, before=before, now=now).keys() <= {ROOTS}
+    return setting_differences(old, config, before=before, now=now).keys() <= PLACES
 
 
 def _elsewhere(folder: Path, config: Config) -> bool:
     old = _settings(folder)
-    return old is None or ROOTS in setting_differences(old, config, before={}, now={})
+    changed = {} if old is None else setting_differences(old, config, before={}, now={})
+    return old is None or not PLACES.isdisjoint(changed)
 
 
 def _settings(folder: Path) -> Config | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from camoxpert.config import Config, get_setting, leaves
+from camoxpert.errors import CheckpointError
 from camoxpert.runs.checkpoint import file_digest, resolve_checkpoint
 
 # Settings that say how long, how fast or where, not what is trained.
@@ -31,9 +33,12 @@ FREE = (
     "train.allow_data_change",
     "train.process_timeout",
 )
-ROOTS = "data.roots"
-FILES = ("data.clean_list", "model.weights", "model.init_from")
-"""Settings that name a file; its content counts."""
+ROOTS, UNLABELED = "data.roots", "data.unlabeled"
+PLACES = frozenset((ROOTS, UNLABELED))
+"""Settings that name training data: moved data is the same, and the caller compares it."""
+TEACHER = "data.teacher"
+FILES = ("data.clean_list", TEACHER, "model.weights", "model.init_from")
+"""Settings that name a file, a model or a folder of maps; its content counts."""
 
 
 def what_is_trained(config: Config) -> dict[str, Any]:
@@ -47,7 +52,8 @@ def what_is_trained(config: Config) -> dict[str, Any]:
         if leaf.path not in FREE and not leaf.path.startswith("run.")
     }
     values[ROOTS] = tuple(os.path.normpath(root) for root in values[ROOTS])
-    return values | {path: os.path.normpath(values[path]) for path in FILES if values[path]}
+    named = {*FILES, UNLABELED}
+    return values | {path: os.path.normpath(values[path]) for path in named if values[path]}
 
 
 def same_place(one: str, other: str) -> bool:
@@ -69,11 +75,36 @@ def file_hashes(config: Config, before: Mapping[str, str] | None = None) -> dict
         file = None
         if value and Path(value).exists():
             file = resolve_checkpoint(Path(value)) if path == "model.init_from" else Path(value)
-        if file is not None and file.is_file():
+        if file is not None and path == TEACHER:
+            model = model_file(file)
+            found[path] = folder_digest(file) if model is None else file_digest(model)
+        elif file is not None and file.is_file():
             found[path] = file_digest(file)
         elif value and before and path in before:
             found[path] = before[path]
     return found
+
+
+def model_file(path: Path) -> Path | None:
+    """Return the checkpoint that a path names, or None for a folder without one: one of maps."""
+    try:
+        return resolve_checkpoint(path)
+    except CheckpointError:
+        if path.is_dir():
+            return None
+        raise
+
+
+def folder_digest(folder: Path) -> str:
+    """Return the sha256 of the names and contents of all files in a folder, hidden ones left
+    out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            line = f"{name.as_posix()}\t{file_digest(path)}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def setting_differences(
@@ -81,8 +112,8 @@ def setting_differences(
 ) -> dict[str, str]:
     """Return what differs between the settings of two runs: dotted path -> change, in words.
 
-    Paths that name one place are equal, and so are files of equal content; ``data.roots`` that
-    name other places are listed, and the caller compares the data.
+    Paths that name one place are equal, and so are files of equal content; training data in other
+    places are listed (see ``PLACES``), and the caller compares the data.
 
     Args:
         old, new: the settings.
@@ -92,10 +123,12 @@ def setting_differences(
     changed = {}
     for path in values[0]:
         one, other = values[0][path], values[1][path]
-        if path == ROOTS:
-            places = len(one) == len(other) and all(map(same_place, one, other))
-            if one != other and not places:
-                changed[path] = f"{path}: {', '.join(one)} -> {', '.join(other)}"
+        if path in PLACES:
+            old_places, new_places = ((v,) if isinstance(v, str) else v for v in (one, other))
+            same = len(old_places) == len(new_places)
+            same = same and all(map(same_place, old_places, new_places))
+            if one != other and not same:
+                changed[path] = f"{path}: {', '.join(old_places)} -> {', '.join(new_places)}"
         elif path in FILES and path in before and path in now:
             if before[path] != now[path]:
                 same = one == other or same_place(one, other)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from camoxpert import console
@@ -25,6 +26,12 @@ from camoxpert.data.files.manifest import (
     unused_rows,
 )
 from camoxpert.data.files.pairing import Pair
+from camoxpert.data.files.unlabeled import (
+    NO_IMAGES,
+    find_unlabeled,
+    joined,
+    unlabeled_per_epoch,
+)
 from camoxpert.data.loader import LoaderPlan, seconds_per_sample
 from camoxpert.data.samples.augment import sample_transform, training_sides
 from camoxpert.data.samples.datasets import PairDataset
@@ -38,6 +45,7 @@ from camoxpert.text import count, shorten
 from camoxpert.training.batching import effective_batch
 from camoxpert.training.recipe import Recipe, choose_recipe
 from camoxpert.training.split import Split, decide_split
+from camoxpert.training.teacher import find_soft_maps
 
 MASKS_LOOKED_AT = 16
 TEST_SETS = ("NC4K", "CHAMELEON")
@@ -50,9 +58,10 @@ class RunData:
 
     Attributes:
         train, validation: parts of TRAIN; test sets never choose anything.
+        unlabeled: images without masks that are trained on beside ``train``.
         tests: test sets found beside the training data, by name; scored once, at the end.
-        data_hash: content hash of train and validation together.
-        loading: workers and cache of the training loader.
+        data_hash: content hash of train, validation and the images without masks together.
+        loading: workers, cache and teacher's maps of the training loader.
         recipe: the settings with nothing left open.
         checked: how much of the files was read to check them, as a sentence.
     """
@@ -64,6 +73,18 @@ class RunData:
     loading: LoaderPlan
     recipe: Recipe
     checked: str
+    unlabeled: Manifest = NO_IMAGES
+
+    @property
+    def trained(self) -> Manifest:
+        """All images that are trained on, those without masks last."""
+        return joined(self.train, self.unlabeled)
+
+    def images_per_epoch(self, processes: int = 1) -> int:
+        """Return how many images one of several processes takes in an epoch."""
+        share = self.recipe.config.data.unlabeled_share
+        extra = unlabeled_per_epoch(len(self.train), len(self.unlabeled), share)
+        return -(-len(self.train) // processes) + -(-extra // processes)
 
 
 def find_data(
@@ -74,6 +95,7 @@ def find_data(
     write: bool = True,
     kept: Split | None = None,
     recipe: Mapping[str, Any] | None = None,
+    teacher: str = "",
 ) -> RunData:
     """Find, pair, check, split and decode the data, printing each decision.
 
@@ -85,21 +107,25 @@ def find_data(
         write: False does not build a missing cache.
         kept: the split of the run that is continued.
         recipe: what its preset decided.
+        teacher: hash of the teacher.
 
     Raises:
-        DataError: anything wrong with the data or its cache.
+        DataError: anything wrong with the data, its cache or the teacher's maps.
         Stopped: a stop was requested; a half-built cache is continued next time.
     """
     clean = read_clean_list(asked.data.clean_list)
     search = search_of(asked.data, clean)
     found = load_training_data(asked.data.roots, search, validate=asked.data.val_fraction > 0)
-    whole = found.whole
-    chosen = choose_recipe(asked, len(whole), processes=world.size, kept=recipe)
+    whole, unlabeled = found.whole, find_unlabeled(asked.data.unlabeled)
+    every = joined(whole, unlabeled)
+    mixed_in = unlabeled_per_epoch(len(whole), len(unlabeled), asked.data.unlabeled_share)
+    chosen = choose_recipe(asked, len(whole) + mixed_in, processes=world.size, kept=recipe)
     config, data = chosen.config, chosen.config.data
-    cache, verdict = find_cache(whole, data) if data.cache in ("auto", "disk") else (None, "")
+    cache, verdict = find_cache(every, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
-    faults = unreadable_in(cache, whole) if cache is not None else _look_for_faults(whole, data)
+    faults = unreadable_in(cache, every) if cache is not None else _look_for_faults(every, data)
     train, validation = decide_split(found, config, kept or {}, write=write)
+    _say_unlabeled(unlabeled, len(train), data)
     tests = _find_tests(data, search)
     for note in whole.notes:
         console.decide("", note)
@@ -121,7 +147,7 @@ def find_data(
             f"{count(len(resized), 'mask')} of another size than the image, as --resize bilinear "
             f"allows: {shorten(resized)}",
         )
-    parts = {"training": train, "validation": validation}
+    parts = {"training": train, "validation": validation, "unlabeled": unlabeled}
     require_few_faults(parts, faults, data.max_unreadable)
     looked_at = _quick_checks({**parts, **tests}, data, faults) if world.first else 0
     unmatched = unused_rows(clean, [whole, *tests.values()])
@@ -131,18 +157,27 @@ def find_data(
             f"{len(unmatched)} of {len(clean)} rows of the clean list name no image here, for "
             f"example {'/'.join(unmatched[0])}",
         )
-    cache = _decide_cache(cache, verdict, whole, config, world, write=write)
+    cache = _decide_cache(cache, verdict, every, config, world, write=write)
     if cache is not None:
         # Decoding finds more than headers show.
-        faults = unreadable_in(cache, whole)
+        faults = unreadable_in(cache, every)
         require_few_faults(parts, faults, data.max_unreadable)
     if faults:
         console.decide(
             "warning",
-            f"{len(faults)} of {len(whole)} images cannot be read and are skipped "
+            f"{len(faults)} of {len(every)} images cannot be read and are skipped "
             f"(--unreadable skip): {shorten(pair.name for pair in faults)}",
         )
-    loading = _decide_loading(config, train, cache, world, device)
+    trained = joined(train, unlabeled)
+    soft = find_soft_maps(
+        config,
+        trained,
+        digest=teacher,
+        unreadable=faults,
+        local_rank=world.local_rank,
+        write=write,
+    )
+    loading = replace(_decide_loading(config, trained, cache, world, device), soft=soft)
     console.decide("recipe", chosen.reason)
     checked = (
         f"every pixel of the {count(len(whole), 'training pair')} was decoded into the cache"
@@ -150,7 +185,32 @@ def find_data(
         else f"the headers of {count(len(whole), 'training pair')} and the pixels of "
         f"{count(looked_at, 'mask')} were read, so damage inside a file was not looked for"
     )
-    return RunData(train, validation, tests, whole.content_hash(), loading, chosen, checked)
+    data_hash = _hash_of(whole, unlabeled)
+    return RunData(train, validation, tests, data_hash, loading, chosen, checked, unlabeled)
+
+
+def _say_unlabeled(unlabeled: Manifest, num_labeled: int, data: DataConfig) -> None:
+    """Print how many images without masks are trained on, and how often."""
+    if not len(unlabeled):
+        return
+    used = unlabeled_per_epoch(num_labeled, len(unlabeled), data.unlabeled_share)
+    console.decide(
+        "unlabeled",
+        f"{count(len(unlabeled), 'image')} without masks in {data.unlabeled}; an epoch sees {used} "
+        f"of them, {used / max(used + num_labeled, 1):.0%} of a batch, for the teacher's loss "
+        f"alone",
+    )
+    for note in unlabeled.notes:
+        console.decide("", note)
+
+
+def _hash_of(whole: Manifest, unlabeled: Manifest) -> str:
+    """Return the content hash of all training data; without images that have no mask, that of the
+    others alone, as it always was."""
+    if not len(unlabeled):
+        return whole.content_hash()
+    both = whole.content_hash() + unlabeled.content_hash()
+    return hashlib.sha256(both.encode()).hexdigest()
 
 
 def _find_tests(data: DataConfig, search: Search) -> dict[str, Manifest]:
@@ -178,7 +238,7 @@ def hash_of_data(config: Config) -> str:
     clean = read_clean_list(data.clean_list)
     search = search_of(data, clean)
     found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
-    return found.whole.content_hash()
+    return _hash_of(found.whole, find_unlabeled(data.unlabeled))
 
 
 def unreadable_in(cache: PixelCache, manifest: Manifest) -> dict[Pair, str]:
@@ -231,7 +291,8 @@ def _quick_checks(
     console.decide("masks", f"stored as {words} ({len(looked_at)} looked at)")
     _judge_masks(shapes)
     items = [
-        (pair.image, part)
+        # Images without masks are trained on: only what is set aside must not be among them.
+        (pair.image, "training" if part == "unlabeled" else part)
         for part, manifest in parts.items()
         for pair in manifest.pairs
         if pair not in unreadable

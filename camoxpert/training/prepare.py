@@ -21,7 +21,7 @@ from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.models.cost import network_cost
 from camoxpert.models.regions import grid_of
 from camoxpert.runs.folder import recorded_hashes
-from camoxpert.runs.identity import file_hashes
+from camoxpert.runs.identity import TEACHER, file_hashes
 from camoxpert.runtime.device import (
     check_architecture,
     choose_device,
@@ -69,10 +69,19 @@ def prepare(
         Stopped: asked to stop; nothing was trained yet.
     """
     world = world or World()
+    files = file_hashes(asked, recorded_hashes(continued or {}))
     device = choose_device(asked.train.device, index=world.local_rank)
     check_architecture(device)
     data = world.in_turn(
-        lambda: find_data(asked, world, device=device.type, write=write, kept=kept, recipe=recipe)
+        lambda: find_data(
+            asked,
+            world,
+            device=device.type,
+            write=write,
+            kept=kept,
+            recipe=recipe,
+            teacher=files.get(TEACHER, ""),
+        )
     )
     config = data.recipe.config
     world.check_stop()
@@ -80,11 +89,11 @@ def prepare(
     name = device_name(device) if on_cuda else f"{torch.get_num_threads()} threads"
     console.decide("device", f"{device} ({name})")
     if world.size > 1:
-        share = -(-len(data.train) // world.size)
+        share = data.images_per_epoch(world.size)
         console.decide(
             "processes",
             f"{world.size}, {world.local_size} on this machine; each sees {share} of the "
-            f"{len(data.train)} training images an epoch",
+            f"{data.images_per_epoch()} training images an epoch",
         )
     precision = choose_precision(config.train, device)
     tf32 = set_tf32(config.train.tf32, device)
@@ -103,7 +112,7 @@ def prepare(
     recomputed = model.set_gradient_checkpointing(batching.checkpointing)
     if batching.checkpointing:
         console.decide("checkpoint", f"activations of the {recomputed} are recomputed")
-    plan = _decide_plan(config, batching, len(data.train), scale)
+    plan = _decide_plan(config, batching, data.images_per_epoch(world.size), scale)
     if config.train.compile:
         compiled = compile_model(model, sizes=len(training_sides(config.data)))
         console.decide("compile", f"{compiled}, static shapes; the first steps take minutes")
@@ -126,7 +135,7 @@ def prepare(
         gmacs=gmacs,
         forward=model,
         loss=total_loss,
-        files=file_hashes(config, recorded_hashes(continued or {})),
+        files=files,
     )
 
 
@@ -183,7 +192,7 @@ def _decide_plan(config: Config, batching: Batching, num_images: int, scale: flo
     plan = make_plan(
         config.train,
         config.optim,
-        num_images=-(-num_images // batching.processes),
+        num_images=num_images,
         batch_size=batching.size,
         accumulation_steps=batching.steps,
         stage2_batch_size=batching.stage2_size,

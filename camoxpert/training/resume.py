@@ -13,7 +13,7 @@ from pathlib import Path
 from camoxpert.config import Config
 from camoxpert.errors import CheckpointError
 from camoxpert.runs.checkpoint import Checkpoint
-from camoxpert.runs.identity import ROOTS, setting_differences
+from camoxpert.runs.identity import PLACES, setting_differences
 from camoxpert.training.batching import Batching
 from camoxpert.training.checkpoints import images_per_step
 from camoxpert.training.data import RunData
@@ -83,7 +83,7 @@ def setting_changes(
         CheckpointError: one of them decides what the weights mean or which samples are used.
     """
     changed = setting_differences(old, new, before=before or {}, now=now or {})
-    refused = [path for path in changed if path.startswith(FIXED) and path != ROOTS]
+    refused = [path for path in changed if path.startswith(FIXED) and path not in PLACES]
     # The lists of data and of images to leave out are compared by what they select.
     refused = [path for path in refused if path != "data.clean_list" or path in (before or {})]
     if refused:
@@ -147,7 +147,7 @@ def data_changes(run_dir: Path, data: RunData) -> str:
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         # TypeError: a line without all its columns.
         return ""
-    now = data.train.files() | data.validation.files()
+    now = data.train.files() | data.validation.files() | data.unlabeled.files()
     kinds = {
         "missing": sorted(before.keys() - now.keys()),
         "new": sorted(now.keys() - before.keys()),

@@ -11,11 +11,14 @@ from camoxpert import console
 from camoxpert.config import Config
 from camoxpert.data.files.manifest import Manifest, TrainingData
 from camoxpert.data.files.split import split_validation
+from camoxpert.data.files.unlabeled import NO_IMAGES
 from camoxpert.doctor.families import copy_families
 from camoxpert.files import write_rows
 from camoxpert.text import count
 
 SAMPLES = "samples.csv"
+UNLABELED = "unlabeled"
+"""Word for images without masks in its column ``split``."""
 
 Split = Mapping[tuple[str, str], str]
 """(data set, name) -> training or validation."""
@@ -80,8 +83,11 @@ def _as_before(whole: Manifest, kept: Split) -> tuple[Manifest, Manifest]:
     return replace(whole, pairs=parts["training"]), replace(empty, pairs=parts["validation"])
 
 
-def write_samples(run_dir: Path, train: Manifest, validation: Manifest) -> None:
-    """Write ``samples.csv``: images of training and validation with the sizes of their files."""
+def write_samples(
+    run_dir: Path, train: Manifest, validation: Manifest, unlabeled: Manifest = NO_IMAGES
+) -> None:
+    """Write ``samples.csv``: images of training and validation, and those without masks, with the
+    sizes of their files."""
     rows = [
         {
             "split": split,
@@ -90,7 +96,11 @@ def write_samples(run_dir: Path, train: Manifest, validation: Manifest) -> None:
             "image_bytes": sizes[0],
             "mask_bytes": sizes[1],
         }
-        for split, manifest in (("training", train), ("validation", validation))
+        for split, manifest in (
+            ("training", train),
+            ("validation", validation),
+            (UNLABELED, unlabeled),
+        )
         for (dataset, name), sizes in manifest.files().items()
     ]
     write_rows(run_dir / SAMPLES, rows, ("split", "dataset", "name", "image_bytes", "mask_bytes"))
@@ -102,7 +112,11 @@ def read_split(run_dir: Path | None) -> dict[tuple[str, str], str]:
         return {}
     try:
         with (run_dir / SAMPLES).open(encoding="utf-8", errors="surrogateescape") as file:
-            found = {(row["dataset"], row["name"]): row["split"] for row in csv.DictReader(file)}
+            found = {
+                (row["dataset"], row["name"]): row["split"]
+                for row in csv.DictReader(file)
+                if row["split"] != UNLABELED
+            }
     except (OSError, KeyError, csv.Error):
         return {}
     return found if set(found.values()) <= {"training", "validation"} else {}

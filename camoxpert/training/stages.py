@@ -53,7 +53,7 @@ class Loaders:
 def training_loader(run: Run, batch_size: int) -> Batches:
     """Build the training loader for one stage's batch size: this rank's share of every epoch."""
     return build_loader(
-        run.data.train,
+        run.data.trained,
         run.config.data,
         run.data.loading,
         batch_size=batch_size,

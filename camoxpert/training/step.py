@@ -137,9 +137,17 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
                 output = run.forward(batch.images)
             counts_LE = counts.add(output.routing)
             target = batch.target()
+            taught: dict[str, Tensor | None] = {}
+            if batch.soft is not None:
+                taught = {"teacher_B1HW": batch.teacher(), "unlabeled_B": batch.unlabeled}
             with region("loss"):
                 loss, terms = run.loss(
-                    output, target, run.config.loss, counts_LE=counts_LE, known_B1HW=batch.known()
+                    output,
+                    target,
+                    run.config.loss,
+                    counts_LE=counts_LE,
+                    known_B1HW=batch.known(),
+                    **taught,
                 )
             with region("backward"):
                 run.scaler.scale(loss * share).backward()

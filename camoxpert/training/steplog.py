@@ -106,7 +106,7 @@ class StepLog:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.unreadable = Unreadable(len(run.data.train), run.config.data.max_unreadable)
+        self.unreadable = Unreadable(len(run.data.trained), run.config.data.max_unreadable)
         self._reader, self._speed = LateReader(), Speed()
         self._gpu: GpuMonitor | None = None
         self._bar: TrainingBar | None = None

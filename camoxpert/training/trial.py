@@ -51,7 +51,9 @@ def trial_step(
     try:
         with precision.autocast(device):
             output = model(images)
-        loss, _ = total_loss(output, masks, config.loss)
+        loss, _ = total_loss(
+            output, masks, config.loss, teacher_B1HW=masks if config.data.teacher else None
+        )
         loss.backward()
     finally:
         # Also if memory ran out halfway.

@@ -15,6 +15,8 @@ from camoxpert.cli import COMMANDS, main
 # Tried in turn on a flag whose values are not listed: the first that is accepted tells which
 # setting the flag sets.
 VALUES = ("8", "64", "3", "0.25", "0.75", "0.00001", "cpu", "other")
+# What a flag cannot do without.
+NEEDED = {"--unlabeled": ("--teacher", "other")}
 
 
 class Built(Exception):
@@ -87,10 +89,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def effects(name: str, entry: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return what typing a flag of ``train`` changes, and the defaults it changes them from."""
     changes: dict[str, Any] = {}
+    needed = NEEDED.get(name, ())
+    if needed:
+        defaults = settings(*needed) or defaults
     for option in name.split():
         values = [[]] if entry["nargs"] == 0 else [[v] for v in entry["choices"] or VALUES]
         for value in values:
-            now = settings(option, *value)
+            now = settings(*needed, option, *value)
             changed = {k: v for k, v in (now or {}).items() if v != defaults[k]}
             if changed:
                 changes[" ".join([option, *value])] = changed

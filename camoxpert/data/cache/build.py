@@ -29,9 +29,9 @@ from camoxpert.data.cache.table import (
     judge,
     map_cache,
 )
-from camoxpert.data.files.image_io import read_pair
 from camoxpert.data.files.labels import has_void
 from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.unlabeled import read_files
 from camoxpert.data.samples.augment import source_side, square_pair
 from camoxpert.errors import DataError
 from camoxpert.files import lock, read_json, write_json, write_whole
@@ -231,11 +231,8 @@ def _decode(
     side = pixels.shape[1]
 
     def one(index: int) -> str:
-        pair = manifest.pairs[index]
         try:
-            image, mask = read_pair(
-                pair.image, pair.mask, any_size=pair.any_size, max_pixels=max_pixels, at_least=side
-            )
+            image, mask = read_files(manifest.pairs[index], max_pixels=max_pixels, at_least=side)
         except DataError as error:
             return str(error)
         sizes[index] = mask.shape

@@ -6,6 +6,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.samples.augment import SampleTransform
 from camoxpert.data.samples.batches import RawBatch
 from camoxpert.data.samples.sampler import EpochSampler
+from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.unreadable import Fault, first_readable
 from camoxpert.errors import DataError
+from camoxpert.runtime.host import usable_cores
 
 
 class CacheReader:
@@ -36,6 +39,7 @@ class CacheReader:
         ahead: int = 2,
         pin_memory: bool = False,
         skip: int = 0,
+        soft: SoftMaps | None = None,
     ) -> None:
         self.transform = transform
         self._names = [pair.name for pair in manifest.pairs]
@@ -44,6 +48,11 @@ class CacheReader:
         self._bad = cache.unreadable_of(manifest)
         self._void = np.isin(self._rows, sorted(cache.void))
         self._skip = skip
+        self._soft = soft
+        self._maps = [] if soft is None else soft.of(manifest)
+        # The decoders release the interpreter's lock: maps of a batch are read at once.
+        self._pool = None if soft is None else ThreadPoolExecutor(usable_cores())
+        self._unlabeled = [not pair.labeled for pair in manifest.pairs]
         self._sampler = sampler
         self._ahead = ahead
         self._pin = pin_memory
@@ -54,7 +63,9 @@ class CacheReader:
         self._sampler.seek(epoch, start_batch)
 
     def close(self) -> None:
-        """Do nothing: the thread ends when the iteration does."""
+        """End the threads that read maps; the one that reads ahead ends with its iteration."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def __len__(self) -> int:
         return -(-len(self._sampler) // self._sampler.batch_size)
@@ -128,7 +139,15 @@ class CacheReader:
         sizes = [(int(height), int(width)) for height, width in self._cache.sizes[rows]]
         names = [self._names[place] for place in places]
         void = bool(self._void[places].any())
-        return RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced, void)
+        batch = RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced, void)
+        if self._soft is not None and self._pool is not None:
+            maps = self._pool.map(self._soft.read, [self._maps[place] for place in places])
+            soft = torch.from_numpy(np.stack(list(maps)))
+            batch.soft = soft.pin_memory() if self._pin else soft
+        unlabeled = [self._unlabeled[place] for place in places]
+        if any(unlabeled):
+            batch.unlabeled = unlabeled
+        return batch
 
     def _require(self, place: int) -> None:
         """Raise DataError for a row that could not be decoded."""

@@ -113,6 +113,7 @@ def description(manifest: Manifest, side: int, max_pixels: int) -> Description:
             *_state(pair.image),
             *_state(pair.mask),
             *(["any size"] if pair.any_size else []),
+            *([] if pair.labeled else ["no mask"]),
         ]
     versions = {"opencv": cv2.__version__, "pillow": PIL.__version__}
     return {

@@ -25,6 +25,7 @@ class Pair:
         dataset: name of the data set.
         group: class encoded in the name, or the sub-folder, or "".
         any_size: the mask may have another size than the image.
+        labeled: False for an image without a mask; ``mask`` is then the image itself.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Pair:
     dataset: str
     group: str
     any_size: bool = False
+    labeled: bool = True
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,13 @@ class SampleTransform:
         sample = self.draw(epoch=epoch, index=index, target=side)
         return self._operators.apply(pixels, sample, side)
 
+    def change_map(
+        self, map_HW: np.ndarray, *, epoch: int, index: int, target: int | None = None
+    ) -> np.ndarray:
+        """Move a soft map, uint8 (S, S), as ``change`` moves the pair; its values stay soft."""
+        side = target or self.img_size
+        return self._operators.move(map_HW, self.draw(epoch=epoch, index=index, target=side), side)
+
     def draw(self, *, epoch: int, index: int, target: int | None = None) -> Draw:
         """Return the augmentation of a sample."""
         return draw(
@@ -119,6 +126,11 @@ def resize_pair(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndar
     return cv2.resize(image, (size, size), interpolation=_filter(image, size)), binary
 
 
+def resize_plane(plane: np.ndarray, size: int) -> np.ndarray:
+    """Resize an image or a soft map to a square; values are averaged, nothing is cut."""
+    return cv2.resize(plane, (size, size), interpolation=_filter(plane, size))
+
+
 def _filter(picture: np.ndarray, size: int) -> int:
     return cv2.INTER_AREA if min(picture.shape[:2]) > size else cv2.INTER_LINEAR
 
@@ -139,6 +151,17 @@ class Operators:
             self._colour: Any = A.ColorJitter()
             self._blur: Any = A.GaussianBlur()
             self._noise: Any = A.GaussNoise()
+
+    def move(self, plane: np.ndarray, sample: Draw, target: int) -> np.ndarray:
+        """Apply the geometry of a draw alone to uint8 (S, S); returns (T, T)."""
+        if sample.flips is not None:
+            axes = [axis for axis, flip in zip((1, 0), sample.flips, strict=True) if flip]
+            return np.ascontiguousarray(np.flip(plane, axes) if axes else plane)
+        matrix = np.vstack([sample.matrix, [0, 0, 1]])
+        moved: np.ndarray = self._affine.apply(
+            np.ascontiguousarray(plane), matrix=matrix, output_shape=(target, target)
+        )
+        return moved
 
     def apply(self, pixels: np.ndarray, sample: Draw, target: int) -> tuple[np.ndarray, np.ndarray]:
         """Augment uint8 (S, S, 4) to an image (T, T, 3) and a mask (T, T) of 0, VOID and 255."""

@@ -49,6 +49,24 @@ def apply_draws(
     return images.round().clamp(0, 255).to(torch.uint8), masks.contiguous()
 
 
+def move_maps(maps_BHW: Tensor, draws: Sequence[Draw], target: int) -> Tensor:
+    """Apply the geometry of a batch's draws alone to soft maps; their values stay soft.
+
+    Args:
+        maps_BHW: uint8 (B, S, S).
+        draws, target: see ``apply_draws``.
+
+    Returns:
+        uint8 (B, 1, T, T).
+    """
+    planes = maps_BHW[:, None]
+    flips = [sample.flips for sample in draws]
+    if all(flip is not None for flip in flips):
+        return _flip(planes, flips).contiguous()
+    moved = warp(planes.float(), [sample.matrix for sample in draws], target)
+    return moved.round().clamp(0, 255).to(torch.uint8)
+
+
 def _warp_with_void(
     planes_BCHW: Tensor, matrices: Sequence[np.ndarray], target: int
 ) -> tuple[Tensor, Tensor]:
@@ -79,12 +97,13 @@ def warp(planes_BCHW: Tensor, matrices: Sequence[np.ndarray], target: int) -> Te
     offset = back[:, :, 2:] + back[:, :, :2].sum(2, keepdims=True) * half_target
     theta = np.concatenate([linear, offset], 2) / half_source
     theta[:, :, 2] -= 1
-    on_device = _upload(theta, planes_BCHW)
+    on_device = upload(theta, planes_BCHW)
     grid = F.affine_grid(on_device, [len(matrices), 1, target, target], align_corners=True)
     return F.grid_sample(planes_BCHW, grid, padding_mode="reflection", align_corners=True)
 
 
-def _upload(values: np.ndarray, like: Tensor) -> Tensor:
+def upload(values: np.ndarray, like: Tensor) -> Tensor:
+    """Return numbers as a float32 tensor on the device of another; the host does not wait."""
     tensor = torch.from_numpy(values.astype(np.float32))
     if like.device.type == "cuda":
         # From pageable memory the host would wait for the copy.
@@ -97,7 +116,7 @@ def _flip(planes_BCHW: Tensor, flips: Sequence[tuple[bool, bool] | None]) -> Ten
     for axis, dim in ((0, 3), (1, 2)):
         chosen = [i for i, flip in enumerate(flips) if flip is not None and flip[axis]]
         if chosen:
-            where = _upload(np.array([i in chosen for i in range(len(flips))]), planes_BCHW) > 0
+            where = upload(np.array([i in chosen for i in range(len(flips))]), planes_BCHW) > 0
             planes_BCHW = torch.where(
                 where[:, None, None, None], planes_BCHW.flip(dim), planes_BCHW
             )
@@ -109,8 +128,8 @@ def _colour(images_BCHW: Tensor, draws: Sequence[Draw]) -> Tensor:
     if not any(sample.colour for sample in draws):
         return images_BCHW
     matrices, pivots = zip(*(linear_colour(sample) for sample in draws), strict=True)
-    numbers = _upload(np.column_stack([np.reshape(matrices, (-1, 9)), pivots]), images_BCHW)
-    mean_grey = images_BCHW.mean((2, 3)) @ _upload(GREY, images_BCHW)
+    numbers = upload(np.column_stack([np.reshape(matrices, (-1, 9)), pivots]), images_BCHW)
+    mean_grey = images_BCHW.mean((2, 3)) @ upload(GREY, images_BCHW)
     offset = numbers[:, 9] * mean_grey
     batch, channels, height, width = images_BCHW.shape
     changed = torch.baddbmm(
@@ -120,7 +139,7 @@ def _colour(images_BCHW: Tensor, draws: Sequence[Draw]) -> Tensor:
     )
     changed = changed.clamp(0, 255).reshape(batch, channels, height, width)
     shifts = np.array([sample.hue for sample in draws])
-    return turn_hue(changed, _upload(shifts, images_BCHW)) if shifts.any() else changed
+    return turn_hue(changed, upload(shifts, images_BCHW)) if shifts.any() else changed
 
 
 def turn_hue(images_BCHW: Tensor, shift_B: Tensor) -> Tensor:
@@ -142,7 +161,7 @@ def _blur(images_BCHW: Tensor, draws: Sequence[Draw]) -> Tensor:
     if not chosen:
         return images_BCHW
     sigmas = np.array([draws[i].blur for i in chosen])
-    weights = _upload(gaussian_kernel(sigmas[:, None]), images_BCHW)
+    weights = upload(gaussian_kernel(sigmas[:, None]), images_BCHW)
     rows = torch.cat([images_BCHW[i : i + 1] for i in chosen], 1)
     per_channel = weights.repeat_interleave(3, 0)[:, None]
     pad = BLUR_RADIUS

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from camoxpert.data.files.labels import VOID, has_void
 from camoxpert.data.samples.augment import SampleTransform
-from camoxpert.data.samples.augment_device import apply_draws
+from camoxpert.data.samples.augment_device import apply_draws, move_maps, upload
 from camoxpert.data.unreadable import Fault
 from camoxpert.errors import DataError
 
@@ -31,6 +31,8 @@ class Batch:
         indices: manifest positions of the requested samples, which determine the augmentation.
         replaced: (name, reason) of every unreadable pair that was replaced by another.
         void: masks may have void pixels.
+        soft: uint8 (B, 1, S, S), the teacher's maps, moved as the masks are; None without teacher.
+        unlabeled: bool (B,), True for images without a mask; None: all have one.
     """
 
     images: Tensor
@@ -40,10 +42,18 @@ class Batch:
     indices: list[int]
     replaced: list[Fault] = field(default_factory=list)
     void: bool = False
+    soft: Tensor | None = None
+    unlabeled: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by the name of their field."""
+        named = {name: getattr(self, name) for name in ("images", "masks", "soft", "unlabeled")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory: copies from it to the GPU are asynchronous."""
-        return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
+        pinned: dict[str, Any] = {name: t.pin_memory() for name, t in self.tensors().items()}
+        return replace(self, **pinned)
 
     def split(self, parts: int) -> list[Batch]:
         """Return at most ``parts`` parts of nearly equal size, in order, as views.
@@ -62,6 +72,8 @@ class Batch:
                 self.indices[start : start + size],
                 [] if start else self.replaced,
                 self.void,
+                None if self.soft is None else self.soft[start : start + size],
+                None if self.unlabeled is None else self.unlabeled[start : start + size],
             )
             for start in range(0, len(self.names), size)
         ]
@@ -74,13 +86,17 @@ class Batch:
         """Return 1 on labelled and 0 on void pixels (B, 1, H, W); None if every pixel counts."""
         return (self.masks != VOID).float() if self.void else None
 
+    def teacher(self) -> Tensor | None:
+        """Return the teacher's probabilities, float (B, 1, H, W) in 0..1; None without one."""
+        return None if self.soft is None else self.soft.float() / 255
+
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """Return the batch with its tensors on ``device``."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            masks=self.masks.to(device, non_blocking=non_blocking),
-        )
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=non_blocking)
+            for name, tensor in self.tensors().items()
+        }
+        return replace(self, **moved)
 
 
 @dataclass
@@ -113,6 +129,8 @@ class RawBatch:
         epoch: epoch of the augmentation.
         target: side of the training images, in pixels.
         void: masks may have void pixels.
+        soft: uint8 (B, S, S), the teacher's maps; None without a teacher.
+        unlabeled: which images have no mask; None: all have one.
     """
 
     pixels: Tensor
@@ -123,10 +141,13 @@ class RawBatch:
     target: int
     replaced: list[Fault] = field(default_factory=list)
     void: bool = False
+    soft: Tensor | None = None
+    unlabeled: list[bool] | None = None
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory."""
-        return replace(self, pixels=self.pixels.pin_memory())
+        soft = None if self.soft is None else self.soft.pin_memory()
+        return replace(self, pixels=self.pixels.pin_memory(), soft=soft)
 
     def finish(self, transform: SampleTransform, device: torch.device) -> Batch:
         """Copy the pixels to ``device``, augment them there and return the batch."""
@@ -136,15 +157,31 @@ class RawBatch:
         ]
         pixels = self.pixels.to(device, non_blocking=True)
         images, masks = apply_draws(pixels, draws, self.target, void=self.void)
-        return Batch(images, masks, self.names, self.sizes, self.indices, self.replaced, self.void)
+        soft = unlabeled = None
+        if self.soft is not None:
+            soft = move_maps(self.soft.to(device, non_blocking=True), draws, self.target)
+        if self.unlabeled is not None:
+            unlabeled = upload(np.array(self.unlabeled), pixels) > 0
+        return Batch(
+            images,
+            masks,
+            self.names,
+            self.sizes,
+            self.indices,
+            self.replaced,
+            self.void,
+            soft,
+            unlabeled,
+        )
 
 
 def collate(samples: list[Any]) -> Batch | DataError:
-    """Stack (image, mask, name, size, index, faults) samples, or return the first DataError."""
+    """Stack (image, mask, name, size, index, faults, soft map or None, whether it has a mask)
+    samples, or return the first DataError."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    images, masks, names, sizes, indices, faults = zip(*samples, strict=True)
+    images, masks, names, sizes, indices, faults, soft, labeled = zip(*samples, strict=True)
     return Batch(
         _planes(images),
         torch.from_numpy(np.stack(masks))[:, None],
@@ -153,15 +190,20 @@ def collate(samples: list[Any]) -> Batch | DataError:
         list(indices),
         list(chain(*faults)),
         any(has_void(mask) for mask in masks),
+        None if soft[0] is None else torch.from_numpy(np.stack(soft))[:, None],
+        None if all(labeled) else ~torch.tensor(labeled),
     )
 
 
 def collate_raw(samples: list[Any]) -> RawBatch | DataError:
-    """Stack (pixels, name, size, index, epoch, target, faults), or return the first DataError."""
+    """Stack (pixels, name, size, index, epoch, target, faults, soft map or None, whether it has a
+    mask) samples, or return the first DataError."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    pixels, names, sizes, indices, epochs, targets, faults = zip(*samples, strict=True)
+    pixels, names, sizes, indices, epochs, targets, faults, soft, labeled = zip(
+        *samples, strict=True
+    )
     return RawBatch(
         torch.from_numpy(np.stack(pixels)),
         list(names),
@@ -171,6 +213,8 @@ def collate_raw(samples: list[Any]) -> RawBatch | DataError:
         targets[0],
         list(chain(*faults)),
         any(has_void(cv2.extractChannel(np.ascontiguousarray(p), 3)) for p in pixels),
+        None if soft[0] is None else torch.from_numpy(np.stack(soft)),
+        None if all(labeled) else [not known for known in labeled],
     )
 
 

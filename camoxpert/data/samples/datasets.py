@@ -13,8 +13,10 @@ from camoxpert.config import DataConfig
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.image_io import read_pair
 from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.unlabeled import read_files
 from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
 from camoxpert.data.samples.corruptions import corrupt
+from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.unreadable import first_readable, skippable
 from camoxpert.errors import DataError
 
@@ -31,6 +33,7 @@ class PairDataset(Dataset[Any]):
         transform: how pairs become samples.
         cache: decoded pairs to read instead of files.
         raw: return samples for ``collate_raw``, not augmented.
+        soft: the teacher's maps of the pairs.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class PairDataset(Dataset[Any]):
         *,
         cache: PixelCache | None = None,
         raw: bool = False,
+        soft: SoftMaps | None = None,
     ) -> None:
         self.pairs = manifest.pairs
         self.names = [pair.name for pair in manifest.pairs]
@@ -50,6 +54,8 @@ class PairDataset(Dataset[Any]):
         self.rows = None if cache is None else cache.of(manifest)
         self.bad = {} if cache is None else cache.unreadable_of(manifest)
         self.raw = raw
+        self.soft = soft
+        self.maps = None if soft is None else soft.of(manifest)
         self.skip = skippable(data, len(manifest))
 
     def __len__(self) -> int:
@@ -62,13 +68,18 @@ class PairDataset(Dataset[Any]):
             place, (pixels, size), faults = first_readable(
                 index, self.names, self._decoded, skip=self.skip
             )
+            soft = None
+            if self.soft is not None and self.maps is not None:
+                soft = self.soft.read(self.maps[place])
         except DataError as error:
             return error
-        name = self.names[place]
+        name, labeled = self.names[place], self.pairs[place].labeled
         if self.raw:
-            return pixels, name, size, index, epoch, target, faults
+            return pixels, name, size, index, epoch, target, faults, soft, labeled
         changed = self.transform.change(pixels, epoch=epoch, index=index, target=target)
-        return *changed, name, size, index, faults
+        if soft is not None:
+            soft = self.transform.change_map(soft, epoch=epoch, index=index, target=target)
+        return *changed, name, size, index, faults, soft, labeled
 
     def _decoded(self, place: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Return a pair as uint8 (S, S, 4), and its original (height, width)."""
@@ -77,14 +88,8 @@ class PairDataset(Dataset[Any]):
                 raise DataError(self.bad[place])
             height, width = self.cache.sizes[self.rows[place]].tolist()
             return self.cache.pixels[self.rows[place]], (height, width)
-        pair, source = self.pairs[place], self.transform.source
-        image, mask = read_pair(
-            pair.image,
-            pair.mask,
-            any_size=pair.any_size,
-            max_pixels=self.max_pixels,
-            at_least=source,
-        )
+        source = self.transform.source
+        image, mask = read_files(self.pairs[place], max_pixels=self.max_pixels, at_least=source)
         return square_pair(image, mask, source), (mask.shape[0], mask.shape[1])
 
 

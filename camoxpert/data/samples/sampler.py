@@ -52,6 +52,8 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         batch_size: samples per batch; they share a target.
         targets: sides of the training images in pixels; each batch draws one from (seed, epoch,
             position), the same on every rank.
+        unlabeled: number of images without a mask, whose indices follow those of the samples.
+        mixed_in: how many of them an epoch sees, drawn from (seed, epoch) and spread evenly.
     """
 
     def __init__(
@@ -63,8 +65,12 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         world_size: int = 1,
         batch_size: int = 1,
         targets: Sequence[int] = (0,),
+        unlabeled: int = 0,
+        mixed_in: int = 0,
     ) -> None:
         self.num_samples = num_samples
+        self.unlabeled = unlabeled
+        self.mixed_in = mixed_in
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -81,7 +87,25 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
     def order(self, epoch: int) -> np.ndarray:
         """Return this rank's indices in an epoch."""
         indices = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-        each = -(-self.num_samples // self.world_size)
+        own = self._share(indices)
+        if not self.mixed_in:
+            return own
+        # The last numbers separate this stream from those of the order and of the targets.
+        generator = np.random.default_rng([self.seed, epoch, 0, 2])
+        chosen = generator.permutation(self.unlabeled)[: self.mixed_in]
+        extra = self._share(chosen + self.num_samples)
+        # Evenly, so that every batch has its share whatever its size: the n-th of the extra images
+        # comes where n of their total is reached.
+        length = len(own) + len(extra)
+        reached = np.arange(length + 1) * len(extra) // length
+        is_extra = np.diff(reached) > 0
+        order = np.empty(length, own.dtype)
+        order[is_extra], order[~is_extra] = extra, own
+        return order
+
+    def _share(self, indices: np.ndarray) -> np.ndarray:
+        """Return this rank's part of indices that all ranks share, the same number for each."""
+        each = -(-len(indices) // self.world_size)
         return np.resize(indices, each * self.world_size)[self.rank :: self.world_size]
 
     def indices(self) -> Sequence[int]:
