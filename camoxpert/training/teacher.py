@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from camoxpert import console
-from camoxpert.config import Config
+from camoxpert.config import Config, DataConfig
 from camoxpert.data.cache.choice import cache_root
 from camoxpert.data.files.image_io import read_map, write_png
 from camoxpert.data.files.listing import list_files
@@ -128,6 +128,9 @@ def find_soft_maps(
         console.decide("", f"{verdict}; making them in {folder}")
         todo = {pair: places[pair] for pair in missing}
         _make(source, todo, side, config, device=device, precision=precision, folder=folder)
+        if device.type == "cuda":
+            # The batch size is chosen from the memory that is free.
+            torch.cuda.empty_cache()
     else:
         console.decide("", f"hit: {folder}")
     found = {(pair.dataset, pair.name): place for pair, place in places.items()}
@@ -233,7 +236,7 @@ def _make(
                 made = _resized_maps(source.given, list(left), side, config.data.max_pixels)
             elif source.model is not None:
                 teacher = Teacher(load_checkpoint(source.model), device, precision)
-                made = teacher.maps(list(left), side, max_pixels=config.data.max_pixels)
+                made = teacher.maps(list(left), side, config.data)
             else:
                 raise CheckpointError(
                     f"--teacher: {config.data.teacher} is gone, and so are {len(left)} of its maps "
@@ -282,24 +285,33 @@ class Teacher:
         self.model = model.to(device).eval()
 
     def maps(
-        self, pairs: Sequence[Pair], side: int, *, max_pixels: int
+        self, pairs: Sequence[Pair], side: int, data: DataConfig
     ) -> Iterator[tuple[Pair, np.ndarray]]:
         """Yield each image with its map, uint8 (``side``, ``side``).
+
+        Args:
+            pairs: the images.
+            side: of the maps.
+            data: settings; with ``unreadable`` skip, unreadable images have no map: training skips
+                them as well.
 
         Raises:
             DataError: an image cannot be read.
         """
         size = forward_batch(self.device)
-        read = partial(self._read, max_pixels=max_pixels)
+        read = partial(self._read, max_pixels=data.max_pixels, skip=data.unreadable == "skip")
         with ThreadPoolExecutor(usable_cores()) as pool:
             for start in range(0, len(pairs), size):
                 part = pairs[start : start + size]
-                inputs = list(pool.map(read, part))
+                found = [(p, x) for p, x in zip(part, pool.map(read, part), strict=True) if x]
+                if not found:
+                    continue
                 # How a convolution rounds depends on the number of images: it is always the same.
-                inputs += [inputs[-1]] * (size - len(part))
+                inputs = [x for _, x in found] + [found[-1][1]] * (size - len(found))
                 stacked = [torch.stack(at_size) for at_size in zip(*inputs, strict=True)]
                 probs = self.probabilities(stacked, side)
-                yield from zip(part, (probs * 255).round().byte().cpu().numpy(), strict=False)
+                values = (probs * 255).round().byte().cpu().numpy()
+                yield from zip((pair for pair, _ in found), values, strict=False)
 
     def probabilities(self, images: Sequence[Tensor], side: int) -> Tensor:
         """Return float32 (B, ``side``, ``side``), the mean over the sizes of the images.
@@ -316,9 +328,14 @@ class Teacher:
             total = torch.stack(maps) + total.to(self.device)
         return total / len(images)
 
-    def _read(self, pair: Pair, *, max_pixels: int) -> list[Tensor]:
-        """Return an image at each size, uint8 (3, S, S)."""
-        image, _ = read_files(pair, max_pixels=max_pixels, at_least=max(self.sides))
+    def _read(self, pair: Pair, *, max_pixels: int, skip: bool) -> list[Tensor]:
+        """Return an image at each size, uint8 (3, S, S); [] for one that is skipped."""
+        try:
+            image, _ = read_files(pair, max_pixels=max_pixels, at_least=max(self.sides))
+        except DataError:
+            if skip:
+                return []
+            raise
         resized = [resize_plane(image, side) for side in self.sides]
         return [torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1))) for x in resized]
 

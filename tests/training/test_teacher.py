@@ -140,6 +140,23 @@ class TestMaps:
         maps_of(elsewhere, tiny_run)
         assert "hit: " in capsys.readouterr().out
 
+    def test_an_unreadable_image_has_none_under_skip(
+        self, tiny_run: Path, toy_data: Path, own_cache: Path, tmp_path: Path
+    ) -> None:
+        data = shutil.copytree(toy_data, tmp_path / "broken")
+        pair = load_train([data]).pairs[5]
+        whole = pair.image.read_bytes()
+        # The header and the end are whole: only decoding finds it.
+        middle = len(whole) // 2
+        pair.image.write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :])
+        with pytest.raises(DataError, match=pair.name):
+            maps_of(data, tiny_run)
+        maps_of(data, tiny_run, **{"data.unreadable": "skip"})
+        assert len(list(own_cache.glob("teacher-*/*.png"))) == 39
+        run = run_of(data, data__teacher=str(tiny_run), data__unreadable="skip", data__cache="none")
+        batches = list(training_loader(run, 8))
+        assert all(len(batch.soft) == len(batch.names) for batch in batches)
+
     def test_strict_cache_makes_none(self, tiny_run: Path, toy_data: Path, own_cache: Path) -> None:
         with pytest.raises(DataError, match=r"--strict-cache: .*miss: 40 of 40 maps"):
             maps_of(toy_data, tiny_run, **{"data.strict_cache": True})
