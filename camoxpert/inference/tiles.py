@@ -4,7 +4,7 @@ A window is weighted by a Gaussian around its centre that falls to 0 at its edge
 jumps where a window begins or ends. Tiles alone lose the context: inside an object that is larger
 than a window nothing differs from its surroundings. So the whole image is passed through the
 network as well, and each of the two is believed at the scales that it sees: the mean of the logits
-over most of a window comes from the whole image, what is finer comes from the tiles. Where both
+over most of a window comes from the whole image, what is finer mostly from the tiles. Where both
 agree the tiles are left as they are.
 """
 
@@ -22,11 +22,16 @@ from torch import Tensor
 WEIGHT_SPREAD = 1 / 6
 """Standard deviation of the weights of a window, as a share of its side. With less the change from
 one window to the next is steeper, with more the weights fall to 0 with a kink."""
-JOIN_SPREAD = 0.2
-"""Standard deviation of the area over which the whole image decides, as a share of a window's side.
-Measured with made-up models at .1, .2, .3 and .4: an object that only the tiles see is kept if its
-side is at most .12, .38, .5 and .75 of a window's; one of two windows' side that only the whole
-image sees is found with an IoU of 1, .97, .9 and .78."""
+TILE_SHARE = 0.75
+JOIN_SPREAD = 0.25
+"""How tiles and the whole image are joined, see ``joined``: the share of the tiles in what is finer
+than a window, and the standard deviation of the area over which the whole image decides, as a share
+of a window's side.
+
+Measured with made-up models, in brackets with a share of 1: an object that only the tiles see is
+kept up to .25 (.5) of a window's side, one of two windows' side that only the whole image shows has
+an IoU of .98 (.94). IoU of a weak model, small objects: .08 (.05), tiles alone .03, whole image
+alone .04; objects larger than a window: .26 (.23), .11 and .28."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,11 @@ def joined(grid: Grid, tiles_HW: Tensor, whole_1SS: Tensor) -> Tensor:
     """Return the logits of the tiles with the context that the whole image gives, changed in place.
 
     The difference of the two maps is taken at the resolution of the whole image, blurred over most
-    of a window, and added. An object that only the tiles see moves the mean of such
-    an area little and stays; one that is larger than a window, which only the whole image shows,
-    moves it much. A weighted mean of the two maps would lose one of them: at a half, what a single
-    one of them sees ends at the threshold.
+    of a window, and added. An object that only the tiles see moves the mean of such an area little
+    and stays; one that is larger than a window, which only the whole image shows, moves it much.
+    What is finer is the mean of both with TILE_SHARE: tiles without an object have false alarms
+    that the whole image does not confirm, and an object that only they see need not be lost: it
+    stays if they are a third as sure as the whole image is of the contrary.
 
     Args:
         grid: the windows.
@@ -143,10 +149,11 @@ def joined(grid: Grid, tiles_HW: Tensor, whole_1SS: Tensor) -> Tensor:
     """
     side_y, side_x = whole_1SS.shape[-2:]
     coarse = F.interpolate(tiles_HW[None, None], size=(side_y, side_x), mode="area")[0, 0]
-    missing = whole_1SS[0] - coarse
+    missing = TILE_SHARE * (whole_1SS[0] - coarse)
     down = _blur(side_y, JOIN_SPREAD * grid.window[0] * side_y / grid.size[0])
     across = _blur(side_x, JOIN_SPREAD * grid.window[1] * side_x / grid.size[1])
-    return tiles_HW.add_(_resized((down @ missing @ across.T)[None], grid.size))
+    added = (1 - TILE_SHARE) * whole_1SS[0] + down @ missing @ across.T
+    return tiles_HW.mul_(TILE_SHARE).add_(_resized(added[None], grid.size))
 
 
 def _blur(length: int, spread: float) -> Tensor:
