@@ -58,11 +58,19 @@ def dispatch_sorted(experts: Experts, x_BCHW: Tensor, routing: Routing, counts: 
     if counts is None:
         counts = read_counts([routing.experts_BK], len(experts))[0]
     images = order.div(routing.experts_BK.shape[1], rounding_mode="floor")
-    slices = x_BCHW.index_select(0, images).split(list(counts))
-    outputs = torch.cat([expert(part) for expert, part in zip(_each(experts), slices, strict=True)])
+    # Channels last, as the norm before the experts leaves them: taking images from a map or joining
+    # maps would otherwise put the channels first, and every expert's norm then turns them back.
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    slices = x_BHWC.index_select(0, images).permute(0, 3, 1, 2).split(list(counts))
+    mixed = [
+        expert(part).permute(0, 2, 3, 1)
+        for expert, part in zip(_each(experts), slices, strict=True)
+    ]
+    outputs = torch.cat(mixed)
     weights = routing.gates_BK.reshape(-1).index_select(0, order).to(outputs.dtype)
-    mixed = torch.zeros_like(x_BCHW, dtype=outputs.dtype)
-    return mixed.index_add(0, images, outputs * weights[:, None, None, None])
+    total = torch.zeros_like(x_BHWC, dtype=outputs.dtype)
+    total = total.index_add(0, images, outputs * weights[:, None, None, None])
+    return total.permute(0, 3, 1, 2)
 
 
 def dispatch_dense(experts: Experts, x_BCHW: Tensor, routing: Routing, counts: Counts) -> Tensor:
