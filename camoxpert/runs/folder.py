@@ -76,8 +76,9 @@ class RunFolder:
 # Settings added since the first version: at their defaults they do not count in names.
 ADDED = (
     *("data.augment.corrupt", "data.augment.strength", "data.group_copies", "data.resize"),
-    *("data.test_roots", "model.decoder", "model.init_from", "model.upcycle_noise"),
-    *("model.routing_grid", "train.expert_dropout", "train.preset"),
+    *("data.test_roots", "loss.size_balance", "loss.uncertainty", "model.decoder"),
+    *("model.init_from", "model.upcycle_noise", "model.routing_grid"),
+    *("train.expert_dropout", "train.preset"),
 )
 
 
