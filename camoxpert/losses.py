@@ -9,6 +9,7 @@ Shape letters: B batch, H height, W width, L levels, E experts.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from camoxpert.models.camoxpert import ModelOutput
 
 WINDOW = 31
 """Side of the window of the edge weight, in pixels."""
+SMALL, LARGE = 0.02, 0.8
+"""Share of an image below which its object is small, and above which it is large."""
 
 
 class Loss(NamedTuple):
@@ -29,7 +32,7 @@ class Loss(NamedTuple):
     Attributes:
         total: the scalar loss, with its graph.
         terms: its weighted parts, detached, still on the device: ``mask``, ``side``, ``teacher``,
-            ``balance``, ``router_z``; they sum to the total.
+            ``uncertainty``, ``balance``, ``router_z``; they sum to the total.
     """
 
     total: Tensor
@@ -76,6 +79,7 @@ def structure_loss(
     weighted: bool = True,
     weight_B1HW: Tensor | None = None,
     known_B1HW: Tensor | None = None,
+    image_weight_B: Tensor | None = None,
 ) -> Tensor:
     """Return weighted BCE plus weighted IoU, both with the edge weight; mean over images.
 
@@ -86,6 +90,7 @@ def structure_loss(
             ``binary_cross_entropy_with_logits(..., reduce='none')``, which averages first.
         weight_B1HW: the edge weight of the mask, if the caller has it.
         known_B1HW: 0 on void pixels, else 1.
+        image_weight_B: weights of the images; None: all equal.
 
     Source: Wei et al., F3Net, AAAI 2020, equations 3 to 6.
     """
@@ -98,42 +103,102 @@ def structure_loss(
     if known_B1HW is not None:
         total = total.clamp_min(1)
     weighted_bce = (weight * bce).sum((1, 2, 3)) / total
-    return (weighted_bce + _soft_iou(logits, mask, weight)).mean()
+    return _mean(weighted_bce + _soft_iou(logits, mask, weight), image_weight_B)
+
+
+def _mean(values_B: Tensor, image_weight_B: Tensor | None) -> Tensor:
+    """Return the mean over images, each times its weight."""
+    return (values_B if image_weight_B is None else values_B * image_weight_B).mean()
 
 
 def _ones(mask_B1HW: Tensor, known_B1HW: Tensor | None) -> Tensor:
     return torch.ones_like(mask_B1HW) if known_B1HW is None else known_B1HW
 
 
-def bce_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
+def bce_loss(
+    logits_B1HW: Tensor,
+    mask_B1HW: Tensor,
+    known_B1HW: Tensor | None = None,
+    image_weight_B: Tensor | None = None,
+) -> Tensor:
     """Return the plain binary cross entropy, mean over pixels.
 
     With ``known`` it is the mean over images of the mean over their known pixels, so that every
     image has the same weight however its batch is divided.
     """
-    if known_B1HW is not None:
+    if known_B1HW is not None or image_weight_B is not None:
         terms = F.binary_cross_entropy_with_logits(
             logits_B1HW.float(), mask_B1HW.float(), reduction="none"
         )
-        known_B = known_B1HW.sum((1, 2, 3)).clamp_min(1)
-        return ((known_B1HW * terms).sum((1, 2, 3)) / known_B).mean()
+        return _mean(_known_mean(terms, known_B1HW), image_weight_B)
     return F.binary_cross_entropy_with_logits(logits_B1HW.float(), mask_B1HW.float())
 
 
-def iou_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
+def _known_mean(values_B1HW: Tensor, known_B1HW: Tensor | None) -> Tensor:
+    """Return each image's mean over its known pixels; 0 where it has none."""
+    if known_B1HW is None:
+        return values_B1HW.mean((1, 2, 3))
+    known_B = known_B1HW.sum((1, 2, 3)).clamp_min(1)
+    return (known_B1HW * values_B1HW).sum((1, 2, 3)) / known_B
+
+
+def iou_loss(
+    logits_B1HW: Tensor,
+    mask_B1HW: Tensor,
+    known_B1HW: Tensor | None = None,
+    image_weight_B: Tensor | None = None,
+) -> Tensor:
     """Return 1 - soft IoU (intersection and union each plus 1), mean over images."""
     mask = mask_B1HW.float()
-    return _soft_iou(logits_B1HW.float(), mask, _ones(mask, known_B1HW)).mean()
+    return _mean(_soft_iou(logits_B1HW.float(), mask, _ones(mask, known_B1HW)), image_weight_B)
 
 
-def dice_loss(logits_B1HW: Tensor, mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
+def dice_loss(
+    logits_B1HW: Tensor,
+    mask_B1HW: Tensor,
+    known_B1HW: Tensor | None = None,
+    image_weight_B: Tensor | None = None,
+) -> Tensor:
     """Return 1 - soft Dice (numerator and denominator plus 1), mean over images."""
     probability, mask = logits_B1HW.float().sigmoid(), mask_B1HW.float()
     if known_B1HW is not None:
         probability, mask = probability * known_B1HW, mask * known_B1HW
     both = (probability * mask).sum((1, 2, 3))
     total = (probability + mask).sum((1, 2, 3))
-    return (1 - (2 * both + 1) / (total + 1)).mean()
+    return _mean(1 - (2 * both + 1) / (total + 1), image_weight_B)
+
+
+def uncertainty_loss(logits_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
+    """Return the mean of 1 - |2p - 1|^2: 1 where a probability is 1/2, 0 where it is 0 or 1.
+
+    It needs no mask: it asks for a decision, not for the right one. Computed as 4 p (1 - p), which
+    is exact for saturated logits. Mean over the known pixels of an image, then over images.
+
+    Source: Pang et al., ZoomNeXt, TPAMI 2024, section 3.5 (uncertainty awareness loss).
+    """
+    logits = logits_B1HW.float()
+    return _known_mean(4 * logits.sigmoid() * (-logits).sigmoid(), known_B1HW).mean()
+
+
+def uncertainty_ramp(progress: float) -> float:
+    """Return the share of the uncertainty loss's weight: a cosine from 0 at the start of a run to 1
+    at its end.
+
+    Before the masks are learned the network would only be sure of its first guess.
+
+    Source: Pang et al., ZoomNeXt, TPAMI 2024, section 3.5 (increasing cosine strategy).
+    """
+    return (1 - math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+
+
+def size_weights(mask_B1HW: Tensor, extra: float, known_B1HW: Tensor | None = None) -> Tensor:
+    """Return each image's weight by the size of its object, (B,): 1 + extra or 1.
+
+    1 + extra where the object covers under 2 % or over 80 % of the known pixels, as the network
+    sees them; 1 for all others, and for images without an object.
+    """
+    share = _known_mean(mask_B1HW.float(), known_B1HW)
+    return 1 + extra * (((share > 0) & (share < SMALL)) | (share > LARGE)).float()
 
 
 def teacher_loss(
@@ -179,6 +244,7 @@ def segmentation_loss(
     *,
     weight_B1HW: Tensor | None = None,
     known_B1HW: Tensor | None = None,
+    image_weight_B: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of the configured mask losses for one logit map at the mask's size.
 
@@ -187,8 +253,9 @@ def segmentation_loss(
         config: weights of the losses.
         weight_B1HW: the edge weight of the mask, if the caller has it.
         known_B1HW: 0 on void pixels, else 1.
+        image_weight_B: weights of the images; None: all equal.
     """
-    known = known_B1HW
+    known, per_image = known_B1HW, image_weight_B
     total = logits_B1HW.new_zeros((), dtype=torch.float32)
     if config.structure:
         total = total + config.structure * structure_loss(
@@ -197,13 +264,14 @@ def segmentation_loss(
             weighted=config.structure_weighting,
             weight_B1HW=weight_B1HW,
             known_B1HW=known,
+            image_weight_B=per_image,
         )
     if config.bce:
-        total = total + config.bce * bce_loss(logits_B1HW, mask_B1HW, known)
+        total = total + config.bce * bce_loss(logits_B1HW, mask_B1HW, known, per_image)
     if config.iou:
-        total = total + config.iou * iou_loss(logits_B1HW, mask_B1HW, known)
+        total = total + config.iou * iou_loss(logits_B1HW, mask_B1HW, known, per_image)
     if config.dice:
-        total = total + config.dice * dice_loss(logits_B1HW, mask_B1HW, known)
+        total = total + config.dice * dice_loss(logits_B1HW, mask_B1HW, known, per_image)
     return total
 
 
@@ -216,6 +284,8 @@ def total_loss(
     known_B1HW: Tensor | None = None,
     teacher_B1HW: Tensor | None = None,
     unlabeled_B: Tensor | None = None,
+    size_mean: Tensor | None = None,
+    progress: float = 1.0,
 ) -> Loss:
     """Return the sum of all weighted terms.
 
@@ -228,6 +298,9 @@ def total_loss(
         known_B1HW: 0 on void pixels, which are left out, else 1; None: every pixel counts.
         teacher_B1HW: probabilities of a teacher, which the final logits learn from as well.
         unlabeled_B: True for images without a mask, whose pixels are all void.
+        size_mean: the mean of ``size_weights`` over all images of an optimizer step, by which they
+            are divided: a step's mean weight is 1. None takes that of this batch.
+        progress: share of the run that is done, 0 to 1, for ``uncertainty_ramp``.
     """
     mask = mask_B1HW.float()
     # Once for the mask and all side heads, which have the same target.
@@ -236,6 +309,11 @@ def total_loss(
         "weight_B1HW": edge_weight(mask, known_B1HW) if weighted else None,
         "known_B1HW": known_B1HW,
     }
+    if config.size_balance:
+        weights_B = size_weights(mask, config.size_balance, known_B1HW)
+        pixels["image_weight_B"] = weights_B / (
+            weights_B.mean() if size_mean is None else size_mean
+        )
     parts = {"mask": segmentation_loss(output.logits_B1HW, mask, config, **pixels)}
     if config.deep_supervision and config.side_weight:
         parts["side"] = config.side_weight * sum(
@@ -257,6 +335,9 @@ def total_loss(
             known_B1HW=known_B1HW,
             unlabeled_B=unlabeled_B,
         )
+    if config.uncertainty:
+        strength = config.uncertainty * uncertainty_ramp(progress)
+        parts["uncertainty"] = strength * uncertainty_loss(output.logits_B1HW, known_B1HW)
     if output.routing and output.routing[0].probs_BE.shape[1] > 1:
         levels = len(output.routing)
         parts["balance"] = config.balance * sum(

@@ -260,6 +260,18 @@ class LossConfig:
     teacher: float = setting(
         1.0, "weight of the cross entropy to the maps of --teacher; 0: they are not used", minimum=0
     )
+    size_balance: float = setting(
+        0.0,
+        "extra weight of images whose object covers under 2 % or over 80 % of the pixels (1: twice "
+        "the weight of the others); the mean weight of a step stays 1",
+        minimum=0,
+    )
+    uncertainty: float = setting(
+        0.0,
+        "weight of the uncertainty loss, 1 - |2p - 1|^2 (ZoomNeXt); it rises from 0 to this over "
+        "the run",
+        minimum=0,
+    )
     deep_supervision: bool = setting(
         True, "also train the side heads, one per decoder level", flag="--deep-supervision"
     )

@@ -16,6 +16,7 @@ from camoxpert.models.layers import (
     LayerNorm2d,
     depthwise,
     fixed_depthwise,
+    fixed_inside,
     local_mean,
     mix,
     pointwise,
@@ -43,10 +44,7 @@ class TextureExpert(nn.Module):
         mean = local_mean(h, 5)
         # E[(h - mean)^2], not E[h^2] - mean^2: the difference of two big numbers is noise in bf16.
         deviation = (local_mean((h - mean).square(), 5) + 1e-5).sqrt()
-        # Contiguous: oneDNN's bf16 weight gradient of a dilated depthwise convolution reads
-        # uninitialised memory for channels-last inputs, which the norm's output is.
-        packed = h.contiguous()
-        responses = sum(conv(packed) for conv in self.filters)
+        responses = sum(conv(h) for conv in self.filters)
         y: Tensor = self.leave(F.gelu(responses + self.statistics(torch.cat([mean, deviation], 1))))
         return y
 
@@ -68,17 +66,35 @@ class AttentionExpert(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return attended features, (B, C, H, W)."""
-        height, width = x_BCHW.shape[-2:]
         query, key, value = self.project(self.norm(x_BCHW)).chunk(3, dim=1)
         value = value + self.local(value)
-        shape = (x_BCHW.shape[0], self.heads, query.shape[1] // self.heads, height * width)
-        # Unit length over the pixels, in float32: with thousands of pixels bf16 loses the norm.
-        query_BhDN = F.normalize(query.reshape(shape).float(), dim=-1)
-        key_BhDN = F.normalize(key.reshape(shape).float(), dim=-1)
-        attention_BhDD = (query_BhDN @ key_BhDN.transpose(-1, -2)) * self.temperature
-        attended = attention_BhDD.softmax(-1).to(value.dtype) @ value.reshape(shape)
-        y: Tensor = self.leave(attended.reshape_as(value))
-        return y
+        attention_BhDD = self._scores(query, key).softmax(-1)
+        # The attention and the last layer are one small matrix per image, so that the pixels meet
+        # one product instead of two.
+        leave_hDC = self.leave.weight.flatten(1).t().unflatten(0, (self.heads, -1))
+        both_BDC = (attention_BhDD.transpose(-1, -2) @ leave_hDC).flatten(1, 2)
+        value_BND = value.flatten(2).transpose(1, 2)
+        assert self.leave.bias is not None
+        y_BNC = torch.baddbmm(self.leave.bias, value_BND, both_BDC)
+        return y_BNC.transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
+
+    def _scores(self, query_BDHW: Tensor, key_BDHW: Tensor) -> Tensor:
+        """Return the cosines of a head's channels over the pixels, times temperature, float32.
+
+        With thousands of pixels bf16 loses the lengths, and fp16 overflows. The lengths divide the
+        few products, not the maps. Products between heads are computed and dropped: views of
+        channels-last maps give one product, heads apart would be copies of the maps.
+        """
+        with torch.autocast(query_BDHW.device.type, enabled=False):
+            query_BND, key_BND = (
+                maps.float().flatten(2).transpose(1, 2) for maps in (query_BDHW, key_BDHW)
+            )
+            products = torch.bmm(query_BND.transpose(1, 2), key_BND)
+            squares = (maps.square().sum(1).clamp_min(1e-24) for maps in (query_BND, key_BND))
+            query_BD, key_BD = (square.rsqrt() for square in squares)
+            cosines = products * query_BD[:, :, None] * key_BD[:, None]
+            heads = cosines.unflatten(2, (self.heads, -1)).unflatten(1, (self.heads, -1))
+            return heads.diagonal(dim1=1, dim2=3).movedim(-1, 1) * self.temperature
 
 
 class HybridExpert(nn.Module):
@@ -153,11 +169,13 @@ class EdgeExpert(nn.Module):
 
     def edges(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return gradient magnitude (>= 0) and Laplacian of every channel, (B, C, H, W) each."""
-        horizontal = fixed_depthwise(x_BCHW, self.sobel_hw)
-        vertical = fixed_depthwise(x_BCHW, self.sobel_hw.t())
+        # Replicated, as in ``fixed_depthwise``; once for the three operators.
+        padded = F.pad(x_BCHW, (1, 1, 1, 1), mode="replicate")
+        horizontal = fixed_inside(padded, self.sobel_hw)
+        vertical = fixed_inside(padded, self.sobel_hw.t())
         # The small constant keeps the square root's gradient finite on flat areas.
         magnitude = (horizontal.square() + vertical.square() + 1e-6).sqrt()
-        return magnitude, fixed_depthwise(x_BCHW, self.laplacian_hw)
+        return magnitude, fixed_inside(padded, self.laplacian_hw)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return features of the outlines, (B, C, H, W)."""
@@ -185,12 +203,39 @@ class SemanticExpert(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return features of the surroundings at four scales, (B, C, H, W)."""
         h = self.enter(x_BCHW)
-        context = [
-            resize(cell(F.adaptive_avg_pool2d(h, grid)), h.shape[-2:])
-            for grid, cell in zip(self.grids, self.cells, strict=True)
-        ]
-        y: Tensor = self.leave(torch.cat([self.refine(h), *context], 1))
+        size = h.shape[-2:]
+        join, norm, activation = self.leave[0].children()
+        assert isinstance(join, nn.Conv2d)
+        own, around = join.weight.split([h.shape[1], join.weight.shape[1] - h.shape[1]], 1)
+        # The layer that joins the parts meets the cells before they are enlarged: products for a
+        # few cells, not for every pixel. Enlarging is one product, for all grids at once.
+        cells_BCG = torch.cat(
+            [
+                F.conv2d(cell(F.adaptive_avg_pool2d(h, grid)), weight).flatten(2)
+                for grid, cell, weight in zip(
+                    self.grids, self.cells, around.chunk(len(self.grids), 1), strict=True
+                )
+            ],
+            2,
+        )
+        own_BCHW = F.conv2d(self.refine(h), own, join.bias)
+        with torch.autocast(h.device.type, enabled=False):
+            joined_BNC = torch.baddbmm(
+                own_BCHW.float().flatten(2).transpose(1, 2),
+                self._shares(size, h.device).t().expand(h.shape[0], -1, -1),
+                cells_BCG.float().transpose(1, 2),
+            )
+        joined_BCHW = joined_BNC.transpose(1, 2).unflatten(2, size)
+        y: Tensor = self.leave[1](activation(norm(joined_BCHW)))
         return y
+
+    def _shares(self, size_hw: torch.Size, device: torch.device) -> Tensor:
+        """Return the share of each cell of all grids, G of them, in each of N pixels, (G, N)."""
+        shares = [
+            resize(torch.eye(grid * grid, device=device).view(-1, 1, grid, grid), size_hw)
+            for grid in self.grids
+        ]
+        return torch.cat(shares).flatten(1)
 
 
 class ContrastExpert(nn.Module):

@@ -30,13 +30,77 @@ def pointwise(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 1)
 
 
+class Depthwise(nn.Conv2d):
+    """Per-channel convolution that keeps the size.
+
+    On a CPU two forms have no fast kernel for their gradients. A dilated filter runs on the maps of
+    every d-th row and column instead, where it has no gaps, and a row filter on rows laid down as
+    columns. Forward and backward pass of 8 x 96 x 40 x 40, one core: 3x3 with dilation 2 or 4 34 ->
+    14 to 21 ms, 1x11 23 -> 9 ms, the fixed 5x5 with dilation 2 230 -> 18 ms.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Filter (B, C, H, W); the shape stays."""
+        if needs_gradients_on_cpu(x_BCHW):
+            height, width = self.weight.shape[-2:]
+            smallest = min(x_BCHW.shape[-2:]) // self.dilation[0]
+            if self.dilation[0] > 1 and smallest >= max(height, width):
+                pad = (height // 2, width // 2)
+                return dilated(x_BCHW, self.weight, self.bias, self.dilation[0], pad)
+            if height == 1 < width <= x_BCHW.shape[-1]:
+                return self._rows(x_BCHW)
+        return super().forward(x_BCHW)
+
+    def _rows(self, x_BCHW: Tensor) -> Tensor:
+        batch, channels, height, width = x_BCHW.shape
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        lines = x_BHWC.reshape(batch * height, width, 1, channels).permute(0, 3, 1, 2)
+        pad = (self.weight.shape[-1] // 2, 0)
+        y = F.conv2d(lines, self.weight.transpose(2, 3), self.bias, padding=pad, groups=channels)
+        y_BHWC = y.permute(0, 2, 3, 1).reshape(batch, height, width, channels)
+        return y_BHWC.permute(0, 3, 1, 2)
+
+
 def depthwise(channels: int, kernel: int | tuple[int, int] = 3, *, dilation: int = 1) -> nn.Conv2d:
     """Return a per-channel convolution that keeps the size; odd kernels."""
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = (height // 2 * dilation, width // 2 * dilation)
-    return nn.Conv2d(
+    return Depthwise(
         channels, channels, (height, width), padding=padding, dilation=dilation, groups=channels
     )
+
+
+def needs_gradients_on_cpu(x: Tensor) -> bool:
+    """Return whether oneDNN will compute gradients; its forward kernels are fast in all forms."""
+    return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def dilated(
+    x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, pad: tuple[int, int]
+) -> Tensor:
+    """Apply a dilated per-channel filter as one without gaps, to every d-th row and column.
+
+    Args:
+        x_BCHW: maps.
+        weight, bias: of the filter.
+        dilation: d.
+        pad: zeros at the top and bottom, left and right, in units of d.
+    """
+    batch, channels, height, width = x_BCHW.shape
+    rows, columns = -(-height // dilation), -(-width // dilation)
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    extra = (columns * dilation - width, rows * dilation - height)
+    if any(extra):
+        # Zeros at the end: the filter meets them where it would meet the border's.
+        x_BHWC = F.pad(x_BHWC, (0, 0, 0, extra[0], 0, extra[1]))
+    phases = x_BHWC.reshape(batch, rows, dilation, columns, dilation, channels)
+    phases = phases.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows, columns, channels)
+    y = F.conv2d(phases.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=channels)
+    rows, columns = y.shape[-2:]
+    y = y.permute(0, 2, 3, 1).reshape(batch, dilation, dilation, rows, columns, channels)
+    y = y.permute(0, 3, 1, 4, 2, 5).reshape(batch, rows * dilation, columns * dilation, channels)
+    lost = [(size // 2 - p) * 2 * dilation for size, p in zip(weight.shape[-2:], pad, strict=True)]
+    return y[:, : height - lost[0], : width - lost[1]].permute(0, 3, 1, 2)
 
 
 def mix(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -49,12 +113,19 @@ def fixed_depthwise(x_BCHW: Tensor, kernel_hw: Tensor, *, dilation: int = 1) -> 
 
     Replicated, not zero: a zero border would look like an outline all around the image.
     """
-    channels = x_BCHW.shape[1]
-    height, width = kernel_hw.shape
-    pad_y, pad_x = height // 2 * dilation, width // 2 * dilation
+    pad_y, pad_x = (size // 2 * dilation for size in kernel_hw.shape)
     padded = F.pad(x_BCHW, (pad_x, pad_x, pad_y, pad_y), mode="replicate")
-    kernel = kernel_hw.to(x_BCHW.dtype).expand(channels, 1, height, width)
-    return F.conv2d(padded, kernel, groups=channels, dilation=dilation)
+    return fixed_inside(padded, kernel_hw, dilation=dilation)
+
+
+def fixed_inside(x_BCHW: Tensor, kernel_hw: Tensor, *, dilation: int = 1) -> Tensor:
+    """Filter every channel with one fixed kernel (h, w) where it lies within the map."""
+    channels = x_BCHW.shape[1]
+    kernel = kernel_hw.to(x_BCHW.dtype).expand(channels, 1, *kernel_hw.shape)
+    smallest = min(x_BCHW.shape[-2:]) // dilation
+    if dilation > 1 and needs_gradients_on_cpu(x_BCHW) and smallest >= max(kernel_hw.shape):
+        return dilated(x_BCHW, kernel, None, dilation, (0, 0))
+    return F.conv2d(x_BCHW, kernel, groups=channels, dilation=dilation)
 
 
 def local_mean(x_BCHW: Tensor, size: int) -> Tensor:

@@ -9,6 +9,7 @@ width, H height, W width in pixels, E experts, K experts per image.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +54,51 @@ def dispatch_sorted(experts: Experts, x_BCHW: Tensor, routing: Routing, counts: 
     only numbers the host needs, and none if the caller gives them. Idle experts run on zero
     samples.
     """
-    flat = routing.experts_BK.reshape(-1)
-    order = flat.argsort(stable=True)
+    batch, top_k = routing.experts_BK.shape
+    order = routing.experts_BK.reshape(-1).argsort(stable=True)
+    places = order.argsort()
     if counts is None:
         counts = read_counts([routing.experts_BK], len(experts))[0]
-    images = order.div(routing.experts_BK.shape[1], rounding_mode="floor")
-    slices = x_BCHW.index_select(0, images).split(list(counts))
-    outputs = torch.cat([expert(part) for expert, part in zip(_each(experts), slices, strict=True)])
-    weights = routing.gates_BK.reshape(-1).index_select(0, order).to(outputs.dtype)
-    mixed = torch.zeros_like(x_BCHW, dtype=outputs.dtype)
-    return mixed.index_add(0, images, outputs * weights[:, None, None, None])
+    # Channels last, as the norm before the experts leaves them: taking images from a map or joining
+    # maps would otherwise put the channels first, and every expert's norm then turns them back.
+    taken: Tensor = _Take.apply(x_BCHW.permute(0, 2, 3, 1), order, places, top_k)
+    slices = taken.permute(0, 3, 1, 2).split(list(counts))
+    outputs = torch.cat(
+        [
+            expert(part).permute(0, 2, 3, 1)
+            for expert, part in zip(_each(experts), slices, strict=True)
+        ]
+    )
+    placed: Tensor = _Take.apply(outputs, places, order, 1)
+    gates_BK = routing.gates_BK.to(outputs.dtype)
+    mixed = placed.unflatten(0, (batch, top_k)) * gates_BK[:, :, None, None, None]
+    return mixed.sum(1).permute(0, 3, 1, 2)
+
+
+class _Take(torch.autograd.Function):
+    """Take maps in an order in which each of them occurs ``times`` times.
+
+    Plain indexing adds up its gradients pair by pair through an index of every value: on a CPU at
+    several times the cost of a copy, on CUDA in an order that changes. As the order is known, so
+    is where each copy went, and the gradient is another taking and a sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, order: Tensor, places: Tensor, times: int) -> Tensor:
+        """Return map ``order // times``; ``places`` is the inverse of ``order``."""
+        ctx.save_for_backward(places)
+        ctx.times = times
+        chosen = order if times == 1 else order.div(times, rounding_mode="floor")
+        return maps.index_select(0, chosen)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the sum of the gradients of each map's copies."""
+        (places,) = ctx.saved_tensors
+        gradient = gradients[0].index_select(0, places)
+        if ctx.times > 1:
+            gradient = gradient.unflatten(0, (len(places) // ctx.times, ctx.times)).sum(1)
+        return gradient, None, None, None
 
 
 def dispatch_dense(experts: Experts, x_BCHW: Tensor, routing: Routing, counts: Counts) -> Tensor:

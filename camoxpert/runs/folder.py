@@ -77,8 +77,9 @@ class RunFolder:
 ADDED = (
     *("data.augment.corrupt", "data.augment.strength", "data.group_copies", "data.resize"),
     *("data.teacher", "data.unlabeled", "data.unlabeled_share", "loss.teacher"),
-    *("data.test_roots", "model.decoder", "model.init_from", "model.upcycle_noise"),
-    *("model.routing_grid", "train.expert_dropout", "train.preset"),
+    *("data.test_roots", "loss.size_balance", "loss.uncertainty", "model.decoder"),
+    *("model.init_from", "model.upcycle_noise", "model.routing_grid"),
+    *("train.expert_dropout", "train.preset"),
 )
 
 

@@ -58,6 +58,10 @@ class Plan:
         last = self.stages[-1]
         return last.first_step + last.epochs * last.steps
 
+    def progress(self, step: int) -> float:
+        """Return the share of the run that is done before optimizer step ``step`` (from 0)."""
+        return min(step / max(self.steps, 1), 1.0)
+
     def stage_of_epoch(self, epoch: int) -> Stage:
         """Return the stage that ``epoch`` (from 0) belongs to."""
         return next(stage for stage in self.stages if epoch < stage.last_epoch)

@@ -15,7 +15,7 @@ import torch
 from camoxpert import console, stop
 from camoxpert.config import Config
 from camoxpert.data.samples.augment import image_sides, training_sides
-from camoxpert.losses import total_loss
+from camoxpert.losses import LARGE, SMALL, total_loss
 from camoxpert.models.backbone import STRIDES
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.models.cost import network_cost
@@ -113,6 +113,7 @@ def prepare(
     if batching.checkpointing:
         console.decide("checkpoint", f"activations of the {recomputed} are recomputed")
     plan = _decide_plan(config, batching, data.images_per_epoch(world.size), scale)
+    _decide_loss(config)
     if config.train.compile:
         compiled = compile_model(model, sizes=len(training_sides(config.data)))
         console.decide("compile", f"{compiled}, static shapes; the first steps take minutes")
@@ -175,6 +176,19 @@ def _build_network(
     if config.model.routing_grid > 1 and model.moe_levels:
         console.decide("regions", _describe_regions(config))
     return model, gmacs
+
+
+def _decide_loss(config: Config) -> None:
+    """Print the parts of the loss that are off by default."""
+    loss = config.loss
+    if loss.size_balance:
+        console.decide(
+            "loss",
+            f"images whose object covers under {SMALL:.0%} or over {LARGE:.0%} of the pixels have "
+            f"{1 + loss.size_balance:g} times the weight of the others; the mean of a step is 1",
+        )
+    if loss.uncertainty:
+        console.decide("loss", f"uncertain pixels cost up to {loss.uncertainty:g}, from 0 at first")
 
 
 def _describe_regions(config: Config) -> str:

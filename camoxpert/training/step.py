@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from camoxpert import console
 from camoxpert.data.samples.batches import Batch
 from camoxpert.errors import ConfigError
+from camoxpert.losses import size_weights
 from camoxpert.models.router import Routing
 from camoxpert.runtime.processes import no_sync
 from camoxpert.runtime.regions import region
@@ -129,6 +130,7 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
     records = []
     counts = run.step_counts
     counts.start()
+    options = loss_options(run, parts)
     for batch in parts:
         share = len(batch.names) / images
         # Gradients are exchanged once per step, with the last part.
@@ -148,6 +150,7 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
                     counts_LE=counts_LE,
                     known_B1HW=batch.known(),
                     **taught,
+                    **options,
                 )
             with region("backward"):
                 run.scaler.scale(loss * share).backward()
@@ -155,6 +158,25 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
         for name, value in {"loss": loss.detach(), **terms}.items():
             values[name] = values.get(name, 0) + value * share
     return values, records
+
+
+def loss_options(run: Run, parts: list[Batch]) -> dict[str, Any]:
+    """Return what the loss must know of the whole step and of the run, as far as settings ask.
+
+    Images are weighted by size against all images of the step, however it is divided into
+    micro-batches and over processes: one all-reduce of two numbers.
+    """
+    config = run.config.loss
+    options: dict[str, Any] = {}
+    if config.uncertainty:
+        options["progress"] = run.plan.progress(run.state.step)
+    if config.size_balance:
+        weights = torch.cat(
+            [size_weights(part.target(), config.size_balance, part.known()) for part in parts]
+        )
+        total = run.world.sum(torch.stack([weights.sum(), weights.new_tensor(float(len(weights)))]))
+        options["size_mean"] = total[0] / total[1]
+    return options
 
 
 def share_values(run: Run, values: dict[str, Tensor]) -> dict[str, Tensor]:
