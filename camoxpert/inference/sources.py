@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def look_for_photos(
     """Expand files, folders (recursive), globs and CSV files (column ``image``) into photos.
 
     Results of predict are not predicted. Links to missing files are photos that cannot be read.
-    Two inputs that would write the same output are an error, because one result would be lost.
+    A photo has the name of its file without the ending, below the folder that was given; see
+    ``keep_apart`` for photos that would share a name.
 
     Args:
         inputs: paths and globs as given on the command line.
@@ -98,15 +100,47 @@ def look_for_photos(
             )
         photos += found
         notes += own
-    seen: dict[str, Path] = {}
-    for photo in photos:
-        if photo.name in seen and seen[photo.name] != photo.path:
+    return Photos(keep_apart(photos), tuple(notes))
+
+
+def keep_apart(photos: Sequence[Photo]) -> list[Photo]:
+    """Return the photos with names that differ; a photo that is there twice once.
+
+    Photos of one name keep the endings of their files in it: ``a.jpg`` and ``a.png`` become
+    ``a.jpg`` and ``a.png`` instead of ``a`` twice. That depends on the photos, not on their order.
+
+    Raises:
+        DataError: names are the same with their endings.
+    """
+    names = [photo.name for photo in photos]
+    longer: set[int] = set()
+    while shared := _shared_names(photos, names):
+        grow = {n for n, name in enumerate(names) if name in shared} - longer
+        if not grow:
+            name, (one, other) = next(iter(shared.items()))
             raise DataError(
-                f"{seen[photo.name]} and {photo.path} would both be written as {photo.name!r}. "
-                "Predict them into separate output folders."
+                f"{one} and {other} would both be written as {name!r}. Predict them into separate "
+                "output folders, or give the folder that holds both (or a glob with **): then "
+                "sub-folders are part of the names."
             )
-        seen[photo.name] = photo.path
-    return Photos([Photo(path, name) for name, path in seen.items()], tuple(notes))
+        longer |= grow
+        for n in grow:
+            names[n] += photos[n].path.suffix
+    kept: dict[str, Photo] = {}
+    for name, photo in zip(names, photos, strict=True):
+        kept.setdefault(name, photo if name == photo.name else Photo(photo.path, name))
+    return list(kept.values())
+
+
+def _shared_names(photos: Sequence[Photo], names: Sequence[str]) -> dict[str, tuple[Path, Path]]:
+    """Return the names that several files have, each with two of the files."""
+    files: dict[str, Path] = {}
+    shared = {}
+    for photo, name in zip(photos, names, strict=True):
+        other = files.setdefault(name, photo.path)
+        if other != photo.path and os.path.abspath(other) != os.path.abspath(photo.path):
+            shared[name] = (other, photo.path)
+    return shared
 
 
 def _in_folder(path: Path, output: Path | None, notes: list[str]) -> list[Photo]:
@@ -120,7 +154,7 @@ def _in_folder(path: Path, output: Path | None, notes: list[str]) -> list[Photo]
             f"{count(len(others), 'file')} in {path} are not images of a known kind and are not "
             f"predicted: {endings(others)}"
         )
-    return [Photo(p, p.relative_to(path).with_suffix("").as_posix()) for p in listing.images]
+    return [Photo(p, _name_below(p, path)) for p in listing.images]
 
 
 def _is_result(folder: Path, output: Path | None) -> bool:
@@ -160,7 +194,10 @@ def _matching(text: str, output: Path | None, notes: list[str]) -> list[Photo]:
         DataError: nothing has that name.
     """
     pattern = any(mark in text for mark in "*?[")
-    matches = sorted(_glob(text)) if pattern else []
+    try:
+        matches = sorted(_glob(text)) if pattern else []
+    except ValueError as error:
+        raise DataError(f"{text!r} is not a pattern: {error}. Use photos/**/*.jpg.") from error
     if not matches:
         raise DataError(f"No file matches {text!r}." if pattern else why_missing(text))
     hidden = [
@@ -183,7 +220,22 @@ def _matching(text: str, output: Path | None, notes: list[str]) -> list[Photo]:
             f"{count(len(others), 'file')} that {text!r} matches are not images of a known kind "
             f"and are not predicted: {endings(others)}"
         )
-    return [Photo(p, p.stem) for p in files if is_image_name(p)]
+    root = _fixed_part(text)
+    return [Photo(p, _name_below(p, root)) for p in files if is_image_name(p)]
+
+
+def _fixed_part(pattern: str) -> Path | None:
+    """Return the folder before the wildcards of a pattern with ``**``; None for other patterns."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return None
+    fixed = next(n for n, part in enumerate(parts) if any(mark in part for mark in "*?["))
+    return Path(*parts[:fixed])
+
+
+def _name_below(path: Path, root: Path | None) -> str:
+    """Return a file's name without its ending, with the folders below ``root``."""
+    return path.stem if root is None else path.relative_to(root).with_suffix("").as_posix()
 
 
 def _glob(pattern: str) -> Iterator[Path]:

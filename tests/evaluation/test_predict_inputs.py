@@ -22,7 +22,7 @@ from camoxpert.errors import DataError
 from camoxpert.inference.ledger import COLUMNS, LEDGER, TABLE
 from camoxpert.inference.photos import SUMMARY
 from camoxpert.inference.prediction import FOLDERS
-from camoxpert.inference.sources import find_photos, look_for_photos
+from camoxpert.inference.sources import Photo, find_photos, keep_apart, look_for_photos
 
 
 @pytest.fixture
@@ -56,8 +56,42 @@ def test_results_are_not_predicted_again(tiny_run: Path, photos: Path, capsys, p
     # Nor by a later call with another output, or a glob.
     assert main([*words[:-1], str(photos / "later")]) == 0
     assert "2 images predicted;" in capsys.readouterr().out
-    assert names(photos / "**" / "*.*") == ["a", "b"]
+    assert names(photos / "**" / "*.*") == ["a", "sub/b"]
     assert (photos / place / OUTPUT_TABLE).is_file()
+
+
+def test_names_that_differ_in_the_ending_keep_it(photos: Path) -> None:
+    for name in ("a.png", "a.jpg.png", "sub/b.PNG", "sub/c.png"):
+        cv2.imwrite(str(photos / name), np.zeros((8, 9, 3), np.uint8))
+    # a.jpg takes the name that a.jpg.png would have had.
+    wanted = {"a.jpg", "a.png", "a.jpg.png", "sub/b.jpg", "sub/b.PNG", "sub/c"}
+    assert set(names(photos)) == wanted
+    files = sorted(path for path in photos.rglob("*.*"))
+    found = [keep_apart([Photo(p, str(p.with_suffix(""))) for p in some])
+             for some in (files, files[::-1])]  # fmt: skip
+    assert found[0] == found[1][::-1]
+    for order in (files, files[::-1]):
+        assert set(names(*order)) == {name.rpartition("/")[2] for name in wanted}
+    assert names(photos / "a.jpg") == ["a"], "an ending that tells nothing is left out"
+
+
+def test_what_shares_a_name_with_its_ending_is_refused(photos: Path) -> None:
+    cv2.imwrite(str(photos / "b.jpg"), np.zeros((8, 9, 3), np.uint8))
+    for order in (("b.jpg", "sub/b.jpg"), ("sub/b.jpg", "b.jpg")):
+        with pytest.raises(DataError, match=r"would both be written as 'b\.jpg'.*sub-folders"):
+            names(*(photos / name for name in order))
+    assert names(photos / "b.jpg", photos / "sub" / ".." / "b.jpg") == ["b"]
+    assert names(photos / "**" / "b.jpg") == ["b", "sub/b"]
+
+
+def test_globs_are_named_below_their_fixed_part(photos: Path, monkeypatch) -> None:
+    monkeypatch.chdir(photos.parent)
+    assert names("**/*.jpg") == ["photos/a", "photos/sub/b"]
+    assert names("photos/**/b*") == ["sub/b"] == names(photos / "**" / "b.jpg")
+    assert names("photos/s*/**/*.jpg") == ["sub/b"]
+    assert names("photos/sub/**/*.jpg") == ["b"] == names("photos/*/*.jpg")
+    with pytest.raises(DataError, match=r"'a\*\*\.jpg' is not a pattern"):
+        names("a**.jpg")
 
 
 def test_other_files_are_counted(photos: Path) -> None:
