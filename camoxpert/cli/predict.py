@@ -14,14 +14,22 @@ from camoxpert.errors import ConfigError
 KINDS = ("map", "mask", "cutout", "overlay")
 EXAMPLES = """examples:
   camoxpert predict runs/NAME photos/ -o out
-  camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4"""
+  camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4
+  find photos -name '*.jpg' -print0 | camoxpert predict runs/NAME - -o out"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
     parser.add_argument("checkpoint", help="a run folder (its best weights) or a .pt file")
-    parser.add_argument("inputs", nargs="+", help="images, folders, globs or CSV (column image)")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        help="images, folders, globs, CSV or Parquet files; - for names on standard input",
+    )
+    parser.add_argument(
+        "--column", metavar="NAME", help="of the images in CSV and Parquet files [image]"
+    )
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder of the results"
     )
@@ -88,7 +96,12 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             f"--device {options.device} and --devices {options.devices}: give one of them."
         )
     output = Path(options.output)
-    found = look_for_photos(options.inputs, allow_outside=options.allow_outside, output=output)
+    found = look_for_photos(
+        options.inputs,
+        allow_outside=options.allow_outside,
+        output=output,
+        column=options.column,
+    )
     for note in found.notes:
         console.note(note)
     wanted = PhotoOptions(

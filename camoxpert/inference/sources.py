@@ -1,4 +1,4 @@
-"""Images to predict from files, folders, globs and CSV tables, and the names of their outputs."""
+"""Images to predict from files, folders, globs and lists, and the names of their outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from camoxpert.data.files.csv_paths import TABLE_SUFFIXES, listed_file, read_table
 from camoxpert.data.files.image_io import read_image, rgb_pixels
 from camoxpert.data.files.listing import (
     ARCHIVE_SUFFIXES,
@@ -27,8 +26,14 @@ from camoxpert.data.files.listing import (
     is_side_file,
     list_files,
 )
-from camoxpert.errors import DataError
+from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import why_missing
+from camoxpert.inference.lists import (
+    LIST_SUFFIXES,
+    STANDARD_INPUT,
+    files_in_table,
+    files_on_stdin,
+)
 from camoxpert.text import count, shorten
 
 
@@ -63,31 +68,42 @@ def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[P
 
 
 def look_for_photos(
-    inputs: Sequence[str], *, allow_outside: bool = False, output: Path | None = None
+    inputs: Sequence[str],
+    *,
+    allow_outside: bool = False,
+    output: Path | None = None,
+    column: str | None = None,
 ) -> Photos:
-    """Expand files, folders (recursive), globs and CSV files (column ``image``) into photos.
+    """Expand files, folders (recursive), globs, tables and standard input into photos.
 
-    Results of predict are not predicted. Links to missing files are photos that cannot be read.
-    A photo has the name of its file without the ending, below the folder that was given; see
-    ``keep_apart`` for photos that would share a name.
+    Results of predict are not predicted. Links to missing files, and missing files in lists, are
+    photos that cannot be read. A photo has the name of its file without the ending, below the
+    folder that was given; see ``keep_apart`` for photos that would share a name.
 
     Args:
-        inputs: paths and globs as given on the command line.
-        allow_outside: a CSV may name images outside its folder.
+        inputs: paths and globs as given on the command line; ``-`` for names on standard input.
+        allow_outside: a table may name images outside its folder.
         output: folder of the results.
+        column: of the names in CSV and Parquet files; None: ``image``.
 
     Raises:
         DataError: an input matches nothing, or two share an output name.
+        ConfigError: ``column`` without a table, or an input for which a package is missing.
     """
     photos: list[Photo] = []
     notes: list[str] = []
+    tables = 0
     for text in inputs:
         path = Path(text)
         own: list[str] = []
-        if path.is_dir():
+        if text == STANDARD_INPUT:
+            found = [Photo(*named) for named in files_on_stdin()]
+        elif path.is_dir():
             found = _in_folder(path, output, own)
-        elif path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-            found = _from_csv(path, allow_outside)
+        elif path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+            tables += 1
+            listed = files_in_table(path, column or "image", allow_outside=allow_outside)
+            found = [Photo(*named) for named in listed]
         elif path.is_file():
             found = [_single(path)]
         else:
@@ -100,6 +116,10 @@ def look_for_photos(
             )
         photos += found
         notes += own
+    if column is not None and not tables:
+        raise ConfigError(
+            f"--column {column}: it is a column of a CSV or Parquet file, and no input is one."
+        )
     return Photos(keep_apart(photos), tuple(notes))
 
 
@@ -244,13 +264,6 @@ def _glob(pattern: str) -> Iterator[Path]:
     root = Path(path.anchor) if path.is_absolute() else Path()
     relative = path.relative_to(path.anchor) if path.is_absolute() else path
     return root.glob(str(relative)) if str(relative) != "." else iter(())
-
-
-def _from_csv(path: Path, allow_outside: bool) -> list[Photo]:
-    return [
-        Photo(*listed_file(path, row["image"], number, column="image", allow_outside=allow_outside))
-        for number, row in read_table(path, ("image",))
-    ]
 
 
 def name_of(image: ImageInput, otherwise: str) -> str:
