@@ -11,7 +11,8 @@ from camoxpert.cli.outputs import check_folder
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError
 
-KINDS = ("map", "mask", "cutout", "overlay")
+PICTURES = ("map", "mask", "cutout", "overlay")
+KINDS = (*PICTURES, "coco", "labelme")
 EXAMPLES = """examples:
   camoxpert predict runs/NAME photos/ -o out
   camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4
@@ -37,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save",
         nargs="+",
         choices=KINDS,
-        default=list(KINDS),
-        help="what to write: probability map, binary mask, RGBA cut-out, overlay [all]",
+        default=list(PICTURES),
+        help="what to write: probability map, binary mask, RGBA cut-out, overlay [these four]; "
+        "annotations for COCO tools or labelme",
     )
     parser.add_argument(
         "--batch-size",

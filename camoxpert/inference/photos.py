@@ -17,12 +17,17 @@ from torch import Tensor
 from camoxpert import console, stop
 from camoxpert.errors import CheckpointError, DataError
 from camoxpert.files import write_json
+from camoxpert.inference.annotations import (
+    begin_coco,
+    join_coco,
+    save_annotations,
+)
 from camoxpert.inference.devices import DeviceEngine
 from camoxpert.inference.engine import ChunkResult, Row
 from camoxpert.inference.ledger import FAILED, Ledger, Source, as_fields, open_ledger, source_of
 from camoxpert.inference.local import LocalEngine
 from camoxpert.inference.plan import Plan, Settings, make_plan, model_digest, remove_unfinished
-from camoxpert.inference.prediction import KINDS, Prediction
+from camoxpert.inference.prediction import KINDS, PICTURES, Prediction
 from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo, read_pixels
@@ -39,8 +44,8 @@ class PhotoOptions:
     """What is written for each photo, and how.
 
     Attributes:
-        kinds: pictures to write: map (probability, 0..255), mask (0 or 255), cutout (RGBA),
-            overlay.
+        kinds: files to write: map (probability, 0..255), mask (0 or 255), cutout (RGBA),
+            overlay; annotations: coco, labelme.
         batch_size: images per forward pass; None chooses.
         threshold: probability above which a pixel is object, for mask and table.
         overwrite: predict photos whose outputs exist again.
@@ -49,7 +54,7 @@ class PhotoOptions:
         limit: predict at most this many of the photos that are left to do.
     """
 
-    kinds: Sequence[str] = KINDS
+    kinds: Sequence[str] = PICTURES
     batch_size: int | None = 8
     threshold: float = 0.5
     overwrite: bool = False
@@ -160,7 +165,8 @@ class PhotoStages:
             pixels = np.empty((0, 0, 3), np.uint8)
         found = Prediction(photo.name, pixels, probability_HW, 0.0, self.threshold)
         enlarging = time.monotonic() - started
-        found.save(self.output, self.kinds)
+        found.save(self.output, [kind for kind in self.kinds if kind in PICTURES])
+        save_annotations(found, self.output, self.kinds, photo.path)
         height, width = sample.size
         return {
             "status": "ok",
@@ -275,6 +281,7 @@ def predict_photos(
         plan = make_plan(ledger, settings, photos, options.kinds, overwrite=options.overwrite)
         if options.limit is not None:
             plan.todo = plan.todo[: options.limit]
+        joined = begin_coco(output, wanted="coco" in options.kinds, changes=bool(plan.todo))
         result = BatchResult(skipped=plan.skipped, replaced=plan.replaced)
         complete = False
         try:
@@ -289,6 +296,8 @@ def predict_photos(
             with stop.current().deferred():
                 ledger.finish((photo.name for photo in photos), complete=complete)
         _audit(ledger, plan, result)
+        if joined:
+            join_coco(output, ledger.rows())
     if result.summary:
         result.summary["settings"] = asdict(settings) | {"kinds": list(options.kinds)}
         write_json(output / SUMMARY, result.summary, durable=False)

@@ -15,6 +15,7 @@ from camoxpert.data.files.image_io import read_image, rgb_pixels
 from camoxpert.data.files.listing import (
     ARCHIVE_SUFFIXES,
     IMAGE_SUFFIXES,
+    OUTPUT_COCO,
     OUTPUT_FOLDERS,
     OUTPUT_RECORD,
     OUTPUT_SUMMARY,
@@ -37,7 +38,7 @@ from camoxpert.inference.lists import (
 from camoxpert.text import count, shorten
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photo:
     """An input image and the relative name of its outputs."""
 
@@ -158,7 +159,7 @@ def _shared_names(photos: Sequence[Photo], names: Sequence[str]) -> dict[str, tu
     shared = {}
     for photo, name in zip(photos, names, strict=True):
         other = files.setdefault(name, photo.path)
-        if other != photo.path and os.path.abspath(other) != os.path.abspath(photo.path):
+        if other is not photo.path and os.path.abspath(other) != os.path.abspath(photo.path):
             shared[name] = (other, photo.path)
     return shared
 
@@ -190,7 +191,7 @@ def _is_result(folder: Path, output: Path | None) -> bool:
 
 def _of_predict(file: Path) -> bool:
     """Return whether a file is the table, the ledger or the summary of results of predict."""
-    known = (OUTPUT_TABLE, OUTPUT_RECORD, OUTPUT_SUMMARY)
+    known = (OUTPUT_TABLE, OUTPUT_RECORD, OUTPUT_SUMMARY, OUTPUT_COCO)
     return file.name in known and is_predict_output(file.parent)
 
 

@@ -103,7 +103,8 @@ class ListedFiles:
     def __init__(self, table: Path, *, allow_outside: bool = False, unit: str = "line") -> None:
         self._table, self._allow_outside, self._unit = table, allow_outside, unit
         self._root = table.parent.resolve()
-        self._folders: dict[Path, Path] = {}
+        # Folder as written -> where it is, and the prefix of names in it; None: not inside.
+        self._folders: dict[str, tuple[str, str] | None] = {}
 
     def find(self, text: str, line: int, *, column: str) -> tuple[Path, str]:
         """Return the file that a row names, and a relative name for it without ``..``.
@@ -116,6 +117,9 @@ class ListedFiles:
         Raises:
             DataError: the path is empty or leads outside.
         """
+        found = self._plain(text)
+        if found is not None:
+            return found
         place = f"{self._table}, {self._unit} {line}"
         if not text:
             raise DataError(f"{place}: the cell {column!r} is empty.")
@@ -123,7 +127,7 @@ class ListedFiles:
         try:
             if "\\" in text and not (self._root / written).exists():
                 written = Path(text.replace("\\", "/"))
-            file = self._resolved(self._root / written)
+            file = (self._root / written).resolve()
         except (OSError, RuntimeError, ValueError) as error:
             # A symlink loop or a NUL byte.
             raise DataError(f"{place}: {text!r} is not a path ({error}).") from error
@@ -139,13 +143,25 @@ class ListedFiles:
         parts = [part for part in written.parts if part not in ("..", written.anchor)]
         return file, Path(*parts).with_suffix("").as_posix()
 
-    def _resolved(self, path: Path) -> Path:
-        if "\0" in path.name:
-            raise ValueError("embedded null byte")
-        folder = path.parent
-        if path.name == ".." or folder == path:
-            return path.resolve()
+    def _plain(self, text: str) -> tuple[Path, str] | None:
+        """Return the file of a plain path inside the folder; None for any other text."""
+        folder, _, name = text.rpartition("/")
+        if not name or name in (".", "..") or "\\" in text or "\0" in text:
+            return None
         if folder not in self._folders:
-            self._folders[folder] = folder.resolve()
-        file = self._folders[folder] / path.name
-        return file.resolve() if file.is_symlink() else file
+            self._folders[folder] = self._folder_inside(folder, text)
+        known = self._folders[folder]
+        if known is None or (path := Path(f"{known[0]}/{name}")).is_symlink():
+            return None
+        dot = name.rfind(".")
+        return path, known[1] + (name[:dot] if 0 < dot < len(name) - 1 else name)
+
+    def _folder_inside(self, folder: str, text: str) -> tuple[str, str] | None:
+        try:
+            real = (self._root / folder).resolve()
+        except (OSError, RuntimeError, ValueError):
+            return None
+        if text.startswith("/") or not real.is_relative_to(self._root):
+            return None
+        prefix = real.relative_to(self._root).as_posix()
+        return str(real), "" if prefix == "." else f"{prefix}/"
