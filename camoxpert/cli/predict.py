@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from camoxpert import console, stop
 from camoxpert.cli import no_overrides, print_paragraph
 from camoxpert.cli.outputs import check_folder
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError
+from camoxpert.text import count
+
+if TYPE_CHECKING:
+    from camoxpert.inference.sources import Photo
 
 PICTURES = ("map", "mask", "cutout", "overlay")
-KINDS = (*PICTURES, "coco", "labelme")
+KINDS = (*PICTURES, "coco", "labelme", "video")
 EXAMPLES = """examples:
   camoxpert predict runs/NAME photos/ -o out
   camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4
+  camoxpert predict runs/NAME clip.mp4 -o out --save video --smooth 0.5
   find photos -name '*.jpg' -print0 | camoxpert predict runs/NAME - -o out"""
 
 
@@ -26,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs",
         nargs="+",
-        help="images, folders, globs, CSV or Parquet files; - for names on standard input",
+        help="images, videos, folders, globs, CSV or Parquet files; - for names on standard input",
     )
     parser.add_argument(
         "--column", metavar="NAME", help="of the images in CSV and Parquet files [image]"
@@ -40,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         default=list(PICTURES),
         help="what to write: probability map, binary mask, RGBA cut-out, overlay [these four]; "
-        "annotations for COCO tools or labelme",
+        "annotations for COCO tools or labelme; of videos a video instead of or beside frames",
     )
     parser.add_argument(
         "--batch-size",
@@ -60,6 +67,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="probability that counts as object [0.5]"
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="of a video, predict every N-th frame [1]"
+    )
+    parser.add_argument(
+        "--smooth",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="of a video, average the logits over time: A times the average so far + (1 - A) times "
+        "the frame; 0 is off, 1 is not allowed [0]",
+    )
+    parser.add_argument(
+        "--video-shows",
+        choices=("overlay", "mask"),
+        default="overlay",
+        help="what the video of --save video shows [overlay]",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="predict images again that have results"
@@ -87,16 +111,21 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
     check_folder("-o", options.output)
     from camoxpert.inference.devices import choose_devices
+    from camoxpert.inference.frames import load_av, smoothing_weight
     from camoxpert.inference.photos import PhotoOptions, predict_photos
     from camoxpert.inference.predictor import load_predictor
     from camoxpert.inference.sources import look_for_photos
     from camoxpert.inference.timing import describe
+    from camoxpert.inference.video import VIDEO_KINDS, VideoOptions
 
     devices = choose_devices(options.devices)
     if devices and options.device != "auto":
         raise ConfigError(
             f"--device {options.device} and --devices {options.devices}: give one of them."
         )
+    if options.every < 1:
+        raise ConfigError(f"--every must be at least 1; {options.every} is not.")
+    video = VideoOptions(options.every, smoothing_weight(options.smooth), options.video_shows)
     output = Path(options.output)
     found = look_for_photos(
         options.inputs,
@@ -106,6 +135,14 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     )
     for note in found.notes:
         console.note(note)
+    if found.videos:
+        load_av()
+        _check_videos(found.videos, found.photos, options.save, devices, VIDEO_KINDS)
+    elif options.save == ["video"] or video != VideoOptions():
+        raise ConfigError(
+            "--every, --smooth, --video-shows and --save video are for videos, and no input is one."
+        )
+    photos = [] if options.save == ["video"] else found.photos
     wanted = PhotoOptions(
         kinds=options.save,
         batch_size=batch_size,
@@ -113,6 +150,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         overwrite=options.overwrite,
         devices=devices,
         limit=options.limit,
+        video=video,
     )
     outcome = "What is done is written; run the same command again for the rest."
     with stop.watch(options.max_hours), stop.outcome(outcome):
@@ -123,13 +161,16 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             precision=options.precision,
             max_pixels=options.max_pixels,
         )
-        result = predict_photos(predictor, found.photos, output, wanted)
+        result = predict_photos(predictor, photos, output, wanted, found.videos)
     there = f", {result.skipped} were there already" if result.skipped else ""
     if result.replaced:
         there += f"; {result.replaced} photos had changed since"
-    console.say(f"{result.done} images predicted{there}; results in {options.output}")
+    what = "inputs" if found.videos else "images"
+    console.say(f"{result.done} {what} predicted{there}; results in {options.output}")
     if result.summary:
         console.say(describe(result.summary))
+    if "videos" in result.summary:
+        console.say(describe(result.summary["videos"]))
     if result.failed:
         listed = "\n".join(f"  {path}: {reason}" for path, reason in result.failed)
         print_paragraph(
@@ -137,6 +178,31 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
         return 3
     return 0
+
+
+def _check_videos(
+    videos: Sequence[Photo],
+    photos: Sequence[Photo],
+    kinds: Sequence[str],
+    devices: Sequence[str],
+    video_kinds: Sequence[str],
+) -> None:
+    """Say or refuse what is not done with videos."""
+    if devices:
+        raise ConfigError(
+            f"--devices {','.join(devices)}: a video is predicted in order, in one process. Give "
+            f"videos such as {videos[0].path} in calls of their own, with --device."
+        )
+    left = [kind for kind in kinds if kind not in video_kinds]
+    if left == list(kinds):
+        raise ConfigError(
+            f"--save {' '.join(kinds)}: nothing of this is written for videos. Choose from "
+            f"{', '.join(video_kinds)}."
+        )
+    if left:
+        console.warn(f"videos get no {' and no '.join(left)}: these are for images")
+    if list(kinds) == ["video"] and photos:
+        console.warn(f"{count(len(photos), 'image')} are not predicted: --save video is for videos")
 
 
 def _batch_size(text: str) -> int | None:

@@ -126,7 +126,7 @@ def _labelme(found: Prediction, path: Path, file: Path) -> dict[str, Any]:
         if len(points) >= 3:
             polygons.append([[float(x), float(y)] for x, y in points[:, 0]])
     height, width = found.size
-    shapes = [
+    shapes: list[dict[str, Any]] = [
         {
             "label": LABEL,
             "points": points,

@@ -31,6 +31,7 @@ from camoxpert.inference.prediction import KINDS, PICTURES, Prediction
 from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo, read_pixels
+from camoxpert.inference.video import VIDEO_KINDS, VideoOptions, VideoRun, plan_videos
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count, shorten
 
@@ -51,7 +52,8 @@ class PhotoOptions:
         overwrite: predict photos whose outputs exist again.
         devices: names of devices for worker processes; empty: the predictor's own device, in this
             process.
-        limit: predict at most this many of the photos that are left to do.
+        limit: predict at most this many of the photos and videos that are left to do.
+        video: how videos are predicted.
     """
 
     kinds: Sequence[str] = PICTURES
@@ -60,6 +62,7 @@ class PhotoOptions:
     overwrite: bool = False
     devices: Sequence[str] = ()
     limit: int | None = None
+    video: VideoOptions = field(default_factory=VideoOptions)
 
 
 @dataclass
@@ -248,7 +251,11 @@ class Engine(Protocol):
 
 
 def predict_photos(
-    predictor: Predictor, photos: Sequence[Photo], output: Path, options: PhotoOptions
+    predictor: Predictor,
+    photos: Sequence[Photo],
+    output: Path,
+    options: PhotoOptions,
+    videos: Sequence[Photo] = (),
 ) -> BatchResult:
     """Predict every photo at its original size and write the outputs.
 
@@ -258,6 +265,7 @@ def predict_photos(
     Args:
         predictor: the model.
         photos: inputs.
+        videos: inputs that are predicted after the photos; see ``video``.
         output: folder for ``maps/``, ``masks/``, ``cutouts/``, ``overlays/``, ``results.csv``,
             ``predictions.jsonl`` (see ``ledger``) and ``predict.json``.
         options: what to write, and how.
@@ -278,11 +286,17 @@ def predict_photos(
     with open_ledger(output, KINDS) as ledger:
         if not ledger.finished:
             remove_unfinished(output)
-        plan = make_plan(ledger, settings, photos, options.kinds, overwrite=options.overwrite)
+        again, kinds = options.overwrite, [kind for kind in options.kinds if kind != "video"]
+        plan = make_plan(ledger, settings, photos, kinds, overwrite=again, others=videos)
+        video_kinds = [kind for kind in options.kinds if kind in VIDEO_KINDS]
+        films = plan_videos(ledger, videos, video_kinds, options.video, overwrite=again)
         if options.limit is not None:
+            films.todo = films.todo[: max(0, options.limit - len(plan.todo))]
             plan.todo = plan.todo[: options.limit]
-        joined = begin_coco(output, wanted="coco" in options.kinds, changes=bool(plan.todo))
-        result = BatchResult(skipped=plan.skipped, replaced=plan.replaced)
+        joined = begin_coco(output, wanted="coco" in kinds, changes=bool(plan.todo))
+        result = BatchResult(
+            skipped=plan.skipped + films.skipped, replaced=plan.replaced + films.replaced
+        )
         complete = False
         try:
             if plan.todo:
@@ -291,11 +305,14 @@ def predict_photos(
                 result.summary = engine.summary()
                 if result.summary.get("deaths"):
                     remove_unfinished(output)
+            if films.todo:
+                _work_on_videos(predictor, films.todo, ledger, video_kinds, options, result)
             complete = True
         finally:
             with stop.current().deferred():
-                ledger.finish((photo.name for photo in photos), complete=complete)
+                ledger.finish((item.name for item in (*photos, *videos)), complete=complete)
         _audit(ledger, plan, result)
+        _audit(ledger, films, result)
         if joined:
             join_coco(output, ledger.rows())
     if result.summary:
@@ -307,7 +324,7 @@ def predict_photos(
 def _choose_engine(
     predictor: Predictor, settings: Settings, output: Path, options: PhotoOptions
 ) -> Engine:
-    kinds = tuple(options.kinds)
+    kinds = tuple(kind for kind in options.kinds if kind != "video")
     if not options.devices:
         stages = PhotoStages(predictor, output, kinds, options.threshold)
         return LocalEngine(stages, batch_size=options.batch_size)
@@ -334,13 +351,41 @@ def _work(engine: Engine, todo: Sequence[Photo], ledger: Ledger, result: BatchRe
             stop.check()
 
 
+def _work_on_videos(
+    predictor: Predictor,
+    videos: Sequence[Photo],
+    ledger: Ledger,
+    kinds: Sequence[str],
+    options: PhotoOptions,
+    result: BatchResult,
+) -> None:
+    """Predict videos; append the row of each when its files are in place."""
+    run = VideoRun(
+        predictor,
+        ledger.folder,
+        kinds,
+        options.threshold,
+        options.video,
+        batch_size=options.batch_size,
+    )
+    for row in run.rows(videos):
+        with stop.current().deferred():
+            ledger.append([_joined(row, ledger)])
+        result.done += row["status"] == "ok"
+        stop.check()
+    summary = run.summary()
+    result.summary = result.summary | {"videos": summary} if result.summary else summary
+
+
 def _joined(row: Row, ledger: Ledger) -> Row:
     """Return a row with its attempt, and with the earlier pictures of the same file."""
     name, index = row["item"], ledger.index
     kinds = row.get("kinds")
     others = index.has_kinds(name) - set(kinds or ())
-    if kinds is not None and others and ledger.row(name)["digest"] == row["digest"] is not None:
-        kinds = sorted({*kinds, *others})
+    if kinds is not None and others and row["digest"] is not None:
+        before = ledger.row(name)
+        if all(before.get(key) == row.get(key) for key in ("digest", "every", "smooth")):
+            kinds = sorted({*kinds, *others})
     head = {"item": name, "status": row["status"], "attempt": index.attempts(name) + 1}
     return head | row | ({} if kinds is None else {"kinds": kinds})
 

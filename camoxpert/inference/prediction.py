@@ -25,10 +25,13 @@ FOLDERS = {
     "overlay": "overlays",
     "coco": "coco_parts",
     "labelme": "labelme",
+    "video": "videos",
 }
+TIMES = "timestamps"
+"""Folder of the tables of videos."""
 KINDS = tuple(FOLDERS)
 """Everything that is written for an image; a ledger keeps a bit for each, in this order."""
-SUFFIXES = {"overlay": ".jpg", "coco": ".json", "labelme": ".json"}
+SUFFIXES = {"overlay": ".jpg", "coco": ".json", "labelme": ".json", "video": ".mp4"}
 
 
 @dataclass(frozen=True, eq=False)

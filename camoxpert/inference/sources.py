@@ -52,20 +52,32 @@ ImageInput = str | Path | NDArray[np.uint8] | Image.Image | Photo
 
 @dataclass(frozen=True)
 class Photos:
-    """Input images, and what was found beside them.
+    """Input images and videos, and what was found beside them.
 
     Attributes:
         photos: with names that differ.
+        videos: with names that differ from those of photos and of the folders in them.
         notes: sentences about files that are not images and about results of earlier calls.
     """
 
     photos: list[Photo]
     notes: tuple[str, ...] = ()
+    videos: tuple[Photo, ...] = ()
 
 
 def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[Photo]:
-    """Return the photos that ``look_for_photos`` finds."""
-    return look_for_photos(inputs, allow_outside=allow_outside).photos
+    """Return the photos that ``look_for_photos`` finds.
+
+    Raises:
+        DataError: as there; or an input is a video.
+    """
+    found = look_for_photos(inputs, allow_outside=allow_outside)
+    if found.videos:
+        raise DataError(
+            f"{found.videos[0].path} is a video. `camoxpert predict` takes videos; here, give its "
+            "frames as arrays or files."
+        )
+    return found.photos
 
 
 def look_for_photos(
@@ -121,7 +133,16 @@ def look_for_photos(
         raise ConfigError(
             f"--column {column}: it is a column of a CSV or Parquet file, and no input is one."
         )
-    return Photos(keep_apart(photos), tuple(notes))
+    apart = keep_apart(photos)
+    videos = [item for item in apart if is_video_name(item.path)]
+    if videos:
+        apart = [item for item in apart if not is_video_name(item.path)]
+    return Photos(apart, tuple(notes), tuple(videos))
+
+
+def is_video_name(path: Path) -> bool:
+    """Return whether a file's ending is one of a video."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def keep_apart(photos: Sequence[Photo]) -> list[Photo]:
@@ -161,6 +182,13 @@ def _shared_names(photos: Sequence[Photo], names: Sequence[str]) -> dict[str, tu
         other = files.setdefault(name, photo.path)
         if other is not photo.path and os.path.abspath(other) != os.path.abspath(photo.path):
             shared[name] = (other, photo.path)
+    videos = {name: file for name, file in files.items() if is_video_name(file)}
+    if videos:
+        # The frames of a video are written into a folder of its name.
+        for photo, name in zip(photos, names, strict=True):
+            while name := name.rpartition("/")[0]:
+                if name in videos:
+                    shared[name] = (videos[name], photo.path)
     return shared
 
 
@@ -196,14 +224,8 @@ def _of_predict(file: Path) -> bool:
 
 
 def _single(path: Path) -> Photo:
-    """Return a file that was named; videos and archives are refused with what to do."""
-    ending = path.suffix.lower()
-    if ending in VIDEO_SUFFIXES:
-        raise DataError(
-            f"{path} is a video. Write its frames as pictures first: ffmpeg -i {path.name} "
-            "frames/%05d.png."
-        )
-    if ending in ARCHIVE_SUFFIXES:
+    """Return a file that was named; an archive is refused with what to do."""
+    if path.suffix.lower() in ARCHIVE_SUFFIXES:
         raise DataError(f"{path} is an archive. Unpack it and give the folder.")
     return Photo(path, path.stem)
 
@@ -235,14 +257,15 @@ def _matching(text: str, output: Path | None, notes: list[str]) -> list[Photo]:
             f"results of predict and are not predicted, for example {hidden[0]}"
         )
     files = [p for p in matches if p not in set(hidden)]
-    others = [p for p in files if not is_image_name(p)]
+    others = [p for p in files if not (is_image_name(p) or is_video_name(p))]
     if others:
         notes.append(
             f"{count(len(others), 'file')} that {text!r} matches are not images of a known kind "
             f"and are not predicted: {endings(others)}"
         )
     root = _fixed_part(text)
-    return [Photo(p, _name_below(p, root)) for p in files if is_image_name(p)]
+    left_out = set(others)
+    return [Photo(p, _name_below(p, root)) for p in files if p not in left_out]
 
 
 def _fixed_part(pattern: str) -> Path | None:
