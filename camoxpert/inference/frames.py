@@ -274,7 +274,15 @@ class VideoWriter:
         self._container = self._av.open(str(path), "w", format="mp4")
         # As many threads everywhere: the bytes depend on it.
         options = {"crf": QUALITY, "threads": "2"}
-        self._stream = self._container.add_stream(CODEC, rate=rate, options=options)
+        try:
+            self._stream = self._container.add_stream(CODEC, rate=rate, options=options)
+        except (self._av.FFmpegError, ValueError) as error:
+            self._container.close()
+            path.unlink(missing_ok=True)
+            raise ConfigError(
+                f"--save video: this PyAV has no encoder {CODEC} ({error}). Install the wheel of "
+                "PyPI, or write frames (--save mask)."
+            ) from error
         self._stream.pix_fmt = "yuv420p"
         self._time_base = time_base
         self._step = max(1, round(1 / (rate * time_base)))
@@ -288,6 +296,7 @@ class VideoWriter:
 
         Raises:
             BadVideo: it has another size than the first.
+            DataError: it cannot be written.
         """
         height, width = pixels.shape[:2]
         if self._size is None:
@@ -302,7 +311,7 @@ class VideoWriter:
         even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         frame = self._av.VideoFrame.from_ndarray(even, format="rgb24")
         frame.time_base, frame.pts = self._time_base, self._next_pts(pts)
-        self._mux(self._stream.encode(frame))
+        self._encode(frame)
 
     def _next_pts(self, pts: int | None) -> int:
         """Return a time stamp after the last one, from 0."""
@@ -320,7 +329,7 @@ class VideoWriter:
         Raises:
             DataError: it has not as many frames as were given.
         """
-        self._mux(self._stream.encode())
+        self._encode(None)
         self._container.close()
         if self.written != expected:
             raise DataError(f"{self.path} got {self.written} of {expected} frames.")
@@ -331,10 +340,14 @@ class VideoWriter:
         with suppress(self._av.FFmpegError, OSError, ValueError):
             self._container.close()
 
-    def _mux(self, packets: Any) -> None:
-        for packet in packets:
-            self.written += 1
-            self._container.mux(packet)
+    def _encode(self, frame: Any) -> None:
+        try:
+            for packet in self._stream.encode(frame):
+                self.written += 1
+                self._container.mux(packet)
+        except self._av.FFmpegError as error:
+            reason = error.strerror or error
+            raise DataError(f"{self.path} could not be written: {reason}.") from error
 
 
 def smoothing_weight(value: float) -> float:

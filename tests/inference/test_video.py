@@ -221,6 +221,37 @@ def test_smoothing_delays_what_appears(tmp_path: Path) -> None:
             smoothing_weight(value)
 
 
+def test_a_video_that_was_interrupted_begins_again(tmp_path: Path, monkeypatch) -> None:
+    clip, kinds = write_clip(tmp_path / "c.mp4"), ("mask", "video")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    predict(clip, whole, *kinds, smooth=0.5)
+    honest = FrameStages.finish
+
+    def full(self, frame, sample, outputs):
+        if frame.number == 9:
+            raise DataError("No space left on device.")
+        return honest(self, frame, sample, outputs)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left"):
+        patch.setattr(FrameStages, "finish", full)
+        predict(clip, parts, *kinds, smooth=0.5)
+    assert len(frame_names(parts / "masks" / "clip")) >= 4
+    assert frame_names(parts / "timestamps") == frame_names(parts / "videos") == []
+    predict(clip, parts, *kinds, smooth=0.5)
+    trees = [
+        {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        for out in (whole, parts)
+    ]
+    assert trees[0] == trees[1] and len(trees[0]) == 22
+
+
+def test_an_encoder_that_is_missing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("camoxpert.inference.frames.CODEC", "no_such_codec")
+    with pytest.raises(ConfigError, match="no encoder no_such_codec"):
+        predict(write_clip(tmp_path / "c.mp4"), tmp_path, "video")
+    assert frame_names(tmp_path / "videos") == []
+
+
 def test_names_of_videos_and_of_the_folders_beside_them(tmp_path: Path) -> None:
     write_clip(tmp_path / "in" / "clip.mp4", 2)
     (tmp_path / "in" / "clip").mkdir()
