@@ -138,7 +138,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     if found.videos:
         load_av()
         _check_videos(found.videos, found.photos, options.save, devices, VIDEO_KINDS)
-    elif options.save == ["video"] or video != VideoOptions():
+    elif "video" in options.save or video != VideoOptions():
         raise ConfigError(
             "--every, --smooth, --video-shows and --save video are for videos, and no input is one."
         )
