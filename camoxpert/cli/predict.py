@@ -5,18 +5,26 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from camoxpert import console, stop
 from camoxpert.cli import no_overrides, print_paragraph
 from camoxpert.cli.outputs import check_folder
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError
+from camoxpert.text import count
 
-KINDS = ("map", "mask", "cutout", "overlay")
+if TYPE_CHECKING:
+    from camoxpert.inference.sources import Photo
+
+PICTURES = ("map", "mask", "cutout", "overlay")
+KINDS = (*PICTURES, "coco", "labelme", "video")
 EXAMPLES = """examples:
   camoxpert predict runs/NAME photos/ -o out
   camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4
-  camoxpert predict runs/NAME large/ -o out --tile 1024 --overlap 0.25 --tta flip,scales"""
+  camoxpert predict runs/NAME large/ -o out --tile 1024 --overlap 0.25 --tta flip,scales
+  camoxpert predict runs/NAME clip.mp4 -o out --save video --smooth 0.5
+  find photos -name '*.jpg' -print0 | camoxpert predict runs/NAME - -o out"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", nargs="?", help="a run folder (its best weights) or a .pt file"
     )
-    parser.add_argument("inputs", nargs="*", help="images, folders, globs or CSV (column image)")
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        help="images, videos, folders, globs, CSV or Parquet files; - for names on standard input",
+    )
+    parser.add_argument(
+        "--column", metavar="NAME", help="of the images in CSV and Parquet files [image]"
+    )
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder of the results"
     )
@@ -33,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save",
         nargs="+",
         choices=KINDS,
-        default=list(KINDS),
-        help="what to write: probability map, binary mask, RGBA cut-out, overlay [all]",
+        default=list(PICTURES),
+        help="what to write: probability map, binary mask, RGBA cut-out, overlay [these four]; "
+        "annotations for COCO tools or labelme; of videos a video instead of or beside frames",
     )
     parser.add_argument(
         "--batch-size",
@@ -78,6 +94,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="look at each image at 1 and about 1.5 times the model's size and join both; takes "
         "3.1 to 3.3 times the multiply-adds",
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="of a video, predict every N-th frame [1]"
+    )
+    parser.add_argument(
+        "--smooth",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="of a video, average the logits over time: A times the average so far + (1 - A) times "
+        "the frame; 0 is off, 1 is not allowed [0]",
+    )
+    parser.add_argument(
+        "--video-shows",
+        choices=("overlay", "mask"),
+        default="overlay",
+        help="what the video of --save video shows [overlay]",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="predict images again that have results"
@@ -135,11 +168,13 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
     check_folder("-o", options.output)
     from camoxpert.inference.devices import choose_devices
+    from camoxpert.inference.frames import load_av, smoothing_weight
     from camoxpert.inference.photos import PhotoOptions, predict_photos
     from camoxpert.inference.predictor import load_for
     from camoxpert.inference.shards import choose_shard
     from camoxpert.inference.sources import look_for_photos
     from camoxpert.inference.timing import describe
+    from camoxpert.inference.video import VIDEO_KINDS, VideoOptions
     from camoxpert.inference.views import choose_views
     from camoxpert.models.zoom import describe_zoom
 
@@ -151,10 +186,26 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
     shard = None if options.shard is None else choose_shard(options.shard)
     _check_ray(options)
+    if options.every < 1:
+        raise ConfigError(f"--every must be at least 1; {options.every} is not.")
+    video = VideoOptions(options.every, smoothing_weight(options.smooth), options.video_shows)
     output = Path(options.output)
-    found = look_for_photos(options.inputs, allow_outside=options.allow_outside, output=output)
+    found = look_for_photos(
+        options.inputs,
+        allow_outside=options.allow_outside,
+        output=output,
+        column=options.column,
+    )
     for note in found.notes:
         console.note(note)
+    if found.videos:
+        load_av()
+        _check_videos(found.videos, found.photos, options, VIDEO_KINDS)
+    elif "video" in options.save or video != VideoOptions():
+        raise ConfigError(
+            "--every, --smooth, --video-shows and --save video are for videos, and no input is one."
+        )
+    photos = [] if options.save == ["video"] else found.photos
     wanted = PhotoOptions(
         kinds=options.save,
         batch_size=batch_size,
@@ -166,6 +217,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         ray=(options.ray_address or "auto") if options.engine == "ray" else "",
         ray_actors=options.ray_actors,
         views=views,
+        video=video,
     )
     outcome = "What is done is written; run the same command again for the rest."
     with stop.watch(options.max_hours), stop.outcome(outcome):
@@ -179,13 +231,16 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
         if options.zoom:
             console.note(describe_zoom(predictor.config.data.img_size))
-        result = predict_photos(predictor, found.photos, output, wanted)
+        result = predict_photos(predictor, photos, output, wanted, found.videos)
     there = f", {result.skipped} were there already" if result.skipped else ""
     if result.replaced:
         there += f"; {result.replaced} photos had changed since"
-    console.say(f"{result.done} images predicted{there}; results in {options.output}")
+    what = "inputs" if found.videos else "images"
+    console.say(f"{result.done} {what} predicted{there}; results in {options.output}")
     if result.summary:
         console.say(describe(result.summary))
+    if "videos" in result.summary:
+        console.say(describe(result.summary["videos"]))
     if result.failed:
         _print_failed(result.failed)
         return 3
@@ -228,6 +283,41 @@ def _merge(options: argparse.Namespace) -> int:
 def _print_failed(failed: Sequence[tuple[object, str]]) -> None:
     listed = "\n".join(f"  {name}: {reason}" for name, reason in failed)
     print_paragraph(f"{len(failed)} images could not be predicted:\n{listed}", prefix="error: ")
+
+
+def _check_videos(
+    videos: Sequence[Photo],
+    photos: Sequence[Photo],
+    options: argparse.Namespace,
+    video_kinds: Sequence[str],
+) -> None:
+    """Say or refuse what is not done with videos."""
+    elsewhere = {
+        "--devices": options.devices != "auto",
+        "--engine ray": options.engine == "ray",
+        "--shard": options.shard is not None,
+    }
+    for flag in (flag for flag, given in elsewhere.items() if given):
+        raise ConfigError(
+            f"{flag}: a video is predicted in order, in one process. Give videos such as "
+            f"{videos[0].path} in calls of their own, with --device."
+        )
+    if options.tile is not None or options.tta:
+        raise ConfigError(
+            f"--tile and --tta are for images: {videos[0].path} is a video. Give videos in calls "
+            "of their own, without them."
+        )
+    kinds: list[str] = options.save
+    left = [kind for kind in kinds if kind not in video_kinds]
+    if left == list(kinds):
+        raise ConfigError(
+            f"--save {' '.join(kinds)}: nothing of this is written for videos. Choose from "
+            f"{', '.join(video_kinds)}."
+        )
+    if left:
+        console.warn(f"videos get no {' and no '.join(left)}: these are for images")
+    if list(kinds) == ["video"] and photos:
+        console.warn(f"{count(len(photos), 'image')} are not predicted: --save video is for videos")
 
 
 def _batch_size(text: str) -> int | None:

@@ -14,6 +14,7 @@ from camoxpert.config.load import (
     read_yaml,
     to_yaml,
 )
+from camoxpert.config.loss import LossConfig
 from camoxpert.config.schema import Leaf, get_setting, to_dict
 from camoxpert.config.tree import (
     DECODERS,
@@ -23,7 +24,6 @@ from camoxpert.config.tree import (
     SELECTION_MEASURES,
     Config,
     DataConfig,
-    LossConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,

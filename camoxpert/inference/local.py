@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def find_batch_size(stages: Stages, asked: int | None) -> tuple[int, str]:
 
 def run_chunks(
     stages: Stages, source: ChunkSource, size: int, timing: Timing, worker: str
-) -> Iterator[ChunkResult]:
+) -> Generator[ChunkResult, None, None]:
     """Yield the results of all chunks of a source, from a pipeline of its own."""
     with Pipeline(
         stages, source, batch_size=BatchSize(size), timing=timing, worker=worker

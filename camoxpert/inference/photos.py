@@ -17,6 +17,11 @@ from torch import Tensor
 from camoxpert import console, stop
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.files import write_json
+from camoxpert.inference.annotations import (
+    begin_coco,
+    join_coco,
+    save_annotations,
+)
 from camoxpert.inference.cluster import RayEngine
 from camoxpert.inference.devices import DeviceEngine
 from camoxpert.inference.engine import ChunkResult, Row
@@ -38,10 +43,11 @@ from camoxpert.inference.plan import (
     not_merged,
     remove_unfinished,
 )
-from camoxpert.inference.prediction import KINDS, Prediction
+from camoxpert.inference.prediction import KINDS, PICTURES, Prediction
 from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
+from camoxpert.inference.video import VIDEO_KINDS, VideoOptions, VideoRun, plan_videos
 from camoxpert.inference.views import ONE_VIEW, ViewOptions
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count, did_you_mean, shorten
@@ -56,21 +62,22 @@ class PhotoOptions:
     """What is written for each photo, and how.
 
     Attributes:
-        kinds: pictures to write: map (probability, 0..255), mask (0 or 255), cutout (RGBA),
-            overlay.
+        kinds: files to write: map (probability, 0..255), mask (0 or 255), cutout (RGBA),
+            overlay; annotations: coco, labelme.
         batch_size: images per forward pass; None chooses.
         threshold: probability above which a pixel is object, for mask and table.
         overwrite: predict photos whose outputs exist again.
         devices: names of devices for worker processes; empty: the predictor's own device, in this
             process.
-        limit: predict at most this many of the photos that are left to do.
         shard: predict a part of the photos, with a ledger of its own; see ``shards``.
         ray: address of a Ray cluster that does the work; empty: this machine does.
         ray_actors: workers on the cluster; None: as many as it has GPUs, or pairs of cores.
         views: tiles and augmentation.
+        limit: predict at most this many of the photos and videos that are left to do.
+        video: how videos are predicted.
     """
 
-    kinds: Sequence[str] = KINDS
+    kinds: Sequence[str] = PICTURES
     batch_size: int | None = 8
     threshold: float = 0.5
     overwrite: bool = False
@@ -80,6 +87,7 @@ class PhotoOptions:
     ray: str = ""
     ray_actors: int | None = None
     views: ViewOptions = ONE_VIEW
+    video: VideoOptions = field(default_factory=VideoOptions)
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -207,7 +215,8 @@ class PhotoStages:
             pixels = np.empty((0, 0, 3), np.uint8)
         found = Prediction(photo.name, pixels, probability_HW, 0.0, self.threshold)
         enlarging = time.monotonic() - started
-        found.save(self.output, self.kinds)
+        found.save(self.output, [kind for kind in self.kinds if kind in PICTURES])
+        save_annotations(found, self.output, self.kinds, photo.path)
         height, width = sample.size
         return {
             "status": "ok",
@@ -292,7 +301,11 @@ class Engine(Protocol):
 
 
 def predict_photos(
-    predictor: Predictor, photos: Sequence[Photo], output: Path, options: PhotoOptions
+    predictor: Predictor,
+    photos: Sequence[Photo],
+    output: Path,
+    options: PhotoOptions,
+    videos: Sequence[Photo] = (),
 ) -> BatchResult:
     """Predict every photo at its original size and write the outputs.
 
@@ -302,6 +315,7 @@ def predict_photos(
     Args:
         predictor: the model.
         photos: inputs.
+        videos: inputs that are predicted after the photos; see ``video``.
         output: folder for ``maps/``, ``masks/``, ``cutouts/``, ``overlays/``, ``results.csv``,
             ``predictions.jsonl`` (see ``ledger``) and ``predict.json``.
         options: what to write, and how.
@@ -332,10 +346,20 @@ def predict_photos(
     with open_ledger(output, KINDS, name=name, table=shard is None) as ledger:
         if not ledger.finished and shard is None:
             remove_unfinished(output)
-        plan = make_plan(ledger, settings, photos, options.kinds, overwrite=options.overwrite)
+        again, kinds = options.overwrite, [kind for kind in options.kinds if kind != "video"]
+        plan = make_plan(ledger, settings, photos, kinds, overwrite=again, others=videos)
+        video_kinds = [kind for kind in options.kinds if kind in VIDEO_KINDS]
+        films = plan_videos(ledger, videos, video_kinds, options.video, overwrite=again)
         if options.limit is not None:
+            films.todo = films.todo[: max(0, options.limit - len(plan.todo))]
             plan.todo = plan.todo[: options.limit]
-        result = BatchResult(skipped=plan.skipped + merged, replaced=plan.replaced)
+        # The annotations of parts are joined when the parts are.
+        wanted = "coco" in kinds and shard is None
+        joined = begin_coco(output, wanted=wanted, changes=bool(plan.todo))
+        result = BatchResult(
+            skipped=plan.skipped + films.skipped + merged,
+            replaced=plan.replaced + films.replaced,
+        )
         complete = False
         try:
             if plan.todo:
@@ -348,11 +372,16 @@ def predict_photos(
                 result.summary = engine.summary()
                 if result.summary.get("deaths") and shard is None:
                     remove_unfinished(output)
+            if films.todo:
+                _work_on_videos(predictor, films.todo, ledger, video_kinds, options, result)
             complete = True
         finally:
             with stop.current().deferred():
-                ledger.finish((photo.name for photo in photos), complete=complete)
+                ledger.finish((item.name for item in (*photos, *videos)), complete=complete)
         _audit(ledger, plan, result)
+        _audit(ledger, films, result)
+        if joined:
+            join_coco(output, ledger.rows())
     if result.summary:
         result.summary["settings"] = asdict(settings) | {"kinds": list(options.kinds)}
         name = SUMMARY if shard is None else f"predict.{shard.number}-of-{shard.of}.json"
@@ -363,7 +392,7 @@ def predict_photos(
 def _choose_engine(
     predictor: Predictor, settings: Settings, output: Path, options: PhotoOptions
 ) -> Engine:
-    kinds = tuple(options.kinds)
+    kinds = tuple(kind for kind in options.kinds if kind != "video")
     if not options.devices and not options.ray:
         stages = PhotoStages(predictor, output, kinds, options.threshold, options.views)
         return LocalEngine(stages, batch_size=options.batch_size)
@@ -400,13 +429,41 @@ def _work(engine: Engine, todo: Sequence[Photo], ledger: Ledger, result: BatchRe
             stop.check()
 
 
+def _work_on_videos(
+    predictor: Predictor,
+    videos: Sequence[Photo],
+    ledger: Ledger,
+    kinds: Sequence[str],
+    options: PhotoOptions,
+    result: BatchResult,
+) -> None:
+    """Predict videos; append the row of each when its files are in place."""
+    run = VideoRun(
+        predictor,
+        ledger.folder,
+        kinds,
+        options.threshold,
+        options.video,
+        batch_size=options.batch_size,
+    )
+    for row in run.rows(videos):
+        with stop.current().deferred():
+            ledger.append([_joined(row, ledger)])
+        result.done += row["status"] == "ok"
+        stop.check()
+    summary = run.summary()
+    result.summary = result.summary | {"videos": summary} if result.summary else summary
+
+
 def _joined(row: Row, ledger: Ledger) -> Row:
     """Return a row with its attempt, and with the earlier pictures of the same file."""
     name, index = row["item"], ledger.index
     kinds = row.get("kinds")
     others = index.has_kinds(name) - set(kinds or ())
-    if kinds is not None and others and ledger.row(name)["digest"] == row["digest"] is not None:
-        kinds = sorted({*kinds, *others})
+    if kinds is not None and others and row["digest"] is not None:
+        before = ledger.row(name)
+        if all(before.get(key) == row.get(key) for key in ("digest", "every", "smooth")):
+            kinds = sorted({*kinds, *others})
     head = {"item": name, "status": row["status"], "attempt": index.attempts(name) + 1}
     return head | row | ({} if kinds is None else {"kinds": kinds})
 

@@ -20,7 +20,7 @@ from camoxpert import console
 from camoxpert.config import to_dict
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.ledger import FAILED, LEDGER, Ledger, source_of
-from camoxpert.inference.prediction import FOLDERS, KINDS, output_path
+from camoxpert.inference.prediction import FOLDERS, KINDS, TIMES, output_path
 from camoxpert.inference.sources import Photo
 from camoxpert.runs.checkpoint import Checkpoint, file_digest
 from camoxpert.text import bullet_list, count
@@ -114,6 +114,7 @@ def make_plan(
     kinds: Sequence[str],
     *,
     overwrite: bool,
+    others: Iterable[Photo] = (),
 ) -> Plan:
     """Return what is left to do; restart the ledger where its settings are not those of the call.
 
@@ -127,6 +128,7 @@ def make_plan(
         photos: of this call.
         kinds: pictures to write.
         overwrite: predict all photos, and replace what was made with other settings.
+        others: items of this call that are planned elsewhere.
 
     Raises:
         ConfigError: the folder holds results of other settings, or of unknown origin.
@@ -135,7 +137,7 @@ def make_plan(
     changed = settings.differences(ledger.earlier) if ledger.earlier is not None else []
     if overwrite:
         if changed:
-            _warn_of_others(ledger, photos)
+            _warn_of_others(ledger, [*photos, *others])
         plan = Plan(list(photos))
     else:
         made = len(ledger.made) if changed else 0
@@ -182,11 +184,11 @@ def _left_to_do(ledger: Ledger, photos: Sequence[Photo], kinds: Sequence[str]) -
                 _require_known(ledger, photo, kinds, present)
             plan.todo.append(photo)
         elif status == FAILED:
-            if ledger.finished or _changed(ledger, photo):
+            if ledger.finished or has_changed(ledger, photo):
                 plan.todo.append(photo)
             else:
                 plan.failed.append(photo)
-        elif _changed(ledger, photo):
+        elif has_changed(ledger, photo):
             plan.todo.append(photo)
             plan.replaced += 1
             earlier = Path(ledger.row(photo.name)["source"])
@@ -263,13 +265,14 @@ def remove_unfinished(folder: Path) -> None:
 
     The caller holds the lock of the folder, and no process of its own writes.
     """
-    for name in FOLDERS.values():
+    for name in (*FOLDERS.values(), TIMES):
         for path in (folder / name).rglob(".*.tmp"):
             if TEMPORARY.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
 
-def _changed(ledger: Ledger, photo: Photo) -> bool:
+def has_changed(ledger: Ledger, photo: Photo) -> bool:
+    """Return whether the file of a photo is another one than its row was made from."""
     return not _is_same(ledger, photo.name, photo.path)
 
 

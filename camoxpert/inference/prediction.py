@@ -16,9 +16,22 @@ from camoxpert.inference.score import to_uint8
 from camoxpert.pages import pictures
 from camoxpert.text import did_you_mean
 
-FOLDERS = {"map": "maps", "mask": "masks", "cutout": "cutouts", "overlay": "overlays"}
-KINDS = tuple(FOLDERS)
+PICTURES = ("map", "mask", "cutout", "overlay")
 """Pictures of a prediction: probability map (grey), mask (0 or 255), RGBA cut-out, overlay."""
+FOLDERS = {
+    "map": "maps",
+    "mask": "masks",
+    "cutout": "cutouts",
+    "overlay": "overlays",
+    "coco": "coco_parts",
+    "labelme": "labelme",
+    "video": "videos",
+}
+TIMES = "timestamps"
+"""Folder of the tables of videos."""
+KINDS = tuple(FOLDERS)
+"""Everything that is written for an image; a ledger keeps a bit for each, in this order."""
+SUFFIXES = {"overlay": ".jpg", "coco": ".json", "labelme": ".json", "video": ".mp4"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +87,7 @@ class Prediction:
         """Return the image with the object tinted and outlined, uint8 RGB (H, W, 3)."""
         return pictures.overlay(self.image_HWC, self.mask_HW)
 
-    def save(self, folder: str | Path, kinds: Sequence[str] = KINDS) -> list[Path]:
+    def save(self, folder: str | Path, kinds: Sequence[str] = PICTURES) -> list[Path]:
         """Write pictures under ``folder``, as ``camoxpert predict -o folder`` does.
 
         Args:
@@ -89,6 +102,12 @@ class Prediction:
             ConfigError: an unknown kind.
             DataError: a file would be written outside ``folder``, or cannot be written.
         """
+        for kind in kinds:
+            if kind not in PICTURES:
+                hint = did_you_mean(kind, PICTURES)
+                raise ConfigError(
+                    f"Unknown picture {kind!r}.{hint} Choose from {', '.join(PICTURES)}."
+                )
         paths = [output_path(Path(folder), kind, self.name) for kind in kinds]
         for kind, path in zip(kinds, paths, strict=True):
             if kind == "map":
@@ -103,17 +122,12 @@ class Prediction:
 
 
 def output_path(output: Path, kind: str, name: str) -> Path:
-    """Return the path of one picture of an image, always inside ``output``.
+    """Return the path of one file of an image, always inside ``output``.
 
     Raises:
-        ConfigError: an unknown kind.
         DataError: the name, or a symlink in ``output``, leads out of it.
     """
-    if kind not in FOLDERS:
-        hint = did_you_mean(kind, KINDS)
-        raise ConfigError(f"Unknown picture {kind!r}.{hint} Choose from {', '.join(KINDS)}.")
-    suffix = ".jpg" if kind == "overlay" else ".png"
-    path = output / FOLDERS[kind] / f"{name}{suffix}"
+    path = output / FOLDERS[kind] / f"{name}{SUFFIXES.get(kind, '.png')}"
     if leads_outside(output / FOLDERS[kind], path) or leads_outside(output, path):
         raise DataError(
             f"{path} would be written outside {output}: {path.parent} is a symlink or leads out. "

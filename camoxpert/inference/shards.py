@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.inference.annotations import begin_coco, join_coco
 from camoxpert.inference.ledger import OK, Ledger, Row, open_ledger
 from camoxpert.inference.plan import remove_unfinished
 from camoxpert.text import bullet_list, count
@@ -134,7 +135,11 @@ def merge(folder: Path, kinds: Sequence[str]) -> tuple[int, list[tuple[str, str]
         if waiting:
             whole.append(waiting)
         remove_unfinished(folder)
+        coco = any("coco" in whole.index.has_kinds(name) for name in whole.index)
+        joined = begin_coco(folder, wanted=coco, changes=True)
         whole.finish(order, complete=True)
+        if joined:
+            join_coco(folder, whole.rows())
         for path in parts:
             path.unlink()
         failed = [name for name in whole.index if whole.index.status(name) != OK]

@@ -1,7 +1,8 @@
-"""Images to predict from files, folders, globs and CSV tables, and the names of their outputs."""
+"""Images to predict from files, folders, globs and lists, and the names of their outputs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from camoxpert.data.files.csv_paths import TABLE_SUFFIXES, listed_file, read_table
 from camoxpert.data.files.image_io import read_image, rgb_pixels
 from camoxpert.data.files.listing import (
     ARCHIVE_SUFFIXES,
     IMAGE_SUFFIXES,
+    OUTPUT_COCO,
     OUTPUT_FOLDERS,
     OUTPUT_RECORD,
     OUTPUT_SUMMARY,
@@ -26,12 +27,18 @@ from camoxpert.data.files.listing import (
     is_side_file,
     list_files,
 )
-from camoxpert.errors import DataError
+from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import why_missing
+from camoxpert.inference.lists import (
+    LIST_SUFFIXES,
+    STANDARD_INPUT,
+    files_in_table,
+    files_on_stdin,
+)
 from camoxpert.text import count, shorten
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photo:
     """An input image and the relative name of its outputs."""
 
@@ -45,47 +52,71 @@ ImageInput = str | Path | NDArray[np.uint8] | Image.Image | Photo
 
 @dataclass(frozen=True)
 class Photos:
-    """Input images, and what was found beside them.
+    """Input images and videos, and what was found beside them.
 
     Attributes:
         photos: with names that differ.
+        videos: with names that differ from those of photos and of the folders in them.
         notes: sentences about files that are not images and about results of earlier calls.
     """
 
     photos: list[Photo]
     notes: tuple[str, ...] = ()
+    videos: tuple[Photo, ...] = ()
 
 
 def find_photos(inputs: Sequence[str], *, allow_outside: bool = False) -> list[Photo]:
-    """Return the photos that ``look_for_photos`` finds."""
-    return look_for_photos(inputs, allow_outside=allow_outside).photos
+    """Return the photos that ``look_for_photos`` finds.
+
+    Raises:
+        DataError: as there; or an input is a video.
+    """
+    found = look_for_photos(inputs, allow_outside=allow_outside)
+    if found.videos:
+        raise DataError(
+            f"{found.videos[0].path} is a video. `camoxpert predict` takes videos; here, give its "
+            "frames as arrays or files."
+        )
+    return found.photos
 
 
 def look_for_photos(
-    inputs: Sequence[str], *, allow_outside: bool = False, output: Path | None = None
+    inputs: Sequence[str],
+    *,
+    allow_outside: bool = False,
+    output: Path | None = None,
+    column: str | None = None,
 ) -> Photos:
-    """Expand files, folders (recursive), globs and CSV files (column ``image``) into photos.
+    """Expand files, folders (recursive), globs, tables and standard input into photos.
 
-    Results of predict are not predicted. Links to missing files are photos that cannot be read.
-    Two inputs that would write the same output are an error, because one result would be lost.
+    Results of predict are not predicted. Links to missing files, and missing files in lists, are
+    photos that cannot be read. A photo has the name of its file without the ending, below the
+    folder that was given; see ``keep_apart`` for photos that would share a name.
 
     Args:
-        inputs: paths and globs as given on the command line.
-        allow_outside: a CSV may name images outside its folder.
+        inputs: paths and globs as given on the command line; ``-`` for names on standard input.
+        allow_outside: a table may name images outside its folder.
         output: folder of the results.
+        column: of the names in CSV and Parquet files; None: ``image``.
 
     Raises:
         DataError: an input matches nothing, or two share an output name.
+        ConfigError: ``column`` without a table, or an input for which a package is missing.
     """
     photos: list[Photo] = []
     notes: list[str] = []
+    tables = 0
     for text in inputs:
         path = Path(text)
         own: list[str] = []
-        if path.is_dir():
+        if text == STANDARD_INPUT:
+            found = [Photo(*named) for named in files_on_stdin()]
+        elif path.is_dir():
             found = _in_folder(path, output, own)
-        elif path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-            found = _from_csv(path, allow_outside)
+        elif path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+            tables += 1
+            listed = files_in_table(path, column or "image", allow_outside=allow_outside)
+            found = [Photo(*named) for named in listed]
         elif path.is_file():
             found = [_single(path)]
         else:
@@ -98,15 +129,67 @@ def look_for_photos(
             )
         photos += found
         notes += own
-    seen: dict[str, Path] = {}
-    for photo in photos:
-        if photo.name in seen and seen[photo.name] != photo.path:
+    if column is not None and not tables:
+        raise ConfigError(
+            f"--column {column}: it is a column of a CSV or Parquet file, and no input is one."
+        )
+    apart = keep_apart(photos)
+    videos = [item for item in apart if is_video_name(item.path)]
+    if videos:
+        apart = [item for item in apart if not is_video_name(item.path)]
+    return Photos(apart, tuple(notes), tuple(videos))
+
+
+def is_video_name(path: Path) -> bool:
+    """Return whether a file's ending is one of a video."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def keep_apart(photos: Sequence[Photo]) -> list[Photo]:
+    """Return the photos with names that differ; a photo that is there twice once.
+
+    Photos of one name keep the endings of their files in it: ``a.jpg`` and ``a.png`` become
+    ``a.jpg`` and ``a.png`` instead of ``a`` twice. That depends on the photos, not on their order.
+
+    Raises:
+        DataError: names are the same with their endings.
+    """
+    names = [photo.name for photo in photos]
+    longer: set[int] = set()
+    while shared := _shared_names(photos, names):
+        grow = {n for n, name in enumerate(names) if name in shared} - longer
+        if not grow:
+            name, (one, other) = next(iter(shared.items()))
             raise DataError(
-                f"{seen[photo.name]} and {photo.path} would both be written as {photo.name!r}. "
-                "Predict them into separate output folders."
+                f"{one} and {other} would both be written as {name!r}. Predict them into separate "
+                "output folders, or give the folder that holds both (or a glob with **): then "
+                "sub-folders are part of the names."
             )
-        seen[photo.name] = photo.path
-    return Photos([Photo(path, name) for name, path in seen.items()], tuple(notes))
+        longer |= grow
+        for n in grow:
+            names[n] += photos[n].path.suffix
+    kept: dict[str, Photo] = {}
+    for name, photo in zip(names, photos, strict=True):
+        kept.setdefault(name, photo if name == photo.name else Photo(photo.path, name))
+    return list(kept.values())
+
+
+def _shared_names(photos: Sequence[Photo], names: Sequence[str]) -> dict[str, tuple[Path, Path]]:
+    """Return the names that several files have, each with two of the files."""
+    files: dict[str, Path] = {}
+    shared = {}
+    for photo, name in zip(photos, names, strict=True):
+        other = files.setdefault(name, photo.path)
+        if other is not photo.path and os.path.abspath(other) != os.path.abspath(photo.path):
+            shared[name] = (other, photo.path)
+    videos = {name: file for name, file in files.items() if is_video_name(file)}
+    if videos:
+        # The frames of a video are written into a folder of its name.
+        for photo, name in zip(photos, names, strict=True):
+            while name := name.rpartition("/")[0]:
+                if name in videos:
+                    shared[name] = (videos[name], photo.path)
+    return shared
 
 
 def _in_folder(path: Path, output: Path | None, notes: list[str]) -> list[Photo]:
@@ -120,7 +203,7 @@ def _in_folder(path: Path, output: Path | None, notes: list[str]) -> list[Photo]
             f"{count(len(others), 'file')} in {path} are not images of a known kind and are not "
             f"predicted: {endings(others)}"
         )
-    return [Photo(p, p.relative_to(path).with_suffix("").as_posix()) for p in listing.images]
+    return [Photo(p, _name_below(p, path)) for p in listing.images]
 
 
 def _is_result(folder: Path, output: Path | None) -> bool:
@@ -136,19 +219,13 @@ def _is_result(folder: Path, output: Path | None) -> bool:
 
 def _of_predict(file: Path) -> bool:
     """Return whether a file is the table, the ledger or the summary of results of predict."""
-    known = (OUTPUT_TABLE, OUTPUT_RECORD, OUTPUT_SUMMARY)
+    known = (OUTPUT_TABLE, OUTPUT_RECORD, OUTPUT_SUMMARY, OUTPUT_COCO)
     return file.name in known and is_predict_output(file.parent)
 
 
 def _single(path: Path) -> Photo:
-    """Return a file that was named; videos and archives are refused with what to do."""
-    ending = path.suffix.lower()
-    if ending in VIDEO_SUFFIXES:
-        raise DataError(
-            f"{path} is a video. Write its frames as pictures first: ffmpeg -i {path.name} "
-            "frames/%05d.png."
-        )
-    if ending in ARCHIVE_SUFFIXES:
+    """Return a file that was named; an archive is refused with what to do."""
+    if path.suffix.lower() in ARCHIVE_SUFFIXES:
         raise DataError(f"{path} is an archive. Unpack it and give the folder.")
     return Photo(path, path.stem)
 
@@ -160,7 +237,10 @@ def _matching(text: str, output: Path | None, notes: list[str]) -> list[Photo]:
         DataError: nothing has that name.
     """
     pattern = any(mark in text for mark in "*?[")
-    matches = sorted(_glob(text)) if pattern else []
+    try:
+        matches = sorted(_glob(text)) if pattern else []
+    except ValueError as error:
+        raise DataError(f"{text!r} is not a pattern: {error}. Use photos/**/*.jpg.") from error
     if not matches:
         raise DataError(f"No file matches {text!r}." if pattern else why_missing(text))
     hidden = [
@@ -177,13 +257,29 @@ def _matching(text: str, output: Path | None, notes: list[str]) -> list[Photo]:
             f"results of predict and are not predicted, for example {hidden[0]}"
         )
     files = [p for p in matches if p not in set(hidden)]
-    others = [p for p in files if not is_image_name(p)]
+    others = [p for p in files if not (is_image_name(p) or is_video_name(p))]
     if others:
         notes.append(
             f"{count(len(others), 'file')} that {text!r} matches are not images of a known kind "
             f"and are not predicted: {endings(others)}"
         )
-    return [Photo(p, p.stem) for p in files if is_image_name(p)]
+    root = _fixed_part(text)
+    left_out = set(others)
+    return [Photo(p, _name_below(p, root)) for p in files if p not in left_out]
+
+
+def _fixed_part(pattern: str) -> Path | None:
+    """Return the folder before the wildcards of a pattern with ``**``; None for other patterns."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return None
+    fixed = next(n for n, part in enumerate(parts) if any(mark in part for mark in "*?["))
+    return Path(*parts[:fixed])
+
+
+def _name_below(path: Path, root: Path | None) -> str:
+    """Return a file's name without its ending, with the folders below ``root``."""
+    return path.stem if root is None else path.relative_to(root).with_suffix("").as_posix()
 
 
 def _glob(pattern: str) -> Iterator[Path]:
@@ -192,13 +288,6 @@ def _glob(pattern: str) -> Iterator[Path]:
     root = Path(path.anchor) if path.is_absolute() else Path()
     relative = path.relative_to(path.anchor) if path.is_absolute() else path
     return root.glob(str(relative)) if str(relative) != "." else iter(())
-
-
-def _from_csv(path: Path, allow_outside: bool) -> list[Photo]:
-    return [
-        Photo(*listed_file(path, row["image"], number, column="image", allow_outside=allow_outside))
-        for number, row in read_table(path, ("image",))
-    ]
 
 
 def name_of(image: ImageInput, otherwise: str) -> str:

@@ -84,39 +84,84 @@ def _text_of(path: Path, errors: str) -> str:
 def listed_file(
     table: Path, text: str, line: int, *, column: str, allow_outside: bool = False
 ) -> tuple[Path, str]:
-    """Return the file that a row names, and a relative name for it without ``..``.
+    """Return the file that one row names; see ``ListedFiles``."""
+    return ListedFiles(table, allow_outside=allow_outside).find(text, line, column=column)
 
-    Symlinks are resolved first: a link that leads out of the folder counts as outside.
+
+class ListedFiles:
+    """Finds the files that the rows of a table name.
+
+    Symlinks are resolved first: a link that leads out of the folder counts as outside. A folder is
+    resolved once, so that a million rows cost a look at each file and not at all folders above it.
 
     Args:
-        table: the CSV; paths are relative to its folder.
-        text: the path in the row; ``\\`` is read as ``/`` unless a file has it in its name.
-        line: line number of the row, for messages.
-        column: name of the cell's column, for messages.
+        table: the file; paths are relative to its folder.
         allow_outside: also accept absolute paths, ``..`` and symlinks that lead out.
-
-    Raises:
-        DataError: the path is empty or leads outside.
+        unit: what the rows are called in messages.
     """
-    if not text:
-        raise DataError(f"{table}, line {line}: the cell {column!r} is empty.")
-    root = table.parent.resolve()
-    written = Path(text)
-    try:
-        if "\\" in text and not (root / written).exists():
-            written = Path(text.replace("\\", "/"))
-        file = (root / written).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        # A symlink loop or a NUL byte.
-        raise DataError(f"{table}, line {line}: {text!r} is not a path ({error}).") from error
-    inside = not written.is_absolute() and file.is_relative_to(root)
-    if file == root or not (inside or allow_outside):
-        raise DataError(
-            f"{table}, line {line}: {text!r} is not a path inside the CSV's folder. Paths are "
-            f"relative to that folder and may not lead out of it. Put the CSV beside the images, "
-            f"or use --allow-outside if you trust this CSV."
-        )
-    if inside:
-        return file, file.relative_to(root).with_suffix("").as_posix()
-    parts = [part for part in written.parts if part not in ("..", written.anchor)]
-    return file, Path(*parts).with_suffix("").as_posix()
+
+    def __init__(self, table: Path, *, allow_outside: bool = False, unit: str = "line") -> None:
+        self._table, self._allow_outside, self._unit = table, allow_outside, unit
+        self._root = table.parent.resolve()
+        # Folder as written -> where it is, and the prefix of names in it; None: not inside.
+        self._folders: dict[str, tuple[str, str] | None] = {}
+
+    def find(self, text: str, line: int, *, column: str) -> tuple[Path, str]:
+        """Return the file that a row names, and a relative name for it without ``..``.
+
+        Args:
+            text: the path in the row; ``\\`` is read as ``/`` unless a file has it in its name.
+            line: number of the row, for messages.
+            column: name of the cell's column, for messages.
+
+        Raises:
+            DataError: the path is empty or leads outside.
+        """
+        found = self._plain(text)
+        if found is not None:
+            return found
+        place = f"{self._table}, {self._unit} {line}"
+        if not text:
+            raise DataError(f"{place}: the cell {column!r} is empty.")
+        written = Path(text)
+        try:
+            if "\\" in text and not (self._root / written).exists():
+                written = Path(text.replace("\\", "/"))
+            file = (self._root / written).resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            # A symlink loop or a NUL byte.
+            raise DataError(f"{place}: {text!r} is not a path ({error}).") from error
+        inside = not written.is_absolute() and file.is_relative_to(self._root)
+        if file == self._root or not (inside or self._allow_outside):
+            raise DataError(
+                f"{place}: {text!r} is not a path inside the table's folder. Paths are relative to "
+                "that folder and may not lead out of it. Put the table beside the images, or use "
+                "--allow-outside if you trust it."
+            )
+        if inside:
+            return file, file.relative_to(self._root).with_suffix("").as_posix()
+        parts = [part for part in written.parts if part not in ("..", written.anchor)]
+        return file, Path(*parts).with_suffix("").as_posix()
+
+    def _plain(self, text: str) -> tuple[Path, str] | None:
+        """Return the file of a plain path inside the folder; None for any other text."""
+        folder, _, name = text.rpartition("/")
+        if not name or name in (".", "..") or "\\" in text or "\0" in text:
+            return None
+        if folder not in self._folders:
+            self._folders[folder] = self._folder_inside(folder, text)
+        known = self._folders[folder]
+        if known is None or (path := Path(f"{known[0]}/{name}")).is_symlink():
+            return None
+        dot = name.rfind(".")
+        return path, known[1] + (name[:dot] if 0 < dot < len(name) - 1 else name)
+
+    def _folder_inside(self, folder: str, text: str) -> tuple[str, str] | None:
+        try:
+            real = (self._root / folder).resolve()
+        except (OSError, RuntimeError, ValueError):
+            return None
+        if text.startswith("/") or not real.is_relative_to(self._root):
+            return None
+        prefix = real.relative_to(self._root).as_posix()
+        return str(real), "" if prefix == "." else f"{prefix}/"
