@@ -91,6 +91,8 @@ class Timing:
             "loop_seconds": loop,
             "loop_shares": {place: seconds / wall for place, seconds in loop.items()},
             "thread_seconds": dict(self.stages),
+            # On CUDA from events on its stream.
+            "device_busy_share": self.stages.get("forward", 0.0) / wall,
             "forward_passes": len(self._passes),
             "warm_up_seconds_per_input": [s / n for s, n in self._passes[:WARM_UP]],
         }
