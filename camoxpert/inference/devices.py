@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
@@ -191,7 +190,7 @@ class DeviceEngine:
             worker = connections[connection]  # type: ignore[index]
             try:
                 kind, content = worker.connection.recv()
-            except (EOFError, OSError, pickle.UnpicklingError):
+            except (EOFError, OSError):
                 yield from self._bury(worker)
                 continue
             if kind == "ready":

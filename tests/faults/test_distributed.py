@@ -133,7 +133,8 @@ class TestSameAsOne:
         for name, ranks in (("one", 1), ("two", 2)):
             arguments = short(even, tmp_path / name, *words, batch=8 // ranks)
             assert set(runner.run(arguments, ranks=ranks)) == {0}, runner.said()
-        assert furthest(*(weights_of(tmp_path / name / "r") for name in ("one", "two"))) < 2e-5
+        # AdamW turns rounding into steps; another batch changes more than 1e-4 (the control).
+        assert furthest(*(weights_of(tmp_path / name / "r") for name in ("one", "two"))) < 4e-5
 
     def test_validation_scores_are_those_of_one_process(
         self, runner: Runner, data: Path, tmp_path: Path

@@ -20,7 +20,7 @@ from camoxpert.cli import main
 from camoxpert.config import Config, to_dict
 from camoxpert.errors import DataError
 from camoxpert.files import append_here, leads_outside, read_jsonl
-from camoxpert.inference.prediction import KINDS, output_path
+from camoxpert.inference.prediction import PICTURES, output_path
 from camoxpert.inference.sources import find_photos
 from camoxpert.runs.checkpoint import FORMAT
 from camoxpert.runs.log import RunLog
@@ -96,7 +96,7 @@ def test_allowed_it_is_read_and_results_stay_where_they_belong(
     assert main(["predict", run, listed, "-o", str(tmp_path / "out"), allowed]) == 0
     made = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     # And the table, the ledger with its lock, and the summary.
-    assert len(made) == len(KINDS) + 4
+    assert len(made) == len(PICTURES) + 4
     assert all(path.resolve().is_relative_to(tmp_path / "out") for path in made)
     words = [allowed, "--gallery", "1", "--no-intervals"]
     assert main(["evaluate", run, "--data", listed, "-o", str(tmp_path / "e"), *words]) == 0
