@@ -36,7 +36,7 @@ from camoxpert.inference.devices import DeviceEngine
 from camoxpert.inference.local import LocalEngine, find_batch_size
 from camoxpert.inference.photos import PhotoSpec, PhotoStages
 from camoxpert.inference.plan import model_digest
-from camoxpert.inference.prediction import KINDS, Prediction
+from camoxpert.inference.prediction import PICTURES, Prediction
 from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo, find_photos
@@ -51,7 +51,7 @@ SCRIPT = "one image at a time, Pillow"
 SINGLE = "one image at a time, our files"
 BATCHED = "batches, no overlap"
 ENGINE = "the engine"
-WRITTEN: dict[str, tuple[str, ...]] = {"all four outputs": KINDS, "masks only": ("mask",)}
+WRITTEN: dict[str, tuple[str, ...]] = {"all four outputs": PICTURES, "masks only": ("mask",)}
 PROCESSES_NOTE = "two processes, one thread each, over one with one thread"
 
 
