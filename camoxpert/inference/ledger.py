@@ -195,7 +195,6 @@ class Ledger:
         self.earlier: dict[str, Any] | None = None
         self.index = Index(kinds)
         self.finished = False
-        self._pending: dict[str, Any] | None = None
         self._changed = False
         self._torn: int | None = None
         self._read()
@@ -206,11 +205,18 @@ class Ledger:
         return [name for name in self.index if self.index.status(name) == OK]
 
     def restart(self, head: Mapping[str, Any]) -> None:
-        """Forget all rows, and note the settings of the coming ones with the first of them."""
+        """Forget all rows, and write the settings of the coming ones.
+
+        At once, before any file is written or replaced: a call that is killed in its first chunk
+        leaves files of which the ledger knows the settings, and no row says that one of them is
+        still what an earlier call made.
+
+        Raises:
+            DataError: they cannot be written.
+        """
         self.index.clear()
         self.earlier = dict(head)
-        self._pending = dict(head)
-        self.finished = False
+        self._write([json.dumps({"settings": self.earlier}), json.dumps({"commit": 0})])
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write the rows of a chunk, all or none, and wait until they are on the disk.
@@ -218,12 +224,15 @@ class Ledger:
         Raises:
             DataError: they cannot be written.
         """
-        lines = []
-        if self._pending is not None:
-            lines.append(json.dumps({"settings": self._pending}))
-        start = len(lines)
-        lines += [json.dumps(row) for row in rows]
-        lines.append(json.dumps({"commit": len(rows)}))
+        lines = [json.dumps(row) for row in rows]
+        offset = self._write([*lines, json.dumps({"commit": len(rows)})])
+        for row, line in zip(rows, lines, strict=True):
+            self.index.add(row, offset)
+            # ASCII: json escapes everything else.
+            offset += len(line) + 1
+
+    def _write(self, lines: Sequence[str]) -> int:
+        """Append lines and wait until they are on the disk; return where they begin."""
         try:
             with append_here(self.path) as file:
                 if self._torn is not None:
@@ -234,13 +243,8 @@ class Ledger:
                 os.fsync(file.fileno())
         except OSError as error:
             raise self._unwritable(error) from error
-        self._pending, self._torn = None, None
-        self._changed, self.finished = True, False
-        for number, line in enumerate(lines):
-            if start <= number < len(lines) - 1:
-                self.index.add(rows[number - start], offset)
-            # ASCII: json escapes everything else.
-            offset += len(line) + 1
+        self._torn, self._changed, self.finished = None, True, False
+        return offset
 
     def row(self, name: str) -> Row:
         """Return the last row of an item, read from the file."""

@@ -81,12 +81,15 @@ def test_a_chunk_that_a_kill_cut_short_does_not_count(tmp_path: Path, share: flo
     assert path.read_bytes() == whole
 
 
-def test_a_ledger_without_a_whole_chunk_is_none(tmp_path: Path) -> None:
+def test_a_ledger_without_a_whole_chunk_knows_the_settings(tmp_path: Path) -> None:
     started(tmp_path, [row("a")])
     path = tmp_path / LEDGER
-    path.write_bytes(path.read_bytes()[:-3])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
     again = Ledger(tmp_path, KINDS)
-    assert again.earlier is None and not again.made
+    assert again.earlier == HEAD and not again.made
+    path.write_bytes(whole[:5])
+    assert Ledger(tmp_path, KINDS).earlier is None
 
 
 def test_rows_end_in_the_order_of_the_items(tmp_path: Path) -> None:
@@ -124,8 +127,9 @@ def test_every_attempt_stays(tmp_path: Path) -> None:
 def test_other_settings_end_what_was_said_before(tmp_path: Path) -> None:
     ledger = started(tmp_path, [row("a")])
     ledger.restart({"model": "new"})
-    # Without a row nothing was replaced yet.
-    assert Ledger(tmp_path, KINDS).made == ["a"]
+    # Before a row: from now on files may be replaced, and "a" may be one of them.
+    between = Ledger(tmp_path, KINDS)
+    assert between.made == [] and between.earlier == {"model": "new"}
     ledger.append([row("b")])
     again = Ledger(tmp_path, KINDS)
     assert again.made == ["b"] and again.earlier == {"model": "new"}

@@ -308,7 +308,7 @@ def test_the_command_repeats_whole_videos_only(tiny_run: Path, tmp_path: Path, c
     assert len(frame_names(out / "masks" / "good")) == 20
     assert (out / "timestamps" / "good.csv").read_bytes() == table
     assert main([*one, "--smooth", "0.5"]) == 2
-    assert "--smooth 0.0, now 0.5" in capsys.readouterr().err
+    assert "--smooth 0.0, now 0.5" in " ".join(capsys.readouterr().err.split())
     assert main([*one, "--smooth", "0.5", "--overwrite"]) == 0
     assert main([*one, "--devices", "cpu,cpu"]) == 2
     assert "in one process" in " ".join(capsys.readouterr().err.split())
