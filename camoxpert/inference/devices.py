@@ -26,7 +26,7 @@ from camoxpert import console, stop
 from camoxpert.errors import CamoXpertError, ConfigError, PeerError, Stopped
 from camoxpert.inference.engine import Chunk, ChunkResult, Spec
 from camoxpert.inference.local import device_facts, find_batch_size, run_chunks
-from camoxpert.inference.schedule import Schedule
+from camoxpert.inference.schedule import AT_ONCE, Schedule
 from camoxpert.inference.timing import Timing
 from camoxpert.runtime.host import usable_cores
 
@@ -170,17 +170,18 @@ class DeviceEngine:
         return min(sizes)
 
     def _hand_out(self, schedule: Schedule) -> None:
-        """Give every process as much as it may have."""
-        for worker in self._workers:
-            while worker.ready is not None:
-                chunk = schedule.next_for(worker.name)
-                if chunk is None:
-                    break
-                try:
-                    worker.connection.send(("chunk", chunk))
-                except OSError:
-                    # It just died: its end is noticed next.
-                    return
+        """Give every process a chunk, then as much as it may have: few chunks are shared out."""
+        for most in (1, AT_ONCE):
+            for worker in self._workers:
+                while worker.ready is not None:
+                    chunk = schedule.next_for(worker.name, most)
+                    if chunk is None:
+                        break
+                    try:
+                        worker.connection.send(("chunk", chunk))
+                    except OSError:
+                        # It just died: its end is noticed next.
+                        return
 
     def _receive(self) -> Iterator[ChunkResult]:
         """Wait for messages and deaths; yield the chunks that they complete."""

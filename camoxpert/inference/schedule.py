@@ -73,10 +73,10 @@ class Schedule:
         """Whether every item has its row."""
         return not (self._chunks.left or self._waiting or any(self._held.values()))
 
-    def next_for(self, worker: str) -> Chunk | None:
-        """Return a chunk for a worker to do, with a number of its own; None: it has enough."""
+    def next_for(self, worker: str, most: int = AT_ONCE) -> Chunk | None:
+        """Return a chunk for a worker to do, with a number of its own; None: it has ``most``."""
         held = self._held.setdefault(worker, {})
-        if len(held) >= AT_ONCE or any(task.suspect for task in held.values()):
+        if len(held) >= most or any(task.suspect for task in held.values()):
             return None
         task = self._next_task(idle=not held)
         if task is None:

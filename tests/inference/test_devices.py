@@ -63,6 +63,11 @@ def test_two_processes_share_the_work_and_lose_nothing(tmp_path: Path, capfd) ->
     assert capfd.readouterr().err.count("ended: SIGKILL") == summary["deaths"]
 
 
+def test_few_chunks_are_shared_out(tmp_path: Path) -> None:
+    engine = DeviceEngine(FakeSpec(tmp_path), ("cpu", "cpu"), batch_size=4)
+    assert {result.worker for result in engine.results(things(8))} == {"cpu#1", "cpu#2"}
+
+
 def test_an_error_of_a_process_is_the_error_of_the_run(tmp_path: Path) -> None:
     engine = DeviceEngine(FakeSpec(tmp_path, dies="refuses"), ("cpu",), batch_size=2)
     with pytest.raises(DataError, match="the model is gone"):
