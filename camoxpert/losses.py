@@ -174,7 +174,7 @@ def uncertainty_loss(logits_B1HW: Tensor, known_B1HW: Tensor | None = None) -> T
     It needs no mask: it asks for a decision, not for the right one. Computed as 4 p (1 - p), which
     is exact for saturated logits. Mean over the known pixels of an image, then over images.
 
-    Source: Pang et al., ZoomNeXt, TPAMI 2024, section 3.5 (uncertainty awareness loss).
+    Source: Pang et al., ZoomNeXt, TPAMI 2024 (uncertainty awareness loss).
     """
     logits = logits_B1HW.float()
     return _known_mean(4 * logits.sigmoid() * (-logits).sigmoid(), known_B1HW).mean()
@@ -186,7 +186,7 @@ def uncertainty_ramp(progress: float) -> float:
 
     Before the masks are learned the network would only be sure of its first guess.
 
-    Source: Pang et al., ZoomNeXt, TPAMI 2024, section 3.5 (increasing cosine strategy).
+    Source: Pang et al., ZoomNeXt, TPAMI 2024 (increasing cosine strategy).
     """
     return (1 - math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 

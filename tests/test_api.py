@@ -89,7 +89,7 @@ class TestPredict:
         assert result.summary["workers"][0]["images"] == len(photos)
         again = camoxpert.predict_folder(tiny_run, [folder], tmp_path / "api")
         assert (again.done, again.skipped) == (0, len(photos))
-        for wrong in ({"kinds": ["maks"]}, {"threshold": 2}, {"batch_size": 0}, {"devices": "x"}):
+        for wrong in ({"kinds": ["cutuot"]}, {"threshold": 2}, {"batch_size": 0}, {"devices": "x"}):
             with pytest.raises(ConfigError):
                 camoxpert.predict_folder(model, folder, tmp_path / "none", **wrong)
         assert not (tmp_path / "none").exists()

@@ -119,10 +119,11 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
     result["data"] = data.run(sizes, device=device, needed=result["step"]["images_per_second"])
     result["decoders"] = decoders(smoke=smoke)
     photos = predict.Sizes(
-        images=4 if smoke else 256,
+        # Pillow's writing alone takes half a second an image.
+        images=4 if smoke else 32,
         sizes=((96, 128),) if smoke else ((768, 1024),),
-        batch_size=2 if smoke else 32,
-        rounds=1 if smoke else 2,
+        batch_size=2 if smoke else 16,
+        rounds=1,
     )
     result["predict"] = predict.run(
         config, photos, device=device, precision=precision, processes=False

@@ -6,8 +6,8 @@ counting of failed tasks are not used: by default it fails a whole job at one ex
 told to tolerate errors it reports success with rows missing. What becomes of the chunks of an actor
 that dies is decided in ``schedule``.
 
-Ray waits for resources in silence, for ever. Here a run without a row for ``SILENCE_SECONDS`` is an
-error that says what the cluster has and what was asked for.
+Ray waits for resources without a word and without a limit. Here a run without a row for
+``SILENCE_SECONDS`` is an error that says what the cluster has and what was asked for.
 """
 
 from __future__ import annotations

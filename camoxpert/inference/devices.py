@@ -88,7 +88,7 @@ class DeviceEngine:
         spec: builds the stages in each process.
         devices: names, one for each process.
         batch_size: inputs of a forward pass; None chooses: the least of all devices' choices.
-        threads: of torch in each process; None: the cores, divided by the processes on the CPU.
+        threads: of torch in each process; None: the cores, divided by the processes.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class DeviceEngine:
             number = counts[name] = counts[name] + 1
             label = name if list(devices).count(name) == 1 else f"{name}#{number}"
             self._places.append((label, name))
-        self._threads = threads or max(1, usable_cores() // max(1, list(devices).count("cpu")))
+        self._threads = threads or max(1, usable_cores() // max(1, len(devices)))
         self._workers: list[_Worker] = []
         self._load_deaths: dict[str, int] = {}
         self._loads: list[float] = []

@@ -45,8 +45,6 @@ STATUS = {"ok": OK, "failed": FAILED}
 MARKS = ("settings", "commit", "finished")
 ROWS_A_COMMIT = 1000
 """Items between two commits of a ledger in order: rows before a commit wait in memory."""
-TIMES = ("seconds", "worker")
-"""Fields that differ between two runs that did the same."""
 
 Row = dict[str, Any]
 
@@ -135,7 +133,7 @@ class Index:
             self._offsets[slot] = offset
 
     def move(self, names: Sequence[str], places: Sequence[int]) -> None:
-        """Note the order and the places of rows that were written anew."""
+        """Note the order and the places of rows that were rewritten."""
         old = self._slot
         self._slot = {name: number for number, name in enumerate(names)}
         for column in (self._status, self._kinds, self._attempts, self._stamps):
@@ -289,7 +287,7 @@ class Ledger:
     def _rewrite(
         self, sequence: Sequence[str], complete: bool, add: Callable[[bytes], object]
     ) -> None:
-        """Write the ledger anew: head, all attempts of each item in order, end.
+        """Rewrite the ledger: head, all attempts of each item in order, end.
 
         Args:
             sequence: the items.
@@ -424,11 +422,6 @@ def table_row(row: Row) -> list[str]:
         f"{row['confidence']:.4f}",
         f"{row['seconds'].get('forward', 0.0):.4f}",
     ]
-
-
-def same_work(row: Row) -> Row:
-    """Return a row without the fields that differ between two runs that did the same."""
-    return {key: value for key, value in row.items() if key not in TIMES}
 
 
 @contextmanager

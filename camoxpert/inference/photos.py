@@ -217,16 +217,12 @@ class PhotoStages:
         enlarging = time.monotonic() - started
         found.save(self.output, [kind for kind in self.kinds if kind in PICTURES])
         save_annotations(found, self.output, self.kinds, photo.path)
-        height, width = sample.size
         return {
             "status": "ok",
             **as_fields(sample.source),
             "digest": sample.digest,
             "kinds": list(self.kinds),
-            "height": height,
-            "width": width,
-            "object_fraction": found.object_fraction,
-            "confidence": found.confidence,
+            **found.fields(),
             "seconds": {
                 "enlarge": enlarging,
                 "write": time.monotonic() - started - enlarging,

@@ -79,6 +79,16 @@ class Prediction:
         inside = self.mask_HW
         return float(self.probability_HW[inside].mean()) if inside.any() else 0.0
 
+    def fields(self) -> dict[str, float]:
+        """Return what tables say of the prediction: size, share of the object, confidence."""
+        height, width = self.size
+        return {
+            "height": height,
+            "width": width,
+            "object_fraction": self.object_fraction,
+            "confidence": self.confidence,
+        }
+
     def cutout(self) -> NDArray[np.uint8]:
         """Return the image with the probability as its alpha channel, uint8 RGBA (H, W, 4)."""
         return pictures.cutout(self.image_HWC, self.probability_HW)

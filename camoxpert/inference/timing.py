@@ -31,7 +31,6 @@ class Timing:
         self.stages: dict[str, float] = {}
         self._passes: list[tuple[float, int]] = []
         self._first_steady: float | None = None
-        self._images_then = 0
         self._inputs_then = 0
         self._inputs = 0
         self._lock = threading.Lock()

@@ -226,10 +226,7 @@ class FrameStages:
         return {
             "frame": frame,
             "shown": shown,
-            "height": height,
-            "width": width,
-            "object_fraction": found.object_fraction,
-            "confidence": found.confidence,
+            **found.fields(),
             "seconds": {
                 "enlarge": enlarging,
                 "write": time.monotonic() - started - enlarging,

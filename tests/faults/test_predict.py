@@ -16,9 +16,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers.ledger import same_work
 from helpers.runs import KILLED, Runner
 
-from camoxpert.inference.ledger import LEDGER, TABLE, same_work
+from camoxpert.inference.ledger import LEDGER, TABLE
 
 PHOTOS = 120
 DAMAGED = ("p007", "p063")

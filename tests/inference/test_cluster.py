@@ -59,7 +59,7 @@ def test_silence_is_an_error_with_its_cause(ray, tmp_path: Path, monkeypatch) ->
 
     def greedy() -> list[str]:
         names = place()
-        # More than any node has: Ray would wait for ever.
+        # More than any node has: Ray would wait without a limit.
         work._needs["num_cpus"] = 4096
         return names
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.ledger import same_work
 
 from camoxpert.errors import DataError
 from camoxpert.inference.ledger import (
@@ -17,7 +18,6 @@ from camoxpert.inference.ledger import (
     Ledger,
     Source,
     open_ledger,
-    same_work,
 )
 
 KINDS = ("map", "mask")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.ledger import same_work
 from inference.test_ledger import KINDS, failed, items, row, started
 
 from camoxpert.cli import main
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.inference.ledger import LEDGER, TABLE, Ledger, same_work
+from camoxpert.inference.ledger import LEDGER, TABLE, Ledger
 from camoxpert.inference.shards import Shard, choose_shard, merge
 
 
