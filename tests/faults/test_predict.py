@@ -77,13 +77,15 @@ def test_twenty_kills_change_nothing(
     chance = random.Random(5)
     kills = runs = 0
     while kills < 20:
-        assert runs < 12, f"{kills} kills in {runs} runs: they are over too soon"
+        assert runs < 30, f"{kills} kills in {runs} runs: they are over too soon"
         out = tmp_path / str(runs)
         while True:
             kill = [chance.uniform(0.02, 0.6 * seconds), signal.SIGKILL, None]
             (code,) = runner.run(words(tiny_run, photos, out), signals=[kill])
             assert code in (KILLED, 3), runner.said()
             if code == 3:
+                # On a busy machine the undisturbed run may have been slower than these.
+                seconds *= 0.8
                 break
             kills += 1
         assert ending(out) == expected
