@@ -73,6 +73,9 @@ class RunFolder:
             self.lock.release()
 
 
+BEFORE_RUN_JSON = ("config.yaml", "samples.csv")
+"""Files that a run writes at its start before ``run.json``."""
+
 # Settings added since the first version: at their defaults they do not count in names.
 ADDED = (
     *("data.augment.corrupt", "data.augment.strength", "data.group_copies", "data.resize"),
@@ -261,5 +264,8 @@ def _other_files(info: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
 
 def _is_run(folder: Path) -> bool:
     """Return whether a run made this folder, rather than a user for other files."""
-    begun = {".lock", "config.yaml"}
-    return (folder / "run.json").is_file() or {p.name for p in folder.iterdir()} <= begun
+    if (folder / "run.json").is_file():
+        return True
+    # A run killed at its start: it writes run.json last, and each file under a hidden name first.
+    others = {path.name for path in folder.iterdir()} - {".lock", *BEFORE_RUN_JSON}
+    return all(name.startswith(".") and name.endswith(".tmp") for name in others)

@@ -113,7 +113,7 @@ def digest_of(value: Any) -> str:
 def ending(run: Path) -> str:
     """Return a digest of everything that was learned and logged."""
     checkpoint, problems = CheckpointFolder(run / "checkpoints").newest()
-    assert checkpoint is not None and not problems
+    assert checkpoint is not None and not problems, (problems, sorted(run.parent.rglob("*")))
     parts = ("model", "ema", "optimizer", "scaler", "state", "rng", "other_rngs")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in lines if record["kind"] == "train"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from camoxpert.config import load_config
-from camoxpert.runs.folder import run_name
+from camoxpert.runs.folder import find_run, run_name
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,29 @@ def test_how_long_and_where_do_not_name_a_run() -> None:
     moved = load_config(overrides=["train.resume_from=x", "data.num_workers=3", "run.dir=other"])
     assert run_name(moved) == run_name(load_config())
     assert run_name(load_config(overrides=["train.seed=1"])) != run_name(load_config())
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        (),
+        (".lock",),
+        (".lock", ".k3_x.tmp"),
+        (".lock", "config.yaml", ".k3_x.tmp"),
+        (".lock", "config.yaml", "samples.csv"),
+        (".lock", "config.yaml", "samples.csv", ".k3_x.tmp"),
+    ],
+)
+@pytest.mark.parametrize(("foreign", "taken"), [((), True), (("notes.txt",), False)])
+def test_a_run_killed_at_its_start_is_found_again(
+    tmp_path: Path, files: tuple[str, ...], foreign: tuple[str, ...], taken: bool
+) -> None:
+    """It left no run.json yet; a folder with anything else in it is somebody's."""
+    folder = tmp_path / "r"
+    folder.mkdir()
+    for name in files + foreign:
+        (folder / name).touch()
+    config = load_config(overrides=[f"run.dir={tmp_path}", "run.name=r"])
+    found = find_run(config, data_hash=lambda: "")
+    assert found.path == (folder if taken else None)
+    found.close()
