@@ -282,7 +282,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _print_failed(failed: Sequence[tuple[object, str]]) -> None:
     listed = "\n".join(f"  {name}: {reason}" for name, reason in failed)
-    print_paragraph(f"{len(failed)} images could not be predicted:\n{listed}", prefix="error: ")
+    print_paragraph(
+        f"{count(len(failed), 'image')} could not be predicted:\n{listed}", prefix="error: "
+    )
 
 
 def _check_videos(

@@ -1,4 +1,4 @@
-"""``report``: one self-contained HTML page about a run, or a ledger as a table."""
+"""``report``: one self-contained HTML page about a run or predictions; a ledger as a table."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from camoxpert.errors import CheckpointError, ConfigError, DataError
 
 EXAMPLES = """examples:
   camoxpert report runs/NAME
+  camoxpert report predictions/
   camoxpert report scores.jsonl --dataset NC4K --format latex"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
-    parser.add_argument("run", help="a run folder, or a ledger that `evaluate --ledger` wrote")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="the page of a run [RUN/report.html]"
+        "run", help="a run folder, a folder of `predict -o`, or a ledger of `evaluate --ledger`"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="the page of a folder [FOLDER/report.html]"
     )
     ledger = parser.add_argument_group("of a ledger")
     ledger.add_argument("--dataset", nargs="+", metavar="NAME", help="only these data sets")
@@ -35,23 +38,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
-    """Write a run's page, or print the ledger's table."""
+    """Write the page of a folder, or print the ledger's table."""
     no_overrides(rest)
     path = Path(options.run)
     if path.is_file():
         if options.output:
-            raise ConfigError("-o belongs to the page of a run; a ledger's table is printed.")
+            raise ConfigError("-o belongs to the page of a folder; a ledger's table is printed.")
         return _ledger(path, options)
-    if not (path / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{path} is neither a run folder (it holds no config.yaml) nor a ledger file."
-        )
     page = Path(options.output or path / "report.html")
-    check_file("-o", page)
-    from camoxpert.pages.report import write_report
+    if (path / "config.yaml").is_file():
+        check_file("-o", page)
+        from camoxpert.pages.report import write_report
 
-    console.say(str(write_report(path, page)))
+        console.say(str(write_report(path, page)))
+        return 0
+    from camoxpert.inference.ledger import LEDGER
+
+    if not (path / LEDGER).is_file():
+        raise CheckpointError(
+            f"{path} is neither a run folder (it holds no config.yaml) nor a folder of predictions "
+            f"(no {LEDGER}) nor a ledger file."
+        )
+    check_file("-o", page)
+    _predictions(path, page)
     return 0
+
+
+def _predictions(folder: Path, page: Path) -> None:
+    from camoxpert.files import read_json
+    from camoxpert.inference.ledger import Ledger
+    from camoxpert.inference.photos import SUMMARY
+    from camoxpert.inference.prediction import KINDS
+    from camoxpert.pages.predictions import write_predictions_page
+
+    ledger = Ledger(folder, KINDS)
+    rows = console.track(ledger.rows(), "report", total=len(ledger.index))
+    write_predictions_page(
+        page,
+        rows,
+        folder=folder,
+        settings=ledger.earlier or {},
+        summary=read_json(folder / SUMMARY),
+        finished=ledger.finished,
+    )
+    console.say(str(page))
 
 
 def _ledger(path: Path, options: argparse.Namespace) -> int:

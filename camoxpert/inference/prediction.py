@@ -71,22 +71,28 @@ class Prediction:
     @property
     def object_fraction(self) -> float:
         """Share of the image that the object covers, 0..1."""
-        return float(self.mask_HW.mean())
+        return self._shape_of(self.mask_HW)[0]
 
     @property
     def confidence(self) -> float:
         """Mean probability inside the mask, 0..1; 0 where nothing was found."""
-        inside = self.mask_HW
-        return float(self.probability_HW[inside].mean()) if inside.any() else 0.0
+        return self._shape_of(self.mask_HW)[1]
+
+    def _shape_of(self, inside_HW: NDArray[np.bool_]) -> tuple[float, float]:
+        """Return the share of the image inside the mask, and the mean probability there."""
+        number = np.count_nonzero(inside_HW)
+        confidence = float(self.probability_HW[inside_HW].mean()) if number else 0.0
+        return number / inside_HW.size, confidence
 
     def fields(self) -> dict[str, float]:
         """Return what tables say of the prediction: size, share of the object, confidence."""
         height, width = self.size
+        fraction, confidence = self._shape_of(self.mask_HW)
         return {
             "height": height,
             "width": width,
-            "object_fraction": self.object_fraction,
-            "confidence": self.confidence,
+            "object_fraction": fraction,
+            "confidence": confidence,
         }
 
     def cutout(self) -> NDArray[np.uint8]:
@@ -123,7 +129,7 @@ class Prediction:
             if kind == "map":
                 write_png(path, to_uint8(self.probability_HW))
             elif kind == "mask":
-                write_png(path, np.where(self.mask_HW, np.uint8(255), np.uint8(0)))
+                write_png(path, self.mask_HW.view(np.uint8) * np.uint8(255))
             elif kind == "cutout":
                 write_png(path, self.cutout())
             else:

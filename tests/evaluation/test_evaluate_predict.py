@@ -287,6 +287,18 @@ class TestPredict:
         assert "broken.jpg" in captured.err and "3 images predicted" in captured.out
         assert not (tmp_path / "out" / "masks" / "broken.png").exists()
 
+    def test_a_page_of_the_folder(self, tiny_run: Path, photos: Path, tmp_path: Path) -> None:
+        (photos / "broken.jpg").write_bytes(b"no picture")
+        out = tmp_path / "out"
+        assert main(["predict", str(tiny_run), str(photos), "-o", str(out)]) == 3
+        assert main(["report", str(out)]) == 0
+        page = (out / "report.html").read_text()
+        number = len(list((out / "maps").rglob("*.png")))
+        assert f"<b>{number}</b><span>predicted" in page and "<b>1</b><span>failed" in page
+        assert "broken.jpg is not an image" in page and "data:image/jpeg" in page
+        # The ledger is only read: the same command still finds everything done.
+        assert main(["predict", str(tiny_run), str(photos), "-o", str(out)]) == 3
+
     def test_inputs(self, photos: Path) -> None:
         assert [p.name for p in find_photos([str(photos)])] == ["a", "b", "sub/a"]
         assert [p.name for p in find_photos([str(photos / "*.jpg")])] == ["a"]
