@@ -404,6 +404,11 @@ def _choose_engine(
         zoom=predictor.zoom,
     )
     if options.ray:
+        console.decide(
+            "precision",
+            f"{settings.precision} for all actors, as this machine's device decides; --precision "
+            f"names another",
+        )
         return RayEngine(
             spec,
             options.ray,

@@ -54,6 +54,7 @@ def test_it_learns_and_the_control_does_not(tmp_path: Path) -> None:
             tmp_path / "data",
             **still,
             data__cache="none",
+            train__batch_size=16,
             train__epochs=16,
             train__validate_every=16,
             train__ema_decay=0.9,
