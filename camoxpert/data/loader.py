@@ -20,7 +20,7 @@ from camoxpert.config import DataConfig
 from camoxpert.data.cache.reader import CacheReader
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.manifest import Manifest
-from camoxpert.data.files.unlabeled import unlabeled_per_epoch
+from camoxpert.data.files.mixing import mix_of
 from camoxpert.data.samples.augment import SampleTransform, sample_transform, training_sides
 from camoxpert.data.samples.batches import (
     Batch,
@@ -32,7 +32,13 @@ from camoxpert.data.samples.batches import (
     collate_versions,
 )
 from camoxpert.data.samples.datasets import CorruptedDataset, EvalDataset, PairDataset
-from camoxpert.data.samples.sampler import EpochSampler, InOrderSampler
+from camoxpert.data.samples.sampler import (
+    MADE_STREAM,
+    UNLABELED_STREAM,
+    EpochSampler,
+    InOrderSampler,
+    Mixed,
+)
 from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.supervise import Supervised, loader_options
 from camoxpert.data.unreadable import skippable
@@ -109,7 +115,7 @@ def build_loader(
     """Build a loader of training batches.
 
     Args:
-        manifest: the pairs; those without a mask, if any, come last.
+        manifest: the pairs: real ones, then made ones, then those without a mask.
         data: settings. Images are augmented by ``data.augment``; with several training sizes one
             is drawn per batch.
         plan: workers and cache.
@@ -118,17 +124,18 @@ def build_loader(
         rank, world_size: rank of this process, and number of processes that share an epoch.
     """
     transform = sample_transform(data, seed)
-    labeled = sum(pair.labeled for pair in manifest.pairs)
-    unlabeled = len(manifest) - labeled
+    mix = mix_of(manifest, data)
     sampler = EpochSampler(
-        labeled,
+        mix.real,
         seed=seed,
         rank=rank,
         world_size=world_size,
         batch_size=batch_size,
         targets=training_sides(data),
-        unlabeled=unlabeled,
-        mixed_in=unlabeled_per_epoch(labeled, unlabeled, data.unlabeled_share),
+        mixed=(
+            Mixed(mix.made, mix.made_seen, MADE_STREAM),
+            Mixed(mix.unlabeled, mix.unlabeled_seen, UNLABELED_STREAM),
+        ),
     )
     if plan.cache is not None and plan.on_device and plan.num_workers == 0:
         return CacheReader(

@@ -1,0 +1,85 @@
+"""Keep what a run is measured with out of the made images that it trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from camoxpert import console
+from camoxpert.data.files.made import MADE
+from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.pairing import Pair
+from camoxpert.data.files.provenance import PROVENANCE, Finder, Known, read_sources
+from camoxpert.errors import DataError
+from camoxpert.text import count, shorten
+
+TRAINING, VALIDATION = "training", "validation"
+
+
+def without_leaks(
+    made: Manifest,
+    folders: Sequence[str],
+    train: Manifest,
+    validation: Manifest,
+    tests: Mapping[str, Manifest],
+) -> Manifest:
+    """Return made images without those that come from validation images, printing their names.
+
+    Which images validate is decided by each run, so data that was made from TRAIN usually holds
+    some that come from them.
+
+    Args:
+        made: the made images.
+        folders: where they lie, each with its provenance.
+        train, validation, tests: the real images of the run.
+
+    Raises:
+        DataError: made images come from test images.
+    """
+    if not len(made):
+        return made
+    # Held out first: where an old path fits two images, the careful answer counts.
+    finder = Finder({**_by_name(tests), VALIDATION: validation, TRAINING: train})
+    sources: dict[Path, tuple[Path, ...]] = {}
+    for folder in folders:
+        sources |= read_sources(Path(folder))
+    unknown, leaked = 0, list[tuple[Pair, Known]]()
+    for pair in made.pairs:
+        own = sources.get(pair.image.resolve())
+        unknown += own is None
+        found = (finder.find(source) for source in own or ())
+        held_out = next((k for k in found if k is not None and k.part != TRAINING), None)
+        if held_out is not None:
+            leaked.append((pair, held_out))
+    tested = [(pair, known) for pair, known in leaked if known.part != VALIDATION]
+    if tested:
+        raise DataError(
+            f"--synthetic: {count(len(tested), 'made image')} come from test images, whose scores "
+            f"would then mean nothing: {_named(tested)}. Make the data again from training images, "
+            f"or remove these images with their masks."
+        )
+    if unknown:
+        console.decide(
+            "warning",
+            f"{unknown} of {count(len(made), 'made image')} are in no {PROVENANCE}: whether they "
+            f"come from validation or test images is not known",
+        )
+    if not leaked:
+        return made
+    console.decide(
+        MADE,
+        f"{count(len(leaked), 'made image')} come from validation images and are not used: "
+        f"{_named(leaked)}",
+    )
+    left_out = {pair for pair, _ in leaked}
+    return replace(made, pairs=tuple(pair for pair in made.pairs if pair not in left_out))
+
+
+def _by_name(tests: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    """Return test sets under names that no other part has."""
+    return {f"test set {name}": manifest for name, manifest in tests.items()}
+
+
+def _named(leaked: Sequence[tuple[Pair, Known]]) -> str:
+    return shorten(f"{pair.name} (from {known.path.name}, {known.part})" for pair, known in leaked)
