@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
 SPREAD = (0.4, 2.5)
 """Least and largest factor of a colour's deviation: flat surroundings do not erase an object."""
+LEAST_DEVIATION = 0.02
+"""Deviation, as a share of full scale, below which a colour counts as this varied."""
 
 
-def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """Return Lab of RGB in 0..1, float32 (..., 3): L in 0..100."""
-    return cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
+def colour_map(
+    inside: np.ndarray, surroundings: np.ndarray, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the linear map that moves an object's colours towards those of its surroundings.
 
-
-def to_rgb(lab: np.ndarray) -> np.ndarray:
-    """Return RGB in 0..1 of Lab, float32; colours that no screen shows are cut."""
-    return np.clip(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), 0, 1)
-
-
-def transfer(
-    lab: np.ndarray, inside: np.ndarray, surroundings: np.ndarray, strength: float
-) -> np.ndarray:
-    """Move the colours of an object towards those of its surroundings.
-
-    Mean and deviation of each channel of Lab are matched (Reinhard et al. 2001, "Color Transfer
-    between Images") and the result is mixed with the original.
+    At full strength it gives the object the mean and the covariance of its surroundings, by the
+    shortest way that does so: the linear Monge-Kantorovich map (Pitie and Kokaram 2007, "The
+    Linear Monge-Kantorovitch Linear Colour Mapping for Example-Based Colour Transfer"). Correlated
+    channels need no special colour space.
 
     Args:
-        lab: float32 (H, W, 3), the object and around it.
-        inside: float32 (N, 3), its colours.
-        surroundings: float32 (M, 3), colours around it.
+        inside: float32 (N, 3), the object's colours, 0..1.
+        surroundings: float32 (M, 3), the colours around it.
         strength: 0 keeps the object's colours, 1 gives it those of its surroundings.
+
+    Returns:
+        matrix (3, 3) and offset (3,), float32: ``new = matrix @ old + offset``.
     """
-    if strength == 0 or not len(inside) or not len(surroundings):
-        return lab
-    own, other = inside.mean(0), surroundings.mean(0)
-    factor = np.clip(surroundings.std(0) / np.maximum(inside.std(0), 1.0), *SPREAD)
-    moved = (lab - own) * factor + other
-    return lab + np.float32(strength) * (moved - lab)
+    identity = np.eye(3)
+    if not strength or not len(inside) or not len(surroundings):
+        return identity.astype(np.float32), np.zeros(3, np.float32)
+    own, other = _covariance(inside), _covariance(surroundings)
+    root = _power(own, 0.5)
+    inverse = _power(own, -0.5)
+    matrix = inverse @ _power(root @ other @ root, 0.5) @ inverse
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    matrix = (vectors * np.clip(values, *SPREAD)) @ vectors.T
+    offset = surroundings.mean(0) - matrix @ inside.mean(0)
+    mixed = strength * matrix + (1 - strength) * identity
+    return mixed.astype(np.float32), (strength * offset).astype(np.float32)
+
+
+def _covariance(colours: np.ndarray) -> np.ndarray:
+    centred = colours - colours.mean(0)
+    return centred.T.astype(np.float64) @ centred / len(colours) + LEAST_DEVIATION**2 * np.eye(3)
+
+
+def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    """Return a power of a symmetric positive matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    power: np.ndarray = (vectors * np.maximum(values, 1e-12) ** exponent) @ vectors.T
+    return power

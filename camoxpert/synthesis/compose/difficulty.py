@@ -7,7 +7,7 @@ Jensen-Shannon divergence in bits (Lin 1991) is 0 for equal and 1 for disjoint h
 is a metric (Endres and Schindelin 2003). Distances between the histograms of an object and of what
 surrounds it are how data sets describe contrast (Li et al. 2014, "The Secrets of Salient Object
 Segmentation"; Fan et al. 2020, "Camouflaged Object Detection"). Few pixels make any two histograms
-differ; what equal distributions would give on average is subtracted.
+differ: what equal distributions would give on average is subtracted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import math
 import cv2
 import numpy as np
 
+from camoxpert.synthesis.compose.blending import ring_around
+
 RING = 0.25
 """Width of the ring as a share of the root of the object's area."""
 LEAST_RING = 3
-BINS = {"L": (0, 100, 25), "a": (-60, 60, 30), "b": (-60, 60, 30), "gradient": (0, 30, 20)}
-"""Lower end, upper end and number of bins of each histogram; values beyond go into the outermost."""
+BINS = 32
+RANGES = ((0.0, 256.0), (64.0, 192.0), (64.0, 192.0), (0.0, 128.0))
+"""Of L, a, b and the gradient, in OpenCV's 8-bit Lab; values beyond go into the outermost bins."""
 
 
 def difficulty(image: np.ndarray, mask: np.ndarray, other: np.ndarray | None = None) -> float:
@@ -37,40 +40,47 @@ def difficulty(image: np.ndarray, mask: np.ndarray, other: np.ndarray | None = N
     """
     inside = mask > 0
     area = int(inside.sum())
-    reach = max(LEAST_RING, round(RING * math.sqrt(area)))
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1,) * 2)
-    ring = (cv2.dilate(inside.astype(np.uint8), disc) > 0) & ~inside
+    ring = ring_around(inside, max(LEAST_RING, RING * math.sqrt(area)))
     if other is not None:
         ring &= ~other
-    if not area or not ring.any():
+    around = int(ring.sum())
+    if not area or not around:
         raise ValueError("The difficulty needs an object and surroundings.")
-    planes = _planes(image)
-    return 1 - math.sqrt(
-        float(np.mean([_divergence(p[inside], p[ring], *BINS[n]) for n, p in planes.items()]))
-    )
+    chosen = inside.view(np.uint8), ring.view(np.uint8)
+    divergences = []
+    for plane, ends in zip(_planes(image), RANGES, strict=True):
+        counts = [
+            cv2.calcHist([plane], [0], part, [BINS], list(ends))[:, 0].astype(np.float64)
+            for part in chosen
+        ]
+        divergences.append(_divergence(counts[0] / area, counts[1] / around, 1 / area + 1 / around))
+    return 1 - math.sqrt(float(np.mean(divergences)))
 
 
-def _planes(image: np.ndarray) -> dict[str, np.ndarray]:
-    lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    light = np.ascontiguousarray(lab[..., 0])
-    dx, dy = cv2.Scharr(light, cv2.CV_32F, 1, 0) / 32, cv2.Scharr(light, cv2.CV_32F, 0, 1) / 32
-    return {"L": light, "a": lab[..., 1], "b": lab[..., 2], "gradient": cv2.magnitude(dx, dy)}
+def _planes(image: np.ndarray) -> list[np.ndarray]:
+    """Return L, a, b and the size of L's gradient, each uint8 and within its range."""
+    planes = list(cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2LAB)))
+    across, down = (cv2.Sobel(planes[0], cv2.CV_32F, x, 1 - x) for x in (1, 0))
+    gradient = cv2.convertScaleAbs(cv2.magnitude(across, down), alpha=0.25)
+    # Ranges of OpenCV's histograms drop what lies beyond them.
+    return [
+        np.clip(plane, int(low), int(high) - 1)
+        for plane, (low, high) in zip([*planes, gradient], RANGES, strict=True)
+    ]
 
 
-def _divergence(first: np.ndarray, second: np.ndarray, low: float, high: float, bins: int) -> float:
-    """Return the Jensen-Shannon divergence of two samples in bits, less what chance alone gives."""
-    counts = []
-    for values in (first, second):
-        numbers = ((values - low) * (bins / (high - low))).astype(np.int32)
-        counts.append(np.bincount(np.clip(numbers, 0, bins - 1), minlength=bins))
-    p, q = (number / number.sum() for number in counts)
+def _divergence(p: np.ndarray, q: np.ndarray, chance: float) -> float:
+    """Return the Jensen-Shannon divergence in bits, less what chance alone gives on average.
+
+    The latter is the second-order expectation for two samples of one distribution (Grosse et al.
+    2002, "Analysis of symbolic sequences using the Jensen-Shannon divergence").
+    """
     middle = (p + q) / 2
-    used = middle > 0
-    divergence = _entropy(middle[used]) - (_entropy(p[p > 0]) + _entropy(q[q > 0])) / 2
-    # Second-order expectation for equal distributions, as Grosse et al. 2002 derive it.
-    chance = (used.sum() - 1) / (8 * math.log(2)) * (1 / len(first) + 1 / len(second))
-    return min(max(float(divergence - chance), 0.0), 1.0)
+    divergence = _entropy(middle) - (_entropy(p) + _entropy(q)) / 2
+    expected = (np.count_nonzero(middle) - 1) / (8 * math.log(2)) * chance
+    return min(max(divergence - expected, 0.0), 1.0)
 
 
 def _entropy(shares: np.ndarray) -> float:
-    return float(-(shares * np.log2(shares)).sum())
+    used = shares[shares > 0]
+    return float(-(used * np.log2(used)).sum())

@@ -22,14 +22,14 @@ from camoxpert.synthesis.compose.records import ComposeSettings, Composition, Lo
 
 Box = tuple[int, int, int, int]
 Sides = tuple[bool, bool, bool, bool]
-LEAST_PART = 0.5
+LEAST_PART = 0.7
 """Share of a background's shorter side that a part without objects must have to be used alone."""
 LARGEST_PART = 0.92
 """Share of the picture's sides that an object's box may take."""
 SMALLEST_SIDE = 12
 """Fewest pixels along the longer side of a pasted object."""
-# One stream of random numbers for each question, so that a change to one leaves the others as they are.
-OBJECT, PLACE, LOOK, KIND, OCCLUDER, DISTRACTOR, CAMERA, TARGET = range(8)
+# A stream of random numbers for each question: a change to one leaves the others as they are.
+OBJECT, PLACE, LOOK, KIND, OCCLUDER, DISTRACTOR, CAMERA, TARGET, EDGE = range(9)
 
 
 def draw_composition(
@@ -58,7 +58,7 @@ def draw_composition(
     """
     if not len(objects) or not len(backgrounds.windows):
         raise DataError(_nothing(objects, backgrounds))
-    stream = [np.random.default_rng([seed, index, purpose]) for purpose in range(8)]
+    stream = [np.random.default_rng([seed, index, purpose]) for purpose in range(9)]
     if number is None:
         number = _turn(seed, index, len(objects))
     entry = objects.entries[number]
@@ -94,6 +94,7 @@ def draw_composition(
         height=height,
         width=width,
         paste=paste,
+        feather=round(stream[EDGE].uniform(*settings.feather), 4),
         looks=_looks(stream[LOOK], settings),
         target=_target(stream[TARGET], settings) if kind == "object" else None,
         distance=round(place.distance, 4),
@@ -200,14 +201,14 @@ def _crop(
 ) -> Box:
     """Draw a part within ``cells`` that holds the window; returns left, top, right, bottom in pixels.
 
-    The part has seven tenths to all of the length; at the sides that cut the object it ends where
+    The part has eight tenths to all of the length; at the sides that cut the object it ends where
     the cells end.
     """
     ends = []
     for axis in range(2):
         low, high = cells[axis], cells[axis + 2]
         first = place.left if axis == 0 else place.top
-        length = max(place.side * 1.25, (0.7 + 0.3 * zoom[axis]) * (high - low))
+        length = max(place.side * 1.25, (0.8 + 0.2 * zoom[axis]) * (high - low))
         length = min(length, high - low)
         earliest, latest = max(low, first + place.side - length), min(first, high - length)
         start = earliest + corner[axis] * (latest - earliest)
@@ -323,7 +324,6 @@ def _looks(rng: np.random.Generator, settings: ComposeSettings) -> tuple[Look, .
                 gradient=round(rng.uniform(0.4, 1.0), 4)
                 if rng.random() < settings.gradient
                 else 0.0,
-                feather=round(rng.uniform(*settings.feather), 4),
             )
         )
     return tuple(looks)

@@ -14,11 +14,11 @@ import numpy as np
 from camoxpert.data.files.image_io import read_image, read_pair
 from camoxpert.data.files.labels import VOID
 from camoxpert.synthesis.compose.backgrounds import BackgroundIndex
-from camoxpert.synthesis.compose.blending import blended
+from camoxpert.synthesis.compose.blending import Scene, blended, focus, scene_of, soft_edge
 from camoxpert.synthesis.compose.camera import add_noise, compress
 from camoxpert.synthesis.compose.difficulty import LEAST_RING, RING, difficulty
 from camoxpert.synthesis.compose.library import ObjectLibrary, read_object
-from camoxpert.synthesis.compose.records import Composed, Composition, Paste, Shape
+from camoxpert.synthesis.compose.records import Composed, Composition, Look, Paste, Shape
 from camoxpert.synthesis.compose.shapes import shape_alpha
 
 LEAST_VISIBLE = 0.5
@@ -99,6 +99,10 @@ def compose_one(
         region = _region(composition.paste, object_RGBA.shape[:2], size)
         view = scene[region].astype(np.float32) / 255
         pixels, alpha = _placed(composition.paste, object_RGBA, region)
+        blur = focus(view, pixels, alpha)
+        if blur:
+            pixels = cv2.GaussianBlur(pixels, (0, 0), blur)
+        alpha = soft_edge(alpha, math.hypot(composition.feather, blur))
         if composition.kind == "edit":
             pixels = _cloned(scene, composition, region)
     with _timed(seconds, "occluders"):
@@ -113,18 +117,15 @@ def compose_one(
         others = np.where(label, np.uint8(255), others)
     others[(hidden > 0.5) & ~label] = 0
     with _timed(seconds, "blend"):
-        candidates = []
-        for look in composition.looks:
-            painted = blended(view, pixels, alpha, look)
-            for front, cover in fronts:
-                painted += (front - painted) * cover[..., None]
-            candidates.append(np.clip(np.rint(painted * 255), 0, 255).astype(np.uint8))
+        gradient = any(look.gradient for look in composition.looks)
+        pasted = scene_of(view, pixels, alpha, gradient=gradient)
+        candidates = [_painted(pasted, look, fronts) for look in composition.looks]
     with _timed(seconds, "choose"):
-        foreign = own[region] > 0
+        foreign = (own[region] > 0) & ~label
         scored = composition.kind == "object" and bool(label.any())
         kept = 0
         if scored and composition.target is not None and len(candidates) > 1:
-            scores = [difficulty(c, label, foreign & ~label) for c in candidates]
+            scores = [difficulty(candidate, label, foreign) for candidate in candidates]
             kept = int(np.argmin(np.abs(np.array(scores) - composition.target)))
     mask = own.copy()
     mask[region] = others
@@ -135,7 +136,7 @@ def compose_one(
             rng = np.random.default_rng([composition.seed, composition.index, 8])
             scene, encoded = compress(add_noise(scene, composition.noise, rng), composition.jpeg)
     with _timed(seconds, "score"):
-        score = difficulty(scene[region], label, foreign & ~label) if scored else None
+        score = difficulty(scene[region], label, foreign) if scored else None
     whole = np.zeros(size, np.uint8)
     if composition.kind == "object":
         whole[region] = visible
@@ -151,6 +152,14 @@ def compose_one(
         encoded=encoded,
         seconds=seconds,
     )
+
+
+def _painted(pasted: Scene, look: Look, fronts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Return a candidate, uint8 (H, W, 3): the object in its background, occluders in front."""
+    painted = blended(pasted, look)
+    for front, cover in fronts:
+        painted += (front - painted) * cover[..., None]
+    return np.rint(painted * 255).astype(np.uint8)
 
 
 @contextmanager
@@ -217,16 +226,12 @@ def _placed(
     offset = corner - linear @ [(width - 1) / 2, (height - 1) / 2]
     target = region[1].stop - region[1].start, region[0].stop - region[0].start
     matrix = np.column_stack([linear, offset])
-    floats = pixels.astype(np.float32) / 255
-    rgb = cv2.warpAffine(
-        np.ascontiguousarray(floats[..., :3]), matrix, target,
-        flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE,
-    )  # fmt: skip
-    alpha = cv2.warpAffine(
-        np.ascontiguousarray(floats[..., 3]), matrix, target,
-        flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
-    )  # fmt: skip
-    return np.clip(rgb, 0, 1), alpha
+    # The lines beyond a cut-out's box repeat its margin: transparent, or the object where it is cut.
+    placed = cv2.warpAffine(
+        pixels, matrix, target, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+    ).astype(np.float32)
+    placed /= 255
+    return np.ascontiguousarray(placed[..., :3]), np.ascontiguousarray(placed[..., 3])
 
 
 def _cloned(scene: np.ndarray, composition: Composition, region: tuple[slice, slice]) -> np.ndarray:

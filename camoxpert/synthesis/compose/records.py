@@ -87,12 +87,10 @@ class Look:
     Attributes:
         colour: strength of the colour transfer, 0..1.
         gradient: strength of the gradient-domain correction, 0 (feathered only) to 1.
-        feather: sigma of the soft edge.
     """
 
     colour: float
     gradient: float
-    feather: float
 
 
 @dataclass(frozen=True)
@@ -130,6 +128,7 @@ class Composition:
         crop: left, top, right, bottom of the part of the background that is shown, its own pixels.
         height, width: of the finished picture.
         paste: the object; for an edit the object whose outline was edited.
+        feather: sigma of the object's soft edge.
         looks: candidates; without a target there is one.
         target: difficulty to come near to, 0..1, or None.
         distance: how far the background's features are from the object's, in standard deviations.
@@ -151,6 +150,7 @@ class Composition:
     height: int
     width: int
     paste: Paste
+    feather: float
     looks: tuple[Look, ...]
     target: float | None
     distance: float
