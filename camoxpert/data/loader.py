@@ -39,6 +39,7 @@ from camoxpert.data.samples.sampler import (
     InOrderSampler,
     Mixed,
 )
+from camoxpert.data.samples.scenes import Scenes
 from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.supervise import Supervised, loader_options
 from camoxpert.data.unreadable import skippable
@@ -59,6 +60,7 @@ class LoaderPlan:
             cache and no workers, batches are read straight from the cache.
         pin_memory: batches are in page-locked memory.
         soft: maps of a teacher that the batches carry, or None.
+        scenes: what relights and composes images, where the settings ask for it, or None.
     """
 
     num_workers: int = 0
@@ -67,6 +69,7 @@ class LoaderPlan:
     on_device: bool = False
     pin_memory: bool = False
     soft: SoftMaps | None = None
+    scenes: Scenes | None = None
 
 
 SIMPLE = LoaderPlan()
@@ -123,7 +126,7 @@ def build_loader(
         seed: seed of the order and of the augmentation.
         rank, world_size: rank of this process, and number of processes that share an epoch.
     """
-    transform = sample_transform(data, seed)
+    transform = sample_transform(data, seed, plan.scenes)
     mix = mix_of(manifest, data)
     sampler = EpochSampler(
         mix.real,
@@ -271,8 +274,12 @@ def device_batches(loader: Batches, device: torch.device) -> Iterator[tuple[Batc
 
 
 def seconds_per_sample(dataset: PairDataset, target: int, *, samples: int = 8) -> float:
-    """Return the median seconds per sample in this process; the first one imports: left out."""
-    count = min(samples, len(dataset))
+    """Return the median seconds per sample in this process; the first one imports: left out.
+
+    Where some samples are relit or composed, which takes longer, it is the mean of more of them.
+    """
+    scenes = dataset.transform.scenes is not None
+    count = min(samples * (3 if scenes else 1), len(dataset))
     if not count:
         return 0.0
     dataset[0, 0, target]
@@ -281,7 +288,7 @@ def seconds_per_sample(dataset: PairDataset, target: int, *, samples: int = 8) -
         started = time.perf_counter()
         dataset[0, index, target]
         taken.append(time.perf_counter() - started)
-    return float(np.median(taken))
+    return float(np.mean(taken) if scenes else np.median(taken))
 
 
 def _timed(batches: Iterator[T]) -> Iterator[tuple[T, float]]:

@@ -38,6 +38,7 @@ from camoxpert.doctor.inspect import MaskShape, identical_files, mask_shape
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import free_shared_memory
 from camoxpert.runtime.processes import World
+from camoxpert.synthesis.online import OnlineScenes
 from camoxpert.text import count, shorten
 from camoxpert.training.batching import effective_batch
 from camoxpert.training.leaks import without_leaks
@@ -410,16 +411,23 @@ def _decide_loading(
         if data.augment_on == "auto" and device == "cuda":
             reason = "corruptions are made on the CPU"
         reason += f"; {data.augment.corrupt:.0%} of the images corrupted, at severities 1 to 3"
+    scenes = OnlineScenes() if data.augment.relight or data.augment.compose else None
     words = f"{where}: {reason}"
+    if data.augment.relight:
+        words += f"; {data.augment.relight:.0%} of the images in another light"
+    if data.augment.compose:
+        words += f"; {data.augment.compose:.0%} with an object of another training image"
     if len(sides) > 1:
         words += f"; training sizes {', '.join(map(str, sides))} px, one a batch"
     console.decide("augment", words)
-    if cache is not None and on_device and data.num_workers is None:
+    # Composing takes ten times as long as all else that a data worker does.
+    straight = cache is not None and on_device and not data.augment.compose
+    if straight and data.num_workers is None:
         workers, reason = 0, "batches are read straight from the cache, a thread ahead of the step"
     else:
         seconds = 0.0
         if data.num_workers is None:
-            transform = sample_transform(data, config.train.seed)
+            transform = sample_transform(data, config.train.seed, scenes)
             sample = PairDataset(train, data, transform, cache=cache, raw=on_device)
             seconds = seconds_per_sample(sample, data.img_size)
         workers, reason = choose_num_workers(
@@ -443,4 +451,5 @@ def _decide_loading(
         cache=cache,
         on_device=on_device,
         pin_memory=data.pin_memory and device == "cuda",
+        scenes=scenes,
     )

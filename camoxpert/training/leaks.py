@@ -10,7 +10,7 @@ from camoxpert import console
 from camoxpert.data.files.made import MADE
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair
-from camoxpert.data.files.provenance import PROVENANCE, Finder, Known, read_sources
+from camoxpert.data.files.provenance import PROVENANCE, Finder, Known, Origin, read_origins
 from camoxpert.errors import DataError
 from camoxpert.text import count, shorten
 
@@ -41,14 +41,15 @@ def without_leaks(
         return made
     # Held out first: where an old path fits two images, the careful answer counts.
     finder = Finder({**_by_name(tests), VALIDATION: validation, TRAINING: train})
-    sources: dict[Path, tuple[Path, ...]] = {}
+    origins: dict[Path, Origin] = {}
     for folder in folders:
-        sources |= read_sources(Path(folder))
-    unknown, leaked = 0, list[tuple[Pair, Known]]()
+        origins |= read_origins(Path(folder))
+    unknown, elsewhere, leaked = 0, 0, list[tuple[Pair, Known]]()
     for pair in made.pairs:
-        own = sources.get(pair.image.resolve())
-        unknown += own is None
-        found = (finder.find(source) for source in own or ())
+        origin = origins.get(pair.image.resolve())
+        unknown += origin is None
+        elsewhere += origin is not None and bool(origin.tested)
+        found = (finder.find(source) for source in (origin.sources if origin else ()))
         held_out = next((k for k in found if k is not None and k.part != TRAINING), None)
         if held_out is not None:
             leaked.append((pair, held_out))
@@ -64,6 +65,12 @@ def without_leaks(
             "warning",
             f"{unknown} of {count(len(made), 'made image')} are in no {PROVENANCE}: whether they "
             f"come from validation or test images is not known",
+        )
+    if elsewhere:
+        console.decide(
+            "warning",
+            f"{elsewhere} of {count(len(made), 'made image')} were made from images of a test set "
+            f"that is not scored here (--allow-test-sources): scores on it would mean nothing",
         )
     if not leaked:
         return made

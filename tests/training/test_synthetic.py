@@ -40,7 +40,10 @@ def provenance(folder: Path, sources: Sequence[Path]) -> None:
     """Write what the images of a made data set were made from, one source each."""
     images = sorted((folder / "TrainDataset" / "Imgs").iterdir())
     rows = [
-        {"image": str(image.relative_to(folder)), "sources": [{"image": str(source)}]}
+        {
+            "image": str(image.relative_to(folder)),
+            "sources": [{"role": "image", "path": str(source)}],
+        }
         for image, source in zip(images, sources, strict=False)
     ]
     (folder / "provenance.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -56,9 +56,13 @@ def mix(data: DataConfig, *, real: int, made: int, unlabeled: int) -> Mix:
 
 def mix_of(manifest: Manifest, data: DataConfig) -> Mix:
     """Return what an epoch sees of a manifest's images."""
-    made = sum(pair.made for pair in manifest.pairs)
-    unlabeled = sum(not pair.labeled for pair in manifest.pairs)
-    return mix(data, real=len(manifest) - made - unlabeled, made=made, unlabeled=unlabeled)
+    real, made = real_pairs(manifest), sum(pair.made for pair in manifest.pairs)
+    return mix(data, real=real, made=made, unlabeled=len(manifest) - real - made)
+
+
+def real_pairs(manifest: Manifest) -> int:
+    """Return the number of pairs that were labelled and not made; they are the first ones."""
+    return sum(pair.labeled and not pair.made for pair in manifest.pairs)
 
 
 def mixed_in(number: int, available: int, share: float) -> int:

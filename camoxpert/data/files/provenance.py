@@ -14,34 +14,46 @@ from camoxpert.files import path_text, read_jsonl
 
 PROVENANCE = "provenance.jsonl"
 """File in the folder of a made data set: a JSON object for each image, with its path below the
-folder in ``image`` and the files that it was made from in ``sources``."""
+folder in ``image`` and the files that it was made from in ``sources``, each with its ``path``."""
 
 
-def read_sources(folder: Path) -> dict[Path, tuple[Path, ...]]:
-    """Return made image -> the files it was made from, for the rows of a folder's provenance.
+@dataclass(frozen=True)
+class Origin:
+    """What a made image was made from.
+
+    Attributes:
+        sources: files.
+        tested: why a source counted as a test image when the image was made; "": none did.
+    """
+
+    sources: tuple[Path, ...]
+    tested: str = ""
+
+
+def read_origins(folder: Path) -> dict[Path, Origin]:
+    """Return made image -> what it was made from, for the rows of a folder's provenance.
 
     Relative paths are below the folder. A missing file has no rows.
+
+    Args:
+        folder: of the made data set, or its CSV file.
     """
     place = folder.parent if folder.is_file() else folder
-    found: dict[Path, tuple[Path, ...]] = {}
+    found: dict[Path, Origin] = {}
     for row in read_jsonl(place / PROVENANCE):
         image = row.get("image") if isinstance(row, dict) else None
         if isinstance(image, str):
-            sources = tuple(place / path_text(text) for text in _texts(row.get("sources")))
-            found[(place / path_text(image)).resolve()] = sources
+            sources = tuple(place / path_text(text) for text in _paths(row.get("sources")))
+            tested = str(row.get("test_source") or "")
+            found[(place / path_text(image)).resolve()] = Origin(sources, tested)
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the paths in ``sources``: a text, or a list or mapping of them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _texts(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
+def _paths(sources: Any) -> Iterator[str]:
+    for source in sources if isinstance(sources, list) else ():
+        path = source.get("path") if isinstance(source, Mapping) else source
+        if isinstance(path, str):
+            yield path
 
 
 @dataclass(frozen=True)

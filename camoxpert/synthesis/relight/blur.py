@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.data.samples.augment_device import upload
+from camoxpert.runtime.device import upload
 
 CELL = 4.0
 """Sigmas are at least this many cells wide."""
