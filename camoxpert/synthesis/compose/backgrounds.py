@@ -181,6 +181,7 @@ def nearest_places(
     size: int,
     choices: int,
     sides: Sequence[bool] = (False,) * 4,
+    trim: bool = True,
     background: int | None = None,
 ) -> list[Place]:
     """Return the best window of each of the backgrounds that resemble an object most, best first.
@@ -190,15 +191,16 @@ def nearest_places(
         features: float32 (FEATURES,) of the object, as ``object_features`` returns them.
         size: index of ``SIDES``.
         choices: most backgrounds to return.
-        sides: edges that the object must be placed at (left, top, right, bottom): the picture will
-            be cut there, so that at least three fifths of the background must lie on the other side.
+        sides: edges that the object must be placed at: left, top, right, bottom.
+        trim: the picture will be cut where the window begins, so that three fifths of the
+            background must lie on its other side; False: the window must lie at that edge.
         background: look in this one only.
     """
     first, last = np.searchsorted(index.windows[:, 1], [size, size + 1])
     rows, planes = index.windows[first:last], index.features[first:last]
     wanted = (features - index.centre) * index.scale
     if background is not None or any(sides):
-        kept = _allowed(index, rows, size, sides)
+        kept = _allowed(index, rows, size, sides, 0.4 if trim else 0.0)
         if background is not None:
             kept &= rows[:, 0] == background
         rows, planes = rows[kept], planes[kept]
@@ -262,21 +264,21 @@ def free_box(
 
 
 def _allowed(
-    index: BackgroundIndex, rows: np.ndarray, size: int, sides: Sequence[bool]
+    index: BackgroundIndex, rows: np.ndarray, size: int, sides: Sequence[bool], share: float
 ) -> np.ndarray:
-    """Return which windows leave enough of their background when it is cut at their sides."""
+    """Return which windows leave at most a share of their background beyond these sides."""
     shapes = np.array([grid_shape(e.height, e.width) for e in index.entries])[rows[:, 0]]
     side = SIDES[size]
     left, top, right, bottom = sides
     kept = np.ones(len(rows), bool)
     if left:
-        kept &= rows[:, 3] <= 0.4 * shapes[:, 1]
+        kept &= rows[:, 3] <= share * shapes[:, 1]
     if right:
-        kept &= rows[:, 3] + side >= 0.6 * shapes[:, 1]
+        kept &= rows[:, 3] + side >= (1 - share) * shapes[:, 1]
     if top:
-        kept &= rows[:, 2] <= 0.4 * shapes[:, 0]
+        kept &= rows[:, 2] <= share * shapes[:, 0]
     if bottom:
-        kept &= rows[:, 2] + side >= 0.6 * shapes[:, 0]
+        kept &= rows[:, 2] + side >= (1 - share) * shapes[:, 0]
     return kept
 
 

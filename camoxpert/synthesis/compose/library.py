@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.cutting import Cutout, cut_objects, read_objects
 from camoxpert.synthesis.compose.describe import FEATURES, object_features
 
@@ -123,5 +124,15 @@ def unfit(cutout: Cutout, area: int) -> str:
 
 
 def read_object(entry: ObjectEntry) -> np.ndarray:
-    """Read the pixels of an object: uint8 (h, w, 4)."""
-    return read_objects(entry.source, entry.mask)[entry.part].pixels
+    """Read the pixels of an object: uint8 (h, w, 4).
+
+    Raises:
+        DataError: its files are missing, damaged or were changed.
+    """
+    cutouts = read_objects(entry.source, entry.mask, part=entry.part if entry.mask else None)
+    if not cutouts:
+        raise DataError(
+            f"{entry.mask} no longer shows object {entry.part + 1}: it was changed after the objects "
+            "were listed. Run the command again."
+        )
+    return cutouts[0].pixels

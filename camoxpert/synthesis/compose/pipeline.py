@@ -104,7 +104,7 @@ def compose_one(
             pixels = cv2.GaussianBlur(pixels, (0, 0), blur)
         alpha = soft_edge(alpha, math.hypot(composition.feather, blur))
         if composition.kind == "edit":
-            pixels = _cloned(scene, composition, region)
+            pixels = _cloned(scene, composition, region, alpha)
     with _timed(seconds, "occluders"):
         fronts = _fronts(composition, region, scene, alpha)
         hidden = _hidden(fronts, alpha.shape)
@@ -234,19 +234,29 @@ def _placed(
     return np.ascontiguousarray(placed[..., :3]), np.ascontiguousarray(placed[..., 3])
 
 
-def _cloned(scene: np.ndarray, composition: Composition, region: tuple[slice, slice]) -> np.ndarray:
-    """Return what an edit puts over the background: the background from elsewhere, resampled."""
+def _cloned(
+    scene: np.ndarray, composition: Composition, region: tuple[slice, slice], alpha: np.ndarray
+) -> np.ndarray:
+    """Return what an edit puts over the background: the background from elsewhere, resampled.
+
+    Of several places the one is taken whose colours differ least at the outline of the edit.
+    """
     height, width = scene.shape[:2]
-    # Half a pixel more: a copy of whole pixels would leave none of the traces of resampling.
-    x = composition.clone[0] * width + 0.5
-    y = composition.clone[1] * height + 0.5
-    matrix = np.array([[1, 0, region[1].start + x], [0, 1, region[0].start + y]])
-    target = region[1].stop - region[1].start, region[0].stop - region[0].start
-    moved = cv2.warpAffine(
-        scene, matrix, target,
-        flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101,
-    )  # fmt: skip
-    return moved.astype(np.float32) / 255
+    view = scene[region].astype(np.float32) / 255
+    edge = (alpha > 0.1) & (alpha < 0.9)
+    best, least = view, math.inf
+    for right, down in composition.clones:
+        # Half a pixel more: a copy of whole pixels would leave none of the traces of resampling.
+        x, y = right * width + 0.5, down * height + 0.5
+        matrix = np.array([[1, 0, region[1].start + x], [0, 1, region[0].start + y]])
+        moved = cv2.warpAffine(
+            scene, matrix, view.shape[1::-1],
+            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101,
+        ).astype(np.float32) / 255  # fmt: skip
+        difference = float(np.abs(moved - view)[edge].mean()) if edge.any() else 0.0
+        if difference < least:
+            best, least = moved, difference
+    return best
 
 
 def _put_distractor(scene: np.ndarray, shape: Shape, texture: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ class ComposeSettings:
         difficulty: target distribution, as equally spaced quantiles from the lowest to the highest
             value: (0.7,) is 0.7 always, (0.4, 0.9) is uniform. None: no target.
         candidates: variants of a picture of which the one nearest to the target is kept.
+        crop: share of the background's height and of its width that is shown; (1, 1): all of it.
         others: what happens with objects that the background shows: "avoid" cuts a part without
             them where that is possible, "keep" shows the whole picture. Whatever of them remains
             visible is labelled as object in both cases.
@@ -44,7 +45,7 @@ class ComposeSettings:
     colour: tuple[float, float] = (0.2, 1.0)
     gradient: float = 0.5
     feather: tuple[float, float] = (0.5, 1.0)
-    choices: int = 32
+    choices: int = 12
     occluders: float = 0.3
     distractors: float = 0.1
     edits: float = 0.1
@@ -52,6 +53,7 @@ class ComposeSettings:
     jpeg: tuple[int, int] = (75, 96)
     difficulty: tuple[float, ...] | None = None
     candidates: int = 5
+    crop: tuple[float, float] = (0.8, 1.0)
     others: str = "avoid"
 
 
@@ -135,7 +137,8 @@ class Composition:
         occluders: in front of the object.
         distractor: a salient thing, labelled background, or None.
         distractor_background, distractor_source: the picture that gives its texture; -1 and "".
-        clone: shift of an edit's texture as shares of the picture: right, down.
+        clones: shifts of an edit's texture as shares of the picture (right, down), of which the one
+            is taken that fits its surroundings best; () for objects.
         noise: standard deviation in grey levels.
         jpeg: quality.
     """
@@ -158,7 +161,7 @@ class Composition:
     distractor: Shape | None
     distractor_background: int
     distractor_source: str
-    clone: tuple[float, float]
+    clones: tuple[tuple[float, float], ...]
     noise: float
     jpeg: int
 
