@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from camoxpert.data.files.image_io import probe, read_pair
+from camoxpert.data.files.image_io import probe
 from camoxpert.errors import DataError
+from camoxpert.synthesis.compose.reading import read_masked
 
 MARGIN = 4
 """Pixels around a cut-out's box, so that its soft edge has room."""
@@ -22,6 +23,8 @@ SEPARATE = 0.1
 """Share of the largest object from which another part is an object of its own."""
 TOUCHES = 0.05
 """Share of an object's box along a picture's edge from which it is cut off by that edge."""
+LARGEST = 1024
+"""Pixels of a picture's shorter side from which it may be decoded smaller."""
 SOFT = 0.6
 """Sigma of the Gaussian that softens a hard outline; the contour of 0.5 stays in its place."""
 
@@ -122,9 +125,22 @@ def read_cutout(path: str | Path, *, rim: int = RIM) -> Cutout:
 
 def read_objects(
     source: str | Path, mask: str | Path = "", *, part: int | None = None
-) -> list[Cutout]:
-    """Read and cut the objects of an image with its mask; without a mask it is an RGBA picture."""
-    return cut_objects(*read_pair(source, mask), part=part) if mask else [read_cutout(source)]
+) -> tuple[list[Cutout], int]:
+    """Read a picture and cut its objects, or object ``part``; without a mask it is RGBA.
+
+    Returns:
+        The objects, and the shorter side of the picture in their pixels. Large photographs are
+        reduced first: objects are never needed at their full size.
+
+    Raises:
+        DataError: a file is missing or damaged, or an RGBA picture holds no object.
+    """
+    if not mask:
+        cutout = read_cutout(source)
+        return [cutout], min(cutout.pixels.shape[:2])
+    image, found = read_masked(source, mask, at_least=LARGEST)
+    assert found is not None
+    return cut_objects(image, found, part=part), min(found.shape)
 
 
 def clean_edge(rgb: np.ndarray, solid: np.ndarray, *, rim: int = RIM) -> np.ndarray:

@@ -92,6 +92,7 @@ def draw_composition(
         background=place.background,
         background_source=shown.source,
         background_mask=shown.mask,
+        background_size=(shown.height, shown.width),
         crop=crop,
         height=height,
         width=width,
@@ -100,7 +101,9 @@ def draw_composition(
         looks=_looks(stream[LOOK], settings),
         target=_target(stream[TARGET], settings) if kind == "object" else None,
         distance=round(place.distance, 4),
-        occluders=_occluders(stream[OCCLUDER], settings, box) if free and kind == "object" else (),
+        occluders=_occluders(stream[OCCLUDER], settings, box, (height, width))
+        if free and kind == "object"
+        else (),
         distractor=distractor,
         distractor_background=other,
         distractor_source=backgrounds.entries[other].source if other >= 0 else "",
@@ -340,7 +343,10 @@ def _target(rng: np.random.Generator, settings: ComposeSettings) -> float | None
 
 
 def _occluders(
-    rng: np.random.Generator, settings: ComposeSettings, box: tuple[float, float, float, float]
+    rng: np.random.Generator,
+    settings: ComposeSettings,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
 ) -> tuple[Shape, ...]:
     """Draw one to three things in front of the object, near its edge more often than its middle."""
     if rng.random() >= settings.occluders:
@@ -349,7 +355,7 @@ def _occluders(
     side = math.sqrt(width * height)
     shapes = []
     for _ in range(int(rng.integers(1, 4))):
-        turn = rng.uniform(0, 2 * math.pi)
+        turn, other = rng.uniform(0, 2 * math.pi, 2)
         away = rng.uniform(0.15, 0.55)
         kind = ("blades", "leaf", "blob")[rng.choice(3, p=(0.5, 0.3, 0.2))]
         radius = side * (rng.uniform(0.4, 0.7) if kind == "blades" else rng.uniform(0.12, 0.3))
@@ -360,8 +366,8 @@ def _occluders(
                 x=round((box[0] + box[2]) / 2 + math.cos(turn) * away * width, 2),
                 y=round((box[1] + box[3]) / 2 + math.sin(turn) * away * height, 2),
                 radius=round(radius, 2),
-                dx=round(rng.random(), 4),
-                dy=round(rng.random(), 4),
+                dx=round(math.cos(other) * width / size[1], 4),
+                dy=round(math.sin(other) * height / size[0], 4),
                 shade=round(rng.uniform(0.8, 1.2), 4),
             )
         )

@@ -104,7 +104,8 @@ class Shape:
         seed: of its outline.
         x, y: its centre.
         radius: its reach.
-        dx, dy: where its texture is taken from, as shares of the picture that provides it.
+        dx, dy: where its texture is taken from, as shares of a picture: an occluder's shift in the
+            picture itself, the place of a distractor's texture in another background.
         shade: factor of its brightness.
     """
 
@@ -127,7 +128,8 @@ class Composition:
         kind: "object", or "edit" for a picture whose edit left no object.
         background, background_source, background_mask: number, file and mask file ("": none known)
             of the background.
-        crop: left, top, right, bottom of the part of the background that is shown, its own pixels.
+        background_size: its height and width, pixels.
+        crop: left, top, right, bottom of the part of it that is shown, in those pixels.
         height, width: of the finished picture.
         paste: the object; for an edit the object whose outline was edited.
         feather: sigma of the object's soft edge.
@@ -149,6 +151,7 @@ class Composition:
     background: int
     background_source: str
     background_mask: str
+    background_size: tuple[int, int]
     crop: tuple[int, int, int, int]
     height: int
     width: int
