@@ -26,13 +26,14 @@ WEIGHTS = np.array([1.0] * 3 + [0.7] * 3 + [1.2] * 2 + [0.5] * DIRECTIONS, np.fl
 """What a feature counts in a comparison, in standard deviations over all windows."""
 
 
-def plane_grid(image: np.ndarray) -> np.ndarray:
+def plane_grid(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return the means of the planes over the cells of a picture, float32 (rows, columns, PLANES).
 
     Args:
         image: uint8 (H, W, 3) RGB.
+        shape: rows and columns, as ``grid_shape`` returns them.
     """
-    rows, columns = grid_shape(*image.shape[:2])
+    rows, columns = shape
     small = cv2.resize(image, (columns * CELL, rows * CELL), interpolation=cv2.INTER_AREA)
     return _planes(small).reshape(rows, CELL, columns, CELL, PLANES).mean((1, 3))
 
@@ -40,7 +41,8 @@ def plane_grid(image: np.ndarray) -> np.ndarray:
 def grid_shape(height: int, width: int) -> tuple[int, int]:
     """Return rows and columns of the grid of a picture of this size."""
     cells = CELLS / min(height, width)
-    return tuple(max(CELLS, min(round(side * cells), MOST_CELLS)) for side in (height, width))  # type: ignore[return-value]
+    rows, columns = (max(CELLS, min(round(side * cells), MOST_CELLS)) for side in (height, width))
+    return rows, columns
 
 
 def object_features(pixels: np.ndarray, side: int) -> np.ndarray:
