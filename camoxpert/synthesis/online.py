@@ -17,7 +17,7 @@ from torch import Tensor
 from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.backgrounds import describe, index_of
 from camoxpert.synthesis.compose.draw import draw_composition
-from camoxpert.synthesis.compose.library import cut_picture, library_of
+from camoxpert.synthesis.compose.library import cut_picture, library_of, list_objects
 from camoxpert.synthesis.compose.pipeline import compose_one
 from camoxpert.synthesis.compose.records import ComposeSettings, Composition, Shape
 from camoxpert.synthesis.relight.draw import RelightSettings, draw_light
@@ -25,7 +25,9 @@ from camoxpert.synthesis.relight.pipeline import relight
 
 OBJECT = 255
 LIGHTS = RelightSettings()
-COMPOSITIONS = ComposeSettings(others="keep")
+COMPOSITIONS = ComposeSettings(others="keep", crop=(1.0, 1.0))
+LEAST_SHARE, LEAST_PIXELS = 0.003, 48
+"""Smallest object that is pasted, as a share of the image and in pixels: at 352 px, 372."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class OnlineScenes:
         image, mask = np.ascontiguousarray(pixels[..., :3]), cv2.extractChannel(pixels, 3)
         side = len(image)
         giver = cut_picture("guest", np.ascontiguousarray(guest[..., :3]), guest[..., 3])
-        objects = library_of([giver])
+        smallest = max(LEAST_PIXELS, round(LEAST_SHARE * side**2))
+        objects = library_of([list_objects(giver, smallest=smallest)])
         backgrounds = index_of([describe("host", image, mask)])
         settings = replace(self.composition, size=side)
         try:
@@ -101,5 +104,5 @@ def whole_picture(drawn: Composition, side: int) -> Composition:
         paste=paste,
         occluders=tuple(map(moved, drawn.occluders)),
         distractor=None if drawn.distractor is None else moved(drawn.distractor),
-        clone=(drawn.clone[0] * drawn.width / side, drawn.clone[1] * drawn.height / side),
+        clones=tuple((x * drawn.width / side, y * drawn.height / side) for x, y in drawn.clones),
     )

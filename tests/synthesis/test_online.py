@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.runs import ending
 
 from camoxpert.config import AugmentConfig, DataConfig, build_config
 from camoxpert.data.cache.build import open_cache
@@ -34,7 +32,6 @@ STILL = AugmentConfig(
     noise=0,
 )  # fmt: skip
 SCENES = OnlineScenes()
-SHORT = ("--epochs", "1", "--no-test", "--no-report", "--run-name", "r")
 
 
 def pixels_of(count: int) -> np.ndarray:
@@ -74,7 +71,7 @@ class TestDraw:
 
 class TestCompose:
     def test_the_mask_holds_both_objects_and_nothing_else(self) -> None:
-        pixels = pixels_of(10)
+        pixels = pixels_of(9)
         changed = 0
         for i in range(8):
             made = SCENES.compose(pixels[i], pixels[i + 1], seed=i)
@@ -207,20 +204,7 @@ def test_every_way_of_reading_makes_the_same_scenes(toy_data: Path, tmp_path: Pa
     assert sum(not torch.equal(first[i], second[i]) for i in range(40)) > 10
 
 
-class TestRun:
-    def test_a_stopped_run_ends_bit_for_bit_where_it_would_have_ended(
-        self, train: Callable[..., int], stopped: Callable[..., int], tmp_path: Path, capsys
-    ) -> None:
-        words = (*SHORT, "data.augment.relight=0.5", "data.augment.compose=0.5")
-        assert train(*words, out=tmp_path / "whole") == 0
-        said = " ".join(capsys.readouterr().out.split())
-        assert "50% of the images in another light" in said
-        assert "50% with an object of another training image" in said
-        assert stopped(*words, steps=3, out=tmp_path / "parts") == 75
-        assert train(*words, "--num-workers", "2", out=tmp_path / "parts") == 0
-        assert ending(tmp_path / "whole" / "r") == ending(tmp_path / "parts" / "r")
-
-    def test_names_of_runs_stay(self) -> None:
-        # As it was before these settings were there.
-        assert run_name(build_config({"data.augment.relight": 0.0})) == run_name(build_config({}))
-        assert run_name(build_config({"data.augment.relight": 0.1})) != run_name(build_config({}))
+def test_names_of_runs_stay() -> None:
+    # As it was before these settings were there.
+    assert run_name(build_config({"data.augment.relight": 0.0})) == run_name(build_config({}))
+    assert run_name(build_config({"data.augment.relight": 0.1})) != run_name(build_config({}))

@@ -164,27 +164,27 @@ class TestRun:
         assert "an epoch sees 20 of them, 36% of the images with masks in a batch, all there are " \
             "(--synthetic-share 0.9)" in capsys.readouterr().out  # fmt: skip
 
-    @pytest.mark.parametrize("where", ["cpu", "device"])
     def test_a_stopped_run_ends_bit_for_bit_where_it_would_have_ended(
         self,
-        where: str,
         train: Callable[..., int],
         stopped: Callable[..., int],
         made: Path,
         tmp_path: Path,
+        capsys,
     ) -> None:
-        words = (*SHORT, "--synthetic", str(made), "--augment-on", where)
-        assert train(*words, out=tmp_path / "whole") == 0
-        assert stopped(*words, steps=3, out=tmp_path / "parts") == 75
+        words = (*SHORT, "data.augment.relight=0.3", "data.augment.compose=0.3", "--synthetic")
+        assert train(*words, str(made), out=tmp_path / "whole") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "30% of the images in another light" in said
+        assert "30% with an object of another training image" in said
+        assert stopped(*words, str(made), steps=3, out=tmp_path / "parts") == 75
         # In other workers, and with the data in another place.
-        other = Path(shutil.move(made, tmp_path / "elsewhere" / "relit"))
-        words = (*SHORT, "--synthetic", str(other), "--augment-on", where, "--num-workers", "2")
-        assert train(*words, out=tmp_path / "parts") == 0
+        other = shutil.move(made, tmp_path / "elsewhere" / "relit")
+        assert train(*words, str(other), "--num-workers", "2", out=tmp_path / "parts") == 0
         assert ending(tmp_path / "whole" / "r") == ending(tmp_path / "parts" / "r")
-        if where == "cpu":
-            # The control: without the images it learns something else.
-            assert train(*SHORT, out=tmp_path / "alone") == 0
-            assert ending(tmp_path / "whole" / "r") != ending(tmp_path / "alone" / "r")
+        # The control: without the images it learns something else.
+        assert train(*words[:-1], out=tmp_path / "alone") == 0
+        assert ending(tmp_path / "whole" / "r") != ending(tmp_path / "alone" / "r")
 
     def test_other_made_images_are_changed_data(
         self, train: Callable[..., int], stopped: Callable[..., int], made: Path, capsys
