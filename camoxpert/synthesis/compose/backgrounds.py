@@ -70,6 +70,7 @@ class BackgroundIndex:
         windows: int32 (M, 4): number of the background, size (index of ``SIDES``), top row, left
             column; ordered by size.
         features: float32 (M, FEATURES), standardised and weighted.
+        norms: float32 (M,), squared lengths of the features.
         grids: int32 (N, 2), rows and columns of each grid.
         centre, scale: float32 (FEATURES,); features are ``(raw - centre) * scale``.
     """
@@ -78,6 +79,7 @@ class BackgroundIndex:
     taken: tuple[np.ndarray, ...]
     windows: np.ndarray
     features: np.ndarray
+    norms: np.ndarray
     grids: np.ndarray
     centre: np.ndarray
     scale: np.ndarray
@@ -168,11 +170,13 @@ def index_of(backgrounds: Iterable[Described]) -> BackgroundIndex:
     centre = raw.mean(0) if len(raw) else np.zeros(FEATURES)
     spread = raw.std(0) if len(raw) else np.ones(FEATURES)
     scale = WEIGHTS / np.maximum(spread, 0.05 * spread.mean() + 1e-6)
+    features = ((raw - centre) * scale).astype(np.float32)
     return BackgroundIndex(
         entries=tuple(b.entry for b in every),
         taken=tuple(b.taken for b in every),
         windows=rows,
-        features=((raw - centre) * scale).astype(np.float32),
+        features=features,
+        norms=(features**2).sum(1),
         grids=np.array([b.taken.shape for b in every], np.int32).reshape(-1, 2),
         centre=centre.astype(np.float32),
         scale=scale.astype(np.float32),
@@ -185,6 +189,7 @@ def nearest_places(
     *,
     size: int,
     choices: int,
+    skip: int = 0,
     sides: Sequence[bool] = (False,) * 4,
     trim: bool = True,
     background: int | None = None,
@@ -196,6 +201,7 @@ def nearest_places(
         features: float32 (FEATURES,) of the object, as ``object_features`` returns them.
         size: index of ``SIDES``.
         choices: most backgrounds to return.
+        skip: leave so many out that resemble it more; fewer, if there would be no others.
         sides: edges that the object must be placed at: left, top, right, bottom.
         trim: the picture will be cut where the window begins, so that three fifths of the
             background must lie on its other side; False: the window must lie at that edge.
@@ -204,19 +210,21 @@ def nearest_places(
     first, last = np.searchsorted(index.windows[:, 1], [size, size + 1])
     rows, planes = index.windows[first:last], index.features[first:last]
     wanted = (features - index.centre) * index.scale
-    if background is not None or any(sides):
-        kept = _allowed(index, rows, size, sides, 0.4 if trim else 0.0)
-        if background is not None:
-            kept &= rows[:, 0] == background
-        rows, planes = rows[kept], planes[kept]
     if not len(rows):
         return []
-    distance = (planes**2).sum(1) - 2 * planes @ wanted + (wanted**2).sum()
+    distance = index.norms[first:last] - 2 * planes @ wanted + (wanted**2).sum()
+    if background is not None:
+        distance = np.where(rows[:, 0] == background, distance, np.inf)
+    if any(sides):
+        allowed = _allowed(index, rows, size, sides, 0.4 if trim else 0.0)
+        distance = np.where(allowed, distance, np.inf)
     # The windows of a background follow each other: the best of each, then the best of those.
     starts = np.flatnonzero(np.diff(rows[:, 0], prepend=-1))
     best = np.minimum.reduceat(distance, starts)
     places = []
-    for group in np.argsort(best, kind="stable")[:choices]:
+    order = np.argsort(best, kind="stable")[: int(np.isfinite(best).sum())]
+    skip = max(0, min(skip, len(order) - choices))
+    for group in order[skip : skip + choices]:
         end = starts[group + 1] if group + 1 < len(starts) else len(rows)
         row = rows[starts[group] + int(np.argmin(distance[starts[group] : end]))]
         rms = float(np.sqrt(max(best[group], 0) / FEATURES))

@@ -28,6 +28,9 @@ LARGEST_PART = 0.92
 """Share of the picture's sides that an object's box may take."""
 SMALLEST_SIDE = 12
 """Fewest pixels along the longer side of a pasted object."""
+NEAREST = 0.75
+"""Difficulty from which the most similar backgrounds are searched; for easier targets, this less
+the target is the share of the backgrounds that are too similar."""
 CLONES = 8
 """Places of which an edit takes its texture from the one that fits best."""
 # A stream of random numbers for each question: a change to one leaves the others as they are.
@@ -71,7 +74,8 @@ def draw_composition(
     sides = _mirrored(entry.sides) if flip else entry.sides
     if any(sides):
         angle = 0.0
-    places = _places(backgrounds, objects, number, share, sides, settings, background)
+    target = _target(stream[TARGET], settings) if kind == "object" else None
+    places = _places(backgrounds, objects, number, share, sides, settings, background, target)
     place, crop, free = _choose(
         stream[PLACE], places, backgrounds, sides, settings, strict=kind == "edit"
     )
@@ -99,7 +103,7 @@ def draw_composition(
         paste=paste,
         feather=round(stream[EDGE].uniform(*settings.feather), 4),
         looks=_looks(stream[LOOK], settings),
-        target=_target(stream[TARGET], settings) if kind == "object" else None,
+        target=target,
         distance=round(place.distance, 4),
         occluders=_occluders(stream[OCCLUDER], settings, box, (height, width))
         if free and kind == "object"
@@ -131,8 +135,13 @@ def _places(
     sides: Sides,
     settings: ComposeSettings,
     background: int | None,
+    target: float | None,
 ) -> list[Place]:
-    """Return places for an object, of the window size that it needs or the nearest there is."""
+    """Return places for an object, of the window size that it needs or the nearest there is.
+
+    An object that is to be seen easily is not put where it resembles the background most.
+    """
+    skip = 0 if target is None else round(max(NEAREST - target, 0) * len(backgrounds))
     entry = objects.entries[number]
     reach = max(entry.height, entry.width) * math.sqrt(share / entry.area) * CELLS
     wanted = int(np.searchsorted(np.array(SIDES[:-1]) * 1.2, reach))
@@ -141,7 +150,7 @@ def _places(
             # Without its preferred side the object still lies at the picture's edge, which is
             # then where the window begins.
             places = nearest_places(
-                backgrounds, objects.features[number], size=size, choices=settings.choices,
+                backgrounds, objects.features[number], size=size, choices=settings.choices, skip=skip,
                 sides=cut, trim=settings.crop != (1, 1), background=background,
             )  # fmt: skip
             if places:
@@ -321,7 +330,8 @@ def _pasted_box(entry: ObjectEntry, paste: Paste) -> tuple[float, float, float, 
 def _looks(rng: np.random.Generator, settings: ComposeSettings) -> tuple[Look, ...]:
     """Draw candidates whose colour transfer is spread evenly over its range."""
     number = settings.candidates if settings.difficulty is not None else 1
-    low, high = settings.colour
+    # A target needs the whole range.
+    low, high = settings.colour if settings.difficulty is None else (0.0, 1.0)
     looks = []
     for position in rng.permutation(number):
         looks.append(

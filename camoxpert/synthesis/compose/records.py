@@ -21,7 +21,8 @@ class ComposeSettings:
         object_size: share of the picture that the object covers; its logarithm is uniform. Objects
             are never enlarged, so that small ones can stay below it.
         angle: largest rotation of an object, degrees.
-        colour: strength of the colour transfer, 0 (the object's own) to 1 (the background's).
+        colour: strength of the colour transfer, 0 (the object's own) to 1 (the background's); with a
+            target candidates have all strengths.
         gradient: probability of gradient-domain blending; the others are feathered.
         feather: width (sigma) of the object's soft edge.
         choices: backgrounds that resemble the object most, of which one is drawn.
