@@ -14,6 +14,10 @@ from camoxpert.synthesis.compose.records import Look
 
 AROUND = 0.35
 """Width of the surroundings whose colours count, as a share of the root of the object's area."""
+LEAST_CONTRAST = 0.5
+"""Smallest factor by which an object's contrast is lowered."""
+SAMPLES = 1000
+"""Pixels, about, whose lights and shadows stand for those of the object."""
 BLURS = (0.6, 0.9, 1.3, 1.8, 2.5)
 """Sigmas of which one puts an object out of focus like its surroundings."""
 SHARPER = 1.15
@@ -60,11 +64,29 @@ def blended(scene: Scene, look: Look) -> np.ndarray:
     if look.gradient and scene.membranes is not None:
         behind, own = scene.membranes[..., :3], scene.membranes[..., 3:]
         moved += np.float32(look.gradient) * (behind - _mapped(own, matrix, offset))
+    _fit_range(moved, scene.alpha > 0.5)
     np.clip(moved, 0, 1, out=moved)
     moved -= scene.view
     moved *= scene.alpha[..., None]
     moved += scene.view
     return moved
+
+
+def _fit_range(colours: np.ndarray, inside: np.ndarray) -> None:
+    """Lower an object's contrast, in place, where its lights or shadows would be cut off."""
+    values = colours[inside]
+    values = np.sort(values[:: 1 + len(values) // SAMPLES], axis=0)
+    middle = values.mean(0)
+    few = len(values) // 50
+    low, high = values[few], values[-1 - few]
+    factor = min(
+        float(((1 - middle) / np.maximum(high - middle, 1e-6)).min()),
+        float((middle / np.maximum(middle - low, 1e-6)).min()),
+    )
+    if factor < 1:
+        colours -= middle
+        colours *= np.float32(max(factor, LEAST_CONTRAST))
+        colours += middle
 
 
 def surroundings(inside: np.ndarray) -> np.ndarray:

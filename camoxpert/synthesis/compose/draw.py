@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from camoxpert.synthesis.compose.backgrounds import (
     BackgroundIndex,
     Place,
     free_box,
+    is_large,
     nearest_places,
 )
 from camoxpert.synthesis.compose.cutting import MARGIN
@@ -22,10 +24,9 @@ from camoxpert.synthesis.compose.records import ComposeSettings, Composition, Lo
 
 Box = tuple[int, int, int, int]
 Sides = tuple[bool, bool, bool, bool]
-LEAST_PART = 0.7
-"""Share of a background's shorter side that a part without objects must have to be used alone."""
 LARGEST_PART = 0.92
 """Share of the picture's sides that an object's box may take."""
+NO_SIDES = (False, False, False, False)
 SMALLEST_SIDE = 12
 """Fewest pixels along the longer side of a pasted object."""
 NEAREST = 0.75
@@ -145,16 +146,17 @@ def _places(
     entry = objects.entries[number]
     reach = max(entry.height, entry.width) * math.sqrt(share / entry.area) * CELLS
     wanted = int(np.searchsorted(np.array(SIDES[:-1]) * 1.2, reach))
-    for size in sorted(range(len(SIDES)), key=lambda size: (abs(size - wanted), size)):
-        for cut in (sides, (False,) * 4):
-            # Without its preferred side the object still lies at the picture's edge, which is
-            # then where the window begins.
-            places = nearest_places(
-                backgrounds, objects.features[number], size=size, choices=settings.choices, skip=skip,
-                sides=cut, trim=settings.crop != (1, 1), background=background,
-            )  # fmt: skip
-            if places:
-                return places
+    sizes = sorted(range(len(SIDES)), key=lambda size: (abs(size - wanted), size))
+    # Without its preferred side the object still lies at the picture's edge, which is then where
+    # the window begins.
+    ways = itertools.product((True, False)[settings.others != "avoid" :], sizes, (sides, NO_SIDES))
+    for room, size, cut in ways:
+        places = nearest_places(
+            backgrounds, objects.features[number], size=size, choices=settings.choices, skip=skip,
+            sides=cut, trim=settings.crop != (1, 1), background=background, room=room,
+        )  # fmt: skip
+        if places:
+            return places
     raise DataError(
         f"No place for the object {entry.name}: every part of the backgrounds shows an object."
     )
@@ -173,7 +175,7 @@ def _choose(
     order = rng.permutation(len(places))
     zoom, corner = rng.uniform(*settings.crop, 2), rng.random(2)
     # The picture ends where an object is cut off, unless all of the background is to be shown.
-    trimmed = (False,) * 4 if settings.crop == (1, 1) else sides
+    trimmed = NO_SIDES if settings.crop == (1, 1) else sides
     whole: tuple[Place, Box, bool] | None = None
     for position in order:
         place = places[position]
@@ -187,7 +189,7 @@ def _choose(
         )
         if not taken.any():
             return *found, True
-        if min(cells[2] - cells[0], cells[3] - cells[1]) >= LEAST_PART * CELLS and avoid:
+        if avoid and is_large(cells):
             return *found, True
         if whole is None and not strict:
             everything = free_box(np.zeros_like(taken), place, sides=trimmed)
@@ -337,7 +339,7 @@ def _looks(rng: np.random.Generator, settings: ComposeSettings) -> tuple[Look, .
         looks.append(
             Look(
                 colour=round(low + (high - low) * (position + rng.random()) / number, 4),
-                gradient=round(rng.uniform(0.4, 1.0), 4)
+                gradient=round(rng.uniform(0.4, 0.9), 4)
                 if rng.random() < settings.gradient
                 else 0.0,
             )
