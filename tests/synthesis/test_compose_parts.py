@@ -11,7 +11,7 @@ import pytest
 from camoxpert.data.files.image_io import write_jpeg, write_png
 from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.backgrounds import describe, index_of, nearest_places
-from camoxpert.synthesis.compose.blending import blended, focus, membrane, scene_of
+from camoxpert.synthesis.compose.blending import blended, focus, membrane, scene_of, surroundings
 from camoxpert.synthesis.compose.cached import Source, backgrounds_of, objects_of
 from camoxpert.synthesis.compose.camera import add_noise
 from camoxpert.synthesis.compose.colour import colour_map
@@ -186,7 +186,8 @@ def test_blending_keeps_the_background_and_meets_it_at_the_outline() -> None:
     view = np.full((SIDE, SIDE, 3), 0.3, np.float32)
     view[:, 32:] = 0.7
     pixels = np.full((SIDE, SIDE, 3), 0.9, np.float32)
-    scene = scene_of(view, pixels, alpha, gradient=True)
+    around = view[surroundings(alpha > 0.5)]
+    scene = scene_of(view, pixels, alpha, around, gradient=True)
     plain = blended(scene, Look(0, 0))
     assert (plain[alpha == 0] == view[alpha == 0]).all()
     np.testing.assert_allclose(plain[32, 32], 0.9, atol=1e-6)
@@ -199,8 +200,11 @@ def test_a_sharp_object_is_put_out_of_focus_where_its_background_is() -> None:
     sharp = np.repeat(rng.random((SIDE, SIDE, 1), np.float32), 3, 2)
     soft = cv2.GaussianBlur(sharp, (0, 0), 2)
     alpha = disc().astype(np.float32) / 255
-    assert focus(soft, sharp, alpha) >= 1.3
-    assert focus(sharp, sharp, alpha) == focus(sharp, soft, alpha) == 0
+    around = surroundings(alpha > 0.5)
+    sharp_scene, soft_scene = (np.rint(image * 255).astype(np.uint8) for image in (sharp, soft))
+    assert focus(soft_scene, around, sharp, alpha) >= 1.3
+    assert focus(sharp_scene, around, sharp, alpha) == 0
+    assert focus(sharp_scene, around, soft, alpha) == 0
 
 
 # The difficulty
@@ -235,7 +239,8 @@ def test_difficulty_rises_with_the_strength_of_the_colour_transfer() -> None:
     other = 255 - other
     alpha = disc(16).astype(np.float32) / 255
     view, pixels = (image.astype(np.float32) / 255 for image in (background, other))
-    scene = scene_of(view, pixels, alpha, gradient=False)
+    around = view[surroundings(alpha > 0.5)]
+    scene = scene_of(view, pixels, alpha, around, gradient=False)
     scores = [
         difficulty(np.rint(blended(scene, Look(s, 0)) * 255).astype(np.uint8), alpha > 0.5)
         for s in (0, 0.25, 0.5, 0.75, 1)

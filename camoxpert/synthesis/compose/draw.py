@@ -11,6 +11,8 @@ from camoxpert.synthesis.compose.library import ObjectLibrary
 from camoxpert.synthesis.compose.placement import draw_pose, place_object
 from camoxpert.synthesis.compose.records import ComposeSettings, Composition, Look, Shape
 
+EDITED = 0.2
+"""Strongest colour transfer of an edit: more would show its outline as an object does."""
 # A stream of random numbers for each question: a change to one leaves the others as they are.
 OBJECT, PLACE, LOOK, KIND, OCCLUDER, DISTRACTOR, CAMERA, TARGET, EDGE = range(9)
 
@@ -74,7 +76,7 @@ def draw_composition(
         width=placed.width,
         paste=placed.paste,
         feather=round(stream[EDGE].uniform(*settings.feather), 4),
-        looks=_looks(stream[LOOK], settings),
+        looks=_looks(stream[LOOK], settings, kind),
         target=target,
         distance=round(placed.place.distance, 4),
         occluders=occluders,
@@ -93,11 +95,13 @@ def _turn(seed: int, index: int, number: int) -> int:
     return int(np.random.default_rng([seed, round_, 1 << 20]).permutation(number)[position])
 
 
-def _looks(rng: np.random.Generator, settings: ComposeSettings) -> tuple[Look, ...]:
+def _looks(rng: np.random.Generator, settings: ComposeSettings, kind: str) -> tuple[Look, ...]:
     """Draw candidates whose colour transfer is spread evenly over its range."""
-    number = settings.candidates if settings.difficulty is not None else 1
-    # A target needs the whole range.
+    number = settings.candidates if settings.difficulty is not None and kind == "object" else 1
+    # A target needs the whole range; an edit has the right colours already.
     low, high = settings.colour if settings.difficulty is None else (0.0, 1.0)
+    if kind == "edit":
+        low, high = 0.0, EDITED
     looks = []
     for position in rng.permutation(number):
         looks.append(
