@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from camoxpert.synthesis.compose.describe import (
+    CELLS,
     FEATURES,
     WEIGHTS,
     features_of,
@@ -24,6 +25,8 @@ from camoxpert.synthesis.compose.describe import (
 SIDES = (3, 5, 8, 12)
 """Sides of the windows in cells; a background has 16 along its shorter side."""
 STRIDES = (3, 3, 4, 4)
+LEAST_PART = 0.7
+"""Share of a background's shorter side that a part without objects must have to be used alone."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Described:
     Attributes:
         entry: what is known of it.
         taken: (rows, columns), bool: cells that show a part of an object.
-        windows: int32 (M, 3): size (index of ``SIDES``), top row, left column.
+        windows: int32 (M, 4): size (index of ``SIDES``), top row, left column, and 1 if a large
+            part of the picture around it shows no object.
         features: float32 (M, FEATURES).
     """
 
@@ -67,9 +71,9 @@ class BackgroundIndex:
     Attributes:
         entries: the backgrounds.
         taken: for each, cells that show a part of an object.
-        windows: int32 (M, 4): number of the background, size (index of ``SIDES``), top row, left
-            column; ordered by size.
+        windows: int32 (M, 5): number of the background, then as in ``Described``; ordered by size.
         features: float32 (M, FEATURES), standardised and weighted.
+        norms: float32 (M,), squared lengths of the features.
         grids: int32 (N, 2), rows and columns of each grid.
         centre, scale: float32 (FEATURES,); features are ``(raw - centre) * scale``.
     """
@@ -78,6 +82,7 @@ class BackgroundIndex:
     taken: tuple[np.ndarray, ...]
     windows: np.ndarray
     features: np.ndarray
+    norms: np.ndarray
     grids: np.ndarray
     centre: np.ndarray
     scale: np.ndarray
@@ -135,7 +140,8 @@ def describe(
         )
         free = _sum(blocked, top, left, side)[..., 0] == 0
         top, left = top[free], left[free]
-        windows.append(np.stack([np.full(len(top), number), top, left], 1))
+        room = [has_room(taken, *place, side) for place in zip(top, left, strict=True)]
+        windows.append(np.stack([np.full(len(top), number), top, left, room], 1))
         features.append(features_of(_sum(sums, top, left, side) / side**2))
     entry = BackgroundEntry(name, source, mask_source, height, width)
     return Described(
@@ -161,18 +167,20 @@ def index_of(backgrounds: Iterable[Described]) -> BackgroundIndex:
         np.concatenate([np.full((len(b.windows), 1), number), b.windows], 1)
         for number, b in enumerate(every)
     ]
-    rows = np.concatenate(windows).astype(np.int32) if every else np.zeros((0, 4), np.int32)
+    rows = np.concatenate(windows).astype(np.int32) if every else np.zeros((0, 5), np.int32)
     raw = np.concatenate([b.features for b in every]) if every else np.zeros((0, FEATURES))
     order = np.argsort(rows[:, 1], kind="stable")
     rows, raw = rows[order], raw[order]
     centre = raw.mean(0) if len(raw) else np.zeros(FEATURES)
     spread = raw.std(0) if len(raw) else np.ones(FEATURES)
     scale = WEIGHTS / np.maximum(spread, 0.05 * spread.mean() + 1e-6)
+    features = ((raw - centre) * scale).astype(np.float32)
     return BackgroundIndex(
         entries=tuple(b.entry for b in every),
         taken=tuple(b.taken for b in every),
         windows=rows,
-        features=((raw - centre) * scale).astype(np.float32),
+        features=features,
+        norms=(features**2).sum(1),
         grids=np.array([b.taken.shape for b in every], np.int32).reshape(-1, 2),
         centre=centre.astype(np.float32),
         scale=scale.astype(np.float32),
@@ -185,9 +193,11 @@ def nearest_places(
     *,
     size: int,
     choices: int,
+    skip: int = 0,
     sides: Sequence[bool] = (False,) * 4,
     trim: bool = True,
     background: int | None = None,
+    room: bool = False,
 ) -> list[Place]:
     """Return the best window of each of the backgrounds that resemble an object most, best first.
 
@@ -196,27 +206,33 @@ def nearest_places(
         features: float32 (FEATURES,) of the object, as ``object_features`` returns them.
         size: index of ``SIDES``.
         choices: most backgrounds to return.
+        skip: leave so many out that resemble it more; fewer, if there would be no others.
         sides: edges that the object must be placed at: left, top, right, bottom.
         trim: the picture will be cut where the window begins, so that three fifths of the
             background must lie on its other side; False: the window must lie at that edge.
         background: look in this one only.
+        room: only windows with a large part without objects around them.
     """
     first, last = np.searchsorted(index.windows[:, 1], [size, size + 1])
     rows, planes = index.windows[first:last], index.features[first:last]
     wanted = (features - index.centre) * index.scale
-    if background is not None or any(sides):
-        kept = _allowed(index, rows, size, sides, 0.4 if trim else 0.0)
-        if background is not None:
-            kept &= rows[:, 0] == background
-        rows, planes = rows[kept], planes[kept]
     if not len(rows):
         return []
-    distance = (planes**2).sum(1) - 2 * planes @ wanted + (wanted**2).sum()
+    distance = index.norms[first:last] - 2 * planes @ wanted + (wanted**2).sum()
+    if room:
+        distance = np.where(rows[:, 4] > 0, distance, np.inf)
+    if background is not None:
+        distance = np.where(rows[:, 0] == background, distance, np.inf)
+    if any(sides):
+        allowed = _allowed(index, rows, size, sides, 0.4 if trim else 0.0)
+        distance = np.where(allowed, distance, np.inf)
     # The windows of a background follow each other: the best of each, then the best of those.
     starts = np.flatnonzero(np.diff(rows[:, 0], prepend=-1))
     best = np.minimum.reduceat(distance, starts)
     places = []
-    for group in np.argsort(best, kind="stable")[:choices]:
+    order = np.argsort(best, kind="stable")[: int(np.isfinite(best).sum())]
+    skip = max(0, min(skip, len(order) - choices))
+    for group in order[skip : skip + choices]:
         end = starts[group + 1] if group + 1 < len(starts) else len(rows)
         row = rows[starts[group] + int(np.argmin(distance[starts[group] : end]))]
         rms = float(np.sqrt(max(best[group], 0) / FEATURES))
@@ -267,6 +283,19 @@ def free_box(
             right += side == 2
             bottom += side == 3
     return left, top, right, bottom
+
+
+def has_room(taken: np.ndarray, top: int, left: int, side: int) -> bool:
+    """Return whether a part around a window that shows no object can be used alone."""
+    if not taken.any():
+        return True
+    box = free_box(taken, Place(0, int(top), int(left), side, 0.0), sides=(False,) * 4)
+    return is_large(box)
+
+
+def is_large(box: tuple[int, int, int, int]) -> bool:
+    """Return whether a part of a background, in cells, can be used alone."""
+    return min(box[2] - box[0], box[3] - box[1]) >= LEAST_PART * CELLS
 
 
 def _allowed(

@@ -41,7 +41,10 @@ def resized_mask(mask: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """
     if mask.shape == tuple(size):
         return mask
-    area = {"dsize": (size[1], size[0]), "interpolation": cv2.INTER_AREA}
-    objects = cv2.resize((mask == 255).astype(np.float32), **area) > 0.5
-    void = cv2.resize((mask == VOID).astype(np.float32), **area) > 0
+    objects = _share(mask == 255, size) > 0.5
+    void = _share(mask == VOID, size) > 0
     return np.where(objects, np.uint8(255), np.where(void, np.uint8(VOID), np.uint8(0)))
+
+
+def _share(part: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    return cv2.resize(part.astype(np.float32), (size[1], size[0]), interpolation=cv2.INTER_AREA)
