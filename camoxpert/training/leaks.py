@@ -35,7 +35,7 @@ def without_leaks(
         train, validation, tests: the real images of the run.
 
     Raises:
-        DataError: made images come from test images.
+        DataError: made images come from test images, or are real training images.
     """
     if not len(made):
         return made
@@ -44,21 +44,29 @@ def without_leaks(
     origins: dict[Path, Origin] = {}
     for folder in folders:
         origins |= read_origins(Path(folder))
-    unknown, elsewhere, leaked = 0, 0, list[tuple[Pair, Known]]()
+    unknown, elsewhere, leaked, real = 0, 0, list[tuple[Pair, Known]](), list[str]()
     for pair in made.pairs:
         origin = origins.get(pair.image.resolve())
         unknown += origin is None
         elsewhere += origin is not None and bool(origin.tested)
-        found = (finder.find(source) for source in (origin.sources if origin else ()))
+        # An image may also be in the wrong folder itself.
+        found = [finder.find(file) for file in (pair.image, *(origin.sources if origin else ()))]
         held_out = next((k for k in found if k is not None and k.part != TRAINING), None)
         if held_out is not None:
             leaked.append((pair, held_out))
+        elif found[0] is not None:
+            real.append(pair.name)
     tested = [(pair, known) for pair, known in leaked if known.part != VALIDATION]
     if tested:
         raise DataError(
             f"--synthetic: {count(len(tested), 'made image')} come from test images, whose scores "
             f"would then mean nothing: {_named(tested)}. Make the data again from training images, "
             f"or remove these images with their masks."
+        )
+    if real:
+        raise DataError(
+            f"--synthetic: {len(real)} of {count(len(made), 'image')} are real training images of "
+            f"this run: {shorten(real)}. Give the folders of made images alone."
         )
     if unknown:
         console.decide(

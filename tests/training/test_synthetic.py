@@ -212,6 +212,15 @@ class TestLeaks:
         assert "2 made images come from test images" in said and "Make the data again" in said
         assert f"{names[1]} (from {tested[0].name}, test set toy), {names[2]}" in said
 
+    def test_real_images_are_not_made_ones(
+        self, train: Callable[..., int], toy_data: Path, tmp_path: Path, capsys
+    ) -> None:
+        copy = shutil.copytree(toy_data, tmp_path / "copy")
+        for folder in (toy_data, copy):
+            assert train(*SHORT, "--synthetic", str(folder), "--dry-run") == 3
+            said = " ".join(capsys.readouterr().err.split())
+            assert "36 of 40 images are real training images of this run" in said
+
     def test_test_sets_of_another_place_count(
         self, train: Callable[..., int], toy_data: Path, made: Path, tmp_path: Path, capsys
     ) -> None:
