@@ -117,7 +117,7 @@ def test_the_serial_script_gives_the_same_picture() -> None:
         apart = np.abs(own.astype(int) - theirs)
         assert apart.mean() < 0.2 and (apart > 4).mean() < 0.01
         moved = np.abs(own.astype(int) - image.permute(1, 2, 0).numpy())
-        assert moved.mean() > 10 * apart.mean()
+        assert moved.mean() > 5 * apart.mean()
 
 
 def test_given_heights_and_albedos_are_used() -> None:
@@ -132,9 +132,9 @@ def test_given_heights_and_albedos_are_used() -> None:
     albedos = albedo(to_linear(images))
     same = relight(images, masks, lights, heights_B1HW=heights, albedos_B3HW=albedos)
     # The albedo alone says less about the light in black pixels.
-    assert (same.images_B3HW.int() - own).abs().float().mean() < 0.5
+    assert (same.images_B3HW.int() - own).abs().float().mean() < 0.1
     flat = relight(images, masks, lights, heights_B1HW=torch.zeros_like(heights)).images_B3HW
-    assert (flat.int() - own).abs().float().mean() > 0.5
+    assert (flat.int() - own).abs().float().mean() > 0.3
 
 
 def test_stages_are_timed_and_nothing_else_changes() -> None:
@@ -160,7 +160,7 @@ def test_wrong_shapes_are_refused() -> None:
     images, masks = pairs(2)
     for bad in ((images.float(), masks, drawn(2)), (images, masks[:, 0], drawn(2)),
                 (images, masks, drawn(1))):  # fmt: skip
-        with pytest.raises(ValueError, match="must be|need masks"):
+        with pytest.raises(ValueError, match=r"must be|need masks"):
             relight(*bad)
 
 
