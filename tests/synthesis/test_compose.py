@@ -336,6 +336,25 @@ def test_the_candidate_nearest_to_the_target_is_kept(
     assert several > 0
 
 
+def test_an_object_that_nobody_could_see_is_fitted_in_more_weakly() -> None:
+    """A disc darker than its background, which full transfer makes vanish."""
+    image = np.full((SIDE, SIDE, 3), 130, np.uint8)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    cv2.circle(mask, (32, 32), 14, 255, -1)
+    picture = cut_picture("disc", image // 2, mask)
+    settings = replace(PLAIN, colour=(1, 1), gradient=0, angle=0, noise=(0, 0), jpeg=(100, 100))
+    composition = draw_composition(
+        1, 0, settings, library_of([picture]), index_of([describe("flat", image)])
+    )
+    cutout = picture.cutouts[0].pixels
+    made = compose_one(composition, cutout, image)
+    assert made.weakened > 0 and made.difficulty is not None
+    # A target above the limit says that this is wanted.
+    wanted = compose_one(replace(composition, target=1.0), cutout, image)
+    assert wanted.weakened == 0 and wanted.difficulty is not None
+    assert wanted.difficulty > 0.88 and wanted.difficulty > made.difficulty
+
+
 def test_a_composition_can_be_written_down(
     pictures: list[Picture], objects: ObjectLibrary, plain_backgrounds: BackgroundIndex
 ) -> None:
