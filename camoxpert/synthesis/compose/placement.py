@@ -13,6 +13,7 @@ import numpy as np
 
 from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.backgrounds import (
+    LEAST_PART,
     SIDES,
     BackgroundIndex,
     Place,
@@ -221,7 +222,7 @@ def _crop(
     for axis in range(2):
         low, high = cells[axis], cells[axis + 2]
         first = place.left if axis == 0 else place.top
-        length = max(place.side * 1.25, zoom[axis] * (high - low))
+        length = max(place.side * 1.25, zoom[axis] * (high - low), LEAST_PART * CELLS)
         length = min(length, high - low)
         earliest, latest = max(low, first + place.side - length), min(first, high - length)
         start = earliest + corner[axis] * (latest - earliest)
