@@ -18,6 +18,7 @@ from camoxpert.synthesis.compose.blending import (
     Scene,
     blended,
     focus,
+    sample,
     scene_of,
     soft_edge,
     surroundings,
@@ -230,7 +231,7 @@ def _layer(composition: Composition, object_RGBA: np.ndarray, scene: np.ndarray)
     if composition.kind == "edit":
         pixels = cloned(scene, composition.clones, region, coverage)
     gradient = any(look.gradient for look in composition.looks)
-    colours = as_floats(scene[wide][ring])
+    colours = as_floats(scene[wide].reshape(-1, 3)[sample(ring)])
     return _Layer(
         region, scene_of(as_floats(scene[region]), pixels, coverage, colours, gradient=gradient)
     )
