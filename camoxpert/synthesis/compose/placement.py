@@ -292,7 +292,7 @@ def _paste(
             middle = edge * scale - 0.5 - 0.25
         elif pose.sides[axis + 2]:
             middle = length - edge * scale - 0.5 + 0.25
-        centre.append(round(middle, 3))
+        centre.append(round(float(middle), 3))
     return Paste(
         number=number,
         name=entry.name,
