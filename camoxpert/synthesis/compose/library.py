@@ -96,8 +96,13 @@ def read_picture(name: str, source: str, mask: str = "") -> CutPicture:
     return CutPicture(name, source, mask, side, cutouts)
 
 
-def list_objects(picture: CutPicture) -> ListedPicture:
-    """Return the objects of a picture that are worth pasting, with the reasons for the others."""
+def list_objects(picture: CutPicture, *, smallest: int = SMALLEST) -> ListedPicture:
+    """Return the objects of a picture that are worth pasting, with the reasons for the others.
+
+    Args:
+        picture: the objects.
+        smallest: fewest pixels of one.
+    """
     entries: list[ObjectEntry] = []
     features: list[np.ndarray] = []
     left_out: Counter[str] = Counter()
@@ -105,7 +110,7 @@ def list_objects(picture: CutPicture) -> ListedPicture:
         left_out["pictures without an object"] += 1
     for part, cutout in enumerate(picture.cutouts):
         area = int((cutout.pixels[..., 3] > 127).sum())
-        reason = unfit(cutout, area)
+        reason = unfit(cutout, area, smallest=smallest)
         if reason:
             left_out[reason] += 1
             continue
@@ -130,11 +135,11 @@ def library_of(pictures: Iterable[CutPicture | ListedPicture]) -> ObjectLibrary:
     return ObjectLibrary(entries, np.concatenate(features), dict(left_out))
 
 
-def unfit(cutout: Cutout, area: int) -> str:
+def unfit(cutout: Cutout, area: int, *, smallest: int = SMALLEST) -> str:
     """Return why an object is not pasted; "" if it is."""
     left, top, right, bottom = cutout.sides
-    if area < SMALLEST:
-        return f"objects under {SMALLEST} pixels"
+    if area < smallest:
+        return f"objects under {smallest} pixels"
     if (left and right) or (top and bottom):
         return "objects that reach from edge to edge of their picture"
     return ""
