@@ -13,6 +13,7 @@ import numpy as np
 
 from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.backgrounds import (
+    LEAST_PART,
     SIDES,
     BackgroundIndex,
     Place,
@@ -30,8 +31,15 @@ Sides = tuple[bool, bool, bool, bool]
 NO_SIDES = (False, False, False, False)
 LARGEST_PART = 0.92
 """Share of the picture's sides that an object's box may take."""
+OF_OWN_SIZE = (0.5, 1.2)
+"""Share of a picture that an object covers, by the share of its own picture, where none is set."""
+OWN_SIZE = (0.01, 0.2)
+"""The same for objects that come without a picture."""
+LARGEST_SHARE = 0.5
 SMALLEST_SIDE = 12
 """Fewest pixels along the longer side of a pasted object."""
+SMALLEST_AREA = 36
+"""Fewest pixels of a pasted object."""
 NEAREST = 0.75
 """Difficulty from which the most similar backgrounds are searched; for easier targets, this less
 the target is the share of the backgrounds that are too similar."""
@@ -80,7 +88,10 @@ def draw_pose(rng: np.random.Generator, entry: ObjectEntry, settings: ComposeSet
     """Draw a pose; objects that their own picture cut off are mirrored but not rotated."""
     flip = bool(rng.random() < 0.5)
     angle = rng.uniform(-1, 1) * settings.angle
-    share = math.exp(rng.uniform(*np.log(settings.object_size)))
+    low, high = settings.object_size or OWN_SIZE
+    if settings.object_size is None and entry.share:
+        low, high = (min(factor * entry.share, LARGEST_SHARE) for factor in OF_OWN_SIZE)
+    share = math.exp(rng.uniform(math.log(low), math.log(high)))
     left, top, right, bottom = entry.sides
     sides = (right, top, left, bottom) if flip else entry.sides
     return Pose(share, 0.0 if any(sides) else angle, flip, sides)
@@ -219,7 +230,7 @@ def _crop(
     for axis in range(2):
         low, high = cells[axis], cells[axis + 2]
         first = place.left if axis == 0 else place.top
-        length = max(place.side * 1.25, zoom[axis] * (high - low))
+        length = max(place.side * 1.25, zoom[axis] * (high - low), LEAST_PART * CELLS)
         length = min(length, high - low)
         earliest, latest = max(low, first + place.side - length), min(first, high - length)
         start = earliest + corner[axis] * (latest - earliest)
@@ -270,7 +281,9 @@ def _paste(
     scale = min(math.sqrt(pose.share * size[0] * size[1] / entry.area), 1.0)
     reach = _turned(entry, pose.angle)
     fits = min(LARGEST_PART * size[1 - axis] / reach[axis] for axis in range(2))
-    least = SMALLEST_SIDE / max(entry.height, entry.width)
+    least = max(
+        SMALLEST_SIDE / max(entry.height, entry.width), math.sqrt(SMALLEST_AREA / entry.area)
+    )
     scale = min(max(scale, least), fits, 1.0)
     centre = []
     for axis in range(2):
@@ -287,7 +300,7 @@ def _paste(
             middle = edge * scale - 0.5 - 0.25
         elif pose.sides[axis + 2]:
             middle = length - edge * scale - 0.5 + 0.25
-        centre.append(round(middle, 3))
+        centre.append(round(float(middle), 3))
     return Paste(
         number=number,
         name=entry.name,
