@@ -6,10 +6,9 @@ back without loss, so the provenance of an image is enough to make it again.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -78,7 +77,7 @@ class Light:
 
     def to_record(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Light:
@@ -87,7 +86,7 @@ class Light:
         Raises:
             ConfigError: a field is unknown or its value has another type.
         """
-        known = {field.name: type(field.default) for field in fields(cls)}
+        known: dict[str, type] = {name: type(value) for name, value in asdict(cls()).items()}
         for name, value in record.items():
             if name not in known:
                 raise ConfigError(f"A light has no field {name!r}.{text.did_you_mean(name, known)}")
