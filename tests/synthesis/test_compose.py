@@ -16,6 +16,7 @@ from camoxpert.data.files.labels import VOID
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.synthesis.compose.backgrounds import BackgroundIndex, describe, index_of
 from camoxpert.synthesis.compose.cached import Source, backgrounds_of, objects_of
+from camoxpert.synthesis.compose.cutting import MARGIN
 from camoxpert.synthesis.compose.draw import draw_composition
 from camoxpert.synthesis.compose.library import CutPicture, ObjectLibrary, cut_picture, library_of
 from camoxpert.synthesis.compose.pipeline import compose_one, read_material
@@ -244,24 +245,28 @@ def test_what_stands_before_an_object_of_the_background_hides_it(
     pictures: list[Picture], objects: ObjectLibrary, plain_backgrounds: BackgroundIndex
 ) -> None:
     settings = replace(PLAIN, occluders=1, distractors=1, crop=(1, 1), object_size=(0.1, 0.2))
-    fronts = 0
+    hidden = {"occluders": 0, "distractor": 0}
     for index in range(6):
         composition = draw_composition(1, index, settings, objects, plain_backgrounds)
-        alone = replace(composition, occluders=(), distractor=None)
         image = pictures[composition.background][0]
         full = np.full((SIDE, SIDE), 255, np.uint8)
         entry = objects.entries[composition.paste.number]
         cutout = cut_picture("", *pictures[int(entry.name)]).cutouts[entry.part].pixels
-        made, bare = (
+        bare, behind, before = (
             compose_one(c, cutout, image, background_mask=full, camera=False)
-            for c in (composition, alone)
+            for c in (
+                replace(composition, occluders=(), distractor=None),
+                replace(composition, occluders=()),
+                replace(composition, distractor=None),
+            )
         )
         assert (bare.mask == 255).all()
-        hidden = made.mask == 0
-        # What hides an object has changed the picture there.
-        assert (made.image != bare.image).any(2)[hidden].mean() > 0.9
-        fronts += int(hidden.sum())
-    assert fronts > 200
+        for name, made in (("distractor", behind), ("occluders", before)):
+            away = made.mask == 0
+            # What hides an object has changed the picture there.
+            assert not away.any() or (made.image != bare.image).any(2)[away].mean() > 0.9
+            hidden[name] += int(away.sum())
+    assert min(hidden.values()) > 100
 
 
 def test_a_part_without_objects_is_preferred(
@@ -338,6 +343,11 @@ def test_an_object_cut_by_its_picture_lies_at_that_edge() -> None:
         edge = made.mask[:, -1 if composition.paste.flip else 0] == 255
         other = made.mask[:, 0 if composition.paste.flip else -1] == 255
         assert composition.paste.angle == 0 and edge.sum() >= 3 and not other.any()
+        # The box of the object begins a quarter of a pixel outside of the picture.
+        paste = composition.paste
+        half = (objects.entries[0].width / 2 - MARGIN) * paste.scale
+        begins = made.mask.shape[1] - 1 - paste.x - half if paste.flip else paste.x - half
+        assert begins == pytest.approx(-0.75, abs=0.01)
         # No soft edge where the picture ends.
         rows = np.flatnonzero(edge)
         assert made.alpha[rows[3:-3], -1 if composition.paste.flip else 0].min() > 250
