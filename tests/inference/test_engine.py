@@ -111,7 +111,7 @@ class TestOutOfMemory:
 
     def test_an_image_that_does_not_fit_alone_is_a_row(self) -> None:
         class OneTooLarge(FakeStages):
-            def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            def forward(self, inputs: torch.Tensor, samples=()) -> torch.Tensor:
                 if (inputs == 5).any():
                     raise torch.OutOfMemoryError("no room")
                 return super().forward(inputs)
