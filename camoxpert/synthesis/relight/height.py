@@ -1,0 +1,97 @@
+"""The form of an object: heights above its ground, as shares of the image's longer side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from camoxpert.synthesis.relight.blur import blur
+
+WORKING_SIZE = 256
+"""Longer side of the finest grid that bodies are inflated on."""
+COARSEST = 8
+SWEEPS = 8
+TEXTURE_SIGMA, GRAIN_SIGMA = 0.012, 0.0015
+"""Texture is finer than the first and coarser than the second; shares of the longer side."""
+
+
+def height_from_mask(masks_B1HW: Tensor) -> Tensor:
+    """Return the height of a round body with the outline of the mask; 0 outside.
+
+    The square root of twice the solution u of laplace(u) = -1 inside, u = 0 outside: the smooth
+    distance transform of Gorelick et al., Shape representation and classification using the
+    Poisson equation, 2006. A long limb of radius r becomes half a cylinder of radius r, and there
+    is no crease along the middle as in the distance itself. An object that the image cuts goes on
+    beyond it.
+
+    Args:
+        masks_B1HW: bool or 0/1 (B, 1, H, W).
+    """
+    coverage = masks_B1HW.float()
+    height, width = coverage.shape[-2:]
+    longer = max(height, width)
+    side, sides = min(COARSEST, longer), []
+    while side < min(WORKING_SIZE, longer):
+        sides.append(side)
+        side *= 2
+    sides.append(min(WORKING_SIZE, longer))
+    solution: Tensor | None = None
+    for side in sides:
+        shape = [max(2, round(height * side / longer)), max(2, round(width * side / longer))]
+        inside = F.adaptive_avg_pool2d(coverage, shape)
+        inside = (inside > 0.5).float() if side > 32 else inside
+        solution = (
+            torch.zeros_like(inside)
+            if solution is None
+            else F.interpolate(solution, shape, mode="bilinear", align_corners=False)
+        )
+        solution = _relaxed(solution, inside, 1 / side)
+    assert solution is not None
+    fine = F.interpolate(solution, [height, width], mode="bilinear", align_corners=False)
+    return fine.mul_(2 * coverage).clamp_(min=0).sqrt_()
+
+
+def _relaxed(u_B1HW: Tensor, inside_B1HW: Tensor, spacing: float) -> Tensor:
+    """Return u after sweeps of u = mean of the four neighbours + spacing^2 / 4."""
+    for _ in range(SWEEPS):
+        around = F.pad(u_B1HW, (1, 1, 1, 1), mode="replicate")
+        total = around[..., 1:-1, 2:] + around[..., 1:-1, :-2]
+        total += around[..., 2:, 1:-1]
+        total += around[..., :-2, 1:-1]
+        u_B1HW = total.add_(spacing**2).mul_(inside_B1HW * 0.25)
+    return u_B1HW
+
+
+def height_from_depth(depths_B1HW: Tensor, masks_B1HW: Tensor) -> Tensor:
+    """Return heights of a depth map whose larger values are nearer, in any unit.
+
+    The ground under the object is the depth around it, blurred; the object is what rises above.
+    The unit is chosen so that the mean height of the object is that of a round body.
+
+    Args:
+        depths_B1HW: float (B, 1, H, W).
+        masks_B1HW: bool or 0/1.
+    """
+    inside = masks_B1HW.float()
+    sigma = 0.08 * max(inside.shape[-2:])
+    outside = 1 - inside
+    both = blur(torch.cat([depths_B1HW * outside, outside], 1), sigma)
+    ground = both[:, :1] / both[:, 1:].clamp(min=1e-4)
+    rise = (depths_B1HW - ground) * inside
+    # A sunken object is taken as a flat one; its form remains.
+    rise = (rise - rise.amin((2, 3), keepdim=True).clamp(max=0)) * inside
+    body = height_from_mask(masks_B1HW)
+    mean = rise.sum((2, 3), keepdim=True).clamp(min=1e-6)
+    return rise * (body.sum((2, 3), keepdim=True) / mean)
+
+
+def texture(luminance_B1HW: Tensor) -> Tensor:
+    """Return fine relief from brightness, about -1..1: dark is deep.
+
+    Source of the idea: Langer and Zucker, Shape from shading on a cloudy day, 1994.
+    """
+    size = max(luminance_B1HW.shape[-2:])
+    fine = blur(luminance_B1HW, GRAIN_SIGMA * size)
+    coarse = blur(luminance_B1HW, TEXTURE_SIGMA * size)
+    return ((fine + 0.01) / (coarse + 0.01)).log_().clamp_(-1, 1)

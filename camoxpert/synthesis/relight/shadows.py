@@ -1,0 +1,95 @@
+"""Cast shadows: turn the heights so that light travels along rows, and keep a running maximum."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from camoxpert.synthesis.relight.blur import blur
+
+PENUMBRA_SIGMAS = (0.0, 0.003, 0.008, 0.02)
+"""Blurs that penumbras are mixed from, as shares of the longer side."""
+LOWEST = 0.1
+"""Smallest slope of a ray: flatter ones cast shadows of unbounded length."""
+
+
+def cast_shadows(
+    heights_B1HW: Tensor, casters_B1HW: Tensor, azimuth_B: Tensor, slope_B: Tensor, radius_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return how much of the light each point sees, and how wide the penumbra is there.
+
+    A point at distance t along the light, of height z, is dark if some point before it is higher
+    than the ray: h(t') + t' slope > z + t slope. So one running maximum of h + t slope along
+    every row answers for all points at once. It is taken along the lowest ray of the light: by how
+    much it exceeds z, over the distance to where it was reached, is the angle by which the light
+    is covered, and the visible share of the light follows.
+
+    Args:
+        heights_B1HW: height of what receives shadows, in pixels.
+        casters_B1HW: height of what casts them, in pixels; below ``heights`` it casts none.
+        azimuth_B: direction the light comes from, radians, counterclockwise from the right.
+        slope_B: tangent of the light's elevation.
+        radius_B: tangent of its angular radius.
+
+    Returns:
+        visibility (B, 1, H, W), 0..1; penumbra (B, 1, H, W): its half width in pixels.
+    """
+    _, _, height, width = heights_B1HW.shape
+    side = math.ceil(math.hypot(height, width)) + 2
+    there, back = _turns(azimuth_B, height, width, side)
+    grid = F.affine_grid(there, [len(azimuth_B), 1, side, side], align_corners=True)
+    same = casters_B1HW is heights_B1HW
+    planes = heights_B1HW if same else torch.cat([heights_B1HW, casters_B1HW], 1)
+    turned = F.grid_sample(planes, grid, align_corners=True)
+    radius = radius_B[:, None, None]
+    lowest = (slope_B[:, None, None] - radius).clamp(min=LOWEST)
+    steps = torch.arange(side, dtype=torch.float32, device=turned.device)
+    ramp = lowest * steps
+    reached, where = torch.cummax(turned[:, -1] + ramp, dim=2)
+    excess = (reached - turned[:, 0] - ramp).clamp_(min=0)
+    distance = (steps - where).clamp_(min=1)
+    covered = excess / distance
+    span = (slope_B[:, None, None] + radius - lowest).clamp(min=1e-4)
+    dark = (covered / span).clamp_(max=1)
+    both = torch.stack([dark, dark * distance * radius], 1)
+    grid = F.affine_grid(back, [len(azimuth_B), 1, height, width], align_corners=True)
+    dark, weighted = F.grid_sample(both, grid, align_corners=True).split(1, 1)
+    return 1 - dark, weighted / dark.clamp(min=1e-3)
+
+
+def _turns(azimuth_B: Tensor, height: int, width: int, side: int) -> tuple[Tensor, Tensor]:
+    """Return (B, 2, 3) matrices for ``affine_grid``: image to turned square, and back."""
+    # Unit vectors along and across the travel of light; rows of the image grow downwards.
+    x, y = -azimuth_B.cos(), azimuth_B.sin()
+    zero = torch.zeros_like(x)
+    across, down, square = ((n - 1) / 2 for n in (width, height, side))
+    there = torch.stack([x, -y, zero, y, x, zero], 1).view(-1, 2, 3) * square
+    there = there / there.new_tensor([[across], [down]])
+    back = torch.stack([x * across, y * down, zero, -y * across, x * down, zero], 1)
+    return there, back.view(-1, 2, 3) / square
+
+
+def soften(visible_B1HW: Tensor, penumbra_B1HW: Tensor) -> Tensor:
+    """Blur the edges of shadows by the width of their penumbra, which grows with the distance.
+
+    ``cast_shadows`` fades along the light; this adds what a wide light does across it.
+    """
+    size = max(visible_B1HW.shape[-2:])
+    dark = 1 - visible_B1HW
+    # Beside a shadow the width is that of the shadow nearby.
+    spread = blur(torch.cat([dark * penumbra_B1HW, dark], 1), 0.01 * size)
+    sigma = 0.5 * spread[:, :1] / spread[:, 1:].clamp(min=1e-3)
+    sigmas = [share * size for share in PENUMBRA_SIGMAS]
+    mixed = torch.zeros_like(dark)
+    for k, level in enumerate(sigmas):
+        weight = torch.ones_like(sigma)
+        if k > 0:
+            weight = ((sigma - sigmas[k - 1]) / (level - sigmas[k - 1])).clamp_(0, 1)
+        if k + 1 < len(sigmas):
+            weight = weight * ((sigmas[k + 1] - sigma) / (sigmas[k + 1] - level)).clamp_(0, 1)
+        mixed += weight * (dark if k == 0 else blur(dark, level))
+    # Less than a hundredth is nothing: shadows end.
+    return (1 - mixed).div_(0.99).clamp_(0, 1)
