@@ -1,0 +1,305 @@
+"""Find the places in backgrounds that look like an object.
+
+Every background is described by windows of four sizes on a grid of cells (``describe.py``). Windows
+that touch an object of the background are left out, so that nothing is ever pasted over one. A
+search compares all windows of a size at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from camoxpert.synthesis.compose.describe import (
+    FEATURES,
+    WEIGHTS,
+    features_of,
+    grid_shape,
+    plane_grid,
+)
+
+SIDES = (3, 5, 8, 12)
+"""Sides of the windows in cells; a background has 16 along its shorter side."""
+STRIDES = (3, 3, 4, 4)
+
+
+@dataclass(frozen=True)
+class BackgroundEntry:
+    """What is known of a background without its pixels.
+
+    Attributes:
+        name: of the picture.
+        source, mask: its files; mask "": it shows no object, or none is known.
+        height, width: pixels.
+    """
+
+    name: str
+    source: str
+    mask: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Described:
+    """A background, ready to be indexed.
+
+    Attributes:
+        entry: what is known of it.
+        taken: (rows, columns), bool: cells that show a part of an object.
+        windows: int32 (M, 4): size, top row, left column, 0.
+        features: float32 (M, FEATURES).
+    """
+
+    entry: BackgroundEntry
+    taken: np.ndarray
+    windows: np.ndarray
+    features: np.ndarray
+
+
+@dataclass(frozen=True)
+class BackgroundIndex:
+    """Windows of many backgrounds.
+
+    Attributes:
+        entries: the backgrounds.
+        taken: for each, cells that show a part of an object.
+        windows: int32 (M, 4): number of the background, size (index of ``SIDES``), top row, left
+            column; ordered by size.
+        features: float32 (M, FEATURES), standardised and weighted.
+        centre, scale: float32 (FEATURES,); features are ``(raw - centre) * scale``.
+    """
+
+    entries: tuple[BackgroundEntry, ...]
+    taken: tuple[np.ndarray, ...]
+    windows: np.ndarray
+    features: np.ndarray
+    centre: np.ndarray
+    scale: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A window of a background.
+
+    Attributes:
+        background: its number.
+        top, left, side: in cells.
+        distance: of its features from those searched for, root mean square of weighted standard
+            deviations.
+    """
+
+    background: int
+    top: int
+    left: int
+    side: int
+    distance: float
+
+
+def describe(
+    name: str,
+    image: np.ndarray,
+    mask: np.ndarray | None = None,
+    *,
+    source: str = "",
+    mask_source: str = "",
+) -> Described:
+    """Describe a background.
+
+    Args:
+        name, source, mask_source: see ``BackgroundEntry``.
+        image: uint8 (H, W, 3) RGB.
+        mask: uint8 (H, W), above 0 on its objects and where nothing is known; None: no object.
+    """
+    height, width = image.shape[:2]
+    grid = plane_grid(image)
+    taken = taken_cells(mask, *grid.shape[:2])
+    sums = _integral(grid)
+    blocked = _integral(taken[..., None].astype(np.float32))
+    windows, features = [], []
+    for size, (side, stride) in enumerate(zip(SIDES, STRIDES, strict=True)):
+        top, left = np.meshgrid(
+            _starts(grid.shape[0], side, stride),
+            _starts(grid.shape[1], side, stride),
+            indexing="ij",
+        )
+        free = _sum(blocked, top, left, side)[..., 0] == 0
+        top, left = top[free], left[free]
+        windows.append(np.stack([np.full(len(top), size), top, left, np.zeros(len(top))], 1))
+        features.append(features_of(_sum(sums, top, left, side) / side**2))
+    entry = BackgroundEntry(name, source, mask_source, height, width)
+    return Described(
+        entry, taken, np.concatenate(windows).astype(np.int32), np.concatenate(features)
+    )
+
+
+def taken_cells(mask: np.ndarray | None, rows: int, columns: int) -> np.ndarray:
+    """Return which cells show any pixel of an object, bool (rows, columns)."""
+    if mask is None:
+        return np.zeros((rows, columns), bool)
+    # In floating point, since bytes would round a single pixel in a large cell to nothing.
+    shares = cv2.resize(
+        (mask > 0).astype(np.float32), (columns, rows), interpolation=cv2.INTER_AREA
+    )
+    return shares > 0
+
+
+def index_of(backgrounds: Iterable[Described]) -> BackgroundIndex:
+    """Return the index of described backgrounds."""
+    every = list(backgrounds)
+    windows = [
+        np.concatenate([np.full((len(b.windows), 1), number), b.windows[:, :3]], 1)
+        for number, b in enumerate(every)
+    ]
+    rows = np.concatenate(windows).astype(np.int32) if every else np.zeros((0, 4), np.int32)
+    raw = np.concatenate([b.features for b in every]) if every else np.zeros((0, FEATURES))
+    order = np.argsort(rows[:, 1], kind="stable")
+    rows, raw = rows[order], raw[order]
+    centre = raw.mean(0) if len(raw) else np.zeros(FEATURES)
+    spread = raw.std(0) if len(raw) else np.ones(FEATURES)
+    scale = WEIGHTS / np.maximum(spread, 0.05 * spread.mean() + 1e-6)
+    return BackgroundIndex(
+        entries=tuple(b.entry for b in every),
+        taken=tuple(b.taken for b in every),
+        windows=rows,
+        features=((raw - centre) * scale).astype(np.float32),
+        centre=centre.astype(np.float32),
+        scale=scale.astype(np.float32),
+    )
+
+
+def nearest_places(
+    index: BackgroundIndex,
+    features: np.ndarray,
+    *,
+    size: int,
+    choices: int,
+    sides: Sequence[bool] = (False,) * 4,
+    background: int | None = None,
+) -> list[Place]:
+    """Return the best window of each of the backgrounds that resemble an object most, best first.
+
+    Args:
+        index: the windows.
+        features: float32 (FEATURES,) of the object, as ``object_features`` returns them.
+        size: index of ``SIDES``.
+        choices: most backgrounds to return.
+        sides: edges that the object must be placed at (left, top, right, bottom): the picture will
+            be cut there, so that at least three fifths of the background must lie on the other side.
+        background: look in this one only.
+    """
+    first, last = np.searchsorted(index.windows[:, 1], [size, size + 1])
+    rows, planes = index.windows[first:last], index.features[first:last]
+    wanted = (features - index.centre) * index.scale
+    if background is not None or any(sides):
+        kept = _allowed(index, rows, size, sides)
+        if background is not None:
+            kept &= rows[:, 0] == background
+        rows, planes = rows[kept], planes[kept]
+    if not len(rows):
+        return []
+    distance = (planes**2).sum(1) - 2 * planes @ wanted + (wanted**2).sum()
+    # A stable order: equal distances must not depend on the machine's sort.
+    order = np.argsort(distance, kind="stable")
+    _, best = np.unique(rows[order, 0], return_index=True)
+    chosen = order[np.sort(best)[:choices]]
+    rms = np.sqrt(np.maximum(distance[chosen], 0) / FEATURES)
+    return [
+        Place(int(row[0]), int(row[2]), int(row[3]), SIDES[size], float(d))
+        for row, d in zip(rows[chosen], rms, strict=True)
+    ]
+
+
+def free_box(
+    taken: np.ndarray, place: Place, *, sides: Sequence[bool]
+) -> tuple[int, int, int, int]:
+    """Return a large part of a background around a window that shows no object, in cells.
+
+    The window grows by one line of cells at a time, in turn to each side, until the line shows a
+    part of an object or the picture ends.
+
+    Args:
+        taken: bool (rows, columns), cells with a part of an object.
+        place: the window, which shows none.
+        sides: left, top, right, bottom: do not grow there.
+
+    Returns:
+        left, top, right, bottom; the latter two are excluded.
+    """
+    rows, columns = taken.shape
+    left, top, right, bottom = (
+        place.left,
+        place.top,
+        place.left + place.side,
+        place.top + place.side,
+    )
+    open_sides = [not side for side in sides]
+    while any(open_sides):
+        for side in range(4):
+            if not open_sides[side]:
+                continue
+            line = (
+                taken[top:bottom, left - 1] if side == 0 and left > 0
+                else taken[top - 1, left:right] if side == 1 and top > 0
+                else taken[top:bottom, right] if side == 2 and right < columns
+                else taken[bottom, left:right] if side == 3 and bottom < rows
+                else None
+            )  # fmt: skip
+            if line is None or line.any():
+                open_sides[side] = False
+                continue
+            left -= side == 0
+            top -= side == 1
+            right += side == 2
+            bottom += side == 3
+    return left, top, right, bottom
+
+
+def _allowed(
+    index: BackgroundIndex, rows: np.ndarray, size: int, sides: Sequence[bool]
+) -> np.ndarray:
+    """Return which windows leave enough of their background when it is cut at their sides."""
+    shapes = np.array([grid_shape(e.height, e.width) for e in index.entries])[rows[:, 0]]
+    side = SIDES[size]
+    left, top, right, bottom = sides
+    kept = np.ones(len(rows), bool)
+    if left:
+        kept &= rows[:, 3] <= 0.4 * shapes[:, 1]
+    if right:
+        kept &= rows[:, 3] + side >= 0.6 * shapes[:, 1]
+    if top:
+        kept &= rows[:, 2] <= 0.4 * shapes[:, 0]
+    if bottom:
+        kept &= rows[:, 2] + side >= 0.6 * shapes[:, 0]
+    return kept
+
+
+def _starts(length: int, side: int, stride: int) -> np.ndarray:
+    """Return where windows start: evenly, and one at each end."""
+    if side >= length:
+        return np.zeros(1, np.int64)
+    number = -(-(length - side) // stride) + 1
+    return np.unique(np.rint(np.linspace(0, length - side, number)).astype(np.int64))
+
+
+def _integral(grid: np.ndarray) -> np.ndarray:
+    sums = np.zeros((grid.shape[0] + 1, grid.shape[1] + 1, grid.shape[2]))
+    sums[1:, 1:] = grid.cumsum(0, dtype=np.float64).cumsum(1)
+    return sums
+
+
+def _sum(sums: np.ndarray, top: np.ndarray, left: np.ndarray, side: int) -> np.ndarray:
+    bottom, right = top + side, left + side
+    return sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+
+
+def cell_pixels(entry: BackgroundEntry) -> tuple[float, float]:
+    """Return height and width of a cell in pixels of the background."""
+    rows, columns = grid_shape(entry.height, entry.width)
+    return entry.height / rows, entry.width / columns

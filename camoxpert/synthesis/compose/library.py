@@ -1,0 +1,127 @@
+"""List the objects that can be pasted; their pixels are read when they are needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from camoxpert.synthesis.compose.cutting import Cutout, cut_objects, read_objects
+from camoxpert.synthesis.compose.describe import FEATURES, object_features
+
+SMALLEST = 400
+"""Fewest pixels of an object that is worth pasting."""
+
+
+@dataclass(frozen=True)
+class ObjectEntry:
+    """What is known of an object without its pixels.
+
+    Attributes:
+        name: of its picture, followed by #2, #3 ... for further objects in it.
+        source, mask: files of the picture and its mask; mask "" for an RGBA picture.
+        part: which object of the picture, from 0.
+        height, width: of its cut-out, pixels.
+        area: pixels of the object.
+        sides: edges of its picture that cut it off: left, top, right, bottom.
+    """
+
+    name: str
+    source: str
+    mask: str
+    part: int
+    height: int
+    width: int
+    area: int
+    sides: tuple[bool, bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class ObjectLibrary:
+    """Objects with their features.
+
+    Attributes:
+        entries: ordered as the pictures were given.
+        features: float32 (N, FEATURES), see ``describe.py``.
+        left_out: why objects were not taken -> how many.
+    """
+
+    entries: tuple[ObjectEntry, ...]
+    features: np.ndarray
+    left_out: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+@dataclass(frozen=True)
+class CutPicture:
+    """The objects of one picture.
+
+    Attributes:
+        name, source, mask: of the picture, see ``ObjectEntry``.
+        side: its shorter side, pixels.
+        cutouts: its objects.
+    """
+
+    name: str
+    source: str
+    mask: str
+    side: int
+    cutouts: Sequence[Cutout]
+
+
+def cut_picture(
+    name: str, image: np.ndarray, mask: np.ndarray, *, source: str = "", mask_source: str = ""
+) -> CutPicture:
+    """Cut the objects of a picture in memory: uint8 (H, W, 3) and (H, W)."""
+    return CutPicture(name, source, mask_source, min(mask.shape), cut_objects(image, mask))
+
+
+def read_picture(name: str, source: str, mask: str = "") -> CutPicture:
+    """Read and cut the objects of a picture; without a mask it is an RGBA picture."""
+    cutouts = read_objects(source, mask)
+    # An RGBA picture is taken at its own scale.
+    side = max(max(c.pixels.shape[:2]) for c in cutouts) if cutouts else 1
+    return CutPicture(name, source, mask, side, cutouts)
+
+
+def library_of(pictures: Iterable[CutPicture]) -> ObjectLibrary:
+    """Return the objects of pictures that are worth pasting, with the reasons for the others."""
+    entries: list[ObjectEntry] = []
+    features: list[np.ndarray] = []
+    left_out: Counter[str] = Counter()
+    for picture in pictures:
+        if not picture.cutouts:
+            left_out["pictures without an object"] += 1
+        for part, cutout in enumerate(picture.cutouts):
+            area = int((cutout.pixels[..., 3] > 127).sum())
+            reason = unfit(cutout, area)
+            if reason:
+                left_out[reason] += 1
+                continue
+            name = picture.name if part == 0 else f"{picture.name}#{part + 1}"
+            shape = cutout.pixels.shape[:2]
+            entries.append(
+                ObjectEntry(name, picture.source, picture.mask, part, *shape, area, cutout.sides)
+            )
+            features.append(object_features(cutout.pixels, picture.side))
+    rows = np.stack(features) if features else np.zeros((0, FEATURES), np.float32)
+    return ObjectLibrary(tuple(entries), rows, dict(left_out))
+
+
+def unfit(cutout: Cutout, area: int) -> str:
+    """Return why an object is not pasted; "" if it is."""
+    left, top, right, bottom = cutout.sides
+    if area < SMALLEST:
+        return f"objects under {SMALLEST} pixels"
+    if (left and right) or (top and bottom):
+        return "objects that reach from edge to edge of their picture"
+    return ""
+
+
+def read_object(entry: ObjectEntry) -> np.ndarray:
+    """Read the pixels of an object: uint8 (h, w, 4)."""
+    return read_objects(entry.source, entry.mask)[entry.part].pixels
