@@ -50,7 +50,7 @@ class Described:
     Attributes:
         entry: what is known of it.
         taken: (rows, columns), bool: cells that show a part of an object.
-        windows: int32 (M, 4): size, top row, left column, 0.
+        windows: int32 (M, 3): size (index of ``SIDES``), top row, left column.
         features: float32 (M, FEATURES).
     """
 
@@ -70,6 +70,8 @@ class BackgroundIndex:
         windows: int32 (M, 4): number of the background, size (index of ``SIDES``), top row, left
             column; ordered by size.
         features: float32 (M, FEATURES), standardised and weighted.
+        norms: float32 (M,), squared lengths of the features.
+        grids: int32 (N, 2), rows and columns of each grid.
         centre, scale: float32 (FEATURES,); features are ``(raw - centre) * scale``.
     """
 
@@ -77,6 +79,8 @@ class BackgroundIndex:
     taken: tuple[np.ndarray, ...]
     windows: np.ndarray
     features: np.ndarray
+    norms: np.ndarray
+    grids: np.ndarray
     centre: np.ndarray
     scale: np.ndarray
 
@@ -109,6 +113,7 @@ def describe(
     *,
     source: str = "",
     mask_source: str = "",
+    size: tuple[int, int] | None = None,
 ) -> Described:
     """Describe a background.
 
@@ -116,14 +121,15 @@ def describe(
         name, source, mask_source: see ``BackgroundEntry``.
         image: uint8 (H, W, 3) RGB.
         mask: uint8 (H, W), above 0 on its objects and where nothing is known; None: no object.
+        size: height and width of the picture, if ``image`` was reduced.
     """
-    height, width = image.shape[:2]
-    grid = plane_grid(image)
+    height, width = size or image.shape[:2]
+    grid = plane_grid(image, grid_shape(height, width))
     taken = taken_cells(mask, *grid.shape[:2])
     sums = _integral(grid)
     blocked = _integral(taken[..., None].astype(np.float32))
     windows, features = [], []
-    for size, (side, stride) in enumerate(zip(SIDES, STRIDES, strict=True)):
+    for number, (side, stride) in enumerate(zip(SIDES, STRIDES, strict=True)):
         top, left = np.meshgrid(
             _starts(grid.shape[0], side, stride),
             _starts(grid.shape[1], side, stride),
@@ -131,7 +137,7 @@ def describe(
         )
         free = _sum(blocked, top, left, side)[..., 0] == 0
         top, left = top[free], left[free]
-        windows.append(np.stack([np.full(len(top), size), top, left, np.zeros(len(top))], 1))
+        windows.append(np.stack([np.full(len(top), number), top, left], 1))
         features.append(features_of(_sum(sums, top, left, side) / side**2))
     entry = BackgroundEntry(name, source, mask_source, height, width)
     return Described(
@@ -154,7 +160,7 @@ def index_of(backgrounds: Iterable[Described]) -> BackgroundIndex:
     """Return the index of described backgrounds."""
     every = list(backgrounds)
     windows = [
-        np.concatenate([np.full((len(b.windows), 1), number), b.windows[:, :3]], 1)
+        np.concatenate([np.full((len(b.windows), 1), number), b.windows], 1)
         for number, b in enumerate(every)
     ]
     rows = np.concatenate(windows).astype(np.int32) if every else np.zeros((0, 4), np.int32)
@@ -164,11 +170,14 @@ def index_of(backgrounds: Iterable[Described]) -> BackgroundIndex:
     centre = raw.mean(0) if len(raw) else np.zeros(FEATURES)
     spread = raw.std(0) if len(raw) else np.ones(FEATURES)
     scale = WEIGHTS / np.maximum(spread, 0.05 * spread.mean() + 1e-6)
+    features = ((raw - centre) * scale).astype(np.float32)
     return BackgroundIndex(
         entries=tuple(b.entry for b in every),
         taken=tuple(b.taken for b in every),
         windows=rows,
-        features=((raw - centre) * scale).astype(np.float32),
+        features=features,
+        norms=(features**2).sum(1),
+        grids=np.array([b.taken.shape for b in every], np.int32).reshape(-1, 2),
         centre=centre.astype(np.float32),
         scale=scale.astype(np.float32),
     )
@@ -180,7 +189,9 @@ def nearest_places(
     *,
     size: int,
     choices: int,
+    skip: int = 0,
     sides: Sequence[bool] = (False,) * 4,
+    trim: bool = True,
     background: int | None = None,
 ) -> list[Place]:
     """Return the best window of each of the backgrounds that resemble an object most, best first.
@@ -190,30 +201,35 @@ def nearest_places(
         features: float32 (FEATURES,) of the object, as ``object_features`` returns them.
         size: index of ``SIDES``.
         choices: most backgrounds to return.
-        sides: edges that the object must be placed at (left, top, right, bottom): the picture will
-            be cut there, so that at least three fifths of the background must lie on the other side.
+        skip: leave so many out that resemble it more; fewer, if there would be no others.
+        sides: edges that the object must be placed at: left, top, right, bottom.
+        trim: the picture will be cut where the window begins, so that three fifths of the
+            background must lie on its other side; False: the window must lie at that edge.
         background: look in this one only.
     """
     first, last = np.searchsorted(index.windows[:, 1], [size, size + 1])
     rows, planes = index.windows[first:last], index.features[first:last]
     wanted = (features - index.centre) * index.scale
-    if background is not None or any(sides):
-        kept = _allowed(index, rows, size, sides)
-        if background is not None:
-            kept &= rows[:, 0] == background
-        rows, planes = rows[kept], planes[kept]
     if not len(rows):
         return []
-    distance = (planes**2).sum(1) - 2 * planes @ wanted + (wanted**2).sum()
-    # A stable order: equal distances must not depend on the machine's sort.
-    order = np.argsort(distance, kind="stable")
-    _, best = np.unique(rows[order, 0], return_index=True)
-    chosen = order[np.sort(best)[:choices]]
-    rms = np.sqrt(np.maximum(distance[chosen], 0) / FEATURES)
-    return [
-        Place(int(row[0]), int(row[2]), int(row[3]), SIDES[size], float(d))
-        for row, d in zip(rows[chosen], rms, strict=True)
-    ]
+    distance = index.norms[first:last] - 2 * planes @ wanted + (wanted**2).sum()
+    if background is not None:
+        distance = np.where(rows[:, 0] == background, distance, np.inf)
+    if any(sides):
+        allowed = _allowed(index, rows, size, sides, 0.4 if trim else 0.0)
+        distance = np.where(allowed, distance, np.inf)
+    # The windows of a background follow each other: the best of each, then the best of those.
+    starts = np.flatnonzero(np.diff(rows[:, 0], prepend=-1))
+    best = np.minimum.reduceat(distance, starts)
+    places = []
+    order = np.argsort(best, kind="stable")[: int(np.isfinite(best).sum())]
+    skip = max(0, min(skip, len(order) - choices))
+    for group in order[skip : skip + choices]:
+        end = starts[group + 1] if group + 1 < len(starts) else len(rows)
+        row = rows[starts[group] + int(np.argmin(distance[starts[group] : end]))]
+        rms = float(np.sqrt(max(best[group], 0) / FEATURES))
+        places.append(Place(int(row[0]), int(row[2]), int(row[3]), SIDES[size], rms))
+    return places
 
 
 def free_box(
@@ -262,21 +278,21 @@ def free_box(
 
 
 def _allowed(
-    index: BackgroundIndex, rows: np.ndarray, size: int, sides: Sequence[bool]
+    index: BackgroundIndex, rows: np.ndarray, size: int, sides: Sequence[bool], share: float
 ) -> np.ndarray:
-    """Return which windows leave enough of their background when it is cut at their sides."""
-    shapes = np.array([grid_shape(e.height, e.width) for e in index.entries])[rows[:, 0]]
+    """Return which windows leave at most a share of their background beyond these sides."""
+    shapes = index.grids[rows[:, 0]]
     side = SIDES[size]
     left, top, right, bottom = sides
     kept = np.ones(len(rows), bool)
     if left:
-        kept &= rows[:, 3] <= 0.4 * shapes[:, 1]
+        kept &= rows[:, 3] <= share * shapes[:, 1]
     if right:
-        kept &= rows[:, 3] + side >= 0.6 * shapes[:, 1]
+        kept &= rows[:, 3] + side >= (1 - share) * shapes[:, 1]
     if top:
-        kept &= rows[:, 2] <= 0.4 * shapes[:, 0]
+        kept &= rows[:, 2] <= share * shapes[:, 0]
     if bottom:
-        kept &= rows[:, 2] + side >= 0.6 * shapes[:, 0]
+        kept &= rows[:, 2] + side >= (1 - share) * shapes[:, 0]
     return kept
 
 
@@ -297,9 +313,3 @@ def _integral(grid: np.ndarray) -> np.ndarray:
 def _sum(sums: np.ndarray, top: np.ndarray, left: np.ndarray, side: int) -> np.ndarray:
     bottom, right = top + side, left + side
     return sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-
-
-def cell_pixels(entry: BackgroundEntry) -> tuple[float, float]:
-    """Return height and width of a cell in pixels of the background."""
-    rows, columns = grid_shape(entry.height, entry.width)
-    return entry.height / rows, entry.width / columns

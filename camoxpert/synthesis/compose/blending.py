@@ -9,14 +9,11 @@ import cv2
 import numpy as np
 
 from camoxpert.synthesis.compose.colour import colour_map
-from camoxpert.synthesis.compose.pyramid import fill_gaps
+from camoxpert.synthesis.compose.pyramid import spread
 from camoxpert.synthesis.compose.records import Look
 
 AROUND = 0.35
 """Width of the surroundings whose colours count, as a share of the root of the object's area."""
-OUTLINE_BLUR = 2.0
-"""Sigma in pixels over which an outline's difference is averaged: single blades of grass must not
-paint streaks across an object."""
 BLURS = (0.6, 0.9, 1.3, 1.8, 2.5)
 """Sigmas of which one puts an object out of focus like its surroundings."""
 SHARPER = 1.15
@@ -87,9 +84,9 @@ def membrane(colours: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
     Adding the membrane of (background - object) to an object makes it meet the background at its
     outline with its gradients kept: the correction of Poisson image editing (Perez et al. 2003),
-    which is the solution of Laplace's equation, here approximated by ``fill_gaps``. OpenCV's
-    seamlessClone solves it exactly, but shrinks the mask, fails where an object touches the
-    picture's edge, and takes 8 times as long or more.
+    which is the solution of Laplace's equation, here approximated by ``spread``. OpenCV's
+    seamlessClone was no help: it shrinks the mask by its own erosion, so that thin limbs vanish
+    whose pixels stay labelled, changes pixels outside of the mask, and knows no strengths.
 
     Args:
         colours: float32 (H, W, C).
@@ -99,14 +96,7 @@ def membrane(colours: np.ndarray, inside: np.ndarray) -> np.ndarray:
     outline = (cv2.dilate(inside.view(np.uint8), cross) > 0) & ~inside
     if not outline.any():
         return np.zeros_like(colours)
-    weight = outline.astype(np.float32)
-    smooth = np.dstack(
-        [
-            cv2.GaussianBlur(np.ascontiguousarray(part), (0, 0), OUTLINE_BLUR)
-            for part in _threes(colours)
-        ]
-    )
-    return fill_gaps(smooth, weight)
+    return spread(colours, outline.astype(np.float32))
 
 
 def focus(view: np.ndarray, pixels: np.ndarray, alpha: np.ndarray) -> float:
@@ -136,10 +126,6 @@ def soft_edge(alpha: np.ndarray, sigma: float) -> np.ndarray:
 
 def _mapped(colours: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.ndarray:
     return cv2.transform(np.ascontiguousarray(colours), np.column_stack([matrix, offset]))
-
-
-def _threes(colours: np.ndarray) -> list[np.ndarray]:
-    return [colours[..., start : start + 3] for start in range(0, colours.shape[2], 3)]
 
 
 def _grey(rgb: np.ndarray) -> np.ndarray:

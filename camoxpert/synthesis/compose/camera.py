@@ -36,4 +36,5 @@ def compress(image: np.ndarray, quality: int) -> tuple[np.ndarray, bytes]:
     done, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     if not done:
         raise DataError(f"OpenCV could not encode a picture of {image.shape[1]}x{image.shape[0]}.")
-    return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), data.tobytes()
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    return np.asarray(decoded, np.uint8), data.tobytes()

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from camoxpert.data.files.image_io import probe, read_pair
+from camoxpert.data.files.image_io import probe
 from camoxpert.errors import DataError
-from camoxpert.synthesis.compose.pyramid import fill_gaps
+from camoxpert.synthesis.compose.reading import read_masked
 
 MARGIN = 4
 """Pixels around a cut-out's box, so that its soft edge has room."""
@@ -23,6 +23,8 @@ SEPARATE = 0.1
 """Share of the largest object from which another part is an object of its own."""
 TOUCHES = 0.05
 """Share of an object's box along a picture's edge from which it is cut off by that edge."""
+LARGEST = 1024
+"""Pixels of a picture's shorter side from which it may be decoded smaller."""
 SOFT = 0.6
 """Sigma of the Gaussian that softens a hard outline; the contour of 0.5 stays in its place."""
 
@@ -40,8 +42,10 @@ class Cutout:
     sides: tuple[bool, bool, bool, bool]
 
 
-def cut_objects(image: np.ndarray, mask: np.ndarray, *, rim: int = RIM) -> list[Cutout]:
-    """Cut every object of a picture, the largest first.
+def cut_objects(
+    image: np.ndarray, mask: np.ndarray, *, rim: int = RIM, part: int | None = None
+) -> list[Cutout]:
+    """Cut every object of a picture, the largest first; with ``part`` only that one.
 
     Parts of a mask that are nearly connected are one object: a branch in front of an animal must
     not make two of it. Small parts far from all others belong to the nearest object.
@@ -55,11 +59,12 @@ def cut_objects(image: np.ndarray, mask: np.ndarray, *, rim: int = RIM) -> list[
         [] for an empty mask.
     """
     cutouts = []
-    for part in split_objects(mask == 255):
-        top, left, bottom, right = box = _box(part)
-        sides = _sides(part, box)
+    parts = split_objects(mask == 255)
+    for one in parts if part is None else parts[part : part + 1]:
+        top, left, bottom, right = box = _box(one)
+        sides = _sides(one, box)
         margins = [(MARGIN, MARGIN), (MARGIN, MARGIN)]
-        hard = np.pad(part[top:bottom, left:right], margins)
+        hard = np.pad(one[top:bottom, left:right], margins)
         # Where the picture ends the object continues: its cut must not become a soft edge.
         _continue(hard, sides)
         alpha = cv2.GaussianBlur(hard.astype(np.float32), (0, 0), SOFT)
@@ -85,13 +90,7 @@ def split_objects(mask: np.ndarray) -> list[np.ndarray]:
         return [mask]
     if len(large) < number - 1:
         # The nearest pixel of a large object says to which of them a small part belongs.
-        seeds = np.isin(labels, large)
-        _, nearest = cv2.distanceTransformWithLabels(
-            (~seeds).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-        )
-        owner = np.zeros(int(nearest.max()) + 1, labels.dtype)
-        owner[nearest[seeds]] = labels[seeds]
-        labels = np.where(mask, owner[nearest], 0)
+        labels = np.where(mask, labels.ravel()[nearest_pixel(np.isin(labels, large))], 0)
     return [labels == label for label in large]
 
 
@@ -124,9 +123,24 @@ def read_cutout(path: str | Path, *, rim: int = RIM) -> Cutout:
     return Cutout(np.dstack([clean_edge(rgb, soft > 127, rim=rim), soft]), sides)
 
 
-def read_objects(source: str | Path, mask: str | Path = "") -> list[Cutout]:
-    """Read and cut the objects of an image with its mask; without a mask it is an RGBA picture."""
-    return cut_objects(*read_pair(source, mask, any_size=False)) if mask else [read_cutout(source)]
+def read_objects(
+    source: str | Path, mask: str | Path = "", *, part: int | None = None
+) -> tuple[list[Cutout], int]:
+    """Read a picture and cut its objects, or object ``part``; without a mask it is RGBA.
+
+    Returns:
+        The objects, and the shorter side of the picture in their pixels. Large photographs are
+        reduced first: objects are never needed at their full size.
+
+    Raises:
+        DataError: a file is missing or damaged, or an RGBA picture holds no object.
+    """
+    if not mask:
+        cutout = read_cutout(source)
+        return [cutout], min(cutout.pixels.shape[:2])
+    image, found = read_masked(source, mask, at_least=LARGEST)
+    assert found is not None
+    return cut_objects(image, found, part=part), min(found.shape)
 
 
 def clean_edge(rgb: np.ndarray, solid: np.ndarray, *, rim: int = RIM) -> np.ndarray:
@@ -152,8 +166,18 @@ def clean_edge(rgb: np.ndarray, solid: np.ndarray, *, rim: int = RIM) -> np.ndar
     kept = core if core.any() else solid
     thin = solid & ~_near(kept, 2 * rim + 1)
     kept = kept | thin
-    filled = fill_gaps(rgb.astype(np.float32), kept.astype(np.float32))
-    return np.where(kept[..., None], rgb, np.clip(np.rint(filled), 0, 255).astype(np.uint8))
+    return rgb.reshape(-1, 3)[nearest_pixel(kept)]
+
+
+def nearest_pixel(mask: np.ndarray) -> np.ndarray:
+    """Return the flat index of the nearest pixel of a mask for every pixel, (H, W)."""
+    _, labels = cv2.distanceTransformWithLabels(
+        (~mask).view(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    positions = np.zeros(int(labels.max()) + 1, np.intp)
+    where = np.flatnonzero(mask)
+    positions[labels.ravel()[where]] = where
+    return positions[labels]
 
 
 def _near(mask: np.ndarray, reach: int) -> np.ndarray:

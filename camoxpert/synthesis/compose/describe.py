@@ -26,21 +26,27 @@ WEIGHTS = np.array([1.0] * 3 + [0.7] * 3 + [1.2] * 2 + [0.5] * DIRECTIONS, np.fl
 """What a feature counts in a comparison, in standard deviations over all windows."""
 
 
-def plane_grid(image: np.ndarray) -> np.ndarray:
+def plane_grid(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return the means of the planes over the cells of a picture, float32 (rows, columns, PLANES).
 
     Args:
         image: uint8 (H, W, 3) RGB.
+        shape: rows and columns, as ``grid_shape`` returns them.
     """
-    rows, columns = grid_shape(*image.shape[:2])
+    rows, columns = shape
     small = cv2.resize(image, (columns * CELL, rows * CELL), interpolation=cv2.INTER_AREA)
-    return _planes(small).reshape(rows, CELL, columns, CELL, PLANES).mean((1, 3))
+    means = [
+        cv2.resize(np.ascontiguousarray(part), (columns, rows), interpolation=cv2.INTER_AREA)
+        for part in np.split(_planes(small), PLANES // 4, axis=2)
+    ]
+    return np.concatenate(means, 2)
 
 
 def grid_shape(height: int, width: int) -> tuple[int, int]:
     """Return rows and columns of the grid of a picture of this size."""
     cells = CELLS / min(height, width)
-    return tuple(max(CELLS, min(round(side * cells), MOST_CELLS)) for side in (height, width))  # type: ignore[return-value]
+    rows, columns = (max(CELLS, min(round(side * cells), MOST_CELLS)) for side in (height, width))
+    return rows, columns
 
 
 def object_features(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -72,22 +78,18 @@ def features_of(means: np.ndarray) -> np.ndarray:
 
 
 def _planes(image: np.ndarray) -> np.ndarray:
+    """Return the planes at every pixel, float32 (H, W, PLANES), of which means are taken."""
     lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     light = np.ascontiguousarray(lab[..., 0])
-    dx, dy = cv2.Scharr(light, cv2.CV_32F, 1, 0) / 32, cv2.Scharr(light, cv2.CV_32F, 0, 1) / 32
-    size, angle = cv2.cartToPolar(dx, dy)
-    coarse = cv2.GaussianBlur(light, (0, 0), 2.0)
-    slow = cv2.magnitude(
-        cv2.Scharr(coarse, cv2.CV_32F, 1, 0) / 32, cv2.Scharr(coarse, cv2.CV_32F, 0, 1) / 32
-    )
-    position = (angle * (DIRECTIONS / math.pi)) % DIRECTIONS
-    lower = np.floor(position).astype(np.int32) % DIRECTIONS
-    upper_share = position - np.floor(position)
-    planes = np.empty((*light.shape, PLANES), np.float32)
-    planes[..., :3], planes[..., 3:6] = lab, lab**2
-    planes[..., 6], planes[..., 7] = size, slow
-    for k in range(DIRECTIONS):
-        share = np.where(lower == k, 1 - upper_share, 0)
-        share += np.where((lower + 1) % DIRECTIONS == k, upper_share, 0)
-        planes[..., 8 + k] = size * share
-    return planes
+    size, angle = cv2.cartToPolar(*_gradient(light))
+    slow = cv2.magnitude(*_gradient(cv2.GaussianBlur(light, (0, 0), 2.0)))
+    number = (angle * np.float32(DIRECTIONS / math.pi)).astype(np.uint8) % DIRECTIONS
+    planes = [lab, lab**2, size[..., None], slow[..., None]]
+    planes += [(size * (number == k))[..., None] for k in range(DIRECTIONS)]
+    return np.concatenate(planes, 2)
+
+
+def _gradient(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the change per pixel to the right and down."""
+    across, down = (cv2.Scharr(light, cv2.CV_32F, x, 1 - x, scale=1 / 32) for x in (1, 0))
+    return across, down

@@ -28,6 +28,11 @@ LARGEST_PART = 0.92
 """Share of the picture's sides that an object's box may take."""
 SMALLEST_SIDE = 12
 """Fewest pixels along the longer side of a pasted object."""
+NEAREST = 0.75
+"""Difficulty from which the most similar backgrounds are searched; for easier targets, this less
+the target is the share of the backgrounds that are too similar."""
+CLONES = 8
+"""Places of which an edit takes its texture from the one that fits best."""
 # A stream of random numbers for each question: a change to one leaves the others as they are.
 OBJECT, PLACE, LOOK, KIND, OCCLUDER, DISTRACTOR, CAMERA, TARGET, EDGE = range(9)
 
@@ -69,7 +74,8 @@ def draw_composition(
     sides = _mirrored(entry.sides) if flip else entry.sides
     if any(sides):
         angle = 0.0
-    places = _places(backgrounds, objects, number, share, sides, settings, background)
+    target = _target(stream[TARGET], settings) if kind == "object" else None
+    places = _places(backgrounds, objects, number, share, sides, settings, background, target)
     place, crop, free = _choose(
         stream[PLACE], places, backgrounds, sides, settings, strict=kind == "edit"
     )
@@ -90,19 +96,22 @@ def draw_composition(
         background=place.background,
         background_source=shown.source,
         background_mask=shown.mask,
+        background_size=(shown.height, shown.width),
         crop=crop,
         height=height,
         width=width,
         paste=paste,
         feather=round(stream[EDGE].uniform(*settings.feather), 4),
         looks=_looks(stream[LOOK], settings),
-        target=_target(stream[TARGET], settings) if kind == "object" else None,
+        target=target,
         distance=round(place.distance, 4),
-        occluders=_occluders(stream[OCCLUDER], settings, box) if free and kind == "object" else (),
+        occluders=_occluders(stream[OCCLUDER], settings, box, (height, width))
+        if free and kind == "object"
+        else (),
         distractor=distractor,
         distractor_background=other,
         distractor_source=backgrounds.entries[other].source if other >= 0 else "",
-        clone=_clone(stream[KIND], paste, box, height, width, free=free),
+        clones=_clones(stream[KIND], box, height, width, free=free) if kind == "edit" else (),
         noise=round(camera.uniform(*settings.noise), 3),
         jpeg=int(camera.integers(settings.jpeg[0], settings.jpeg[1] + 1)),
     )
@@ -126,8 +135,13 @@ def _places(
     sides: Sides,
     settings: ComposeSettings,
     background: int | None,
+    target: float | None,
 ) -> list[Place]:
-    """Return places for an object, of the window size that it needs or the nearest there is."""
+    """Return places for an object, of the window size that it needs or the nearest there is.
+
+    An object that is to be seen easily is not put where it resembles the background most.
+    """
+    skip = 0 if target is None else round(max(NEAREST - target, 0) * len(backgrounds))
     entry = objects.entries[number]
     reach = max(entry.height, entry.width) * math.sqrt(share / entry.area) * CELLS
     wanted = int(np.searchsorted(np.array(SIDES[:-1]) * 1.2, reach))
@@ -136,8 +150,8 @@ def _places(
             # Without its preferred side the object still lies at the picture's edge, which is
             # then where the window begins.
             places = nearest_places(
-                backgrounds, objects.features[number], size=size, choices=settings.choices,
-                sides=cut, background=background,
+                backgrounds, objects.features[number], size=size, choices=settings.choices, skip=skip,
+                sides=cut, trim=settings.crop != (1, 1), background=background,
             )  # fmt: skip
             if places:
                 return places
@@ -157,14 +171,16 @@ def _choose(
 ) -> tuple[Place, Box, bool]:
     """Return a place, the part of its background to show, and whether that shows no object."""
     order = rng.permutation(len(places))
-    zoom, corner = rng.random(2), rng.random(2)
+    zoom, corner = rng.uniform(*settings.crop, 2), rng.random(2)
+    # The picture ends where an object is cut off, unless all of the background is to be shown.
+    trimmed = (False,) * 4 if settings.crop == (1, 1) else sides
     whole: tuple[Place, Box, bool] | None = None
     for position in order:
         place = places[position]
         taken = backgrounds.taken[place.background]
         entry = backgrounds.entries[place.background]
         avoid = settings.others == "avoid" or strict
-        cells = free_box(taken if avoid else np.zeros_like(taken), place, sides=sides)
+        cells = free_box(taken if avoid else np.zeros_like(taken), place, sides=trimmed)
         found = (
             place,
             _crop(place, cells, taken.shape, entry.height, entry.width, sides, zoom, corner),
@@ -174,7 +190,7 @@ def _choose(
         if min(cells[2] - cells[0], cells[3] - cells[1]) >= LEAST_PART * CELLS and avoid:
             return *found, True
         if whole is None and not strict:
-            everything = free_box(np.zeros_like(taken), place, sides=sides)
+            everything = free_box(np.zeros_like(taken), place, sides=trimmed)
             whole = place, _crop(
                 place, everything, taken.shape, entry.height, entry.width, sides, zoom, corner
             ), False  # fmt: skip
@@ -184,7 +200,7 @@ def _choose(
         return whole
     place = places[order[0]]
     entry, taken = backgrounds.entries[place.background], backgrounds.taken[place.background]
-    cells = free_box(taken, place, sides=sides)
+    cells = free_box(taken, place, sides=trimmed)
     crop = _crop(place, cells, taken.shape, entry.height, entry.width, sides, zoom, corner)
     return place, crop, True
 
@@ -199,16 +215,15 @@ def _crop(
     zoom: np.ndarray,
     corner: np.ndarray,
 ) -> Box:
-    """Draw a part within ``cells`` that holds the window; returns left, top, right, bottom in pixels.
+    """Draw a part within ``cells`` that holds the window: left, top, right, bottom in pixels.
 
-    The part has eight tenths to all of the length; at the sides that cut the object it ends where
-    the cells end.
+    At the sides that cut the object it ends where the cells end.
     """
     ends = []
     for axis in range(2):
         low, high = cells[axis], cells[axis + 2]
         first = place.left if axis == 0 else place.top
-        length = max(place.side * 1.25, (0.8 + 0.2 * zoom[axis]) * (high - low))
+        length = max(place.side * 1.25, zoom[axis] * (high - low))
         length = min(length, high - low)
         earliest, latest = max(low, first + place.side - length), min(first, high - length)
         start = earliest + corner[axis] * (latest - earliest)
@@ -315,7 +330,8 @@ def _pasted_box(entry: ObjectEntry, paste: Paste) -> tuple[float, float, float, 
 def _looks(rng: np.random.Generator, settings: ComposeSettings) -> tuple[Look, ...]:
     """Draw candidates whose colour transfer is spread evenly over its range."""
     number = settings.candidates if settings.difficulty is not None else 1
-    low, high = settings.colour
+    # A target needs the whole range.
+    low, high = settings.colour if settings.difficulty is None else (0.0, 1.0)
     looks = []
     for position in rng.permutation(number):
         looks.append(
@@ -337,7 +353,10 @@ def _target(rng: np.random.Generator, settings: ComposeSettings) -> float | None
 
 
 def _occluders(
-    rng: np.random.Generator, settings: ComposeSettings, box: tuple[float, float, float, float]
+    rng: np.random.Generator,
+    settings: ComposeSettings,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
 ) -> tuple[Shape, ...]:
     """Draw one to three things in front of the object, near its edge more often than its middle."""
     if rng.random() >= settings.occluders:
@@ -346,7 +365,7 @@ def _occluders(
     side = math.sqrt(width * height)
     shapes = []
     for _ in range(int(rng.integers(1, 4))):
-        turn = rng.uniform(0, 2 * math.pi)
+        turn, other = rng.uniform(0, 2 * math.pi, 2)
         away = rng.uniform(0.15, 0.55)
         kind = ("blades", "leaf", "blob")[rng.choice(3, p=(0.5, 0.3, 0.2))]
         radius = side * (rng.uniform(0.4, 0.7) if kind == "blades" else rng.uniform(0.12, 0.3))
@@ -357,8 +376,8 @@ def _occluders(
                 x=round((box[0] + box[2]) / 2 + math.cos(turn) * away * width, 2),
                 y=round((box[1] + box[3]) / 2 + math.sin(turn) * away * height, 2),
                 radius=round(radius, 2),
-                dx=round(rng.random(), 4),
-                dy=round(rng.random(), 4),
+                dx=round(math.cos(other) * width / size[1], 4),
+                dy=round(math.sin(other) * height / size[0], 4),
                 shade=round(rng.uniform(0.8, 1.2), 4),
             )
         )
@@ -417,24 +436,29 @@ def _middle_of(backgrounds: BackgroundIndex, window: np.ndarray) -> dict[str, fl
     }
 
 
-def _clone(
+def _clones(
     rng: np.random.Generator,
-    paste: Paste,
     box: tuple[float, float, float, float],
     height: int,
     width: int,
     *,
     free: bool,
-) -> tuple[float, float]:
-    """Draw where an edit takes its texture from, as a shift in shares of the picture's sides.
+) -> tuple[tuple[float, float], ...]:
+    """Draw from where an edit may take its texture.
 
-    Where the picture shows an object it is taken from the spot itself, or the copy could show one.
+    Half of the edits put the spot itself back, as one that removes an object from a picture whose
+    background is known. So do all where the picture shows another object: a copy from elsewhere
+    could show it a second time, without a label.
     """
-    shifts = []
-    for low, high, length in ((box[0], box[2], width), (box[1], box[3], height)):
-        least, most = min(-low, 0.0), max(length - high, 0.0)
-        shifts.append(rng.uniform(least, most) / length if free else 0.0)
-    return round(shifts[0], 4), round(shifts[1], 4)
+    itself = rng.random() < 0.5
+    if itself or not free:
+        return ((0.0, 0.0),)
+    ranges = ((box[0], box[2], width), (box[1], box[3], height))
+    shifts = [
+        rng.uniform(min(-low, 0.0), max(length - high, 0.0), CLONES) / length
+        for low, high, length in ranges
+    ]
+    return tuple((round(float(x), 4), round(float(y), 4)) for x, y in zip(*shifts, strict=True))
 
 
 def _nothing(objects: ObjectLibrary, backgrounds: BackgroundIndex) -> str:

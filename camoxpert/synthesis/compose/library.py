@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.cutting import Cutout, cut_objects, read_objects
 from camoxpert.synthesis.compose.describe import FEATURES, object_features
 
@@ -73,6 +74,15 @@ class CutPicture:
     cutouts: Sequence[Cutout]
 
 
+@dataclass(frozen=True)
+class ListedPicture:
+    """What is known of the objects of one picture without their pixels; as ``ObjectLibrary``."""
+
+    entries: tuple[ObjectEntry, ...]
+    features: np.ndarray
+    left_out: dict[str, int]
+
+
 def cut_picture(
     name: str, image: np.ndarray, mask: np.ndarray, *, source: str = "", mask_source: str = ""
 ) -> CutPicture:
@@ -82,34 +92,42 @@ def cut_picture(
 
 def read_picture(name: str, source: str, mask: str = "") -> CutPicture:
     """Read and cut the objects of a picture; without a mask it is an RGBA picture."""
-    cutouts = read_objects(source, mask)
-    # An RGBA picture is taken at its own scale.
-    side = max(max(c.pixels.shape[:2]) for c in cutouts) if cutouts else 1
+    cutouts, side = read_objects(source, mask)
     return CutPicture(name, source, mask, side, cutouts)
 
 
-def library_of(pictures: Iterable[CutPicture]) -> ObjectLibrary:
-    """Return the objects of pictures that are worth pasting, with the reasons for the others."""
+def list_objects(picture: CutPicture) -> ListedPicture:
+    """Return the objects of a picture that are worth pasting, with the reasons for the others."""
     entries: list[ObjectEntry] = []
     features: list[np.ndarray] = []
     left_out: Counter[str] = Counter()
-    for picture in pictures:
-        if not picture.cutouts:
-            left_out["pictures without an object"] += 1
-        for part, cutout in enumerate(picture.cutouts):
-            area = int((cutout.pixels[..., 3] > 127).sum())
-            reason = unfit(cutout, area)
-            if reason:
-                left_out[reason] += 1
-                continue
-            name = picture.name if part == 0 else f"{picture.name}#{part + 1}"
-            shape = cutout.pixels.shape[:2]
-            entries.append(
-                ObjectEntry(name, picture.source, picture.mask, part, *shape, area, cutout.sides)
-            )
-            features.append(object_features(cutout.pixels, picture.side))
+    if not picture.cutouts:
+        left_out["pictures without an object"] += 1
+    for part, cutout in enumerate(picture.cutouts):
+        area = int((cutout.pixels[..., 3] > 127).sum())
+        reason = unfit(cutout, area)
+        if reason:
+            left_out[reason] += 1
+            continue
+        name = picture.name if part == 0 else f"{picture.name}#{part + 1}"
+        height, width = cutout.pixels.shape[:2]
+        entries.append(
+            ObjectEntry(name, picture.source, picture.mask, part, height, width, area, cutout.sides)
+        )
+        features.append(object_features(cutout.pixels, picture.side))
     rows = np.stack(features) if features else np.zeros((0, FEATURES), np.float32)
-    return ObjectLibrary(tuple(entries), rows, dict(left_out))
+    return ListedPicture(tuple(entries), rows, dict(left_out))
+
+
+def library_of(pictures: Iterable[CutPicture | ListedPicture]) -> ObjectLibrary:
+    """Return the objects of all pictures, in their order."""
+    listed = [p if isinstance(p, ListedPicture) else list_objects(p) for p in pictures]
+    left_out: Counter[str] = Counter()
+    for picture in listed:
+        left_out.update(picture.left_out)
+    features = [picture.features for picture in listed] or [np.zeros((0, FEATURES), np.float32)]
+    entries = tuple(entry for picture in listed for entry in picture.entries)
+    return ObjectLibrary(entries, np.concatenate(features), dict(left_out))
 
 
 def unfit(cutout: Cutout, area: int) -> str:
@@ -123,5 +141,15 @@ def unfit(cutout: Cutout, area: int) -> str:
 
 
 def read_object(entry: ObjectEntry) -> np.ndarray:
-    """Read the pixels of an object: uint8 (h, w, 4)."""
-    return read_objects(entry.source, entry.mask)[entry.part].pixels
+    """Read the pixels of an object: uint8 (h, w, 4).
+
+    Raises:
+        DataError: its files are missing, damaged or were changed.
+    """
+    cutouts, _ = read_objects(entry.source, entry.mask, part=entry.part)
+    if not cutouts:
+        raise DataError(
+            f"{entry.mask} no longer shows object {entry.part + 1}: it was changed after the "
+            "objects were listed. Run the command again."
+        )
+    return cutouts[0].pixels

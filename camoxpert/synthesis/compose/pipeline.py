@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from camoxpert.data.files.image_io import read_image, read_pair
-from camoxpert.data.files.labels import VOID
+from camoxpert.data.files.image_io import read_image
 from camoxpert.synthesis.compose.backgrounds import BackgroundIndex
 from camoxpert.synthesis.compose.blending import Scene, blended, focus, scene_of, soft_edge
 from camoxpert.synthesis.compose.camera import add_noise, compress
 from camoxpert.synthesis.compose.difficulty import LEAST_RING, RING, difficulty
 from camoxpert.synthesis.compose.library import ObjectLibrary, read_object
+from camoxpert.synthesis.compose.reading import read_masked, resized_mask
 from camoxpert.synthesis.compose.records import Composed, Composition, Look, Paste, Shape
 from camoxpert.synthesis.compose.shapes import shape_alpha
 
@@ -52,18 +52,24 @@ def read_material(
     Raises:
         DataError: a file is missing or damaged.
     """
-    mask = None
-    if composition.background_mask:
-        background, mask = read_pair(composition.background_source, composition.background_mask)
-    else:
-        background = read_image(composition.background_source)
+    least = needed_side(composition)
+    background, mask = read_masked(
+        composition.background_source, composition.background_mask, at_least=least
+    )
     other = composition.distractor_source
     return Material(
         object_RGBA=read_object(objects.entries[composition.paste.number]),
         background_RGB=background,
         background_mask=mask,
-        texture_RGB=read_image(other) if other else None,
+        texture_RGB=read_image(other, at_least=composition.height) if other else None,
     )
+
+
+def needed_side(composition: Composition) -> int:
+    """Return how many pixels the shorter side of the background needs at least."""
+    left, top, right, bottom = composition.crop
+    factor = max(composition.width / (right - left), composition.height / (bottom - top))
+    return math.ceil(min(composition.background_size) * min(factor, 1.0))
 
 
 def compose_one(
@@ -89,8 +95,12 @@ def compose_one(
     seconds: dict[str, float] = {}
     size = composition.height, composition.width
     with _timed(seconds, "background"):
-        scene = _shown(background_RGB, composition.crop, size)
-        own = _shown_mask(background_mask, composition.crop, size)
+        crop = _scaled_crop(composition, background_RGB.shape)
+        scene = _shown(background_RGB, crop, size)
+        own = np.zeros(size, np.uint8)
+        if background_mask is not None:
+            crop = _scaled_crop(composition, background_mask.shape)
+            own = resized_mask(background_mask[crop[1] : crop[3], crop[0] : crop[2]], size).copy()
         if composition.distractor is not None:
             texture = background_RGB if texture_RGB is None else texture_RGB
             over = _put_distractor(scene, composition.distractor, texture)
@@ -104,7 +114,7 @@ def compose_one(
             pixels = cv2.GaussianBlur(pixels, (0, 0), blur)
         alpha = soft_edge(alpha, math.hypot(composition.feather, blur))
         if composition.kind == "edit":
-            pixels = _cloned(scene, composition, region)
+            pixels = _cloned(scene, composition, region, alpha)
     with _timed(seconds, "occluders"):
         fronts = _fronts(composition, region, scene, alpha)
         hidden = _hidden(fronts, alpha.shape)
@@ -178,17 +188,16 @@ def _shown(image: np.ndarray, crop: tuple[int, int, int, int], size: tuple[int, 
     return cv2.resize(part, size[::-1], interpolation=cv2.INTER_AREA)
 
 
-def _shown_mask(
-    mask: np.ndarray | None, crop: tuple[int, int, int, int], size: tuple[int, int]
-) -> np.ndarray:
-    """Return the mask of the shown part: an object where it covers more than half of a pixel."""
-    if mask is None:
-        return np.zeros(size, np.uint8)
-    left, top, right, bottom = crop
-    part = mask[top:bottom, left:right]
-    objects = _shown((part == 255).astype(np.float32), (0, 0, *part.shape[1::-1]), size) > 0.5
-    void = _shown((part == VOID).astype(np.float32), (0, 0, *part.shape[1::-1]), size) > 0
-    return np.where(objects, np.uint8(255), np.where(void, np.uint8(VOID), np.uint8(0)))
+def _scaled_crop(composition: Composition, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Return the shown part in pixels of a background that may have been decoded smaller."""
+    height, width = composition.background_size
+    left, top, right, bottom = composition.crop
+    down, across = shape[0] / height, shape[1] / width
+    if (down, across) == (1, 1):
+        return composition.crop
+    # Rounded inwards: a pixel more could show a part of an object.
+    first = math.ceil(left * across), math.ceil(top * down)
+    return *first, max(int(right * across), first[0] + 1), max(int(bottom * down), first[1] + 1)
 
 
 def _region(paste: Paste, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[slice, slice]:
@@ -226,7 +235,7 @@ def _placed(
     offset = corner - linear @ [(width - 1) / 2, (height - 1) / 2]
     target = region[1].stop - region[1].start, region[0].stop - region[0].start
     matrix = np.column_stack([linear, offset])
-    # The lines beyond a cut-out's box repeat its margin: transparent, or the object where it is cut.
+    # Beyond a cut-out its margin is repeated: transparent, or the object where it is cut off.
     placed = cv2.warpAffine(
         pixels, matrix, target, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     ).astype(np.float32)
@@ -234,19 +243,29 @@ def _placed(
     return np.ascontiguousarray(placed[..., :3]), np.ascontiguousarray(placed[..., 3])
 
 
-def _cloned(scene: np.ndarray, composition: Composition, region: tuple[slice, slice]) -> np.ndarray:
-    """Return what an edit puts over the background: the background from elsewhere, resampled."""
+def _cloned(
+    scene: np.ndarray, composition: Composition, region: tuple[slice, slice], alpha: np.ndarray
+) -> np.ndarray:
+    """Return what an edit puts over the background: the background from elsewhere, resampled.
+
+    Of several places the one is taken whose colours differ least at the outline of the edit.
+    """
     height, width = scene.shape[:2]
-    # Half a pixel more: a copy of whole pixels would leave none of the traces of resampling.
-    x = composition.clone[0] * width + 0.5
-    y = composition.clone[1] * height + 0.5
-    matrix = np.array([[1, 0, region[1].start + x], [0, 1, region[0].start + y]])
-    target = region[1].stop - region[1].start, region[0].stop - region[0].start
-    moved = cv2.warpAffine(
-        scene, matrix, target,
-        flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101,
-    )  # fmt: skip
-    return moved.astype(np.float32) / 255
+    view = scene[region].astype(np.float32) / 255
+    edge = (alpha > 0.1) & (alpha < 0.9)
+    best, least = view, math.inf
+    for right, down in composition.clones:
+        # Half a pixel more: a copy of whole pixels would leave none of the traces of resampling.
+        x, y = right * width + 0.5, down * height + 0.5
+        matrix = np.array([[1, 0, region[1].start + x], [0, 1, region[0].start + y]])
+        moved = cv2.warpAffine(
+            scene, matrix, view.shape[1::-1],
+            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101,
+        ).astype(np.float32) / 255  # fmt: skip
+        difference = float(np.abs(moved - view)[edge].mean()) if edge.any() else 0.0
+        if difference < least:
+            best, least = moved, difference
+    return best
 
 
 def _put_distractor(scene: np.ndarray, shape: Shape, texture: np.ndarray) -> np.ndarray:
@@ -301,12 +320,19 @@ def _shifted(shape: Shape, x: int, y: int) -> Shape:
 
 
 def _front_pixels(scene: np.ndarray, shape: Shape, region: tuple[slice, slice]) -> np.ndarray:
-    """Return the texture of an occluder: the picture from elsewhere, brighter or darker."""
-    height, width = scene.shape[:2]
-    rows = (np.arange(region[0].start, region[0].stop) + round(shape.dy * height)) % height
-    columns = (np.arange(region[1].start, region[1].stop) + round(shape.dx * width)) % width
+    """Return the texture of an occluder: the picture from nearby, brighter or darker."""
+    rows, columns = (
+        _reflected(np.arange(part.start, part.stop) + round(shift * length), length)
+        for part, shift, length in zip(region, (shape.dy, shape.dx), scene.shape[:2], strict=True)
+    )
     moved = scene[rows[:, None], columns[None]].astype(np.float32) / 255
     return np.clip(moved * np.float32(shape.shade), 0, 1)
+
+
+def _reflected(positions: np.ndarray, length: int) -> np.ndarray:
+    """Reflect positions beyond the ends of a line into it."""
+    positions = np.abs(positions) % max(2 * length - 2, 1)
+    return np.where(positions >= length, 2 * length - 2 - positions, positions)
 
 
 def _hidden(fronts: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:

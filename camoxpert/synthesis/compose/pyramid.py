@@ -1,4 +1,4 @@
-"""Fill gaps smoothly: values known at some pixels are spread to all others."""
+"""Spread values that are known at some pixels smoothly over all others."""
 
 from __future__ import annotations
 
@@ -6,29 +6,56 @@ import cv2
 import numpy as np
 
 EMPTY = 1e-4
+KNOWN = 0.1
+"""Weight from which a pixel counts as known."""
+RELAXATIONS = 6
+CROSS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32) / 4
 
 
-def fill_gaps(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Return values that equal the known ones and pass smoothly between them.
+def spread(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return known values averaged over about four pixels and spread smoothly over all pixels.
 
     Pull-push (Gortler et al. 1996, "The Lumigraph", section 3.4): known values are averaged down a
     pyramid until every pixel has some, and the way back fills each level from the coarser one. It
     approximates the membrane of Poisson editing (Perez et al. 2003), as convolution pyramids do
-    (Farbman et al. 2011), in time proportional to the pixels.
+    (Farbman et al. 2011), in time proportional to the pixels. It is linear in the values.
 
     Args:
         values: float32 (H, W, C).
         weight: float32 (H, W), 0 (unknown) to 1 (known).
     """
     height, width = weight.shape
-    if min(height, width) <= 2 or weight.min() >= 1 - EMPTY:
-        total = max(float(weight.sum()), EMPTY)
-        mean = (values * weight[..., None]).sum((0, 1)) / total
-        return values * weight[..., None] + mean * (1 - weight[..., None])
-    premultiplied = np.dstack([values * weight[..., None], weight])
-    small = cv2.pyrDown(premultiplied)
-    share = small[..., -1:]
-    coarse = fill_gaps(small[..., :-1] / np.maximum(share, EMPTY), np.minimum(share[..., 0] * 4, 1))
-    finer = cv2.pyrUp(coarse.astype(np.float32), dstsize=(width, height))
-    finer = finer.reshape(values.shape)
-    return values * weight[..., None] + finer * (1 - weight[..., None])
+    known = values * weight[..., None]
+    for _ in range(2):
+        known, weight = cv2.pyrDown(known), cv2.pyrDown(weight)
+    coarse = _filled(known.reshape(*weight.shape, -1), weight)
+    # Pixel 0 of a smaller level lies on pixel 0 of the larger one.
+    matrix = np.array([[4.0, 0, 0], [0, 4.0, 0]])
+    planes = [
+        cv2.warpAffine(
+            np.ascontiguousarray(coarse[..., start : start + 4]), matrix, (width, height),
+            flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE,
+        ).reshape(height, width, -1)
+        for start in range(0, coarse.shape[2], 4)
+    ]  # fmt: skip
+    return np.concatenate(planes, 2) if len(planes) > 1 else planes[0]
+
+
+def _filled(known: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return values at every pixel; ``known`` are values times weights."""
+    rows, columns = weight.shape
+    # A thin line keeps little of its weight at each level; it is known all the same.
+    trust = np.minimum(weight / KNOWN, 1)[..., None]
+    fixed = known / np.maximum(weight, EMPTY)[..., None] * trust
+    if min(rows, columns) <= 2 or trust.min() >= 1:
+        mean = known.sum((0, 1)) / max(float(weight.sum()), EMPTY)
+        return fixed + mean * (1 - trust)
+    smaller = cv2.pyrDown(known).reshape(-(-rows // 2), -(-columns // 2), -1)
+    coarse = _filled(smaller, cv2.pyrDown(weight)).astype(np.float32)
+    unknown = 1 - trust
+    result = fixed + cv2.pyrUp(coarse, dstsize=(columns, rows)).reshape(known.shape) * unknown
+    for _ in range(RELAXATIONS):
+        # Towards Laplace's equation: each unknown pixel becomes the mean of its neighbours.
+        result = cv2.filter2D(result, -1, CROSS, borderType=cv2.BORDER_REPLICATE)
+        result = fixed + result.reshape(known.shape) * unknown
+    return result

@@ -21,7 +21,8 @@ class ComposeSettings:
         object_size: share of the picture that the object covers; its logarithm is uniform. Objects
             are never enlarged, so that small ones can stay below it.
         angle: largest rotation of an object, degrees.
-        colour: strength of the colour transfer, 0 (the object's own) to 1 (the background's).
+        colour: strength of the colour transfer, 0 (the object's own) to 1 (the background's); with a
+            target candidates have all strengths.
         gradient: probability of gradient-domain blending; the others are feathered.
         feather: width (sigma) of the object's soft edge.
         choices: backgrounds that resemble the object most, of which one is drawn.
@@ -33,6 +34,7 @@ class ComposeSettings:
         difficulty: target distribution, as equally spaced quantiles from the lowest to the highest
             value: (0.7,) is 0.7 always, (0.4, 0.9) is uniform. None: no target.
         candidates: variants of a picture of which the one nearest to the target is kept.
+        crop: share of the background's height and of its width that is shown; (1, 1): all of it.
         others: what happens with objects that the background shows: "avoid" cuts a part without
             them where that is possible, "keep" shows the whole picture. Whatever of them remains
             visible is labelled as object in both cases.
@@ -44,7 +46,7 @@ class ComposeSettings:
     colour: tuple[float, float] = (0.2, 1.0)
     gradient: float = 0.5
     feather: tuple[float, float] = (0.5, 1.0)
-    choices: int = 32
+    choices: int = 12
     occluders: float = 0.3
     distractors: float = 0.1
     edits: float = 0.1
@@ -52,6 +54,7 @@ class ComposeSettings:
     jpeg: tuple[int, int] = (75, 96)
     difficulty: tuple[float, ...] | None = None
     candidates: int = 5
+    crop: tuple[float, float] = (0.8, 1.0)
     others: str = "avoid"
 
 
@@ -102,7 +105,8 @@ class Shape:
         seed: of its outline.
         x, y: its centre.
         radius: its reach.
-        dx, dy: where its texture is taken from, as shares of the picture that provides it.
+        dx, dy: where its texture is taken from, as shares of a picture: an occluder's shift in the
+            picture itself, the place of a distractor's texture in another background.
         shade: factor of its brightness.
     """
 
@@ -125,7 +129,8 @@ class Composition:
         kind: "object", or "edit" for a picture whose edit left no object.
         background, background_source, background_mask: number, file and mask file ("": none known)
             of the background.
-        crop: left, top, right, bottom of the part of the background that is shown, its own pixels.
+        background_size: its height and width, pixels.
+        crop: left, top, right, bottom of the part of it that is shown, in those pixels.
         height, width: of the finished picture.
         paste: the object; for an edit the object whose outline was edited.
         feather: sigma of the object's soft edge.
@@ -135,7 +140,8 @@ class Composition:
         occluders: in front of the object.
         distractor: a salient thing, labelled background, or None.
         distractor_background, distractor_source: the picture that gives its texture; -1 and "".
-        clone: shift of an edit's texture as shares of the picture: right, down.
+        clones: shifts of an edit's texture as shares of the picture (right, down), of which the one
+            is taken that fits its surroundings best; () for objects.
         noise: standard deviation in grey levels.
         jpeg: quality.
     """
@@ -146,6 +152,7 @@ class Composition:
     background: int
     background_source: str
     background_mask: str
+    background_size: tuple[int, int]
     crop: tuple[int, int, int, int]
     height: int
     width: int
@@ -158,7 +165,7 @@ class Composition:
     distractor: Shape | None
     distractor_background: int
     distractor_source: str
-    clone: tuple[float, float]
+    clones: tuple[tuple[float, float], ...]
     noise: float
     jpeg: int
 
