@@ -334,6 +334,11 @@ def digest_of(files: Sequence[Path]) -> str | None:
         digests = [file_digest(path) for path in files]
     except OSError:
         return None
+    return joined_digest(digests)
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """Return one hash for those of several files; that of a single file stays as it is."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()

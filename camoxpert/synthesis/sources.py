@@ -15,7 +15,7 @@ from camoxpert.data.files.csv_paths import TABLE_SUFFIXES
 from camoxpert.data.files.image_io import MAX_PIXELS
 from camoxpert.data.files.layouts import recognise
 from camoxpert.data.files.listing import list_files
-from camoxpert.data.files.manifest import Manifest, Search, load_eval, manifest_of
+from camoxpert.data.files.manifest import Manifest, Search, load_eval, manifest_of, without
 from camoxpert.data.files.pairing import Pair, by_name, group_of
 from camoxpert.data.files.roots import Root, read_roots
 from camoxpert.doctor.leaks import LeakSearch, find_leaks
@@ -84,7 +84,7 @@ def find_sources(options: SourceOptions, *, what: str = "source") -> Sources:
     train: list[Manifest] = []
     tests: dict[str, Manifest] = {}
     for own, theirs in _read(options):
-        train += own
+        train += [without(manifest, options.search.clean) for manifest in own]
         for manifest in theirs:
             tests[free_name(manifest.dataset, tests)] = manifest
     for manifest in _test_sets(options):
@@ -93,6 +93,8 @@ def find_sources(options: SourceOptions, *, what: str = "source") -> Sources:
         for note in manifest.notes:
             console.note(note)
     pairs = tuple(pair for manifest in train for pair in manifest.pairs)
+    if not pairs:
+        raise DataError("The clean list leaves no images to make others from.")
     search = LeakSearch(tests, options.max_pixels, options.cache)
     leaks = find_leaks(pairs, search)
     sources = Sources(pairs, _names(pairs), leaks, tuple(tests), sum(map(len, tests.values())))

@@ -1,0 +1,147 @@
+"""Make images with the engine of ``predict``: what is left, the ledger, the provenance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from camoxpert import console, stop
+from camoxpert.files import write_json
+from camoxpert.inference.devices import DeviceEngine
+from camoxpert.inference.engine import ChunkResult, Spec
+from camoxpert.inference.job import BatchResult, Engine, audit, do_items
+from camoxpert.inference.ledger import open_ledger
+from camoxpert.inference.local import LocalEngine
+from camoxpert.inference.plan import Made, make_plan, remove_unfinished
+from camoxpert.inference.products import Product
+from camoxpert.synthesis.records import KINDS, PROVENANCE, TABLE, Head, write_provenance
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a job is done; none of it changes an image.
+
+    Attributes:
+        batch_size: images of a forward pass; None chooses.
+        devices: names of devices for worker processes; empty: this process, on ``device``.
+        device: as in ``--device``.
+        overwrite: make images again that are there.
+        limit: make at most this many of the images that are left.
+    """
+
+    batch_size: int | None = 8
+    devices: Sequence[str] = ()
+    device: str = "auto"
+    overwrite: bool = False
+    limit: int | None = None
+
+
+@dataclass
+class Job:
+    """Images to make.
+
+    Attributes:
+        title: relight or compose.
+        output: folder of the results.
+        product: its files.
+        head: what all images depend on.
+        items: one for each image, with names that differ.
+        spec: builds the stages in the process that works.
+        notes: facts for the summary.
+    """
+
+    title: str
+    output: Path
+    product: Product
+    head: Head
+    items: Sequence[Made]
+    spec: Spec
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class _Counted:
+    """An engine whose rows say what the caches had; counts that and takes it out of them.
+
+    Whether a result was cached must not be in the ledger: a run that was stopped and finished would
+    end with other rows than one that was not.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.caches: dict[str, Counter[str]] = {}
+
+    def results(self, items: Sequence[Any]) -> Iterator[ChunkResult]:
+        for result in self.engine.results(items):
+            for row in result.rows:
+                for stage, outcome in row.pop("cache", {}).items():
+                    self.caches.setdefault(stage, Counter())[outcome] += 1
+            yield result
+
+    def summary(self) -> dict[str, Any]:
+        counts = {stage: dict(counter) for stage, counter in self.caches.items()}
+        return self.engine.summary() | {"caches": counts}
+
+
+def make_images(
+    job: Job, work: Work, *, after: Callable[[Path, BatchResult], None] | None = None
+) -> BatchResult:
+    """Make the images that are not there yet; the same call finishes a stopped one.
+
+    Args:
+        job: the images.
+        work: how it is done.
+        after: writes what is told about the whole folder, such as a page; called with the folder
+            and the result while its ledger is locked.
+
+    Raises:
+        ConfigError: the folder holds images of other settings, or of unknown origin.
+        DataError: a file cannot be written, or images have no row in the end.
+        Stopped: the command was asked to stop.
+    """
+    result = BatchResult()
+    with open_ledger(job.output, KINDS, name=job.product.ledger, table=TABLE) as ledger:
+        if not ledger.finished:
+            remove_unfinished(job.output, job.product)
+        plan = make_plan(
+            ledger, job.head, job.items, KINDS, overwrite=work.overwrite, product=job.product
+        )
+        if work.limit is not None:
+            plan.todo = plan.todo[: work.limit]
+        result.skipped, result.replaced = plan.skipped, plan.replaced
+        complete = False
+        try:
+            if plan.todo:
+                engine = _Counted(_engine(job, work))
+                do_items(engine, plan.todo, ledger, result, job.title)
+                result.summary = engine.summary()
+                if result.summary.get("deaths"):
+                    remove_unfinished(job.output, job.product)
+            complete = True
+        finally:
+            with stop.current().deferred():
+                ledger.finish((item.name for item in job.items), complete=complete)
+                if plan.todo or not (job.output / PROVENANCE).is_file():
+                    write_provenance(ledger)
+        audit(ledger, plan, result, job.product.item)
+        if result.summary:
+            result.summary |= {"settings": job.head.fields()} | job.notes
+            write_json(job.output / f"{job.title}.json", result.summary, durable=False)
+        if after is not None:
+            after(job.output, result)
+    return result
+
+
+def _engine(job: Job, work: Work) -> Engine:
+    if work.devices:
+        return DeviceEngine(job.spec, work.devices, batch_size=work.batch_size)
+    return LocalEngine(job.spec.build(work.device), batch_size=work.batch_size)
+
+
+def describe_caches(caches: dict[str, dict[str, int]]) -> None:
+    """Say of each stage how many results were found, and why the others were not."""
+    for stage, counts in caches.items():
+        ordered = sorted(counts.items(), key=lambda item: (item[0] != "hit", item[0]))
+        console.decide(f"{stage} cache", ", ".join(f"{number} {text}" for text, number in ordered))
