@@ -143,7 +143,7 @@ class RelightSettings:
     pattern_scale: Range = (0.05, 0.14)
     pattern_angle: Range = (-35.0, 35.0)
     pattern_blur: Range = (0.15, 0.5)
-    pattern_reach: Range = (0.8, 2.0)
+    pattern_reach: Range = (0.4, 1.2)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1.5:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.synthesis.relight.blur import blur
+from camoxpert.synthesis.relight.blur import FEW_CELLS, blur, pooled
 
 WORKING_SIZE = 256
 """Longer side of the finest grid that bodies are inflated on."""
@@ -28,28 +30,27 @@ def height_from_mask(masks_B1HW: Tensor) -> Tensor:
     Args:
         masks_B1HW: bool or 0/1 (B, 1, H, W).
     """
-    coverage = masks_B1HW.float()
-    height, width = coverage.shape[-2:]
+    height, width = masks_B1HW.shape[-2:]
     longer = max(height, width)
-    side, sides = min(COARSEST, longer), []
-    while side < min(WORKING_SIZE, longer):
-        sides.append(side)
-        side *= 2
-    sides.append(min(WORKING_SIZE, longer))
-    solution: Tensor | None = None
-    for side in sides:
-        shape = [max(2, round(height * side / longer)), max(2, round(width * side / longer))]
-        inside = F.adaptive_avg_pool2d(coverage, shape)
-        inside = (inside > 0.5).float() if side > 32 else inside
-        solution = (
-            torch.zeros_like(inside)
-            if solution is None
-            else F.interpolate(solution, shape, mode="bilinear", align_corners=False)
-        )
-        solution = _relaxed(solution, inside, 1 / side)
-    assert solution is not None
-    fine = F.interpolate(solution, [height, width], mode="bilinear", align_corners=False)
-    return fine.mul_(2 * coverage).clamp_(min=0).sqrt_()
+    cell = math.ceil(longer / WORKING_SIZE)
+    levels = [pooled(masks_B1HW.float(), cell)]
+    while max(levels[-1].shape[-2:]) > COARSEST:
+        levels.append(pooled(levels[-1], 2))
+    solution = torch.zeros_like(levels[-1])
+    for level in range(len(levels) - 1, -1, -1):
+        inside = levels[level]
+        if level < len(levels) - 1:
+            solution = _enlarged(solution, 2, inside.shape)
+        solution = _relaxed(solution, inside, cell * 2**level / longer)
+    solution = _enlarged(solution, cell, masks_B1HW.shape)
+    return solution.mul_(2).clamp_(min=0).sqrt_().mul_(masks_B1HW)
+
+
+def _enlarged(maps_BCHW: Tensor, times: int, shape: torch.Size) -> Tensor:
+    if times == 1:
+        return maps_BCHW.clone()
+    fine = F.interpolate(maps_BCHW, scale_factor=times, mode="bilinear", align_corners=False)
+    return fine[..., : shape[-2], : shape[-1]]
 
 
 def _relaxed(u_B1HW: Tensor, inside_B1HW: Tensor, spacing: float) -> Tensor:
@@ -93,5 +94,5 @@ def texture(luminance_B1HW: Tensor) -> Tensor:
     """
     size = max(luminance_B1HW.shape[-2:])
     fine = blur(luminance_B1HW, GRAIN_SIGMA * size)
-    coarse = blur(luminance_B1HW, TEXTURE_SIGMA * size)
+    coarse = blur(luminance_B1HW, TEXTURE_SIGMA * size, cells=FEW_CELLS)
     return ((fine + 0.01) / (coarse + 0.01)).log_().clamp_(-1, 1)

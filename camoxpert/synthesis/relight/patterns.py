@@ -29,15 +29,15 @@ def window(u_BHW: Tensor, v_BHW: Tensor, edge_B11: Tensor, seeds: Sequence[int])
 
 
 def leaves(u_BHW: Tensor, v_BHW: Tensor, edge_B11: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Return the flecks of light under a tree."""
+    """Return the flecks of light under a tree: round and soft, images of the sun."""
     lattice = np.stack(
         [np.random.default_rng(seed).standard_normal((2, LATTICE, LATTICE)) for seed in seeds]
     )
     # Periodic, with a border for the interpolation.
     padded = upload(np.pad(lattice, ((0, 0), (0, 0), (2, 2), (2, 2)), mode="wrap"), u_BHW)
     coarse = _lattice_value(padded[:, :1], u_BHW, v_BHW)
-    fine = _lattice_value(padded[:, 1:], 2.3 * u_BHW, 2.3 * v_BHW)
-    return _step(coarse + 0.5 * fine - 0.1, 1.5 * edge_B11)
+    fine = _lattice_value(padded[:, 1:], 2.9 * u_BHW, 2.9 * v_BHW)
+    return _step(0.7 * coarse + 0.6 * fine - 0.15, 0.5 + 2 * edge_B11)
 
 
 PATTERNS: Mapping[str, Pattern] = {"blinds": blinds, "leaves": leaves, "window": window}
@@ -81,6 +81,31 @@ def pattern_light(
         else:
             result.index_copy_(0, rows, passed)
     return result[:, None]
+
+
+def nearness(masks_BHW: Tensor, reach_B11: Tensor) -> Tensor:
+    """Return 1 on and around an object, falling to 0 beyond ``reach`` times its size.
+
+    The object is taken as the ellipse of its variances along x and y.
+    """
+    _, height, width = masks_BHW.shape
+    x = torch.arange(width, dtype=torch.float32, device=masks_BHW.device)
+    y = torch.arange(height, dtype=torch.float32, device=masks_BHW.device)
+    squared = [
+        _squared_distance(masks_BHW.sum(1), x, reach_B11[:, 0])[:, None],
+        _squared_distance(masks_BHW.sum(2), y, reach_B11[:, 0])[:, :, None],
+    ]
+    return _step(1 - (squared[0] + squared[1]).sqrt_(), reach_B11.new_tensor(1.0))
+
+
+def _squared_distance(counts_BN: Tensor, place_N: Tensor, reach_B1: Tensor) -> Tensor:
+    """Return the squared distance along an axis, 1 at the middle of the fade."""
+    total = counts_BN.sum(1, keepdim=True).clamp(min=1)
+    centre = (counts_BN * place_N).sum(1, keepdim=True) / total
+    apart = (place_N - centre).square()
+    variance = (counts_BN * apart).sum(1, keepdim=True) / total
+    # Two deviations hold an ellipse; the fade begins at half its middle.
+    return apart / (variance.clamp(min=1) * (4 * (1 + reach_B1)).square())
 
 
 def _index(rows: Sequence[int], device: torch.device) -> Tensor:

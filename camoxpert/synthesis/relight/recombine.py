@@ -59,7 +59,7 @@ def recombine(
 def expose(linear_BCHW: Tensor, factor_BCHW: Tensor) -> Tensor:
     """Multiply light; what grows approaches white instead of being cut off at it.
 
-    1 - (1 - x)^f for f above 1: x for f = 1, f x where x is small. Never above 1.
+    f x / (1 + (f - 1) x) for factors above 1: x for f = 1, f x where x is small. Never above 1.
     """
-    brighter = 1 - (1 - linear_BCHW).clamp_(min=1e-4).pow(factor_BCHW)
-    return torch.where(factor_BCHW > 1, brighter, linear_BCHW * factor_BCHW)
+    bent = (factor_BCHW - 1).clamp_(min=0).mul_(linear_BCHW).add_(1)
+    return (linear_BCHW * factor_BCHW).div_(bent)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.synthesis.relight.blur import blur
+from camoxpert.synthesis.relight.blur import FEW_CELLS, blur
 
 PENUMBRA_SIGMAS = (0.0, 0.003, 0.008, 0.02)
 """Blurs that penumbras are mixed from, as shares of the longer side."""
+Size = tuple[int, int]
 LOWEST = 0.1
 """Smallest slope of a ray: flatter ones cast shadows of unbounded length."""
 
@@ -39,8 +40,9 @@ def cast_shadows(
     """
     _, _, height, width = heights_B1HW.shape
     side = math.ceil(math.hypot(height, width)) + 2
-    there, back = _turns(azimuth_B, height, width, side)
-    grid = F.affine_grid(there, [len(azimuth_B), 1, side, side], align_corners=True)
+    # Unit vector along the travel of light; rows of the image grow downwards.
+    x, y = -azimuth_B.cos(), azimuth_B.sin()
+    grid = _turned(x, -y, (side, side), (height, width))
     same = casters_B1HW is heights_B1HW
     planes = heights_B1HW if same else torch.cat([heights_B1HW, casters_B1HW], 1)
     turned = F.grid_sample(planes, grid, align_corners=True)
@@ -54,22 +56,26 @@ def cast_shadows(
     covered = excess / distance
     span = (slope_B[:, None, None] + radius - lowest).clamp(min=1e-4)
     dark = (covered / span).clamp_(max=1)
-    both = torch.stack([dark, dark * distance * radius], 1)
-    grid = F.affine_grid(back, [len(azimuth_B), 1, height, width], align_corners=True)
+    both = torch.stack([dark, distance.mul_(dark).mul_(radius)], 1)
+    grid = _turned(x, y, (height, width), (side, side))
     dark, weighted = F.grid_sample(both, grid, align_corners=True).split(1, 1)
     return 1 - dark, weighted / dark.clamp(min=1e-3)
 
 
-def _turns(azimuth_B: Tensor, height: int, width: int, side: int) -> tuple[Tensor, Tensor]:
-    """Return (B, 2, 3) matrices for ``affine_grid``: image to turned square, and back."""
-    # Unit vectors along and across the travel of light; rows of the image grow downwards.
-    x, y = -azimuth_B.cos(), azimuth_B.sin()
-    zero = torch.zeros_like(x)
-    across, down, square = ((n - 1) / 2 for n in (width, height, side))
-    there = torch.stack([x, -y, zero, y, x, zero], 1).view(-1, 2, 3) * square
-    there = there / there.new_tensor([[across], [down]])
-    back = torch.stack([x * across, y * down, zero, -y * across, x * down, zero], 1)
-    return there, back.view(-1, 2, 3) / square
+def _turned(cos_B: Tensor, sin_B: Tensor, target: Size, source: Size) -> Tensor:
+    """Return the grid for ``grid_sample`` that turns a map around its centre.
+
+    Pixel (x, y) of the target, from its centre, comes from (x cos + y sin, y cos - x sin).
+    """
+    height, width = target
+    x = torch.arange(width, device=cos_B.device) - (width - 1) / 2
+    y = (torch.arange(height, device=cos_B.device) - (height - 1) / 2)[:, None]
+    cos, sin = cos_B[:, None, None], sin_B[:, None, None]
+    grid = torch.empty(len(cos_B), height, width, 2, device=cos_B.device)
+    across, down = 2 / (source[1] - 1), 2 / (source[0] - 1)
+    torch.add(x * (cos * across), y * (sin * across), out=grid[..., 0])
+    torch.add(y * (cos * down), x * (sin * -down), out=grid[..., 1])
+    return grid
 
 
 def soften(visible_B1HW: Tensor, penumbra_B1HW: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ def soften(visible_B1HW: Tensor, penumbra_B1HW: Tensor) -> Tensor:
     size = max(visible_B1HW.shape[-2:])
     dark = 1 - visible_B1HW
     # Beside a shadow the width is that of the shadow nearby.
-    spread = blur(torch.cat([dark * penumbra_B1HW, dark], 1), 0.01 * size)
+    spread = blur(torch.cat([dark * penumbra_B1HW, dark], 1), 0.01 * size, cells=FEW_CELLS)
     sigma = 0.5 * spread[:, :1] / spread[:, 1:].clamp(min=1e-3)
     sigmas = [share * size for share in PENUMBRA_SIGMAS]
     mixed = torch.zeros_like(dark)
@@ -90,6 +96,6 @@ def soften(visible_B1HW: Tensor, penumbra_B1HW: Tensor) -> Tensor:
             weight = ((sigma - sigmas[k - 1]) / (level - sigmas[k - 1])).clamp_(0, 1)
         if k + 1 < len(sigmas):
             weight = weight * ((sigmas[k + 1] - sigma) / (sigmas[k + 1] - level)).clamp_(0, 1)
-        mixed += weight * (dark if k == 0 else blur(dark, level))
+        mixed += weight * (dark if k == 0 else blur(dark, level, cells=FEW_CELLS))
     # Less than a hundredth is nothing: shadows end.
     return (1 - mixed).div_(0.99).clamp_(0, 1)
