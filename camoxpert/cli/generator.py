@@ -118,8 +118,12 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def source_options(options: argparse.Namespace) -> SourceOptions:
+def source_options(options: argparse.Namespace, *, needed: bool = True) -> SourceOptions:
     """Return where images come from.
+
+    Args:
+        options: as typed.
+        needed: there must be a data set.
 
     Raises:
         ConfigError: no data set was given.
@@ -127,7 +131,7 @@ def source_options(options: argparse.Namespace) -> SourceOptions:
     from camoxpert.data.files.manifest import Search, read_clean_list
     from camoxpert.synthesis.sources import GROUND_TRUTH, SourceOptions
 
-    if not options.roots:
+    if needed and not options.roots:
         raise ConfigError(
             "No images to make others from: --dataset-path DIR names data sets, --csv FILE a table."
         )

@@ -87,9 +87,12 @@ def state_of(paths: Sequence[Path]) -> Source | None:
     Returns:
         None if one is missing.
     """
+    if not paths:
+        # What the item is made from is known by the head of the ledger.
+        return Source("", 0, 0, 0)
     found = [source_of(path) for path in paths]
     known = [source for source in found if source is not None]
-    if len(known) < len(found) or not known:
+    if len(known) < len(found):
         return None
     return Source(
         known[0].source,

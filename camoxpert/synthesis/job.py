@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from camoxpert.inference.local import LocalEngine
 from camoxpert.inference.plan import Made, make_plan, remove_unfinished
 from camoxpert.inference.products import Product
 from camoxpert.synthesis.records import KINDS, PROVENANCE, TABLE, Head, write_provenance
+from camoxpert.synthesis.stagecache import HIT
 
 
 @dataclass(frozen=True)
@@ -143,5 +144,10 @@ def _engine(job: Job, work: Work) -> Engine:
 def describe_caches(caches: dict[str, dict[str, int]]) -> None:
     """Say of each stage how many results were found, and why the others were not."""
     for stage, counts in caches.items():
-        ordered = sorted(counts.items(), key=lambda item: (item[0] != "hit", item[0]))
-        console.decide(f"{stage} cache", ", ".join(f"{number} {text}" for text, number in ordered))
+        say_outcomes(stage, counts)
+
+
+def say_outcomes(stage: str, counts: Mapping[str, int]) -> None:
+    """Say how many results of a stage were cached, and why the others were not."""
+    ordered = sorted(counts.items(), key=lambda item: (item[0] != HIT, item[0]))
+    console.decide("cache", f"{stage}: " + "; ".join(f"{text} {n}" for text, n in ordered))

@@ -29,6 +29,7 @@ from camoxpert.inference.plan import model_digest
 from camoxpert.inference.predictor import load_for
 from camoxpert.inference.sources import Photo
 from camoxpert.runs.checkpoint import file_digest, resolve_checkpoint
+from camoxpert.synthesis.job import say_outcomes
 from camoxpert.synthesis.sources import GROUND_TRUTH
 from camoxpert.synthesis.stagecache import (
     CORRUPT,
@@ -153,7 +154,7 @@ def _from_maps(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
                 failed[pair.image] = str(error)
         found.append(replace(pair, mask=target, any_size=True, labeled=True))
     require_hits("mask", misses)
-    _say(outcomes)
+    say_outcomes("mask", outcomes)
     return Masked(tuple(found), f"maps in {root}", 0, failed)
 
 
@@ -180,7 +181,7 @@ def _from_model(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
         names.append(name)
         photos.setdefault(name, Photo(pair.image, name))
     states = {name: _state(folder / "masks" / f"{name}.png") for name in photos}
-    _say(Counter(states.values()))
+    say_outcomes("mask", Counter(states.values()))
     misses = [(photos[name].path, why) for name, why in states.items() if why != HIT]
     if options.strict:
         require_hits("mask", misses)
@@ -223,11 +224,6 @@ def _state(mask: Path) -> str:
     except (DataError, OSError, ValueError, SyntaxError):
         return CORRUPT
     return HIT
-
-
-def _say(outcomes: Counter[str]) -> None:
-    ordered = sorted(outcomes.items(), key=lambda item: (item[0] != HIT, item[0]))
-    console.decide("mask cache", ", ".join(f"{number} {text}" for text, number in ordered))
 
 
 def require_masks(masked: Masked, source: str) -> None:

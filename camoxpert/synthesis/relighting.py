@@ -234,11 +234,8 @@ class RelightStages:
     def _batch(self, inputs: Tensor, samples: Sequence[RelightSample]) -> tuple[Tensor, Tensor]:
         # Synchronising a GPU to tell stages apart would cost more than it tells.
         seconds: dict[str, float] | None = {} if self.device.type == "cpu" else None
-        started = time.perf_counter()
         for number, sample in enumerate(samples):
-            self._complete(sample.source, inputs[number : number + 1])
-        if seconds is not None:
-            seconds["albedo"] = time.perf_counter() - started
+            self._complete(sample.source, inputs[number : number + 1], seconds)
         lights = [sample.light for sample in samples]
         sources = [sample.source for sample in samples]
         found = self._relit(
@@ -257,13 +254,15 @@ class RelightStages:
         known = [part for part in parts if part is not None]
         return torch.stack(known).to(self.device)
 
-    def _complete(self, source: _Source, inputs: Tensor) -> None:
+    def _complete(self, source: _Source, inputs: Tensor, seconds: dict[str, float] | None) -> None:
         """Compute what is not known of a source: the light in it, and its height."""
+        started = time.perf_counter()
         images, inside = inputs[:, :3], (inputs[:, 3:] > 127).float()
         if source.log_light is None:
             # What the albedo follows from: one channel instead of three.
             source.log_light = log_surround(luminance(to_linear(images)))[0].half()
             source.unsaved.append("albedo")
+        computed = time.perf_counter()
         if source.height is None:
             if source.depth is None:
                 height = height_from_mask(inside)
@@ -272,6 +271,9 @@ class RelightStages:
                 height = height_from_depth(depth, inside)
             source.height = height[0].half()
             source.unsaved.append("height")
+        if seconds is not None:
+            seconds["albedo"] = seconds.get("albedo", 0.0) + computed - started
+            seconds["height"] = seconds.get("height", 0.0) + time.perf_counter() - computed
 
     def _relit(
         self,
