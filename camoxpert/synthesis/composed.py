@@ -58,7 +58,8 @@ class _Pictures:
 
     sources: list[Source] = field(default_factory=list)
     files: dict[str, SourceFile] = field(default_factory=dict)
-    tests: dict[str, int] = field(default_factory=dict)
+    tests: tuple[str, ...] = ()
+    compared: int = 0
     derived: str = ""
     models: int = 0
     broken: list[tuple[object, str]] = field(default_factory=list)
@@ -145,7 +146,7 @@ def compose_sources(
             "backgrounds": len(index),
             "not_pasted": library.left_out,
             "test_sources": {p: known.leak for p, known in files.items() if known.leak},
-            "leak_guard": pictures.tests | cutouts.tests | given.tests,
+            "leak_guard": _guard(pictures, cutouts, given),
             "mask_models_loaded": pictures.models,
             "broken_sources": [[str(path), reason] for path, reason in broken],
         },
@@ -161,7 +162,8 @@ def _pictures(options: SourceOptions, masks: MaskOptions) -> _Pictures:
     if masked.failed:
         require_masks(masked, masks.source)
     pictures = _Pictures(
-        tests=dict.fromkeys(found.tests, found.compared),
+        tests=found.tests,
+        compared=found.compared,
         derived=masked.derived,
         models=masked.models,
         broken=[(path, reason) for path, reason in masked.failed.items()],
@@ -185,7 +187,7 @@ def _backgrounds(options: SourceOptions, roots: Sequence[str]) -> _Pictures:
 
 def _unmasked(options: SourceOptions, roots: Sequence[str], what: str) -> _Pictures:
     found = find_sources(replace(options, roots=roots, masks=False), what=what)
-    pictures = _Pictures(tests=dict.fromkeys(found.tests, found.compared))
+    pictures = _Pictures(tests=found.tests, compared=found.compared)
     for position, (name, pair) in enumerate(zip(found.names, found.pairs, strict=True)):
         mask = str(pair.mask) if pair.labeled and what == "background" else ""
         leak = found.leaks.get(position, "")
@@ -203,6 +205,12 @@ def _add(pictures: _Pictures, source: Source, group: str, leak: str) -> None:
     pictures.sources.append(source)
     for path, digest in digests.items():
         pictures.files[path] = SourceFile(digest, group, leak if path == source.image else "")
+
+
+def _guard(*found: _Pictures) -> dict[str, object]:
+    """Return which test images the sources were compared with."""
+    most = max(found, key=lambda pictures: pictures.compared)
+    return {"test_sets": list(most.tests), "test_images": most.compared}
 
 
 def _sound(sources: Sequence[Source], broken: list[tuple[object, str]]) -> list[Source]:

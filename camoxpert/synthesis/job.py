@@ -13,7 +13,7 @@ from camoxpert.files import write_json
 from camoxpert.inference.devices import DeviceEngine
 from camoxpert.inference.engine import ChunkResult, Spec
 from camoxpert.inference.job import BatchResult, Engine, audit, do_items
-from camoxpert.inference.ledger import open_ledger
+from camoxpert.inference.ledger import Ledger, open_ledger
 from camoxpert.inference.local import LocalEngine
 from camoxpert.inference.plan import Made, make_plan, remove_unfinished
 from camoxpert.inference.products import Product
@@ -87,15 +87,14 @@ class _Counted:
 
 
 def make_images(
-    job: Job, work: Work, *, after: Callable[[Path, BatchResult], None] | None = None
+    job: Job, work: Work, *, after: Callable[[Ledger, BatchResult], None] | None = None
 ) -> BatchResult:
     """Make the images that are not there yet; the same call finishes a stopped one.
 
     Args:
         job: the images.
         work: how it is done.
-        after: writes what is told about the whole folder, such as a page; called with the folder
-            and the result while its ledger is locked.
+        after: writes what is told about the whole folder, such as a page.
 
     Raises:
         ConfigError: the folder holds images of other settings, or of unknown origin.
@@ -131,7 +130,7 @@ def make_images(
             result.summary |= {"settings": job.head.fields()} | job.notes
             write_json(job.output / f"{job.title}.json", result.summary, durable=False)
         if after is not None:
-            after(job.output, result)
+            after(ledger, result)
     return result
 
 

@@ -64,25 +64,27 @@ class Head:
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Return a text for each value that differs from an earlier head."""
-        before, now = dict(_flat(earlier)), dict(_flat(self.fields()))
+        before, now = dict(flat(earlier)), dict(flat(self.fields()))
         return [
-            f"{name} {_shown(before.get(name))}, now {_shown(now.get(name))}"
+            f"{name} {shown(before.get(name))}, now {shown(now.get(name))}"
             for name in dict.fromkeys((*before, *now))
             if before.get(name) != now.get(name)
         ]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the values of nested mappings with the names that lead to them."""
     found = []
     for key, value in values.items():
         inner = isinstance(value, Mapping)
-        found += _flat(value, f"{key} ") if inner else [(prefix + key, value)]
+        found += flat(value, f"{prefix}{key} ") if inner else [(prefix + key, value)]
     return found
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value of a head as text."""
     if isinstance(value, list):
-        return " ".join(map(_shown, value))
+        return " ".join(map(shown, value))
     return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -142,7 +144,7 @@ def failed_row(files: Sequence[Path], reason: str) -> Row:
 def cells(row: Row) -> list[str]:
     """Return the cells of an image's row of ``pairs.csv``, in the order of COLUMNS."""
     sources = {source["role"]: source["path"] for source in row["sources"]}
-    shown = row.get("difficulty")
+    hard = row.get("difficulty")
     return [
         row["files"]["image"],
         row["files"]["mask"],
@@ -153,7 +155,7 @@ def cells(row: Row) -> list[str]:
         str(row["seed"]),
         str(row["index"]),
         f"{row['object_fraction']:.6f}",
-        "" if shown is None else f"{shown:.4f}",
+        "" if hard is None else f"{hard:.4f}",
         f"{row['seconds'].get('forward', 0.0):.4f}",
     ]
 
