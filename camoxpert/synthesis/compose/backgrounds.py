@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from camoxpert.synthesis.compose.describe import (
+    CELLS,
     FEATURES,
     WEIGHTS,
     features_of,
@@ -24,6 +25,8 @@ from camoxpert.synthesis.compose.describe import (
 SIDES = (3, 5, 8, 12)
 """Sides of the windows in cells; a background has 16 along its shorter side."""
 STRIDES = (3, 3, 4, 4)
+LEAST_PART = 0.7
+"""Share of a background's shorter side that a part without objects must have to be used alone."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Described:
     Attributes:
         entry: what is known of it.
         taken: (rows, columns), bool: cells that show a part of an object.
-        windows: int32 (M, 3): size (index of ``SIDES``), top row, left column.
+        windows: int32 (M, 4): size (index of ``SIDES``), top row, left column, and 1 if a large
+            part of the picture around it shows no object.
         features: float32 (M, FEATURES).
     """
 
@@ -67,8 +71,7 @@ class BackgroundIndex:
     Attributes:
         entries: the backgrounds.
         taken: for each, cells that show a part of an object.
-        windows: int32 (M, 4): number of the background, size (index of ``SIDES``), top row, left
-            column; ordered by size.
+        windows: int32 (M, 5): number of the background, then as in ``Described``; ordered by size.
         features: float32 (M, FEATURES), standardised and weighted.
         norms: float32 (M,), squared lengths of the features.
         grids: int32 (N, 2), rows and columns of each grid.
@@ -137,7 +140,8 @@ def describe(
         )
         free = _sum(blocked, top, left, side)[..., 0] == 0
         top, left = top[free], left[free]
-        windows.append(np.stack([np.full(len(top), number), top, left], 1))
+        room = [has_room(taken, *place, side) for place in zip(top, left, strict=True)]
+        windows.append(np.stack([np.full(len(top), number), top, left, room], 1))
         features.append(features_of(_sum(sums, top, left, side) / side**2))
     entry = BackgroundEntry(name, source, mask_source, height, width)
     return Described(
@@ -163,7 +167,7 @@ def index_of(backgrounds: Iterable[Described]) -> BackgroundIndex:
         np.concatenate([np.full((len(b.windows), 1), number), b.windows], 1)
         for number, b in enumerate(every)
     ]
-    rows = np.concatenate(windows).astype(np.int32) if every else np.zeros((0, 4), np.int32)
+    rows = np.concatenate(windows).astype(np.int32) if every else np.zeros((0, 5), np.int32)
     raw = np.concatenate([b.features for b in every]) if every else np.zeros((0, FEATURES))
     order = np.argsort(rows[:, 1], kind="stable")
     rows, raw = rows[order], raw[order]
@@ -193,6 +197,7 @@ def nearest_places(
     sides: Sequence[bool] = (False,) * 4,
     trim: bool = True,
     background: int | None = None,
+    room: bool = False,
 ) -> list[Place]:
     """Return the best window of each of the backgrounds that resemble an object most, best first.
 
@@ -206,6 +211,7 @@ def nearest_places(
         trim: the picture will be cut where the window begins, so that three fifths of the
             background must lie on its other side; False: the window must lie at that edge.
         background: look in this one only.
+        room: only windows with a large part without objects around them.
     """
     first, last = np.searchsorted(index.windows[:, 1], [size, size + 1])
     rows, planes = index.windows[first:last], index.features[first:last]
@@ -213,6 +219,8 @@ def nearest_places(
     if not len(rows):
         return []
     distance = index.norms[first:last] - 2 * planes @ wanted + (wanted**2).sum()
+    if room:
+        distance = np.where(rows[:, 4] > 0, distance, np.inf)
     if background is not None:
         distance = np.where(rows[:, 0] == background, distance, np.inf)
     if any(sides):
@@ -275,6 +283,19 @@ def free_box(
             right += side == 2
             bottom += side == 3
     return left, top, right, bottom
+
+
+def has_room(taken: np.ndarray, top: int, left: int, side: int) -> bool:
+    """Return whether a part around a window that shows no object can be used alone."""
+    if not taken.any():
+        return True
+    box = free_box(taken, Place(0, int(top), int(left), side, 0.0), sides=(False,) * 4)
+    return is_large(box)
+
+
+def is_large(box: tuple[int, int, int, int]) -> bool:
+    """Return whether a part of a background, in cells, can be used alone."""
+    return min(box[2] - box[0], box[3] - box[1]) >= LEAST_PART * CELLS
 
 
 def _allowed(

@@ -14,6 +14,10 @@ from camoxpert.synthesis.compose.records import Look
 
 AROUND = 0.35
 """Width of the surroundings whose colours count, as a share of the root of the object's area."""
+LEAST_CONTRAST = 0.5
+"""Smallest factor by which an object's contrast is lowered."""
+SAMPLES = 1000
+"""Pixels, about, whose lights and shadows stand for those of the object."""
 BLURS = (0.6, 0.9, 1.3, 1.8, 2.5)
 """Sigmas of which one puts an object out of focus like its surroundings."""
 SHARPER = 1.15
@@ -27,7 +31,7 @@ class Scene:
     Attributes:
         view: float32 (H, W, 3), RGB 0..1, the background.
         pixels: float32 (H, W, 3), RGB 0..1, the object, whose colours continue outside of it.
-        alpha: float32 (H, W), coverage of the object.
+        coverage: float32 (H, W), of the object.
         inside, around: float32 (N, 3), colours of the object and of its surroundings.
         membranes: float32 (H, W, 6), the background's and the object's colours at the outline,
             spread over the inside; None if no candidate needs them.
@@ -35,18 +39,24 @@ class Scene:
 
     view: np.ndarray
     pixels: np.ndarray
-    alpha: np.ndarray
+    coverage: np.ndarray
     inside: np.ndarray
     around: np.ndarray
     membranes: np.ndarray | None
 
 
-def scene_of(view: np.ndarray, pixels: np.ndarray, alpha: np.ndarray, *, gradient: bool) -> Scene:
+def scene_of(
+    view: np.ndarray,
+    pixels: np.ndarray,
+    coverage: np.ndarray,
+    around: np.ndarray,
+    *,
+    gradient: bool,
+) -> Scene:
     """Return a scene; see there. ``gradient``: a candidate is blended in the gradient domain."""
-    inside = alpha > 0.5
-    around = surroundings(inside)
+    inside = coverage > 0.5
     both = membrane(np.dstack([view, pixels]), inside) if gradient else None
-    return Scene(view, pixels, alpha, pixels[inside], view[around], both)
+    return Scene(view, pixels, coverage, pixels[inside], around, both)
 
 
 def blended(scene: Scene, look: Look) -> np.ndarray:
@@ -60,11 +70,31 @@ def blended(scene: Scene, look: Look) -> np.ndarray:
     if look.gradient and scene.membranes is not None:
         behind, own = scene.membranes[..., :3], scene.membranes[..., 3:]
         moved += np.float32(look.gradient) * (behind - _mapped(own, matrix, offset))
+    _fit_range(moved, scene.coverage > 0.5)
     np.clip(moved, 0, 1, out=moved)
     moved -= scene.view
-    moved *= scene.alpha[..., None]
+    moved *= scene.coverage[..., None]
     moved += scene.view
     return moved
+
+
+def _fit_range(colours: np.ndarray, inside: np.ndarray) -> None:
+    """Lower an object's contrast, in place, where its lights or shadows would be cut off."""
+    values = colours[inside]
+    if not len(values):
+        return
+    values = np.sort(values[:: 1 + len(values) // SAMPLES], axis=0)
+    middle = values.mean(0)
+    few = len(values) // 50
+    low, high = values[few], values[-1 - few]
+    factor = min(
+        float(((1 - middle) / np.maximum(high - middle, 1e-6)).min()),
+        float((middle / np.maximum(middle - low, 1e-6)).min()),
+    )
+    if factor < 1:
+        colours -= middle
+        colours *= np.float32(max(factor, LEAST_CONTRAST))
+        colours += middle
 
 
 def surroundings(inside: np.ndarray) -> np.ndarray:
@@ -99,19 +129,23 @@ def membrane(colours: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return spread(colours, outline.astype(np.float32))
 
 
-def focus(view: np.ndarray, pixels: np.ndarray, alpha: np.ndarray) -> float:
+def focus(scene: np.ndarray, around: np.ndarray, pixels: np.ndarray, coverage: np.ndarray) -> float:
     """Return the sigma of the blur that makes an object no sharper than its surroundings, or 0.
 
     Sharpness is the ratio of the mean gradient to that after a Gaussian blur, which hardly depends
     on contrast.
+
+    Args:
+        scene: uint8 (H, W, 3), the background.
+        around: bool (H, W), the surroundings in it.
+        pixels: float32 (h, w, 3), RGB 0..1, the object.
+        coverage: float32 (h, w).
     """
-    inside = alpha > 0.5
-    core = cv2.erode(inside.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    ring = surroundings(inside)
-    if core.sum() < 50 or not ring.any():
+    core = cv2.erode((coverage > 0.5).view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    if core.sum() < 50:
         return 0.0
-    limit = SHARPER * _sharpness(_grey(view), ring)
-    grey = _grey(pixels)
+    limit = SHARPER * _sharpness(_grey(scene).astype(np.float32), around)
+    grey = _grey(pixels) * 255
     for sigma in (0.0, *BLURS):
         soft = cv2.GaussianBlur(grey, (0, 0), sigma) if sigma else grey
         if _sharpness(soft, core) <= limit:
@@ -138,4 +172,4 @@ def _sharpness(grey: np.ndarray, where: np.ndarray) -> float:
         cv2.magnitude(cv2.Sobel(g, cv2.CV_32F, 1, 0), cv2.Sobel(g, cv2.CV_32F, 0, 1))[where].mean()
         for g in (grey, coarse)
     )
-    return float(fine / (slow + 1e-4))
+    return float(fine / (slow + 0.02))

@@ -13,18 +13,35 @@ import numpy as np
 
 from camoxpert.data.files.image_io import read_image
 from camoxpert.synthesis.compose.backgrounds import BackgroundIndex
-from camoxpert.synthesis.compose.blending import Scene, blended, focus, scene_of, soft_edge
+from camoxpert.synthesis.compose.blending import (
+    AROUND,
+    Scene,
+    blended,
+    focus,
+    scene_of,
+    soft_edge,
+    surroundings,
+)
 from camoxpert.synthesis.compose.camera import add_noise, compress
-from camoxpert.synthesis.compose.difficulty import LEAST_RING, RING, difficulty
+from camoxpert.synthesis.compose.difficulty import RING, difficulty
 from camoxpert.synthesis.compose.library import ObjectLibrary, read_object
+from camoxpert.synthesis.compose.painting import (
+    Front,
+    as_bytes,
+    as_floats,
+    cloned,
+    front_of,
+    half_extent,
+    placed,
+    put_distractor,
+    region_of,
+)
 from camoxpert.synthesis.compose.reading import read_masked, resized_mask
-from camoxpert.synthesis.compose.records import Composed, Composition, Look, Paste, Shape
-from camoxpert.synthesis.compose.shapes import shape_alpha
+from camoxpert.synthesis.compose.records import Composed, Composition, Look
+from camoxpert.synthesis.compose.shapes import Region
 
-LEAST_VISIBLE = 0.5
-"""Share of an object that occluders leave visible."""
-AROUND = 12
-"""Pixels around the object that are computed with it."""
+MARGIN = 12
+"""Pixels around the object that are painted with it: its edge may be out of focus."""
 
 
 @dataclass(frozen=True)
@@ -95,81 +112,145 @@ def compose_one(
     seconds: dict[str, float] = {}
     size = composition.height, composition.width
     with _timed(seconds, "background"):
-        crop = _scaled_crop(composition, background_RGB.shape)
-        scene = _shown(background_RGB, crop, size)
-        own = np.zeros(size, np.uint8)
-        if background_mask is not None:
-            crop = _scaled_crop(composition, background_mask.shape)
-            own = resized_mask(background_mask[crop[1] : crop[3], crop[0] : crop[2]], size).copy()
-        if composition.distractor is not None:
-            texture = background_RGB if texture_RGB is None else texture_RGB
-            over = _put_distractor(scene, composition.distractor, texture)
-            own[over > 0.5] = 0
+        scene, own = _background(composition, background_RGB, background_mask, texture_RGB)
     with _timed(seconds, "object"):
-        region = _region(composition.paste, object_RGBA.shape[:2], size)
-        view = scene[region].astype(np.float32) / 255
-        pixels, alpha = _placed(composition.paste, object_RGBA, region)
-        blur = focus(view, pixels, alpha)
-        if blur:
-            pixels = cv2.GaussianBlur(pixels, (0, 0), blur)
-        alpha = soft_edge(alpha, math.hypot(composition.feather, blur))
-        if composition.kind == "edit":
-            pixels = _cloned(scene, composition, region, alpha)
+        layer = _layer(composition, object_RGBA, scene)
     with _timed(seconds, "occluders"):
-        fronts = _fronts(composition, region, scene, alpha)
-        hidden = _hidden(fronts, alpha.shape)
-        # Bytes, as they are stored: the mask must follow from them and nothing else.
-        visible = np.rint(alpha * (1 - hidden) * 255).astype(np.uint8)
-        label = visible > 127
-        total = int((alpha > 0.5).sum())
-    others = own[region]
-    if composition.kind == "object":
-        others = np.where(label, np.uint8(255), others)
-    others[(hidden > 0.5) & ~label] = 0
+        front = front_of(scene, composition.occluders, layer.region, layer.scene.coverage)
+        label, visible = _labels(layer, front)
     with _timed(seconds, "blend"):
-        gradient = any(look.gradient for look in composition.looks)
-        pasted = scene_of(view, pixels, alpha, gradient=gradient)
-        candidates = [_painted(pasted, look, fronts) for look in composition.looks]
+        candidates = [_painted(layer, look, front) for look in composition.looks]
+        if front is not None:
+            everything = as_floats(scene)
+            front.over(everything, (slice(None), slice(None)))
+            scene = as_bytes(everything)
+    mask, alpha = own.copy(), np.zeros(size, np.uint8)
+    if front is not None:
+        mask[front.coverage > 0.5] = 0
+    foreign = own > 0
+    if composition.kind == "object":
+        mask[layer.region][label] = 255
+        alpha[layer.region] = visible
+    shown = alpha > 127
+    wide = _surroundings(composition, object_RGBA, size)
+    score = _Score(shown[wide], (foreign & ~shown)[wide]) if shown.any() else None
     with _timed(seconds, "choose"):
-        foreign = (own[region] > 0) & ~label
-        scored = composition.kind == "object" and bool(label.any())
         kept = 0
-        if scored and composition.target is not None and len(candidates) > 1:
-            scores = [difficulty(candidate, label, foreign) for candidate in candidates]
-            kept = int(np.argmin(np.abs(np.array(scores) - composition.target)))
-    mask = own.copy()
-    mask[region] = others
-    scene[region] = candidates[kept]
+        if score is not None and composition.target is not None and len(candidates) > 1:
+            misses = []
+            for candidate in candidates:
+                scene[layer.region] = candidate
+                misses.append(abs(score.of(scene[wide]) - composition.target))
+            kept = int(np.argmin(misses))
+        scene[layer.region] = candidates[kept]
     encoded = b""
     with _timed(seconds, "camera"):
         if camera:
             rng = np.random.default_rng([composition.seed, composition.index, 8])
             scene, encoded = compress(add_noise(scene, composition.noise, rng), composition.jpeg)
     with _timed(seconds, "score"):
-        score = difficulty(scene[region], label, foreign) if scored else None
-    whole = np.zeros(size, np.uint8)
-    if composition.kind == "object":
-        whole[region] = visible
+        final = None if score is None else score.of(scene[wide])
+    whole = int((layer.scene.coverage > 0.5).sum())
     return Composed(
         image=scene,
         mask=mask,
-        alpha=whole,
-        difficulty=score,
+        alpha=alpha,
+        difficulty=final,
         look=kept,
-        occluders=len(fronts),
-        visible=float(label.sum() / max(total, 1)) if composition.kind == "object" else 0.0,
-        others=int(np.count_nonzero((mask == 255) & (whole <= 127))),
+        occluders=0 if front is None else front.number,
+        visible=int(shown.sum()) / max(whole, 1),
+        others=int(np.count_nonzero((mask == 255) & ~shown)),
         encoded=encoded,
         seconds=seconds,
     )
 
 
-def _painted(pasted: Scene, look: Look, fronts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return a candidate, uint8 (H, W, 3): the object in its background, occluders in front."""
-    painted = blended(pasted, look)
-    for front, cover in fronts:
-        painted += (front - painted) * cover[..., None]
-    return np.rint(painted * 255).astype(np.uint8)
+@dataclass(frozen=True)
+class _Layer:
+    """The object in the region of the picture that it can reach."""
+
+    region: Region
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class _Score:
+    """Scores variants of a picture around one object."""
+
+    inside: np.ndarray
+    foreign: np.ndarray
+
+    def of(self, image: np.ndarray) -> float:
+        return difficulty(image, self.inside, self.foreign)
+
+
+def _background(
+    composition: Composition,
+    background_RGB: np.ndarray,
+    background_mask: np.ndarray | None,
+    texture_RGB: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the picture behind the object, and the mask of what it shows itself."""
+    size = composition.height, composition.width
+    scene = _shown(background_RGB, _scaled_crop(composition, background_RGB.shape), size)
+    own = np.zeros(size, np.uint8)
+    if background_mask is not None:
+        left, top, right, bottom = _scaled_crop(composition, background_mask.shape)
+        own = resized_mask(background_mask[top:bottom, left:right], size).copy()
+    if composition.distractor is not None:
+        texture = background_RGB if texture_RGB is None else texture_RGB
+        own[put_distractor(scene, composition.distractor, texture)] = 0
+    return scene, own
+
+
+def _layer(composition: Composition, object_RGBA: np.ndarray, scene: np.ndarray) -> _Layer:
+    """Place the object, put it out of focus like its surroundings, and soften its edge."""
+    paste, size = composition.paste, scene.shape[:2]
+    region = region_of(paste, object_RGBA.shape, size, margin=MARGIN)
+    pixels, coverage = placed(paste, object_RGBA, region)
+    wide = _surroundings(composition, object_RGBA, size)
+    around = np.zeros(size, bool)
+    around[region] = coverage > 0.5
+    ring = surroundings(around[wide])
+    blur = focus(scene[wide], ring, pixels, coverage)
+    if blur:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), blur)
+    coverage = soft_edge(coverage, math.hypot(composition.feather, blur))
+    if composition.kind == "edit":
+        pixels = cloned(scene, composition.clones, region, coverage)
+    gradient = any(look.gradient for look in composition.looks)
+    colours = as_floats(scene[wide][ring])
+    return _Layer(
+        region, scene_of(as_floats(scene[region]), pixels, coverage, colours, gradient=gradient)
+    )
+
+
+def _labels(layer: _Layer, front: Front | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the object is labelled, bool, and its visible share in bytes."""
+    visible = layer.scene.coverage
+    if front is not None:
+        visible = visible * (1 - front.coverage[layer.region])
+    # Bytes, as they are stored: the mask must follow from them and nothing else.
+    stored = as_bytes(visible)
+    return stored > 127, stored
+
+
+def _painted(layer: _Layer, look: Look, front: Front | None) -> np.ndarray:
+    """Return a candidate, uint8 (h, w, 3): the object in its background, occluders in front."""
+    painted = blended(layer.scene, look)
+    if front is not None:
+        front.over(painted, layer.region)
+    return as_bytes(painted)
+
+
+def _surroundings(
+    composition: Composition, object_RGBA: np.ndarray, size: tuple[int, ...]
+) -> Region:
+    """Return rows and columns that hold the object and the ring that it is compared with."""
+    down, across = half_extent(composition.paste, object_RGBA.shape)
+    ring = max(RING, AROUND) * 2 * math.sqrt(down * across) + MARGIN
+    height, width = size
+    return region_of(composition.paste, object_RGBA.shape, (height, width), margin=ring)
 
 
 @contextmanager
@@ -198,145 +279,3 @@ def _scaled_crop(composition: Composition, shape: tuple[int, ...]) -> tuple[int,
     # Rounded inwards: a pixel more could show a part of an object.
     first = math.ceil(left * across), math.ceil(top * down)
     return *first, max(int(right * across), first[0] + 1), max(int(bottom * down), first[1] + 1)
-
-
-def _region(paste: Paste, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[slice, slice]:
-    """Return rows and columns of the picture that hold the object and its surroundings."""
-    height, width = shape
-    turn = math.radians(paste.angle)
-    cosine, sine = abs(math.cos(turn)), abs(math.sin(turn))
-    down = (width * sine + height * cosine) * paste.scale / 2
-    across = (width * cosine + height * sine) * paste.scale / 2
-    ring = max(LEAST_RING, RING * 2 * math.sqrt(across * down)) + AROUND
-    rows = max(0, math.floor(paste.y - down - ring)), math.ceil(paste.y + down + ring) + 1
-    columns = max(0, math.floor(paste.x - across - ring)), math.ceil(paste.x + across + ring) + 1
-    return slice(rows[0], min(rows[1], size[0])), slice(columns[0], min(columns[1], size[1]))
-
-
-def _placed(
-    paste: Paste, object_RGBA: np.ndarray, region: tuple[slice, slice]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the object in a region of the picture: RGB in 0..1 and alpha, float32."""
-    pixels, scale = object_RGBA, paste.scale
-    if paste.flip:
-        pixels = np.ascontiguousarray(pixels[:, ::-1])
-    height, width = pixels.shape[:2]
-    down = across = scale
-    if scale < 1:
-        # Averages areas: sampling would alias, and look sharper than the background.
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        across, down = scale * width / size[0], scale * height / size[1]
-    height, width = pixels.shape[:2]
-    turn = math.radians(paste.angle)
-    cosine, sine = math.cos(turn), math.sin(turn)
-    linear = np.array([[cosine * across, sine * down], [-sine * across, cosine * down]])
-    corner = np.array([paste.x - region[1].start, paste.y - region[0].start])
-    offset = corner - linear @ [(width - 1) / 2, (height - 1) / 2]
-    target = region[1].stop - region[1].start, region[0].stop - region[0].start
-    matrix = np.column_stack([linear, offset])
-    # Beyond a cut-out its margin is repeated: transparent, or the object where it is cut off.
-    placed = cv2.warpAffine(
-        pixels, matrix, target, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
-    ).astype(np.float32)
-    placed /= 255
-    return np.ascontiguousarray(placed[..., :3]), np.ascontiguousarray(placed[..., 3])
-
-
-def _cloned(
-    scene: np.ndarray, composition: Composition, region: tuple[slice, slice], alpha: np.ndarray
-) -> np.ndarray:
-    """Return what an edit puts over the background: the background from elsewhere, resampled.
-
-    Of several places the one is taken whose colours differ least at the outline of the edit.
-    """
-    height, width = scene.shape[:2]
-    view = scene[region].astype(np.float32) / 255
-    edge = (alpha > 0.1) & (alpha < 0.9)
-    best, least = view, math.inf
-    for right, down in composition.clones:
-        # Half a pixel more: a copy of whole pixels would leave none of the traces of resampling.
-        x, y = right * width + 0.5, down * height + 0.5
-        matrix = np.array([[1, 0, region[1].start + x], [0, 1, region[0].start + y]])
-        moved = cv2.warpAffine(
-            scene, matrix, view.shape[1::-1],
-            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101,
-        ).astype(np.float32) / 255  # fmt: skip
-        difference = float(np.abs(moved - view)[edge].mean()) if edge.any() else 0.0
-        if difference < least:
-            best, least = moved, difference
-    return best
-
-
-def _put_distractor(scene: np.ndarray, shape: Shape, texture: np.ndarray) -> np.ndarray:
-    """Draw a salient thing into the picture, in place; return its coverage (H, W)."""
-    height, width = scene.shape[:2]
-    alpha = shape_alpha(shape, height, width)
-    side = max(2, round(2.4 * shape.radius))
-    centre = shape.dx * texture.shape[1], shape.dy * texture.shape[0]
-    patch = cv2.getRectSubPix(texture, (side, side), centre)
-    matrix = np.array([[1, 0, side / 2 - shape.x], [0, 1, side / 2 - shape.y]])
-    filled = cv2.warpAffine(
-        patch, matrix, (width, height),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101,
-    ).astype(np.float32)  # fmt: skip
-    light = _relief(alpha, shape)
-    painted = scene + (np.clip(filled * light[..., None], 0, 255) - scene) * alpha[..., None]
-    scene[...] = np.rint(painted).astype(np.uint8)
-    return alpha
-
-
-def _relief(alpha: np.ndarray, shape: Shape) -> np.ndarray:
-    """Return a factor that lights one side of a shape and shades the other."""
-    soft = cv2.GaussianBlur(alpha, (0, 0), max(shape.radius / 3, 1.0))
-    slope = cv2.Sobel(soft, cv2.CV_32F, 1, 1, ksize=3) - cv2.Sobel(soft, cv2.CV_32F, 0, 1, ksize=3)
-    strongest = float(np.abs(slope).max())
-    return shape.shade * (1 - 0.3 * slope / (strongest + 1e-6))
-
-
-def _fronts(
-    composition: Composition,
-    region: tuple[slice, slice],
-    scene: np.ndarray,
-    alpha: np.ndarray,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return colours and coverage of the occluders, as many as leave half of the object visible."""
-    rows, columns = region
-    area = float((alpha > 0.5).sum())
-    hidden = np.zeros_like(alpha)
-    fronts = []
-    for shape in composition.occluders:
-        cover = shape_alpha(_shifted(shape, columns.start, rows.start), *alpha.shape)
-        together = 1 - (1 - hidden) * (1 - cover)
-        if ((alpha * (1 - together)) > 0.5).sum() < LEAST_VISIBLE * area:
-            break
-        hidden = together
-        fronts.append((_front_pixels(scene, shape, region), cover))
-    return fronts
-
-
-def _shifted(shape: Shape, x: int, y: int) -> Shape:
-    return Shape(**{**shape.__dict__, "x": shape.x - x, "y": shape.y - y})
-
-
-def _front_pixels(scene: np.ndarray, shape: Shape, region: tuple[slice, slice]) -> np.ndarray:
-    """Return the texture of an occluder: the picture from nearby, brighter or darker."""
-    rows, columns = (
-        _reflected(np.arange(part.start, part.stop) + round(shift * length), length)
-        for part, shift, length in zip(region, (shape.dy, shape.dx), scene.shape[:2], strict=True)
-    )
-    moved = scene[rows[:, None], columns[None]].astype(np.float32) / 255
-    return np.clip(moved * np.float32(shape.shade), 0, 1)
-
-
-def _reflected(positions: np.ndarray, length: int) -> np.ndarray:
-    """Reflect positions beyond the ends of a line into it."""
-    positions = np.abs(positions) % max(2 * length - 2, 1)
-    return np.where(positions >= length, 2 * length - 2 - positions, positions)
-
-
-def _hidden(fronts: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
-    hidden = np.zeros(shape, np.float32)
-    for _, cover in fronts:
-        hidden = 1 - (1 - hidden) * (1 - cover)
-    return hidden

@@ -11,6 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from camoxpert.errors import ConfigError
+
+OTHERS = ("avoid", "keep")
+"""What can happen with objects that a background shows."""
+
 
 @dataclass(frozen=True)
 class ComposeSettings:
@@ -21,8 +26,8 @@ class ComposeSettings:
         object_size: share of the picture that the object covers; its logarithm is uniform. Objects
             are never enlarged, so that small ones can stay below it.
         angle: largest rotation of an object, degrees.
-        colour: strength of the colour transfer, 0 (the object's own) to 1 (the background's); with a
-            target candidates have all strengths.
+        colour: strength of the colour transfer, 0 (the object's own) to 1 (the background's); with
+            a target candidates have all strengths.
         gradient: probability of gradient-domain blending; the others are feathered.
         feather: width (sigma) of the object's soft edge.
         choices: backgrounds that resemble the object most, of which one is drawn.
@@ -56,6 +61,43 @@ class ComposeSettings:
     candidates: int = 5
     crop: tuple[float, float] = (0.8, 1.0)
     others: str = "avoid"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError that names a value out of its range."""
+        limits = {
+            "object_size": (self.object_size, 0.0, 1.0),
+            "colour": (self.colour, 0.0, 1.0),
+            "crop": (self.crop, 0.0, 1.0),
+            "feather": (self.feather, 0.0, 10.0),
+            "noise": (self.noise, 0.0, 100.0),
+            "jpeg": (self.jpeg, 1, 100),
+            "difficulty": (self.difficulty or (0.0,), 0.0, 1.0),
+        }
+        for name, (values, low, high) in limits.items():
+            inside = all(low <= value <= high for value in values)
+            if not inside or list(values) != sorted(values):
+                raise ConfigError(
+                    f"The {name.replace('_', ' ')} of compositions must lie between {low:g} and "
+                    f"{high:g}, the lower value first; got {' '.join(f'{v:g}' for v in values)}."
+                )
+        for name in ("gradient", "occluders", "distractors", "edits"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(
+                    f"The share of {name} in compositions must lie between 0 and 1; got {value:g}."
+                )
+        if self.size < 16 or self.choices < 1 or self.candidates < 1:
+            raise ConfigError(
+                "Compositions need a size of at least 16 pixels, one choice and one candidate; got "
+                f"{self.size}, {self.choices} and {self.candidates}."
+            )
+        if min(self.object_size) <= 0 or min(self.crop) <= 0:
+            raise ConfigError("Objects and the shown part of a background must be larger than 0.")
+        if self.others not in OTHERS:
+            raise ConfigError(
+                f"Other objects in backgrounds are either {OTHERS[0]} or {OTHERS[1]}; got "
+                f"{self.others}."
+            )
 
 
 @dataclass(frozen=True)

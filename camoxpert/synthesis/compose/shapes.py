@@ -9,19 +9,34 @@ import numpy as np
 
 from camoxpert.synthesis.compose.records import Shape
 
-FINE = 16
-"""OpenCV draws at sixteenths of a pixel."""
+SIXTEENTHS = 4
+"""Bits after the binary point in which OpenCV takes coordinates."""
+EDGE = 3
+"""Pixels around an outline that its soft edge needs."""
+Region = tuple[slice, slice]
 
 
-def shape_alpha(shape: Shape, height: int, width: int) -> np.ndarray:
-    """Return the coverage of a shape in a picture, float32 (H, W), 0..1."""
+def shape_coverage(shape: Shape, height: int, width: int) -> tuple[Region, np.ndarray]:
+    """Return rows and columns of a picture that hold a shape, and its coverage there.
+
+    Returns:
+        The region, empty where the shape lies outside of the picture; float32 (h, w), 0..1.
+    """
     rng = np.random.default_rng(shape.seed)
-    canvas = np.zeros((height, width), np.uint8)
-    outlines = OUTLINES[shape.kind](rng)
+    outlines = [
+        outline * shape.radius + [shape.x, shape.y] for outline in OUTLINES[shape.kind](rng)
+    ]
+    points = np.concatenate(outlines)
+    low = np.clip(np.floor(points.min(0)).astype(int) - EDGE, 0, (width, height))
+    high = np.clip(np.ceil(points.max(0)).astype(int) + EDGE + 1, low, (width, height))
+    canvas = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
+    region = slice(int(low[1]), int(high[1])), slice(int(low[0]), int(high[0]))
+    if not canvas.size:
+        return region, canvas.astype(np.float32)
     for outline in outlines:
-        points = (outline * shape.radius + [shape.x, shape.y]) * FINE
-        cv2.fillPoly(canvas, [np.rint(points).astype(np.int32)], 255, cv2.LINE_AA, 4)
-    return cv2.GaussianBlur(canvas, (0, 0), 0.6).astype(np.float32) / 255
+        fixed = np.rint((outline - low) * (1 << SIXTEENTHS)).astype(np.int32)
+        cv2.fillPoly(canvas, [fixed], 255, cv2.LINE_AA, SIXTEENTHS)
+    return region, cv2.GaussianBlur(canvas, (0, 0), 0.6).astype(np.float32) / 255
 
 
 def _blades(rng: np.random.Generator) -> list[np.ndarray]:
