@@ -103,7 +103,7 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
         "process for each [auto]",
     )
     group.add_argument(
-        "--num-gpus", type=int, metavar="N", help="the same as --devices 0,1,...; 0: cpu"
+        "--num-gpus", type=int, metavar="N", help="the same as --devices 0,1,...; 0: --device cpu"
     )
     group.add_argument(
         "--cache",
@@ -161,7 +161,7 @@ def mask_options(options: argparse.Namespace, work: Work) -> MaskOptions:
         source=options.mask_source,
         folder=cache_folder(options) / "stages",
         devices=work.devices,
-        device=options.device,
+        device=work.device,
         precision=options.precision,
         batch_size=work.batch_size,
         max_pixels=options.max_pixels,
@@ -178,16 +178,17 @@ def work_options(options: argparse.Namespace) -> Work:
     from camoxpert.inference.devices import choose_devices
     from camoxpert.synthesis.job import Work
 
-    text = options.devices
+    text, device = options.devices, options.device
     if options.num_gpus is not None:
         if text != "auto":
             raise ConfigError(f"--num-gpus {options.num_gpus} and --devices {text}: give one.")
         if options.num_gpus < 0:
             raise ConfigError(f"--num-gpus must be at least 0; {options.num_gpus} is not.")
-        text = ",".join(map(str, range(options.num_gpus))) or "cpu"
+        text = ",".join(map(str, range(options.num_gpus))) or "auto"
+        device = device if options.num_gpus else "cpu"
     devices = choose_devices(text)
-    if devices and options.device != "auto":
-        raise ConfigError(f"--device {options.device} and --devices {text}: give one of them.")
+    if devices and device != "auto":
+        raise ConfigError(f"--device {device} and --devices {text}: give one of them.")
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
     size = options.batch_size
@@ -196,7 +197,7 @@ def work_options(options: argparse.Namespace) -> Work:
     return Work(
         batch_size=None if size == "auto" else int(size),
         devices=devices,
-        device=options.device,
+        device=device,
         overwrite=options.overwrite,
         limit=options.limit,
     )

@@ -106,7 +106,13 @@ def compose_sources(
         )
     files = pictures.files | cutouts.files | given.files
     broken = [*pictures.broken, *cutouts.broken, *given.broken]
-    objects, grounds = (_sound(found, broken) for found in (objects, grounds))
+    shared = grounds is pictures.sources
+    objects = _sound(objects, broken, cut=True)
+    whole = {source.image for source in objects}
+    grounds = [s for s in grounds if s.image in whole] if shared else _sound(grounds, broken)
+    if not objects or not grounds:
+        what = "background" if objects else "object"
+        raise DataError(f"No {what} is left to compose images of: {broken[0][0]}: {broken[0][1]}")
     library, verdict = objects_of(objects, options.cache_folder)
     index, second = backgrounds_of(grounds, options.cache_folder)
     for kind, text in (("objects", verdict), ("backgrounds", second)):
@@ -213,15 +219,20 @@ def _guard(*found: _Pictures) -> dict[str, object]:
     return {"test_sets": list(most.tests), "test_images": most.compared}
 
 
-def _sound(sources: Sequence[Source], broken: list[tuple[object, str]]) -> list[Source]:
-    """Return the pictures that can be decoded; add the others to ``broken``."""
+def _sound(
+    sources: Sequence[Source], broken: list[tuple[object, str]], *, cut: bool = False
+) -> list[Source]:
+    """Return the pictures that can be decoded; add the others to ``broken``.
+
+    ``cut``: objects are cut from them, so that those without a mask must be RGBA pictures.
+    """
 
     def why(source: Source) -> str:
         try:
-            if source.mask:
-                read_masked(source.image, source.mask)
-            else:
+            if cut and not source.mask:
                 read_picture(source.name, source.image)
+            else:
+                read_masked(source.image, source.mask)
         except DataError as error:
             return str(error)
         return ""

@@ -162,7 +162,18 @@ def cells(row: Row) -> list[str]:
 
 TABLE = Table(PAIRS, COLUMNS, cells, "synthesize")
 PROVENANCE_KEYS = (
-    *("kind", "seed", "index", "parameters", "sources", "test_source", "sha256", "height", "width"),
+    *(
+        "kind",
+        "seed",
+        "index",
+        "parameters",
+        "sources",
+        "test_source",
+        "mask_source",
+        "sha256",
+        "height",
+        "width",
+    ),
     *("group", "object_fraction", "changed_fraction", "difficulty", "difficulty_source", "made"),
 )
 

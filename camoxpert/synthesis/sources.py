@@ -87,8 +87,11 @@ def find_sources(options: SourceOptions, *, what: str = "source") -> Sources:
         train += [without(manifest, options.search.clean) for manifest in own]
         for manifest in theirs:
             tests[free_name(manifest.dataset, tests)] = manifest
+    known = {pair.image.resolve() for manifest in tests.values() for pair in manifest.pairs}
     for manifest in _test_sets(options):
-        tests[free_name(manifest.dataset, tests)] = manifest
+        # The test set of the data itself may be named as well.
+        if any(pair.image.resolve() not in known for pair in manifest.pairs):
+            tests[free_name(manifest.dataset, tests)] = manifest
     for manifest in train:
         for note in manifest.notes:
             console.note(note)
