@@ -15,6 +15,7 @@ from camoxpert.inference.job import BatchResult
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.runtime.host import usable_cores
 from camoxpert.synthesis.compose.cached import Source, backgrounds_of, objects_of
+from camoxpert.synthesis.compose.draw import draw_composition
 from camoxpert.synthesis.compose.library import read_picture
 from camoxpert.synthesis.compose.reading import read_masked
 from camoxpert.synthesis.compose.records import ComposeSettings
@@ -121,6 +122,9 @@ def compose_sources(
             raise ConfigError(
                 f"--strict-cache: the descriptions of {kind} are not cached ({text})."
             )
+    if not len(library) or not len(index.windows):
+        # Says which of them is missing, and why.
+        draw_composition(options.seed, 0, options.settings, library, index)
     if library.left_out:
         left = (f"{reason} {number}" for reason, number in library.left_out.items())
         console.note(f"not pasted: {shorten(left)}")

@@ -111,7 +111,7 @@ def make_images(
         if work.limit is not None:
             plan.todo = plan.todo[: work.limit]
         result.skipped, result.replaced = plan.skipped, plan.replaced
-        complete = False
+        order = [item.name for item in job.items]
         try:
             if plan.todo:
                 engine = _Counted(_engine(job, work))
@@ -119,10 +119,9 @@ def make_images(
                 result.summary = engine.summary()
                 if result.summary.get("deaths"):
                     remove_unfinished(job.output, job.product)
-            complete = True
         finally:
             with stop.current().deferred():
-                ledger.finish((item.name for item in job.items), complete=complete)
+                ledger.finish(order, complete=False)
                 if plan.todo or not (job.output / PROVENANCE).is_file():
                     write_provenance(ledger)
         audit(ledger, plan, result, job.product.item)
@@ -131,6 +130,9 @@ def make_images(
             write_json(job.output / f"{job.title}.json", result.summary, durable=False)
         if after is not None:
             after(ledger, result)
+        # Last: a call that is killed before is not over, and the next one continues it.
+        with stop.current().deferred():
+            ledger.finish(order, complete=True)
     return result
 
 

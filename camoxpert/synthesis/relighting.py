@@ -251,8 +251,8 @@ class RelightStages:
         return found
 
     def _stacked(self, parts: Sequence[Tensor | None]) -> Tensor:
-        known = [part for part in parts if part is not None]
-        return torch.stack(known).to(self.device)
+        # Those from the cache are on the host, those that were computed on the device.
+        return torch.stack([part.to(self.device) for part in parts if part is not None])
 
     def _complete(self, source: _Source, inputs: Tensor, seconds: dict[str, float] | None) -> None:
         """Compute what is not known of a source: the light in it, and its height."""
