@@ -22,6 +22,7 @@ KINDS = {
     "train": "the training step against the bare backbone's",
     "data": "loading and augmentation against the plain Dataset",
     "predict": "the inference engine against scripts that do one thing after the other",
+    "relight": "relighting against a serial script with OpenCV and a ray march",
     "quality": "our decoder against others on your data (`benchmark quality --help`)",
 }
 EXAMPLES = """examples:
@@ -54,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="PNG pairs for the workers, 0 or at least 64 [160]",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--images", type=int, default=96, help="generated JPEGs [96]")
+    data.add_argument(
+        "--images", type=int, default=96, help="generated images; relight: at most 8 [96]"
+    )
     data.add_argument("--num-workers", type=int, default=2, help="worker processes [2]")
     data.add_argument(
         "--no-step",
@@ -62,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not compare with the training step's need",
     )
-    experts = parser.add_argument_group("moe, train, data, predict")
+    relight = parser.add_argument_group("relight")
+    relight.add_argument("--side", type=int, default=512, help="of its square images [512]")
+    relight.add_argument(
+        "--retinex-side", type=int, default=1024, help="of the image of the Retinex alone [1024]"
+    )
+    experts = parser.add_argument_group("moe, train, data, predict; relight: --device")
     defaults = {"model.num_experts": 4, "model.backbone": "edgenext_small"}
     paths = ("train.device", "model.num_experts", "model.top_k", "model.width")
     add_flags(experts, paths, defaults=defaults)
@@ -92,6 +100,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         "train": _train,
         "data": _data,
         "predict": _predict,
+        "relight": _relight,
     }[options.kind]
     write_figures(options.output, measure(options))
     return 0
@@ -183,6 +192,21 @@ def _predict(options: argparse.Namespace) -> Report:
         precision=subject.precision,
         processes=subject.device.type == "cpu",
     )
+
+
+def _relight(options: argparse.Namespace) -> Report:
+    from camoxpert.benchmark import relight
+    from camoxpert.runtime.device import choose_device
+
+    if min(options.side, options.retinex_side) < 32:
+        raise ConfigError("--side and --retinex-side must be at least 32.")
+    sizes = relight.Sizes(
+        images=min(options.images, 8),
+        size=options.side,
+        retinex_size=options.retinex_side,
+        rounds=options.rounds,
+    )
+    return relight.run(sizes, device=choose_device(options.device))
 
 
 def _subject(options: argparse.Namespace) -> Subject:

@@ -45,8 +45,7 @@ def blur(maps_BCHW: Tensor, sigma: float, *, cells: float = CELLS) -> Tensor:
     blurred = rows @ (pooled(maps_BCHW, cell) @ columns.mT)
     if cell >= WIDE_CELL:
         return blurred
-    fine = F.interpolate(blurred, scale_factor=float(cell), mode="bilinear", align_corners=False)
-    return fine[..., :height, :width]
+    return enlarged(blurred, cell, maps_BCHW.shape)
 
 
 def cell_of(sigma: float, cells: float = CELLS) -> int:
@@ -58,7 +57,20 @@ def pooled(maps_BCHW: Tensor, cell: int) -> Tensor:
     """Average over cells; cells at the far border average the pixels that they have."""
     if cell == 1:
         return maps_BCHW
+    height, width = maps_BCHW.shape[-2:]
+    if cell == 2 and height % 2 == width % 2 == 0:
+        # A sixth of the time of the general way.
+        rows = maps_BCHW[..., ::2, :] + maps_BCHW[..., 1::2, :]
+        return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
     return F.avg_pool2d(maps_BCHW, cell, ceil_mode=True, count_include_pad=False)
+
+
+def enlarged(maps_BCHW: Tensor, cell: int, shape: torch.Size) -> Tensor:
+    """Interpolate averages over cells linearly, to the height and width of ``shape``."""
+    if cell == 1:
+        return maps_BCHW
+    fine = F.interpolate(maps_BCHW, scale_factor=float(cell), mode="bilinear", align_corners=False)
+    return fine[..., : shape[-2], : shape[-1]]
 
 
 def _shifted_sum(maps_BCHW: Tensor, sigma: float, *, dim: int) -> Tensor:

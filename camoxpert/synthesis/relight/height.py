@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.synthesis.relight.blur import FEW_CELLS, blur, pooled
+from camoxpert.synthesis.relight.blur import FEW_CELLS, blur, enlarged, pooled
 
 WORKING_SIZE = 256
 """Longer side of the finest grid that bodies are inflated on."""
@@ -40,17 +40,10 @@ def height_from_mask(masks_B1HW: Tensor) -> Tensor:
     for level in range(len(levels) - 1, -1, -1):
         inside = levels[level]
         if level < len(levels) - 1:
-            solution = _enlarged(solution, 2, inside.shape)
+            solution = enlarged(solution, 2, inside.shape)
         solution = _relaxed(solution, inside, cell * 2**level / longer)
-    solution = _enlarged(solution, cell, masks_B1HW.shape)
-    return solution.mul_(2).clamp_(min=0).sqrt_().mul_(masks_B1HW)
-
-
-def _enlarged(maps_BCHW: Tensor, times: int, shape: torch.Size) -> Tensor:
-    if times == 1:
-        return maps_BCHW.clone()
-    fine = F.interpolate(maps_BCHW, scale_factor=times, mode="bilinear", align_corners=False)
-    return fine[..., : shape[-2], : shape[-1]]
+    solution = enlarged(solution, cell, masks_B1HW.shape)
+    return (solution * 2).clamp_(min=0).sqrt_().mul_(masks_B1HW)
 
 
 def _relaxed(u_B1HW: Tensor, inside_B1HW: Tensor, spacing: float) -> Tensor:

@@ -152,7 +152,7 @@ def _visible(
     visible = torch.ones_like(inside)
     slope = numbers["elevation"].tan()
     if any(light.shadow * light.key for light in lights):
-        casters = heights if own else torch.where(inside > 0, heights, heights.new_tensor(-1e4))
+        casters = heights if own else heights * inside
         azimuth, radius = numbers["azimuth"].flatten(), numbers["softness"].flatten()
         seen, penumbra = cast_shadows(heights, casters, azimuth, slope.flatten(), radius)
         seen = soften(seen, penumbra)

@@ -40,20 +40,22 @@ def recombine(
     """
     key = numbers["key"][:, None]
     direct, other = numbers["temperature"] * key, numbers["sky"] * (1 - key)
-    white = direct + other
-    ground = (other + direct * visible_B1HW) / white
     gain = numbers["exposure"][:, None].exp2()
     if log_light_B1HW is not None:
         count = masks_B1HW.sum((1, 2, 3), keepdim=True).clamp(min=1)
         mean = (log_light_B1HW * masks_B1HW).sum((1, 2, 3), keepdim=True) / count
         removed = (mean - log_light_B1HW).clamp_(-MOST_DELIGHT, MOST_DELIGHT)
-        gain = gain * removed.mul_(numbers["delight"][:, None]).exp_()
-    lit = direct * (key_BHW[:, None] * visible_B1HW)
-    lit += other * around_BHW[:, None]
-    lit *= gain
+        gain = removed.mul_(numbers["delight"][:, None]).exp_().mul_(gain)
+    lit_key, lit_around = key_BHW[:, None] * visible_B1HW * gain, around_BHW[:, None] * gain
     inner = ((blur(masks_B1HW, FEATHER) - 0.5) * 2).clamp_(0, 1).mul_(masks_B1HW)
-    factor = torch.lerp(ground, lit, inner)
-    return expose(linear_B3HW, factor)
+    result = torch.empty_like(linear_B3HW)
+    # Channel by channel: temporary maps stay small and in the cache.
+    for c in range(3):
+        own, rest = direct[:, c : c + 1], other[:, c : c + 1]
+        ground = (visible_B1HW * own).add_(rest).div_(own + rest)
+        lit = (lit_key * own).add_(lit_around * rest)
+        result[:, c : c + 1] = expose(linear_B3HW[:, c : c + 1], ground.lerp_(lit, inner))
+    return result
 
 
 def expose(linear_BCHW: Tensor, factor_BCHW: Tensor) -> Tensor:

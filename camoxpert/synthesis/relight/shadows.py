@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.synthesis.relight.blur import FEW_CELLS, blur
+from camoxpert.synthesis.relight.blur import FEW_CELLS, blur, cell_of, enlarged, pooled
 
 PENUMBRA_SIGMAS = (0.0, 0.003, 0.008, 0.02)
 """Blurs that penumbras are mixed from, as shares of the longer side."""
 Size = tuple[int, int]
+APART = 1
+"""Steps between what casts and what receives: interpolation would let points shade themselves."""
+SPREAD = 0.01
+"""How far around shadows their penumbra is known; a share of the longer side."""
 LOWEST = 0.1
 """Smallest slope of a ray: flatter ones cast shadows of unbounded length."""
 
@@ -25,12 +29,13 @@ def cast_shadows(
     A point at distance t along the light, of height z, is dark if some point before it is higher
     than the ray: h(t') + t' slope > z + t slope. So one running maximum of h + t slope along
     every row answers for all points at once. It is taken along the lowest ray of the light: by how
-    much it exceeds z, over the distance to where it was reached, is the angle by which the light
-    is covered, and the visible share of the light follows.
+    much the shadow lies above z, over the distance to what casts it, is the slope by which the
+    light is covered, and the visible share of the light follows. Heights of shadows are turned
+    back and then compared with the image's own: comparing first would blur the outline twice.
 
     Args:
         heights_B1HW: height of what receives shadows, in pixels.
-        casters_B1HW: height of what casts them, in pixels; below ``heights`` it casts none.
+        casters_B1HW: height of what casts them, in pixels; 0 casts none.
         azimuth_B: direction the light comes from, radians, counterclockwise from the right.
         slope_B: tangent of the light's elevation.
         radius_B: tangent of its angular radius.
@@ -43,23 +48,24 @@ def cast_shadows(
     # Unit vector along the travel of light; rows of the image grow downwards.
     x, y = -azimuth_B.cos(), azimuth_B.sin()
     grid = _turned(x, -y, (side, side), (height, width))
-    same = casters_B1HW is heights_B1HW
-    planes = heights_B1HW if same else torch.cat([heights_B1HW, casters_B1HW], 1)
-    turned = F.grid_sample(planes, grid, align_corners=True)
+    turned = F.grid_sample(casters_B1HW, grid, align_corners=True)[:, 0]
     radius = radius_B[:, None, None]
     lowest = (slope_B[:, None, None] - radius).clamp(min=LOWEST)
     steps = torch.arange(side, dtype=torch.float32, device=turned.device)
     ramp = lowest * steps
-    reached, where = torch.cummax(turned[:, -1] + ramp, dim=2)
-    excess = (reached - turned[:, 0] - ramp).clamp_(min=0)
-    distance = (steps - where).clamp_(min=1)
-    covered = excess / distance
-    span = (slope_B[:, None, None] + radius - lowest).clamp(min=1e-4)
-    dark = (covered / span).clamp_(max=1)
-    both = torch.stack([dark, distance.mul_(dark).mul_(radius)], 1)
+    reached, where = torch.cummax(turned.add_(ramp), dim=2)
+    # Height of the shadow over each point, and the distance to what casts it.
+    both = torch.empty(len(azimuth_B), 2, side, side, device=turned.device)
+    both[..., :APART] = both.new_tensor([-1.0, 1.0])[:, None, None]
+    torch.sub(reached[..., :-APART], ramp[..., APART:], out=both[:, 0, :, APART:])
+    torch.sub(steps[APART:], where[..., :-APART], out=both[:, 1, :, APART:])
     grid = _turned(x, y, (height, width), (side, side))
-    dark, weighted = F.grid_sample(both, grid, align_corners=True).split(1, 1)
-    return 1 - dark, weighted / dark.clamp(min=1e-3)
+    shadow, distance = F.grid_sample(both, grid, align_corners=True).split(1, 1)
+    distance = distance.clamp_(min=1)
+    # The share of the light's width that is covered.
+    span = (slope_B[:, None, None] + radius - lowest).clamp(min=1e-4)[:, None]
+    covered = shadow.sub_(heights_B1HW).clamp_(min=0).div_(distance).div_(span)
+    return 1 - covered.clamp_(max=1), distance.mul_(radius[:, None])
 
 
 def _turned(cos_B: Tensor, sin_B: Tensor, target: Size, source: Size) -> Tensor:
@@ -85,9 +91,11 @@ def soften(visible_B1HW: Tensor, penumbra_B1HW: Tensor) -> Tensor:
     """
     size = max(visible_B1HW.shape[-2:])
     dark = 1 - visible_B1HW
-    # Beside a shadow the width is that of the shadow nearby.
-    spread = blur(torch.cat([dark * penumbra_B1HW, dark], 1), 0.01 * size, cells=FEW_CELLS)
-    sigma = 0.5 * spread[:, :1] / spread[:, 1:].clamp(min=1e-3)
+    # Beside a shadow the width is that of the shadow nearby; it varies slowly.
+    spread = torch.cat([dark * penumbra_B1HW, dark], 1)
+    cell = cell_of(SPREAD * size, 1.0)
+    spread = blur(pooled(spread, cell), SPREAD * size / cell)
+    sigma = enlarged(0.5 * spread[:, :1] / spread[:, 1:].clamp(min=1e-3), cell, dark.shape)
     sigmas = [share * size for share in PENUMBRA_SIGMAS]
     mixed = torch.zeros_like(dark)
     for k, level in enumerate(sigmas):
