@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
+from camoxpert.data.files.image_io import write_jpeg, write_png
 from camoxpert.data.files.labels import VOID
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.synthesis.compose.backgrounds import BackgroundIndex, describe, index_of
+from camoxpert.synthesis.compose.cached import Source, backgrounds_of, objects_of
 from camoxpert.synthesis.compose.draw import draw_composition
 from camoxpert.synthesis.compose.library import CutPicture, ObjectLibrary, cut_picture, library_of
-from camoxpert.synthesis.compose.pipeline import compose_one
+from camoxpert.synthesis.compose.pipeline import compose_one, read_material
 from camoxpert.synthesis.compose.records import (
     Composed,
     ComposeSettings,
@@ -336,6 +339,25 @@ def test_the_candidate_nearest_to_the_target_is_kept(
     assert several > 0
 
 
+def test_an_object_that_nobody_could_see_is_fitted_in_more_weakly() -> None:
+    """A disc darker than its background, which full transfer makes vanish."""
+    image = np.full((SIDE, SIDE, 3), 130, np.uint8)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    cv2.circle(mask, (32, 32), 14, 255, -1)
+    picture = cut_picture("disc", image // 2, mask)
+    settings = replace(PLAIN, colour=(1, 1), gradient=0, angle=0, noise=(0, 0), jpeg=(100, 100))
+    composition = draw_composition(
+        1, 0, settings, library_of([picture]), index_of([describe("flat", image)])
+    )
+    cutout = picture.cutouts[0].pixels
+    made = compose_one(composition, cutout, image)
+    assert made.weakened > 0 and made.difficulty is not None
+    # A target above the limit says that this is wanted.
+    wanted = compose_one(replace(composition, target=1.0), cutout, image)
+    assert wanted.weakened == 0 and wanted.difficulty is not None
+    assert wanted.difficulty > 0.88 and wanted.difficulty > made.difficulty
+
+
 def test_a_composition_can_be_written_down(
     pictures: list[Picture], objects: ObjectLibrary, plain_backgrounds: BackgroundIndex
 ) -> None:
@@ -346,6 +368,30 @@ def test_a_composition_can_be_written_down(
     assert again["paste"]["name"] == composition.paste.name and again["target"] == 0.5
     assert Look(**again["looks"][0]) == composition.looks[0]
     assert Shape(**again["occluders"][0]) == composition.occluders[0]
+
+
+def test_large_photographs_are_decoded_smaller_to_the_same_picture(tmp_path: Path) -> None:
+    image, mask = (
+        cv2.resize(part, (640, 640), interpolation=cv2.INTER_NEAREST)
+        for part in toy_pair(4, 2, size=80, object_size=(0.05, 0.1))
+    )
+    files = tmp_path / "big.jpg", tmp_path / "big.png"
+    write_jpeg(files[0], image, quality=97)
+    write_png(files[1], mask)
+    source = Source("big", *map(str, files))
+    (objects, _), (backgrounds, _) = objects_of([source]), backgrounds_of([source])
+    assert (backgrounds.entries[0].height, backgrounds.entries[0].width) == (640, 640)
+    settings = replace(PLAIN, others="keep", crop=(1, 1))
+    composition = draw_composition(1, 3, settings, objects, backgrounds)
+    material = read_material(composition, objects, backgrounds)
+    assert material.background_RGB.shape[0] < 640
+    made, full = (
+        compose_one(composition, material.object_RGBA, one, background_mask=other, camera=False)
+        for one, other in ((material.background_RGB, material.background_mask), (image, mask))
+    )
+    assert made.mask.shape == (SIDE, SIDE) and made.others > 50
+    assert (made.mask != full.mask).mean() < 0.01
+    assert np.abs(made.image.astype(int) - full.image).mean() < 3
 
 
 def test_without_objects_or_places_the_reason_is_named(

@@ -25,7 +25,7 @@ from camoxpert.synthesis.compose.describe import (
 SIDES = (3, 5, 8, 12)
 """Sides of the windows in cells; a background has 16 along its shorter side."""
 STRIDES = (3, 3, 4, 4)
-LEAST_PART = 0.7
+LEAST_PART = 0.5
 """Share of a background's shorter side that a part without objects must have to be used alone."""
 
 

@@ -16,8 +16,8 @@ AROUND = 0.35
 """Width of the surroundings whose colours count, as a share of the root of the object's area."""
 LEAST_CONTRAST = 0.5
 """Smallest factor by which an object's contrast is lowered."""
-SAMPLES = 1000
-"""Pixels, about, whose lights and shadows stand for those of the object."""
+SAMPLES = 2000
+"""Most pixels whose colours stand for those of a region."""
 BLURS = (0.6, 0.9, 1.3, 1.8, 2.5)
 """Sigmas of which one puts an object out of focus like its surroundings."""
 SHARPER = 1.15
@@ -32,7 +32,8 @@ class Scene:
         view: float32 (H, W, 3), RGB 0..1, the background.
         pixels: float32 (H, W, 3), RGB 0..1, the object, whose colours continue outside of it.
         coverage: float32 (H, W), of the object.
-        inside, around: float32 (N, 3), colours of the object and of its surroundings.
+        inside, around: float32 (N, 3), colours of the object and of its surroundings, a sample.
+        core: places of the sample of the object, indices into its pixels.
         membranes: float32 (H, W, 6), the background's and the object's colours at the outline,
             spread over the inside; None if no candidate needs them.
     """
@@ -42,6 +43,7 @@ class Scene:
     coverage: np.ndarray
     inside: np.ndarray
     around: np.ndarray
+    core: np.ndarray
     membranes: np.ndarray | None
 
 
@@ -56,7 +58,9 @@ def scene_of(
     """Return a scene; see there. ``gradient``: a candidate is blended in the gradient domain."""
     inside = coverage > 0.5
     both = membrane(np.dstack([view, pixels]), inside) if gradient else None
-    return Scene(view, pixels, coverage, pixels[inside], around, both)
+    core = sample(inside)
+    colours = pixels.reshape(-1, 3)[core]
+    return Scene(view, pixels, coverage, colours, around, core, both)
 
 
 def blended(scene: Scene, look: Look) -> np.ndarray:
@@ -70,7 +74,7 @@ def blended(scene: Scene, look: Look) -> np.ndarray:
     if look.gradient and scene.membranes is not None:
         behind, own = scene.membranes[..., :3], scene.membranes[..., 3:]
         moved += np.float32(look.gradient) * (behind - _mapped(own, matrix, offset))
-    _fit_range(moved, scene.coverage > 0.5)
+    _fit_range(moved, scene.core)
     np.clip(moved, 0, 1, out=moved)
     moved -= scene.view
     moved *= scene.coverage[..., None]
@@ -78,14 +82,18 @@ def blended(scene: Scene, look: Look) -> np.ndarray:
     return moved
 
 
-def _fit_range(colours: np.ndarray, inside: np.ndarray) -> None:
+def sample(where: np.ndarray) -> np.ndarray:
+    """Return indices of at most ``SAMPLES`` pixels of a mask, evenly spread."""
+    found = np.flatnonzero(where)
+    return found[:: -(-len(found) // SAMPLES) or 1]
+
+
+def _fit_range(colours: np.ndarray, core: np.ndarray) -> None:
     """Lower an object's contrast, in place, where its lights or shadows would be cut off."""
-    values = colours[inside]
-    if not len(values):
+    if not len(core):
         return
-    values = np.sort(values[:: 1 + len(values) // SAMPLES], axis=0)
-    middle = values.mean(0)
-    few = len(values) // 50
+    values = np.sort(colours.reshape(-1, 3)[core], axis=0)
+    middle, few = values[len(values) // 2], len(values) // 50
     low, high = values[few], values[-1 - few]
     factor = min(
         float(((1 - middle) / np.maximum(high - middle, 1e-6)).min()),

@@ -6,8 +6,6 @@ import numpy as np
 
 SPREAD = (0.5, 1.6)
 """Least and largest factor of a colour's deviation: flat surroundings do not erase an object."""
-SAMPLES = 4096
-"""Pixels from which statistics are taken, about, evenly spread."""
 LEAST_DEVIATION = 0.02
 """Deviation, as a share of full scale, below which a colour counts as this varied."""
 
@@ -31,23 +29,26 @@ def colour_map(
         matrix (3, 3) and offset (3,), float32: ``new = matrix @ old + offset``.
     """
     identity = np.eye(3)
-    inside, surroundings = (part[:: 1 + len(part) // SAMPLES] for part in (inside, surroundings))
     if not strength or not len(inside) or not len(surroundings):
         return identity.astype(np.float32), np.zeros(3, np.float32)
-    own, other = _covariance(inside), _covariance(surroundings)
+    (mean, own), (wanted, other) = _statistics(inside), _statistics(surroundings)
     root = _power(own, 0.5)
     inverse = _power(own, -0.5)
     matrix = inverse @ _power(root @ other @ root, 0.5) @ inverse
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     matrix = (vectors * np.clip(values, *SPREAD)) @ vectors.T
-    offset = surroundings.mean(0) - matrix @ inside.mean(0)
+    offset = wanted - matrix @ mean
     mixed = strength * matrix + (1 - strength) * identity
     return mixed.astype(np.float32), (strength * offset).astype(np.float32)
 
 
-def _covariance(colours: np.ndarray) -> np.ndarray:
-    centred = colours - colours.mean(0)
-    return centred.T.astype(np.float64) @ centred / len(colours) + LEAST_DEVIATION**2 * np.eye(3)
+def _statistics(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean (3,) and covariance (3, 3) of colours (N, 3), no colour being quite constant."""
+    exact = colours.astype(np.float64)
+    # A product is ten times as fast as numpy's mean over the longer axis.
+    mean = np.ones(len(exact)) @ exact / len(exact)
+    exact -= mean
+    return mean, exact.T @ exact / len(exact) + LEAST_DEVIATION**2 * np.eye(3)
 
 
 def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:

@@ -15,6 +15,8 @@ import numpy as np
 from camoxpert.synthesis.compose.records import Paste, Shape
 from camoxpert.synthesis.compose.shapes import Region, shape_coverage
 
+REPEATED = 8
+"""Pixels by which a cut-out is continued before it is turned and moved."""
 LEAST_VISIBLE = 0.5
 """Share of an object that occluders leave visible."""
 
@@ -82,6 +84,8 @@ def placed(paste: Paste, object_RGBA: np.ndarray, region: Region) -> tuple[np.nd
         size = max(1, round(width * scale)), max(1, round(height * scale))
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         across, down = scale * width / size[0], scale * height / size[1]
+    # Beyond a cut-out its margin is repeated: transparent, or the object where it is cut off.
+    pixels = cv2.copyMakeBorder(pixels, *(REPEATED,) * 4, cv2.BORDER_REPLICATE)
     height, width = pixels.shape[:2]
     turn = math.radians(paste.angle)
     cosine, sine = math.cos(turn), math.sin(turn)
@@ -89,11 +93,8 @@ def placed(paste: Paste, object_RGBA: np.ndarray, region: Region) -> tuple[np.nd
     corner = np.array([paste.x - region[1].start, paste.y - region[0].start])
     offset = corner - linear @ [(width - 1) / 2, (height - 1) / 2]
     target = region[1].stop - region[1].start, region[0].stop - region[0].start
-    # Beyond a cut-out its margin is repeated: transparent, or the object where it is cut off.
-    warped = cv2.warpAffine(
-        pixels, np.column_stack([linear, offset]), target,
-        flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE,
-    )  # fmt: skip
+    matrix = np.column_stack([linear, offset])
+    warped = cv2.warpAffine(pixels, matrix, target, flags=cv2.INTER_CUBIC)
     return as_floats(warped[..., :3]), as_floats(warped[..., 3])
 
 

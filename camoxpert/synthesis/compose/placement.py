@@ -13,6 +13,7 @@ import numpy as np
 
 from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.backgrounds import (
+    LEAST_PART,
     SIDES,
     BackgroundIndex,
     Place,
@@ -32,6 +33,8 @@ LARGEST_PART = 0.92
 """Share of the picture's sides that an object's box may take."""
 SMALLEST_SIDE = 12
 """Fewest pixels along the longer side of a pasted object."""
+SMALLEST_AREA = 36
+"""Fewest pixels of a pasted object."""
 NEAREST = 0.75
 """Difficulty from which the most similar backgrounds are searched; for easier targets, this less
 the target is the share of the backgrounds that are too similar."""
@@ -219,7 +222,7 @@ def _crop(
     for axis in range(2):
         low, high = cells[axis], cells[axis + 2]
         first = place.left if axis == 0 else place.top
-        length = max(place.side * 1.25, zoom[axis] * (high - low))
+        length = max(place.side * 1.25, zoom[axis] * (high - low), LEAST_PART * CELLS)
         length = min(length, high - low)
         earliest, latest = max(low, first + place.side - length), min(first, high - length)
         start = earliest + corner[axis] * (latest - earliest)
@@ -270,7 +273,9 @@ def _paste(
     scale = min(math.sqrt(pose.share * size[0] * size[1] / entry.area), 1.0)
     reach = _turned(entry, pose.angle)
     fits = min(LARGEST_PART * size[1 - axis] / reach[axis] for axis in range(2))
-    least = SMALLEST_SIDE / max(entry.height, entry.width)
+    least = max(
+        SMALLEST_SIDE / max(entry.height, entry.width), math.sqrt(SMALLEST_AREA / entry.area)
+    )
     scale = min(max(scale, least), fits, 1.0)
     centre = []
     for axis in range(2):

@@ -137,6 +137,10 @@ class Look:
     colour: float
     gradient: float
 
+    def weakened(self, times: int) -> Look:
+        """Return the look at half the strength, so many times."""
+        return Look(self.colour / 2**times, self.gradient / 2**times)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -234,6 +238,7 @@ class Composed:
         difficulty: 0 (easy) to 1 (object and surroundings alike), see ``difficulty.py``; None
             without an object.
         look: number of the candidate that was kept.
+        weakened: how often its strengths were halved, since nobody could have seen the object.
         occluders: how many of the occluders were drawn; the others would have hidden too much.
         visible: share of the object that is not hidden, 0..1; 0 for an edit.
         others: pixels of the background's own objects in the mask.
@@ -246,6 +251,7 @@ class Composed:
     alpha: np.ndarray
     difficulty: float | None
     look: int
+    weakened: int
     occluders: int
     visible: float
     others: int
@@ -257,6 +263,7 @@ class Composed:
         return {
             "difficulty": None if self.difficulty is None else round(self.difficulty, 4),
             "look": self.look,
+            "weakened": self.weakened,
             "occluders_drawn": self.occluders,
             "visible": round(self.visible, 4),
             "object_pixels": int(np.count_nonzero(self.mask)),
