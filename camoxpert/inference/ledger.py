@@ -78,30 +78,6 @@ def source_of(path: str | Path) -> Source | None:
     return Source(os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def state_of(paths: Sequence[Path]) -> Source | None:
-    """Return the present state of the files of an item as one: their bytes, the latest times.
-
-    Args:
-        paths: the file that names the item, then the others.
-
-    Returns:
-        None if one is missing.
-    """
-    if not paths:
-        # What the item is made from is known by the head of the ledger.
-        return Source("", 0, 0, 0)
-    found = [source_of(path) for path in paths]
-    known = [source for source in found if source is not None]
-    if len(known) < len(found):
-        return None
-    return Source(
-        known[0].source,
-        sum(source.size for source in known),
-        max(source.mtime_ns for source in known),
-        max(source.ctime_ns for source in known),
-    )
-
-
 class Index:
     """What a ledger says of each item, in a few numbers.
 

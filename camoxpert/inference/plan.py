@@ -19,7 +19,7 @@ import torch
 from camoxpert import console
 from camoxpert.config import to_dict
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.inference.ledger import FAILED, Ledger, state_of
+from camoxpert.inference.ledger import FAILED, Ledger, Source, source_of
 from camoxpert.inference.prediction import KINDS, PREDICTIONS
 from camoxpert.inference.products import Product
 from camoxpert.inference.sources import Photo
@@ -335,6 +335,30 @@ def digest_of(files: Sequence[Path]) -> str | None:
     except OSError:
         return None
     return joined_digest(digests)
+
+
+def state_of(paths: Sequence[Path]) -> Source | None:
+    """Return the present state of the files of an item as one: their bytes, the latest times.
+
+    Args:
+        paths: the file that names the item, then the others.
+
+    Returns:
+        None if one is missing.
+    """
+    if not paths:
+        # What the item is made from is known by the head of the ledger.
+        return Source("", 0, 0, 0)
+    found = [source_of(path) for path in paths]
+    known = [source for source in found if source is not None]
+    if len(known) < len(found):
+        return None
+    return Source(
+        known[0].source,
+        sum(source.size for source in known),
+        max(source.mtime_ns for source in known),
+        max(source.ctime_ns for source in known),
+    )
 
 
 def joined_digest(digests: Sequence[str]) -> str:

@@ -71,12 +71,12 @@ class SynthesisPage:
     means: Sequence[tuple[str, int, str]]
 
 
-def write_synthesis_page(path: Path, report: SynthesisReport) -> Path:
+def write_synthesis_page(path: Path, found: SynthesisReport) -> Path:
     """Write the page: one file, without scripts or external resources."""
-    known = {name: values for name, values in report.difficulty.items() if values}
+    known = {name: values for name, values in found.difficulty.items() if values}
     page = SynthesisPage(
-        report=report,
-        gallery=[Picture(_jpeg(_row(one)), one.caption) for one in report.examples],
+        report=found,
+        gallery=[Picture(_jpeg(_row(one)), one.caption) for one in found.examples],
         histogram=draw(lambda: charts.plot_shares(known, "difficulty"), "the difficulties")
         if known
         else None,

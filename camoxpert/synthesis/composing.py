@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from camoxpert.inference.engine import Row
-from camoxpert.inference.ledger import as_fields, state_of
+from camoxpert.inference.ledger import as_fields
+from camoxpert.inference.plan import state_of
 from camoxpert.inference.products import Product
 from camoxpert.runtime.host import usable_cores
 from camoxpert.synthesis.compose.backgrounds import BackgroundIndex

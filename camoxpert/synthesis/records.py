@@ -18,7 +18,8 @@ from PIL import Image
 from camoxpert.data.files.image_io import encode, write_encoded
 from camoxpert.data.files.labels import VOC_VOID, VOID, has_void
 from camoxpert.files import write_whole
-from camoxpert.inference.ledger import Ledger, as_fields, state_of
+from camoxpert.inference.ledger import Ledger, as_fields
+from camoxpert.inference.plan import state_of
 from camoxpert.inference.products import Product, Table
 
 Row = dict[str, Any]

@@ -24,8 +24,8 @@ from torch import Tensor
 from camoxpert.data.files.image_io import read_levels, read_pair
 from camoxpert.errors import DataError
 from camoxpert.inference.engine import Row
-from camoxpert.inference.ledger import as_fields, state_of
-from camoxpert.inference.plan import joined_digest
+from camoxpert.inference.ledger import as_fields
+from camoxpert.inference.plan import joined_digest, state_of
 from camoxpert.inference.products import Product
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.runtime.device import check_architecture, choose_device
