@@ -1,5 +1,4 @@
-"""``synthesize toy``: image and mask pairs from nothing; ``relight`` and ``compose`` have modules of
-their own."""
+"""``synthesize toy``: pairs from nothing; ``relight`` and ``compose`` have modules of their own."""
 
 from __future__ import annotations
 

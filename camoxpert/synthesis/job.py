@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from camoxpert import console, stop
+from camoxpert.data.files.listing import is_side_file
+from camoxpert.errors import ConfigError
 from camoxpert.files import write_json
 from camoxpert.inference.devices import DeviceEngine
 from camoxpert.inference.engine import ChunkResult, Spec
@@ -103,6 +105,8 @@ def make_images(
     """
     result = BatchResult()
     with open_ledger(job.output, KINDS, name=job.product.ledger, table=TABLE) as ledger:
+        if ledger.earlier is None:
+            _require_own_folder(job)
         if not ledger.finished:
             remove_unfinished(job.output, job.product)
         plan = make_plan(
@@ -134,6 +138,17 @@ def make_images(
         with stop.current().deferred():
             ledger.finish(order, complete=True)
     return result
+
+
+def _require_own_folder(job: Job) -> None:
+    """Refuse to put made images among others: they would be mixed with a real data set."""
+    for name in job.product.folders.values():
+        folder = job.output / name
+        if folder.is_dir() and any(not is_side_file(path.name) for path in folder.iterdir()):
+            raise ConfigError(
+                f"{folder} holds files, and no {job.product.ledger} in {job.output} says that they "
+                "were made. Made images are not put among others: name a new folder with -o."
+            )
 
 
 def _engine(job: Job, work: Work) -> Engine:

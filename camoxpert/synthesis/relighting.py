@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,7 @@ class RelightStages:
         self._output = Path(spec.output)
         self._caches = spec.caches()
         self._recent: Recent[_Source] = Recent(RECENT)
+        self._threads = _single_threads() if device.type == "cpu" else None
 
     def read(self, item: RelightItem) -> RelightSample:
         """Return a source with its light.
@@ -219,42 +221,53 @@ class RelightStages:
     ) -> tuple[Tensor, Tensor]:
         """Return the images, uint8 (B, 3, H, W), and how many pixels changed (B,).
 
-        On a CPU images are done one by one: their bytes must not depend on the batch, and a batch
-        is no faster there.
+        On a CPU every image is computed by one thread, and several at a time: then their bytes
+        depend neither on the batch nor on the number of threads.
         """
         if not samples:
             light = draw_light(0, 1, self.spec.settings)
             return self._relit(inputs, [light] * len(inputs), None, None, None)
-        if self.device.type != "cpu":
-            return self._batch(inputs, samples)
-        parts = [self._batch(inputs[n : n + 1], [one]) for n, one in enumerate(samples)]
+        if self._threads is None:
+            for number, sample in enumerate(samples):
+                self._complete(sample.source, inputs[number : number + 1], sample.spent)
+            return self._lit(inputs, samples)
+        ones = list(inputs.split(1))
+        # The lights of a source share what is computed here.
+        first = {id(sample.source): n for n, sample in enumerate(samples)}.values()
+        for _ in self._threads.map(
+            lambda n: self._complete(samples[n].source, ones[n], samples[n].spent), first
+        ):
+            pass
+        parts = self._threads.map(
+            lambda n: self._lit(ones[n], samples[n : n + 1]), range(len(ones))
+        )
         images, changed = zip(*parts, strict=True)
         return torch.cat(images), torch.cat(changed)
 
-    def _batch(self, inputs: Tensor, samples: Sequence[RelightSample]) -> tuple[Tensor, Tensor]:
-        # Synchronising a GPU to tell stages apart would cost more than it tells.
-        seconds: dict[str, float] | None = {} if self.device.type == "cpu" else None
-        for number, sample in enumerate(samples):
-            self._complete(sample.source, inputs[number : number + 1], seconds)
-        lights = [sample.light for sample in samples]
+    @torch.inference_mode()
+    def _lit(self, inputs: Tensor, samples: Sequence[RelightSample]) -> tuple[Tensor, Tensor]:
+        """Return sources of which all is known in their lights."""
         sources = [sample.source for sample in samples]
+        # Synchronising a GPU to tell stages apart would cost more than it tells.
+        seconds: dict[str, float] | None = None if self._threads is None else {}
         found = self._relit(
             inputs,
-            lights,
+            [sample.light for sample in samples],
             self._stacked([source.log_light for source in sources]),
             self._stacked([source.height for source in sources]),
             seconds,
         )
         for stage, value in (seconds or {}).items():
             for sample in samples:
-                sample.spent[stage] = value / len(samples)
+                sample.spent[stage] = sample.spent.get(stage, 0.0) + value / len(samples)
         return found
 
     def _stacked(self, parts: Sequence[Tensor | None]) -> Tensor:
         # Those from the cache are on the host, those that were computed on the device.
         return torch.stack([part.to(self.device) for part in parts if part is not None])
 
-    def _complete(self, source: _Source, inputs: Tensor, seconds: dict[str, float] | None) -> None:
+    @torch.inference_mode()
+    def _complete(self, source: _Source, inputs: Tensor, seconds: dict[str, float]) -> None:
         """Compute what is not known of a source: the light in it, and its height."""
         started = time.perf_counter()
         images, inside = inputs[:, :3], (inputs[:, 3:] > 127).float()
@@ -271,9 +284,9 @@ class RelightStages:
                 height = height_from_depth(depth, inside)
             source.height = height[0].half()
             source.unsaved.append("height")
-        if seconds is not None:
-            seconds["albedo"] = seconds.get("albedo", 0.0) + computed - started
-            seconds["height"] = seconds.get("height", 0.0) + time.perf_counter() - computed
+        if self._threads is not None:
+            seconds["albedo"] = computed - started
+            seconds["height"] = time.perf_counter() - computed
 
     def _relit(
         self,
@@ -358,6 +371,12 @@ class RelightStages:
         one[:, 3] = 0
         one[:, 3, 128:384, 128:384] = 255
         return one.to(self.device)
+
+
+def _single_threads() -> ThreadPoolExecutor:
+    """Return as many threads as torch may use, in each of which torch uses one."""
+    number = torch.get_num_threads()
+    return ThreadPoolExecutor(number, "relight", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def read_source(item: RelightItem, spec: RelightSpec, seconds: dict[str, float]) -> _Source:

@@ -20,8 +20,9 @@ from camoxpert.data.files.pairing import Pair, by_name, group_of
 from camoxpert.data.files.roots import Root, read_roots
 from camoxpert.doctor.leaks import LeakSearch, find_leaks
 from camoxpert.errors import DataError
-from camoxpert.files import why_missing
+from camoxpert.files import read_jsonl, why_missing
 from camoxpert.inference.lists import files_in_table
+from camoxpert.synthesis.records import LEDGER, PROVENANCE
 from camoxpert.text import bullet_list, count, free_name
 
 GROUND_TRUTH = "gt"
@@ -99,10 +100,25 @@ def find_sources(options: SourceOptions, *, what: str = "source") -> Sources:
     if not pairs:
         raise DataError("The clean list leaves no images to make others from.")
     search = LeakSearch(tests, options.max_pixels, options.cache)
-    leaks = find_leaks(pairs, search)
+    leaks = _made_of_tests(pairs, options.roots) | find_leaks(pairs, search)
     sources = Sources(pairs, _names(pairs), leaks, tuple(tests), sum(map(len, tests.values())))
     _judge(sources, options, what)
     return sources
+
+
+def _made_of_tests(pairs: Sequence[Pair], roots: Sequence[str]) -> dict[int, str]:
+    """Return the images that were made from test images, as the provenance of a root says."""
+    tested: dict[Path, str] = {}
+    for root in map(Path, roots):
+        place = root.parent if root.is_file() else root
+        for row in read_jsonl(place / PROVENANCE):
+            if "test_source" in row:
+                reason = f"it was made from a test image ({row['test_source']})"
+                tested[(place / row["image"]).resolve()] = reason
+    if not tested:
+        return {}
+    found = ((n, tested.get(pair.image.resolve())) for n, pair in enumerate(pairs))
+    return {n: reason for n, reason in found if reason}
 
 
 def _judge(sources: Sources, options: SourceOptions, what: str) -> None:
@@ -187,7 +203,9 @@ def _plain(path: Path, options: SourceOptions) -> Manifest | None:
     else:
         if recognise(path, options.search.layout) is not None:
             return None
-        files = list_files(path, nested=True).images
+        # Images that were made earlier may lie below.
+        listing = list_files(path, nested=True, enter=lambda inner: not (inner / LEDGER).is_file())
+        files = listing.images
         named, doubled = by_name(files, path)
         if doubled:
             raise DataError(f"{doubled[0][0]} and {doubled[0][1]} have the same name. Remove one.")

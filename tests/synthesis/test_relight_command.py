@@ -31,6 +31,7 @@ from camoxpert.synthesis.records import (
 )
 from camoxpert.synthesis.relight.draw import Light
 from camoxpert.synthesis.relight.pipeline import relight
+from camoxpert.synthesis.timetable import stage_rows, warm_up
 from camoxpert.synthesis.toy import generate_toy
 
 SOURCES = 5
@@ -99,12 +100,46 @@ def test_the_same_bytes_whatever_the_batch_and_the_processes(data, made, tmp_pat
     assert everything(tmp_path / "out") == everything(made)
 
 
+def test_the_same_bytes_whatever_the_threads(data: Path, made: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        assert make(data, tmp_path / "out", "--per-image", "2") == 0
+    finally:
+        torch.set_num_threads(1)
+    assert files_of(tmp_path / "out") == files_of(made)
+
+
+def test_made_images_are_not_put_among_others(data: Path, tmp_path: Path, capsys) -> None:
+    real = tmp_path / "toys"
+    shutil.copytree(data, real)
+    for more in ((), ("--overwrite",)):
+        assert make(data, real, *more) == 2
+        assert "Made images are not put among others" in " ".join(capsys.readouterr().err.split())
+    assert files_of(real) == files_of(data)
+
+
+def test_a_deadline_leaves_work_that_the_same_command_finishes(data, made, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert make(data, out, "--per-image", "2", "--max-hours", "1e-9") == 75
+    assert make(data, out, "--per-image", "2") == 0
+    assert files_of(out) == files_of(made)
+
+
+def test_stages_add_up_and_models_are_counted(made: Path) -> None:
+    summary = json.loads((made / "relight.json").read_text())
+    rows = stage_rows(summary)
+    assert rows[-1][2] == "100.0%"
+    assert sum(float(share[:-1]) for _, _, share in rows[:-1]) == pytest.approx(100, abs=0.6)
+    assert {"albedo", "height", "shadows", "recombine", "write"} <= {name for name, _, _ in rows}
+    assert summary["model_loads"] == 0 and warm_up(summary) is not None
+
+
 def test_a_row_of_the_provenance_is_enough_to_make_the_image_again(made: Path) -> None:
     first, *rows = rows_of(made)
     assert set(first) == {"settings", "values"} and len(rows) == 2 * SOURCES
     row = rows[3]
     sources = {source["role"]: source["path"] for source in row["sources"]}
-    image, mask = read_pair(sources["image"], sources["mask"])
+    image, mask = map(np.array, read_pair(sources["image"], sources["mask"]))
     light = Light.from_record(row["parameters"])
     found = relight(
         torch.from_numpy(image).permute(2, 0, 1)[None],
@@ -207,6 +242,12 @@ class TestLeaks:
         assert make(leaky, tmp_path / "out", "--per-image", "1", "--allow-test-sources") == 0
         marked = [row["image"] for row in rows_of(tmp_path / "out")[1:] if "test_source" in row]
         assert marked == ["TrainDataset/Imgs/new_r1.jpg"]
+        # What is made from such an image is one as well.
+        capsys.readouterr()
+        assert make(tmp_path / "out", tmp_path / "again") == 3
+        assert "new_r1.jpg: it was made from a test image (it is a" in " ".join(
+            capsys.readouterr().err.split()
+        )
         page = (tmp_path / "out" / PAGE).read_text()
         assert "1 image of 6 are made from test images" in page
 
