@@ -7,7 +7,6 @@ march, and the whole pipeline against ``relight_serial``.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TypedDict
@@ -152,8 +151,7 @@ def _shadows(pairs: Pairs, rounds: int) -> Compared:
     inside = (pairs["masks"] > 127).float()
     count, _, size, _ = inside.shape
     heights = height_from_mask(inside) * size
-    like = {"device": inside.device, "dtype": torch.float32}
-    azimuth = torch.arange(count, **like) * (2 * math.pi / count) + 0.2
+    azimuth = torch.arange(count, device=inside.device) * (2 * math.pi / count) + 0.2
     slope, radius = torch.full_like(azimuth, 0.7), torch.full_like(azimuth, 1e-3)
     maps = heights[:, 0].cpu().numpy()
     angles = azimuth.tolist()
@@ -281,7 +279,7 @@ def _show_stages(stages: dict[str, dict[str, float]], shares: dict[str, dict[str
         for name in stages:
             row += [f"{stages[name][stage]:.1f}", f"{shares[name][stage]:.1%}"]
         rows.append(row)
-    sums = (f"{statistics.fsum(shares[name].values()):.1%}" for name in stages)
-    totals = (f"{statistics.fsum(stages[name].values()):.1f}" for name in stages)
+    sums = (f"{sum(shares[name].values()):.1%}" for name in stages)
+    totals = (f"{sum(stages[name].values()):.1f}" for name in stages)
     rows.append(["sum", *(word for pair in zip(totals, sums, strict=True) for word in pair)])
     show_table(rows)

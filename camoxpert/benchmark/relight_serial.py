@@ -43,7 +43,7 @@ def gaussian(values: Map, sigma: float) -> Map:
 
 def serial_linear(image_HW3: Map, *, tuned: bool = False) -> Map:
     """Return linear light 0..1 of uint8 sRGB."""
-    value = image_HW3.astype(np.float32 if tuned else np.float64) / 255
+    value: Map = np.divide(image_HW3, 255, dtype=np.float32 if tuned else np.float64)
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     return linear.astype(value.dtype)
 

@@ -171,3 +171,16 @@ def test_data_measures_every_loader(tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert "times as many" in said and "decode mask (ours, all encodings)" in said
     assert main(["benchmark", "data", "--images", "2"]) == 2
+
+
+def test_relight_measures_both_and_shares_add_up(tmp_path: Path) -> None:
+    file = tmp_path / "relight.json"
+    words = ["--images", "2", "--rounds", "2", "--side", "64", "--retinex-side", "64"]
+    assert main(["benchmark", "relight", *words, "--device", "cpu", "-o", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert set(figures["retinex"]["ratios"]) == {"OpenCV, double", "OpenCV, single"}
+    assert figures["shadows"]["differences"]["mean IoU"] > 0.8
+    assert figures["pipeline"]["differences"]["mean level"] < 0.5
+    for name in ("script", "camoxpert"):
+        assert sum(figures["pipeline"]["shares"][name].values()) == pytest.approx(1)
+    assert main(["benchmark", "relight", "--side", "8"]) == 2

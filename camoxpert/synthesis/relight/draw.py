@@ -6,10 +6,9 @@ back without loss, so the provenance of an image is enough to make it again.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -78,7 +77,7 @@ class Light:
 
     def to_record(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Light:
@@ -87,7 +86,7 @@ class Light:
         Raises:
             ConfigError: a field is unknown or its value has another type.
         """
-        known = {field.name: type(field.default) for field in fields(cls)}
+        known: dict[str, type] = {name: type(value) for name, value in asdict(cls()).items()}
         for name, value in record.items():
             if name not in known:
                 raise ConfigError(f"A light has no field {name!r}.{text.did_you_mean(name, known)}")
@@ -97,6 +96,7 @@ class Light:
                     f"The field {name} of a light must be of type {known[name].__name__}; "
                     f"got {value!r}."
                 )
+        _check_pattern(record.get("pattern") or PATTERN_NAMES[0])
         return cls(**{name: known[name](value) for name, value in record.items()})
 
 
@@ -156,20 +156,25 @@ class RelightSettings:
                 f"{self.pattern_probability:g}."
             )
         for name in self.patterns:
-            if name not in PATTERN_NAMES:
-                raise ConfigError(
-                    f"There is no pattern shadow {name!r}; the patterns are "
-                    f"{', '.join(PATTERN_NAMES)}.{text.did_you_mean(name, PATTERN_NAMES)}"
-                )
+            _check_pattern(name)
         if self.pattern_probability > 0 and not self.patterns:
             raise ConfigError("Pattern shadows have a probability above 0, but none is named.")
         for name, (least, most) in LIMITS.items():
-            low, high = getattr(self, name)
+            value = getattr(self, name)
+            low, high = value if len(value) == 2 else (math.nan, math.nan)
             if not least <= low <= high <= most:
                 raise ConfigError(
                     f"The range of {name} must be two numbers in {least:g}..{most:g}, the smaller "
-                    f"one first; got {low:g} {high:g}."
+                    f"one first; got {' '.join(f'{bound:g}' for bound in value)}."
                 )
+
+
+def _check_pattern(name: str) -> None:
+    if name not in PATTERN_NAMES:
+        raise ConfigError(
+            f"There is no pattern shadow {name!r}; the patterns are "
+            f"{', '.join(PATTERN_NAMES)}.{text.did_you_mean(name, PATTERN_NAMES)}"
+        )
 
 
 LIMITS: dict[str, Range] = {

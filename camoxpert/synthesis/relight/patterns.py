@@ -95,7 +95,7 @@ def nearness(masks_BHW: Tensor, reach_B11: Tensor) -> Tensor:
         _squared_distance(masks_BHW.sum(1), x, reach_B11[:, 0])[:, None],
         _squared_distance(masks_BHW.sum(2), y, reach_B11[:, 0])[:, :, None],
     ]
-    return _step(1 - (squared[0] + squared[1]).sqrt_(), reach_B11.new_tensor(1.0))
+    return _step(1 - (squared[0] + squared[1]).sqrt_(), 1.0)
 
 
 def _squared_distance(counts_BN: Tensor, place_N: Tensor, reach_B1: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _index(rows: Sequence[int], device: torch.device) -> Tensor:
     return upload(np.array(rows), torch.empty(0, device=device)).long()
 
 
-def _step(value: Tensor, edge: Tensor) -> Tensor:
+def _step(value: Tensor, edge: Tensor | float) -> Tensor:
     """Return 0 to 1 smoothly where a value rises through 0 within ``edge``."""
     t = (value / edge + 0.5).clamp_(0, 1)
     return t * t * (3 - 2 * t)

@@ -13,7 +13,7 @@ from camoxpert.synthesis.relight.blur import FEW_CELLS, blur, cell_of, enlarged,
 PENUMBRA_SIGMAS = (0.0, 0.003, 0.008, 0.02)
 """Blurs that penumbras are mixed from, as shares of the longer side."""
 Size = tuple[int, int]
-APART = 1
+APART = 2
 """Steps between what casts and what receives: interpolation would let points shade themselves."""
 SPREAD = 0.01
 """How far around shadows their penumbra is known; a share of the longer side."""
@@ -56,7 +56,8 @@ def cast_shadows(
     reached, where = torch.cummax(turned.add_(ramp), dim=2)
     # Height of the shadow over each point, and the distance to what casts it.
     both = torch.empty(len(azimuth_B), 2, side, side, device=turned.device)
-    both[..., :APART] = both.new_tensor([-1.0, 1.0])[:, None, None]
+    both[:, 0, :, :APART] = -1
+    both[:, 1, :, :APART] = 1
     torch.sub(reached[..., :-APART], ramp[..., APART:], out=both[:, 0, :, APART:])
     torch.sub(steps[APART:], where[..., :-APART], out=both[:, 1, :, APART:])
     grid = _turned(x, y, (height, width), (side, side))
@@ -64,8 +65,22 @@ def cast_shadows(
     distance = distance.clamp_(min=1)
     # The share of the light's width that is covered.
     span = (slope_B[:, None, None] + radius - lowest).clamp(min=1e-4)[:, None]
-    covered = shadow.sub_(heights_B1HW).clamp_(min=0).div_(distance).div_(span)
-    return 1 - covered.clamp_(max=1), distance.mul_(radius[:, None])
+    covered = shadow.sub_(heights_B1HW).div_(distance)
+    # The surface beside a point is nearer than any step.
+    rise = _rise(heights_B1HW, -x, -y).sub_(lowest[:, None])
+    covered = torch.maximum(covered, rise).div_(span).clamp_(0, 1)
+    return 1 - covered, distance.mul_(radius[:, None])
+
+
+def _rise(heights_B1HW: Tensor, x_B: Tensor, y_B: Tensor) -> Tensor:
+    """Return the slope of heights from each pixel towards (x, y)."""
+    around = F.pad(heights_B1HW, (1, 1, 1, 1), mode="replicate")
+    x, y = x_B[:, None, None, None], y_B[:, None, None, None]
+    rise = (around[..., 1:-1, 2:] - heights_B1HW).mul_(x.clamp(min=0))
+    rise -= (around[..., 1:-1, :-2] - heights_B1HW).mul_(x.clamp(max=0))
+    rise += (around[..., 2:, 1:-1] - heights_B1HW).mul_(y.clamp(min=0))
+    rise -= (around[..., :-2, 1:-1] - heights_B1HW).mul_(y.clamp(max=0))
+    return rise
 
 
 def _turned(cos_B: Tensor, sin_B: Tensor, target: Size, source: Size) -> Tensor:
