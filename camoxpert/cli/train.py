@@ -42,6 +42,7 @@ def check_data_given(config: Config) -> None:
     for flag, roots in (
         ("--dataset-path", config.data.roots),
         ("--test-data", config.data.test_roots),
+        ("--synthetic", config.data.synthetic),
         ("--unlabeled", (config.data.unlabeled,) if config.data.unlabeled else ()),
     ):
         for root in roots:

@@ -13,8 +13,8 @@ class AugmentConfig:
 
     strength: float | None = setting(
         None,
-        "share of all strengths and probabilities below but those of flips and corrupt; unset: by "
-        "--preset",
+        "share of all strengths and probabilities below but those of flips, corrupt, relight and "
+        "compose; unset: by --preset",
         minimum=0,
         maximum=1,
     )
@@ -35,6 +35,20 @@ class AugmentConfig:
         0.0,
         "probability of one of the eight corruptions of `evaluate --corruptions`, at a severity of "
         "1 to 3; on the CPU only",
+        minimum=0,
+        maximum=1,
+    )
+    relight: float = setting(
+        0.0,
+        "probability of another light on the objects of an image, with their shadows, drawn anew "
+        "in each epoch",
+        minimum=0,
+        maximum=1,
+    )
+    compose: float = setting(
+        0.0,
+        "probability of an object of another training image, pasted where the image resembles it "
+        "and labelled; some are hidden in part, and some leave the traces of an edit alone",
         minimum=0,
         maximum=1,
     )

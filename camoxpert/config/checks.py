@@ -25,7 +25,7 @@ TYPE_NAMES: Mapping[Any, str] = {
 PATHS = frozenset(
     (
         *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
-        *("data.teacher", "data.unlabeled"),
+        *("data.teacher", "data.unlabeled", "data.synthetic"),
         *("model.weights", "model.init_from", "train.resume", "run.dir"),
     )
 )
@@ -164,6 +164,11 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"--multi-scale: factors of --img-size lie between 0.25 and 4; got "
             f"{', '.join(f'{factor:g}' for factor in data.multi_scale)}."
+        )
+    if not data.synthetic and data.synthetic_share != DataConfig().synthetic_share:
+        raise ConfigError(
+            f"--synthetic-share {data.synthetic_share:g} is for made data, and none is named. Name "
+            f"its folder with --synthetic, or leave it out."
         )
     if data.strict_cache and data.cache in ("none", "ram"):
         raise ConfigError(

@@ -49,6 +49,20 @@ class DataConfig:
         above=0,
         maximum=0.95,
     )
+    synthetic: tuple[str, ...] = setting(
+        (),
+        "made data that joins the training: one or more data set folders, as `synthesize` writes "
+        "them; validation and tests stay real",
+        flag="--synthetic",
+    )
+    synthetic_share: float = setting(
+        0.3,
+        "share of the images with masks in a batch that --synthetic may take; an epoch sees every "
+        "real image once, and each made one at most once",
+        flag="--synthetic-share",
+        above=0,
+        maximum=0.95,
+    )
     layout: str = setting(
         "auto", "name of a known layout, or auto to recognise it", flag="--layout"
     )

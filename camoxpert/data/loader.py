@@ -20,7 +20,7 @@ from camoxpert.config import DataConfig
 from camoxpert.data.cache.reader import CacheReader
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.manifest import Manifest
-from camoxpert.data.files.unlabeled import unlabeled_per_epoch
+from camoxpert.data.files.mixing import mix_of
 from camoxpert.data.samples.augment import SampleTransform, sample_transform, training_sides
 from camoxpert.data.samples.batches import (
     Batch,
@@ -32,7 +32,14 @@ from camoxpert.data.samples.batches import (
     collate_versions,
 )
 from camoxpert.data.samples.datasets import CorruptedDataset, EvalDataset, PairDataset
-from camoxpert.data.samples.sampler import EpochSampler, InOrderSampler
+from camoxpert.data.samples.sampler import (
+    MADE_STREAM,
+    UNLABELED_STREAM,
+    EpochSampler,
+    InOrderSampler,
+    Mixed,
+)
+from camoxpert.data.samples.scenes import Scenes
 from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.supervise import Supervised, loader_options
 from camoxpert.data.unreadable import skippable
@@ -53,6 +60,7 @@ class LoaderPlan:
             cache and no workers, batches are read straight from the cache.
         pin_memory: batches are in page-locked memory.
         soft: maps of a teacher that the batches carry, or None.
+        scenes: what relights and composes images, where the settings ask for it, or None.
     """
 
     num_workers: int = 0
@@ -61,6 +69,7 @@ class LoaderPlan:
     on_device: bool = False
     pin_memory: bool = False
     soft: SoftMaps | None = None
+    scenes: Scenes | None = None
 
 
 SIMPLE = LoaderPlan()
@@ -109,7 +118,7 @@ def build_loader(
     """Build a loader of training batches.
 
     Args:
-        manifest: the pairs; those without a mask, if any, come last.
+        manifest: the pairs: real ones, then made ones, then those without a mask.
         data: settings. Images are augmented by ``data.augment``; with several training sizes one
             is drawn per batch.
         plan: workers and cache.
@@ -117,18 +126,19 @@ def build_loader(
         seed: seed of the order and of the augmentation.
         rank, world_size: rank of this process, and number of processes that share an epoch.
     """
-    transform = sample_transform(data, seed)
-    labeled = sum(pair.labeled for pair in manifest.pairs)
-    unlabeled = len(manifest) - labeled
+    transform = sample_transform(data, seed, plan.scenes)
+    mix = mix_of(manifest, data)
     sampler = EpochSampler(
-        labeled,
+        mix.real,
         seed=seed,
         rank=rank,
         world_size=world_size,
         batch_size=batch_size,
         targets=training_sides(data),
-        unlabeled=unlabeled,
-        mixed_in=unlabeled_per_epoch(labeled, unlabeled, data.unlabeled_share),
+        mixed=(
+            Mixed(mix.made, mix.made_seen, MADE_STREAM),
+            Mixed(mix.unlabeled, mix.unlabeled_seen, UNLABELED_STREAM),
+        ),
     )
     if plan.cache is not None and plan.on_device and plan.num_workers == 0:
         return CacheReader(
@@ -264,8 +274,12 @@ def device_batches(loader: Batches, device: torch.device) -> Iterator[tuple[Batc
 
 
 def seconds_per_sample(dataset: PairDataset, target: int, *, samples: int = 8) -> float:
-    """Return the median seconds per sample in this process; the first one imports: left out."""
-    count = min(samples, len(dataset))
+    """Return the median seconds per sample in this process; the first one imports: left out.
+
+    Where some samples are relit or composed, which takes longer, it is the mean of more of them.
+    """
+    scenes = dataset.transform.scenes is not None
+    count = min(samples * (3 if scenes else 1), len(dataset))
     if not count:
         return 0.0
     dataset[0, 0, target]
@@ -274,7 +288,7 @@ def seconds_per_sample(dataset: PairDataset, target: int, *, samples: int = 8) -
         started = time.perf_counter()
         dataset[0, index, target]
         taken.append(time.perf_counter() - started)
-    return float(np.median(taken))
+    return float(np.mean(taken) if scenes else np.median(taken))
 
 
 def _timed(batches: Iterator[T]) -> Iterator[tuple[T, float]]:

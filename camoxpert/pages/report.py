@@ -156,6 +156,13 @@ def _facts(info: RunInfo) -> list[str]:
         facts.append(str(info["precision"]))
     if info.get("parameters"):
         facts.append(f"{info['parameters'] / 1e6:.2f} M parameters, {info['gmacs']:.2f} GMACs")
+    images = info.get("images", {})
+    if images.get("synthetic"):
+        real, made = images["training"], images.get("synthetic_per_epoch", 0)
+        facts.append(
+            f"{real} real and {made} of {images['synthetic']} made training images an epoch "
+            f"({made / max(real + made, 1):.0%} made); validation and tests are real"
+        )
     return [*facts, f"started {info.get('started', '?')}"]
 
 

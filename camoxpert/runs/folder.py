@@ -79,6 +79,8 @@ BEFORE_RUN_JSON = ("config.yaml", "samples.csv")
 # Settings added since the first version: at their defaults they do not count in names.
 ADDED = (
     *("data.augment.corrupt", "data.augment.strength", "data.group_copies", "data.resize"),
+    *("data.augment.relight", "data.augment.compose"),
+    *("data.synthetic", "data.synthetic_share"),
     *("data.teacher", "data.unlabeled", "data.unlabeled_share", "loss.teacher"),
     *("data.test_roots", "loss.size_balance", "loss.uncertainty", "model.decoder"),
     *("model.init_from", "model.upcycle_noise", "model.routing_grid"),

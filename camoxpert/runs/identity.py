@@ -33,8 +33,8 @@ FREE = (
     "train.allow_data_change",
     "train.process_timeout",
 )
-ROOTS, UNLABELED = "data.roots", "data.unlabeled"
-PLACES = frozenset((ROOTS, UNLABELED))
+ROOTS, SYNTHETIC, UNLABELED = "data.roots", "data.synthetic", "data.unlabeled"
+PLACES = frozenset((ROOTS, SYNTHETIC, UNLABELED))
 """Settings that name training data: moved data is the same, and the caller compares it."""
 TEACHER = "data.teacher"
 FILES = ("data.clean_list", TEACHER, "model.weights", "model.init_from")
@@ -51,7 +51,8 @@ def what_is_trained(config: Config) -> dict[str, Any]:
         for leaf in leaves()
         if leaf.path not in FREE and not leaf.path.startswith("run.")
     }
-    values[ROOTS] = tuple(os.path.normpath(root) for root in values[ROOTS])
+    for path in (ROOTS, SYNTHETIC):
+        values[path] = tuple(os.path.normpath(root) for root in values[path])
     named = {*FILES, UNLABELED}
     return values | {path: os.path.normpath(values[path]) for path in named if values[path]}
 

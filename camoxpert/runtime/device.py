@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from camoxpert.config import TrainConfig
 from camoxpert.errors import ConfigError
@@ -138,3 +140,12 @@ def set_tf32(enabled: bool, device: torch.device) -> str:
         return "off"
     ampere = torch.cuda.get_device_capability(device)[0] >= 8
     return "on" if ampere else "no effect: this GPU has none"
+
+
+def upload(values: np.ndarray, like: Tensor) -> Tensor:
+    """Return numbers as a float32 tensor on the device of another; the host does not wait."""
+    tensor = torch.from_numpy(values.astype(np.float32))
+    if like.device.type == "cuda":
+        # From pageable memory the host would wait for the copy.
+        tensor = tensor.pin_memory()
+    return tensor.to(like.device, non_blocking=True)

@@ -15,6 +15,7 @@ from camoxpert.data.cache.choice import choose_cache
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.headers import other_sizes, require_readable, unreadable_pairs
 from camoxpert.data.files.image_io import read_mask_as
+from camoxpert.data.files.made import MADE, NO_MADE, find_made
 from camoxpert.data.files.manifest import (
     CleanList,
     Manifest,
@@ -25,13 +26,9 @@ from camoxpert.data.files.manifest import (
     read_clean_list,
     unused_rows,
 )
+from camoxpert.data.files.mixing import Mix, mix
 from camoxpert.data.files.pairing import Pair
-from camoxpert.data.files.unlabeled import (
-    NO_IMAGES,
-    find_unlabeled,
-    joined,
-    unlabeled_per_epoch,
-)
+from camoxpert.data.files.unlabeled import NO_IMAGES, find_unlabeled, joined
 from camoxpert.data.loader import LoaderPlan, seconds_per_sample
 from camoxpert.data.samples.augment import sample_transform, training_sides
 from camoxpert.data.samples.datasets import PairDataset
@@ -41,10 +38,12 @@ from camoxpert.doctor.inspect import MaskShape, identical_files, mask_shape
 from camoxpert.errors import DataError
 from camoxpert.runtime.host import free_shared_memory
 from camoxpert.runtime.processes import World
+from camoxpert.synthesis.online import OnlineScenes
 from camoxpert.text import count, shorten
 from camoxpert.training.batching import effective_batch
+from camoxpert.training.leaks import without_leaks
 from camoxpert.training.recipe import Recipe, choose_recipe
-from camoxpert.training.split import Split, decide_split
+from camoxpert.training.split import BESIDE, Split, decide_split
 from camoxpert.training.teacher import find_soft_maps
 
 MASKS_LOOKED_AT = 16
@@ -58,9 +57,10 @@ class RunData:
 
     Attributes:
         train, validation: parts of TRAIN; test sets never choose anything.
-        unlabeled: images without masks that are trained on beside ``train``.
+        made: made images, trained on beside ``train``.
+        unlabeled: images without masks, trained on beside ``train``.
         tests: test sets found beside the training data, by name; scored once, at the end.
-        data_hash: content hash of train, validation and the images without masks together.
+        data_hash: content hash of all that is trained on or validated with.
         loading: workers, cache and teacher's maps of the training loader.
         recipe: the settings with nothing left open.
         checked: how much of the files was read to check them, as a sentence.
@@ -73,18 +73,32 @@ class RunData:
     loading: LoaderPlan
     recipe: Recipe
     checked: str
+    made: Manifest = NO_MADE
     unlabeled: Manifest = NO_IMAGES
 
     @property
     def trained(self) -> Manifest:
-        """All images that are trained on, those without masks last."""
-        return joined(self.train, self.unlabeled)
+        """All images that are trained on: real ones first, those without masks last."""
+        return joined(self.train, self.made, self.unlabeled)
+
+    @property
+    def mix(self) -> Mix:
+        """How many images of each kind there are, and how many an epoch sees."""
+        return _mix(self.recipe.config.data, self.train, self.made, self.unlabeled)
 
     def images_per_epoch(self, processes: int = 1) -> int:
         """Return how many images one of several processes takes in an epoch."""
-        share = self.recipe.config.data.unlabeled_share
-        extra = unlabeled_per_epoch(len(self.train), len(self.unlabeled), share)
-        return -(-len(self.train) // processes) + -(-extra // processes)
+        return self.mix.per_process(processes)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of images of each kind, for ``run.json``."""
+        return {
+            "training": len(self.train),
+            "validation": len(self.validation),
+            MADE: len(self.made),
+            f"{MADE}_per_epoch": self.mix.made_seen,
+            "unlabeled": len(self.unlabeled),
+        }
 
 
 def find_data(
@@ -117,16 +131,18 @@ def find_data(
     search = search_of(asked.data, clean)
     found = load_training_data(asked.data.roots, search, validate=asked.data.val_fraction > 0)
     whole, unlabeled = found.whole, find_unlabeled(asked.data.unlabeled)
-    every = joined(whole, unlabeled)
-    mixed_in = unlabeled_per_epoch(len(whole), len(unlabeled), asked.data.unlabeled_share)
-    chosen = choose_recipe(asked, len(whole) + mixed_in, processes=world.size, kept=recipe)
+    made = find_made(asked.data.synthetic, search)
+    every, data_hash = joined(whole, made, unlabeled), _hash_of(whole, made, unlabeled)
+    extra = _mix(asked.data, whole, made, unlabeled).extra
+    chosen = choose_recipe(asked, len(whole) + extra, processes=world.size, kept=recipe)
     config, data = chosen.config, chosen.config.data
     cache, verdict = find_cache(every, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, every) if cache is not None else _look_for_faults(every, data)
     train, validation = decide_split(found, config, kept or {}, write=write)
-    _say_unlabeled(unlabeled, len(train), data)
     tests = _find_tests(data, search)
+    made = without_leaks(made, data.synthetic, train, validation, tests)
+    _say_extra(_mix(data, train, made, unlabeled), data, made, unlabeled)
     for note in whole.notes:
         console.decide("", note)
     sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
@@ -147,7 +163,7 @@ def find_data(
             f"{count(len(resized), 'mask')} of another size than the image, as --resize bilinear "
             f"allows: {shorten(resized)}",
         )
-    parts = {"training": train, "validation": validation, "unlabeled": unlabeled}
+    parts = {"training": train, "validation": validation, MADE: made, "unlabeled": unlabeled}
     require_few_faults(parts, faults, data.max_unreadable)
     looked_at = _quick_checks({**parts, **tests}, data, faults) if world.first else 0
     unmatched = unused_rows(clean, [whole, *tests.values()])
@@ -168,7 +184,7 @@ def find_data(
             f"{len(faults)} of {len(every)} images cannot be read and are skipped "
             f"(--unreadable skip): {shorten(pair.name for pair in faults)}",
         )
-    trained = joined(train, unlabeled)
+    trained = joined(train, made, unlabeled)
     soft = find_soft_maps(
         config,
         trained,
@@ -185,32 +201,44 @@ def find_data(
         else f"the headers of {count(len(whole), 'training pair')} and the pixels of "
         f"{count(looked_at, 'mask')} were read, so damage inside a file was not looked for"
     )
-    data_hash = _hash_of(whole, unlabeled)
-    return RunData(train, validation, tests, data_hash, loading, chosen, checked, unlabeled)
+    return RunData(train, validation, tests, data_hash, loading, chosen, checked, made, unlabeled)
 
 
-def _say_unlabeled(unlabeled: Manifest, num_labeled: int, data: DataConfig) -> None:
-    """Print how many images without masks are trained on, and how often."""
-    if not len(unlabeled):
-        return
-    used = unlabeled_per_epoch(num_labeled, len(unlabeled), data.unlabeled_share)
-    console.decide(
-        "unlabeled",
-        f"{count(len(unlabeled), 'image')} without masks in {data.unlabeled}; an epoch sees {used} "
-        f"of them, {used / max(used + num_labeled, 1):.0%} of a batch, for the teacher's loss "
-        f"alone",
-    )
-    for note in unlabeled.notes:
+def _mix(data: DataConfig, real: Manifest, made: Manifest, unlabeled: Manifest) -> Mix:
+    return mix(data, real=len(real), made=len(made), unlabeled=len(unlabeled))
+
+
+def _say_extra(found: Mix, data: DataConfig, made: Manifest, unlabeled: Manifest) -> None:
+    """Print how many made images and how many without masks are trained on, and how often."""
+    if found.made:
+        fewer = ""
+        if found.made_seen == found.made:
+            fewer = f", all there are (--synthetic-share {data.synthetic_share:g})"
+        console.decide(
+            MADE,
+            f"{count(found.made, 'made image')} in {', '.join(data.synthetic)}; an epoch sees "
+            f"{found.made_seen} of them, {found.made_share:.0%} of the images with masks in a "
+            f"batch{fewer}; validation and tests stay real",
+        )
+    if found.unlabeled:
+        used = found.unlabeled_seen
+        console.decide(
+            "unlabeled",
+            f"{count(found.unlabeled, 'image')} without masks in {data.unlabeled}; an epoch sees "
+            f"{used} of them, {used / max(used + found.labeled_seen, 1):.0%} of a batch, for the "
+            f"teacher's loss alone",
+        )
+    for note in (*made.notes, *unlabeled.notes):
         console.decide("", note)
 
 
-def _hash_of(whole: Manifest, unlabeled: Manifest) -> str:
-    """Return the content hash of all training data; without images that have no mask, that of the
-    others alone, as it always was."""
-    if not len(unlabeled):
+def _hash_of(whole: Manifest, made: Manifest, unlabeled: Manifest) -> str:
+    """Return the content hash of all training data; of real images with masks alone, that of them,
+    as it always was."""
+    beside = [part.content_hash() for part in (made, unlabeled) if len(part)]
+    if not beside:
         return whole.content_hash()
-    both = whole.content_hash() + unlabeled.content_hash()
-    return hashlib.sha256(both.encode()).hexdigest()
+    return hashlib.sha256("".join([whole.content_hash(), *beside]).encode()).hexdigest()
 
 
 def _find_tests(data: DataConfig, search: Search) -> dict[str, Manifest]:
@@ -238,7 +266,8 @@ def hash_of_data(config: Config) -> str:
     clean = read_clean_list(data.clean_list)
     search = search_of(data, clean)
     found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
-    return _hash_of(found.whole, find_unlabeled(data.unlabeled))
+    made = find_made(data.synthetic, search)
+    return _hash_of(found.whole, made, find_unlabeled(data.unlabeled))
 
 
 def unreadable_in(cache: PixelCache, manifest: Manifest) -> dict[Pair, str]:
@@ -291,8 +320,8 @@ def _quick_checks(
     console.decide("masks", f"stored as {words} ({len(looked_at)} looked at)")
     _judge_masks(shapes)
     items = [
-        # Images without masks are trained on: only what is set aside must not be among them.
-        (pair.image, "training" if part == "unlabeled" else part)
+        # These are trained on: only what is set aside must not be among them.
+        (pair.image, "training" if part in BESIDE else part)
         for part, manifest in parts.items()
         for pair in manifest.pairs
         if pair not in unreadable
@@ -382,16 +411,23 @@ def _decide_loading(
         if data.augment_on == "auto" and device == "cuda":
             reason = "corruptions are made on the CPU"
         reason += f"; {data.augment.corrupt:.0%} of the images corrupted, at severities 1 to 3"
+    scenes = OnlineScenes() if data.augment.relight or data.augment.compose else None
     words = f"{where}: {reason}"
+    if data.augment.relight:
+        words += f"; {data.augment.relight:.0%} of the images in another light"
+    if data.augment.compose:
+        words += f"; {data.augment.compose:.0%} with an object of another training image"
     if len(sides) > 1:
         words += f"; training sizes {', '.join(map(str, sides))} px, one a batch"
     console.decide("augment", words)
-    if cache is not None and on_device and data.num_workers is None:
+    # Composing takes ten times as long as all else that a data worker does.
+    straight = cache is not None and on_device and not data.augment.compose
+    if straight and data.num_workers is None:
         workers, reason = 0, "batches are read straight from the cache, a thread ahead of the step"
     else:
         seconds = 0.0
         if data.num_workers is None:
-            transform = sample_transform(data, config.train.seed)
+            transform = sample_transform(data, config.train.seed, scenes)
             sample = PairDataset(train, data, transform, cache=cache, raw=on_device)
             seconds = seconds_per_sample(sample, data.img_size)
         workers, reason = choose_num_workers(
@@ -415,4 +451,5 @@ def _decide_loading(
         cache=cache,
         on_device=on_device,
         pin_memory=data.pin_memory and device == "cuda",
+        scenes=scenes,
     )

@@ -147,7 +147,11 @@ def data_changes(run_dir: Path, data: RunData) -> str:
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         # TypeError: a line without all its columns.
         return ""
-    now = data.train.files() | data.validation.files() | data.unlabeled.files()
+    now = {
+        key: sizes
+        for part in (data.train, data.validation, data.made, data.unlabeled)
+        for key, sizes in part.files().items()
+    }
     kinds = {
         "missing": sorted(before.keys() - now.keys()),
         "new": sorted(now.keys() - before.keys()),

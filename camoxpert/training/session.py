@@ -227,7 +227,9 @@ def open_log(
         step = checkpoint.values["state"]["step"] + 1 if checkpoint else None
         try:
             write_bytes(folder / "config.yaml", to_yaml(run.asked).encode())
-            write_samples(folder, run.data.train, run.data.validation, run.data.unlabeled)
+            write_samples(
+                folder, run.data.train, run.data.validation, run.data.made, run.data.unlabeled
+            )
             write_run_json(
                 folder,
                 argv=argv,
@@ -236,11 +238,7 @@ def open_log(
                 phases=read_json(folder / "run.json").get("phases", {}),
                 extra={
                     "files": run.files,
-                    "images": {
-                        "training": len(run.data.train),
-                        "validation": len(run.data.validation),
-                        "unlabeled": len(run.data.unlabeled),
-                    },
+                    "images": run.data.counts(),
                     "decisions": list(decisions),
                     "recipe": run.data.recipe.values,
                     "precision": run.precision.name,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from camoxpert import console
 from camoxpert.config import Config
+from camoxpert.data.files.made import MADE, NO_MADE
 from camoxpert.data.files.manifest import Manifest, TrainingData
 from camoxpert.data.files.split import split_validation
 from camoxpert.data.files.unlabeled import NO_IMAGES
@@ -18,7 +19,8 @@ from camoxpert.text import count
 
 SAMPLES = "samples.csv"
 UNLABELED = "unlabeled"
-"""Word for images without masks in its column ``split``."""
+BESIDE = (MADE, UNLABELED)
+"""Words for made images and for those without masks in its column ``split``."""
 
 Split = Mapping[tuple[str, str], str]
 """(data set, name) -> training or validation."""
@@ -84,10 +86,14 @@ def _as_before(whole: Manifest, kept: Split) -> tuple[Manifest, Manifest]:
 
 
 def write_samples(
-    run_dir: Path, train: Manifest, validation: Manifest, unlabeled: Manifest = NO_IMAGES
+    run_dir: Path,
+    train: Manifest,
+    validation: Manifest,
+    made: Manifest = NO_MADE,
+    unlabeled: Manifest = NO_IMAGES,
 ) -> None:
-    """Write ``samples.csv``: images of training and validation, and those without masks, with the
-    sizes of their files."""
+    """Write ``samples.csv``: images of training and validation, made ones, and those without
+    masks, with the sizes of their files."""
     rows = [
         {
             "split": split,
@@ -99,6 +105,7 @@ def write_samples(
         for split, manifest in (
             ("training", train),
             ("validation", validation),
+            (MADE, made),
             (UNLABELED, unlabeled),
         )
         for (dataset, name), sizes in manifest.files().items()
@@ -115,7 +122,7 @@ def read_split(run_dir: Path | None) -> dict[tuple[str, str], str]:
             found = {
                 (row["dataset"], row["name"]): row["split"]
                 for row in csv.DictReader(file)
-                if row["split"] != UNLABELED
+                if row["split"] not in BESIDE
             }
     except (OSError, KeyError, csv.Error):
         return {}

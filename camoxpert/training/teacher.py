@@ -23,6 +23,7 @@ from camoxpert.config import Config, DataConfig
 from camoxpert.data.cache.choice import cache_root
 from camoxpert.data.files.image_io import read_map, write_png
 from camoxpert.data.files.listing import list_files
+from camoxpert.data.files.made import MADE
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.names import NameMatch, match_names
 from camoxpert.data.files.pairing import Pair
@@ -195,7 +196,10 @@ def _given_maps(folder: Path, pairs: Sequence[Pair]) -> tuple[dict[Pair, Path], 
             f"shared weights, or a folder of grey maps named like the images."
         )
     plain: Mapping[str, Pair] = {pair.name: pair for pair in pairs}
-    whole = {f"{pair.dataset.removeprefix('unlabeled ')}/{pair.name}": pair for pair in pairs}
+    whole = {
+        f"{pair.dataset.removeprefix('unlabeled ').removeprefix(f'{MADE} ')}/{pair.name}": pair
+        for pair in pairs
+    }
     matched, names = NameMatch({}), plain
     for tried in (plain, whole):
         # Names that several data sets have say nothing alone.

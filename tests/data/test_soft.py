@@ -13,13 +13,15 @@ from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.cache.build import open_cache
 from camoxpert.data.files.image_io import read_mask, write_png
 from camoxpert.data.files.labels import VOID
+from camoxpert.data.files.made import NO_MADE
 from camoxpert.data.files.manifest import Manifest, load_train
-from camoxpert.data.files.unlabeled import find_unlabeled, joined, unlabeled_per_epoch
+from camoxpert.data.files.mixing import mixed_in
+from camoxpert.data.files.unlabeled import find_unlabeled, joined
 from camoxpert.data.loader import LoaderPlan, build_loader, finish
 from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
 from camoxpert.data.samples.augment_device import apply_draws, move_maps
 from camoxpert.data.samples.batches import Batch
-from camoxpert.data.samples.sampler import EpochSampler
+from camoxpert.data.samples.sampler import UNLABELED_STREAM, EpochSampler, Mixed
 from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.errors import DataError
 from camoxpert.synthesis.toy import toy_pair
@@ -84,7 +86,7 @@ def mask_maps(manifest: Manifest, folder: Path) -> SoftMaps:
 def mixed(toy_data: Path, tmp_path: Path) -> tuple[Manifest, SoftMaps]:
     """Return 40 pairs and the 8 images of the test set without masks, with maps."""
     (images,) = (toy_data / "TestDataset").glob("*/Imgs")
-    manifest = joined(load_train([toy_data]), find_unlabeled(images))
+    manifest = joined(load_train([toy_data]), NO_MADE, find_unlabeled(images))
     return manifest, mask_maps(manifest, tmp_path / "maps")
 
 
@@ -151,8 +153,11 @@ def test_a_map_that_is_missing_or_of_another_size_is_named(
 
 class TestSampler:
     @staticmethod
-    def order(epoch: int = 0, rank: int = 0, world: int = 1, **extra: int) -> list[int]:
-        sampler = EpochSampler(30, seed=2, rank=rank, world_size=world, **extra)
+    def order(
+        epoch: int = 0, rank: int = 0, world: int = 1, *, unlabeled: int = 0, mixed_in: int = 0
+    ) -> list[int]:
+        mixed = (Mixed(unlabeled, mixed_in, UNLABELED_STREAM),)
+        sampler = EpochSampler(30, seed=2, rank=rank, world_size=world, mixed=mixed)
         sampler.seek(epoch, 0)
         return list(sampler.indices())
 
@@ -186,10 +191,10 @@ class TestSampler:
         }
 
     def test_how_many_an_epoch_sees(self) -> None:
-        assert unlabeled_per_epoch(30, 100, 0.5) == 30
-        assert unlabeled_per_epoch(30, 100, 0.25) == 10
-        assert unlabeled_per_epoch(30, 7, 0.5) == 7
-        assert unlabeled_per_epoch(30, 0, 0.5) == 0
+        assert mixed_in(30, 100, 0.5) == 30
+        assert mixed_in(30, 100, 0.25) == 10
+        assert mixed_in(30, 7, 0.5) == 7
+        assert mixed_in(30, 0, 0.5) == 0
 
 
 def test_what_is_no_folder_of_images_is_named(tmp_path: Path, toy_data: Path) -> None:

@@ -16,7 +16,10 @@ from camoxpert.cli import COMMANDS, KINDS, main
 # setting the flag sets.
 VALUES = ("8", "64", "3", "0.25", "0.75", "0.00001", "cpu", "other")
 # What a flag cannot do without.
-NEEDED = {"--unlabeled": ("--teacher", "other")}
+NEEDED = {
+    "--unlabeled": ("--teacher", "other"),
+    "--synthetic-share": ("--synthetic", "other"),
+}
 
 
 class Built(Exception):

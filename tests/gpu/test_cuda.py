@@ -11,13 +11,16 @@ from camoxpert.config import DECODERS, AugmentConfig, DataConfig, build_config
 from camoxpert.data.cache.build import open_cache
 from camoxpert.data.files.manifest import load_train
 from camoxpert.data.loader import LoaderPlan, build_loader, device_batches
+from camoxpert.data.samples.augment import square_pair
 from camoxpert.data.samples.augment_device import apply_draws
-from camoxpert.data.samples.draw import draw
+from camoxpert.data.samples.draw import Draw, draw
+from camoxpert.data.samples.scenes import relit
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE
 from camoxpert.runtime.device import Precision
-from camoxpert.synthesis.toy import generate_toy
+from camoxpert.synthesis.online import OnlineScenes
+from camoxpert.synthesis.toy import generate_toy, toy_pair
 from camoxpert.training.batching import choose_batching
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.optim import build_optimizer, set_lr
@@ -202,6 +205,24 @@ def test_device_augmentation_is_the_same_on_the_gpu_and_waits_for_nothing() -> N
         torch.cuda.set_sync_debug_mode("default")
     assert (images.cpu().int() - expected[0].int()).abs().float().mean() < 0.5
     assert (masks.cpu() != expected[1]).float().mean() < 0.005
+
+
+def test_new_light_is_the_same_on_the_gpu_and_waits_for_nothing() -> None:
+    pairs = [toy_pair(3, index, size=64, difficulty=0.0) for index in range(6)]
+    pixels = torch.from_numpy(np.stack([square_pair(*pair, 64) for pair in pairs]))
+    draws = [Draw(np.eye(2, 3), None, light=light) for light in (1, None, 3, 4, 5, 6)]
+    expected = relit(pixels, draws, OnlineScenes())
+    on_gpu = pixels.cuda()
+    relit(on_gpu, draws, OnlineScenes())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = relit(on_gpu, draws, OnlineScenes())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found[..., 3].cpu(), pixels[..., 3])
+    apart = (found.cpu().int() - expected.int()).abs()
+    assert float((apart <= 2).float().mean()) > 0.999 and not torch.equal(expected, pixels)
 
 
 def test_batches_straight_from_the_cache_arrive_on_the_gpu(tmp_path) -> None:

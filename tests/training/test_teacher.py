@@ -255,7 +255,8 @@ class TestTraining:
         )
         assert train(*SHORT, *words, "--run-name", "r") == 0
         info = read_json(tmp_path / "r" / "run.json")
-        assert info["images"] == {"training": 36, "validation": 4, "unlabeled": 8}
+        images = info["images"]
+        assert (images["training"], images["validation"], images["unlabeled"]) == (36, 4, 8)
         assert any("8 images without masks" in line for line in info["decisions"])
         assert "data.teacher" in info["files"]
         rows = (tmp_path / "r" / "samples.csv").read_text().splitlines()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.mixing import real_pairs
 from camoxpert.data.samples.augment import SampleTransform
 from camoxpert.data.samples.batches import RawBatch
 from camoxpert.data.samples.sampler import EpochSampler
@@ -50,8 +51,10 @@ class CacheReader:
         self._skip = skip
         self._soft = soft
         self._maps = [] if soft is None else soft.of(manifest)
-        # The decoders release the interpreter's lock: maps of a batch are read at once.
-        self._pool = None if soft is None else ThreadPoolExecutor(usable_cores())
+        # OpenCV releases the interpreter's lock: a batch's maps are read, its scenes made at once.
+        busy = soft is not None or transform.scenes is not None
+        self._pool = ThreadPoolExecutor(usable_cores()) if busy else None
+        self._givers = real_pairs(manifest)
         self._unlabeled = [not pair.labeled for pair in manifest.pairs]
         self._sampler = sampler
         self._ahead = ahead
@@ -63,7 +66,7 @@ class CacheReader:
         self._sampler.seek(epoch, start_batch)
 
     def close(self) -> None:
-        """End the threads that read maps; the one that reads ahead ends with its iteration."""
+        """End the threads that make samples; the one that reads ahead ends with its iteration."""
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -136,6 +139,7 @@ class CacheReader:
         rows = self._rows[places]
         pixels = self._buffer(len(rows))
         np.take(self._cache.pixels, rows, axis=0, out=pixels.numpy(), mode="clip")
+        self._compose(pixels.numpy(), keys, places)
         sizes = [(int(height), int(width)) for height, width in self._cache.sizes[rows]]
         names = [self._names[place] for place in places]
         void = bool(self._void[places].any())
@@ -148,6 +152,28 @@ class CacheReader:
         if any(unlabeled):
             batch.unlabeled = unlabeled
         return batch
+
+    def _compose(
+        self, pixels: np.ndarray, keys: Sequence[tuple[int, int, int]], places: Sequence[int]
+    ) -> None:
+        """Put the objects of other images into those of a batch that have one drawn, in place."""
+        if self._pool is None or self.transform.scenes is None:
+            return
+
+        def read(giver: int) -> np.ndarray:
+            place, _, _ = first_readable(giver, self._names, self._require, skip=self._skip)
+            return np.asarray(self._cache.pixels[self._rows[place]])
+
+        def one(position: int) -> None:
+            epoch, index, _ = keys[position]
+            sample, place = self.transform.draw(epoch=epoch, index=index), places[position]
+            pixels[position] = self.transform.compose(
+                pixels[position], place, sample, givers=self._givers, read=read
+            )
+
+        labeled = (i for i, place in enumerate(places) if not self._unlabeled[place])
+        for _ in self._pool.map(one, labeled):
+            pass
 
     def _require(self, place: int) -> None:
         """Raise DataError for a row that could not be decoded."""

@@ -26,6 +26,7 @@ class Pair:
         group: class encoded in the name, or the sub-folder, or "".
         any_size: the mask may have another size than the image.
         labeled: False for an image without a mask; ``mask`` is then the image itself.
+        made: True for a made image: it is trained on and never measured with.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Pair:
     group: str
     any_size: bool = False
     labeled: bool = True
+    made: bool = False
 
 
 @dataclass(frozen=True)

@@ -56,17 +56,11 @@ def find_unlabeled(folder: str | Path) -> Manifest:
     return Manifest(pairs, dataset, "unlabeled", "folder of images", 0, tuple(notes))
 
 
-def joined(labeled: Manifest, unlabeled: Manifest) -> Manifest:
-    """Return the pairs of both, those without masks last."""
-    if not len(unlabeled):
-        return labeled
-    return replace(labeled, pairs=labeled.pairs + unlabeled.pairs)
-
-
-def unlabeled_per_epoch(num_labeled: int, num_unlabeled: int, share: float) -> int:
-    """Return how many images without masks an epoch sees: ``share`` of all its images, at most all
-    of them."""
-    return min(num_unlabeled, round(num_labeled * share / (1 - share)))
+def joined(real: Manifest, made: Manifest, unlabeled: Manifest) -> Manifest:
+    """Return the pairs of all: real ones first, those without masks last."""
+    if not len(made) and not len(unlabeled):
+        return real
+    return replace(real, pairs=real.pairs + made.pairs + unlabeled.pairs)
 
 
 def read_files(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,7 @@ from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.files.labels import has_void, join_void, void_planes
 from camoxpert.data.samples.corruptions import corrupt
 from camoxpert.data.samples.draw import Draw, draw, gaussian_kernel, scaled
+from camoxpert.data.samples.scenes import Scenes, guest_of, relit_one
 
 
 def training_sides(data: DataConfig) -> tuple[int, ...]:
@@ -38,10 +40,14 @@ def source_side(data: DataConfig) -> int:
     return data.source_size or max(training_sides(data))
 
 
-def sample_transform(data: DataConfig, seed: int) -> SampleTransform:
+def sample_transform(data: DataConfig, seed: int, scenes: Scenes | None = None) -> SampleTransform:
     """Return the transform from pairs to training samples."""
     return SampleTransform(
-        img_size=data.img_size, augment=data.augment, seed=seed, source=source_side(data)
+        img_size=data.img_size,
+        augment=data.augment,
+        seed=seed,
+        source=source_side(data),
+        scenes=scenes,
     )
 
 
@@ -53,15 +59,25 @@ class SampleTransform:
         augment: strengths, or None for evaluation (resize only).
         seed: seed of the run.
         source: side to which pairs are decoded before they are augmented; unset: ``img_size``.
+        scenes: what relights and composes, where ``augment`` asks for it.
     """
 
     def __init__(
-        self, *, img_size: int, augment: AugmentConfig | None, seed: int, source: int | None = None
+        self,
+        *,
+        img_size: int,
+        augment: AugmentConfig | None,
+        seed: int,
+        source: int | None = None,
+        scenes: Scenes | None = None,
     ) -> None:
+        asked = augment is not None and bool(augment.relight or augment.compose)
+        assert scenes is not None or not asked, "nothing makes the scenes"
         self.img_size = img_size
         self.augment = None if augment is None else scaled(augment)
         self.seed = seed
         self.source = source or img_size
+        self.scenes = scenes
 
     def __call__(
         self, image: np.ndarray, mask: np.ndarray, *, epoch: int, index: int
@@ -75,10 +91,35 @@ class SampleTransform:
     def change(
         self, pixels: np.ndarray, *, epoch: int, index: int, target: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Augment a pair that was decoded to uint8 (S, S, 4); ``target`` overrides ``img_size``."""
+        """Augment a pair that was decoded to uint8 (S, S, 4); ``target`` overrides ``img_size``.
+
+        An object of another image, if its draw has one, is in it already: see ``compose``.
+        """
         side = target or self.img_size
         sample = self.draw(epoch=epoch, index=index, target=side)
-        return self._operators.apply(pixels, sample, side)
+        return self._operators.apply(relit_one(pixels, sample, self.scenes), sample, side)
+
+    def compose(
+        self,
+        pixels: np.ndarray,
+        place: int,
+        sample: Draw,
+        *,
+        givers: int,
+        read: Callable[[int], np.ndarray],
+    ) -> np.ndarray:
+        """Return a labelled pair, uint8 (S, S, 4), with the object that its draw has for it.
+
+        Args:
+            pixels, place: the pair and its position.
+            sample: its draw.
+            givers: see ``guest_of``.
+            read: returns the pair at another position.
+        """
+        giver = guest_of(sample, place, givers)
+        if giver is None or self.scenes is None:
+            return pixels
+        return self.scenes.compose(pixels, read(giver), sample.guest_seed)
 
     def change_map(
         self, map_HW: np.ndarray, *, epoch: int, index: int, target: int | None = None

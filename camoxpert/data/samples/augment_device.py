@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from camoxpert.data.files.labels import VOID
 from camoxpert.data.samples.draw import BLUR_RADIUS, GREY, Draw, gaussian_kernel, linear_colour
+from camoxpert.runtime.device import upload
 
 
 def apply_draws(
@@ -100,15 +101,6 @@ def warp(planes_BCHW: Tensor, matrices: Sequence[np.ndarray], target: int) -> Te
     on_device = upload(theta, planes_BCHW)
     grid = F.affine_grid(on_device, [len(matrices), 1, target, target], align_corners=True)
     return F.grid_sample(planes_BCHW, grid, padding_mode="reflection", align_corners=True)
-
-
-def upload(values: np.ndarray, like: Tensor) -> Tensor:
-    """Return numbers as a float32 tensor on the device of another; the host does not wait."""
-    tensor = torch.from_numpy(values.astype(np.float32))
-    if like.device.type == "cuda":
-        # From pageable memory the host would wait for the copy.
-        tensor = tensor.pin_memory()
-    return tensor.to(like.device, non_blocking=True)
 
 
 def _flip(planes_BCHW: Tensor, flips: Sequence[tuple[bool, bool] | None]) -> Tensor:

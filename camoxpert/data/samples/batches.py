@@ -14,9 +14,11 @@ from torch import Tensor
 
 from camoxpert.data.files.labels import VOID, has_void
 from camoxpert.data.samples.augment import SampleTransform
-from camoxpert.data.samples.augment_device import apply_draws, move_maps, upload
+from camoxpert.data.samples.augment_device import apply_draws, move_maps
+from camoxpert.data.samples.scenes import relit
 from camoxpert.data.unreadable import Fault
 from camoxpert.errors import DataError
+from camoxpert.runtime.device import upload
 
 
 @dataclass
@@ -156,6 +158,7 @@ class RawBatch:
             for index in self.indices
         ]
         pixels = self.pixels.to(device, non_blocking=True)
+        pixels = relit(pixels, draws, transform.scenes, self.unlabeled)
         images, masks = apply_draws(pixels, draws, self.target, void=self.void)
         soft = unlabeled = None
         if self.soft is not None:

@@ -13,6 +13,7 @@ from camoxpert.config import DataConfig
 from camoxpert.data.cache.table import PixelCache
 from camoxpert.data.files.image_io import read_pair
 from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.mixing import real_pairs
 from camoxpert.data.files.unlabeled import read_files
 from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
 from camoxpert.data.samples.corruptions import corrupt
@@ -57,6 +58,7 @@ class PairDataset(Dataset[Any]):
         self.soft = soft
         self.maps = None if soft is None else soft.of(manifest)
         self.skip = skippable(data, len(manifest))
+        self.givers = real_pairs(manifest)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -68,6 +70,7 @@ class PairDataset(Dataset[Any]):
             place, (pixels, size), faults = first_readable(
                 index, self.names, self._decoded, skip=self.skip
             )
+            pixels = self._composed(pixels, place, epoch=epoch, index=index)
             soft = None
             if self.soft is not None and self.maps is not None:
                 soft = self.soft.read(self.maps[place])
@@ -80,6 +83,18 @@ class PairDataset(Dataset[Any]):
         if soft is not None:
             soft = self.transform.change_map(soft, epoch=epoch, index=index, target=target)
         return *changed, name, size, index, faults, soft, labeled
+
+    def _composed(self, pixels: np.ndarray, place: int, *, epoch: int, index: int) -> np.ndarray:
+        """Return a pair with the object of another image, if its draw has one."""
+        if self.transform.scenes is None or not self.pairs[place].labeled:
+            return pixels
+
+        def read(giver: int) -> np.ndarray:
+            _, (guest, _), _ = first_readable(giver, self.names, self._decoded, skip=self.skip)
+            return guest
+
+        sample = self.transform.draw(epoch=epoch, index=index)
+        return self.transform.compose(pixels, place, sample, givers=self.givers, read=read)
 
     def _decoded(self, place: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Return a pair as uint8 (S, S, 4), and its original (height, width)."""

@@ -58,6 +58,9 @@ class Draw:
         corruption: one of ``CORRUPTIONS``, applied last; "": none.
         severity: of the corruption.
         corruption_seed: seed of its random stream.
+        light: seed of another light on the scene; None: as it is.
+        guest: share in 0..1 that chooses which other image gives an object; None: none does.
+        guest_seed: seed of how it is pasted.
     """
 
     matrix: np.ndarray
@@ -72,6 +75,9 @@ class Draw:
     corruption: str = ""
     severity: int = 0
     corruption_seed: int = 0
+    light: int | None = None
+    guest: float | None = None
+    guest_seed: int = 0
 
     @property
     def colour(self) -> bool:
@@ -95,7 +101,7 @@ def draw(
     if augment is None:
         return Draw(_matrix(source, target), (False, False) if source == target else None)
     generator = np.random.default_rng([seed, epoch, index])
-    u = generator.random(18).tolist()
+    u = generator.random(23).tolist()
     mirrored, upended = u[0] < augment.hflip, u[1] < augment.vflip
     angle = _within(u[2], augment.rotate)
     zoom = 1 + _within(u[3], augment.scale)
@@ -117,6 +123,9 @@ def draw(
         corruption=_one_of(tuple(CORRUPTIONS), u[15]) if corrupted else "",
         severity=_one_of(CORRUPT_SEVERITIES, u[16]) if corrupted else 0,
         corruption_seed=int(u[17] * 2**31),
+        light=int(u[19] * 2**31) if u[18] < augment.relight else None,
+        guest=u[21] if u[20] < augment.compose else None,
+        guest_seed=int(u[22] * 2**31),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -40,6 +41,23 @@ class BatchPlaces:
             return [int(index) for index in self.indices()[: self.batch_size]]
 
 
+class Mixed(NamedTuple):
+    """Images of one kind that are mixed into the others.
+
+    Attributes:
+        number: how many there are; their indices follow those of the kinds before.
+        per_epoch: how many of them an epoch sees, drawn from (seed, epoch) and spread evenly.
+        stream: separates their random stream from those of other kinds.
+    """
+
+    number: int
+    per_epoch: int
+    stream: int
+
+
+UNLABELED_STREAM, MADE_STREAM = 2, 3
+
+
 class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
     """Yields (epoch, index, target); the order is a pure function of (seed, epoch).
 
@@ -52,8 +70,8 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         batch_size: samples per batch; they share a target.
         targets: sides of the training images in pixels; each batch draws one from (seed, epoch,
             position), the same on every rank.
-        unlabeled: number of images without a mask, whose indices follow those of the samples.
-        mixed_in: how many of them an epoch sees, drawn from (seed, epoch) and spread evenly.
+        mixed: other kinds of images, in the order of their indices, which follow those of the
+            samples.
     """
 
     def __init__(
@@ -65,12 +83,10 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         world_size: int = 1,
         batch_size: int = 1,
         targets: Sequence[int] = (0,),
-        unlabeled: int = 0,
-        mixed_in: int = 0,
+        mixed: Sequence[Mixed] = (),
     ) -> None:
         self.num_samples = num_samples
-        self.unlabeled = unlabeled
-        self.mixed_in = mixed_in
+        self.mixed = tuple(mixed)
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -87,20 +103,14 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
     def order(self, epoch: int) -> np.ndarray:
         """Return this rank's indices in an epoch."""
         indices = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-        own = self._share(indices)
-        if not self.mixed_in:
-            return own
-        # The last numbers separate this stream from those of the order and of the targets.
-        generator = np.random.default_rng([self.seed, epoch, 0, 2])
-        chosen = generator.permutation(self.unlabeled)[: self.mixed_in]
-        extra = self._share(chosen + self.num_samples)
-        # Evenly, so that every batch has its share whatever its size: the n-th of the extra images
-        # comes where n of their total is reached.
-        length = len(own) + len(extra)
-        reached = np.arange(length + 1) * len(extra) // length
-        is_extra = np.diff(reached) > 0
-        order = np.empty(length, own.dtype)
-        order[is_extra], order[~is_extra] = extra, own
+        order, first = self._share(indices), self.num_samples
+        for kind in self.mixed:
+            if kind.per_epoch:
+                # The last numbers separate this stream from those of the order and of the targets.
+                generator = np.random.default_rng([self.seed, epoch, 0, kind.stream])
+                chosen = generator.permutation(kind.number)[: kind.per_epoch]
+                order = _spread(order, self._share(chosen + first))
+            first += kind.number
         return order
 
     def _share(self, indices: np.ndarray) -> np.ndarray:
@@ -133,6 +143,17 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
     def __len__(self) -> int:
         # After a short last batch ``start`` can be beyond the end.
         return max(0, len(self.order(self.epoch)) - self.start)
+
+
+def _spread(order: np.ndarray, extra: np.ndarray) -> np.ndarray:
+    """Return an order with others mixed in evenly, so that every batch has its share whatever its
+    size: the n-th of the extra images comes where n of their total is reached."""
+    length = len(order) + len(extra)
+    reached = np.arange(length + 1) * len(extra) // length
+    is_extra = np.diff(reached) > 0
+    spread = np.empty(length, order.dtype)
+    spread[is_extra], spread[~is_extra] = extra, order
+    return spread
 
 
 class InOrderSampler(BatchPlaces, Sampler[int]):

@@ -25,6 +25,9 @@ from camoxpert.synthesis.compose.describe import (
 SIDES = (3, 5, 8, 12)
 """Sides of the windows in cells; a background has 16 along its shorter side."""
 STRIDES = (3, 3, 4, 4)
+SMALLEST, WIDEST = 32, 4
+"""Fewest pixels of a background's shorter side, and its longer side by its shorter one at most;
+others have no windows."""
 LEAST_PART = 0.5
 """Share of a background's shorter side that a part without objects must have to be used alone."""
 
@@ -127,6 +130,7 @@ def describe(
         size: height and width of the picture, if ``image`` was reduced.
     """
     height, width = size or image.shape[:2]
+    usable = min(height, width) >= SMALLEST and max(height, width) <= WIDEST * min(height, width)
     grid = plane_grid(image, grid_shape(height, width))
     taken = taken_cells(mask, *grid.shape[:2])
     sums = _integral(grid)
@@ -138,7 +142,7 @@ def describe(
             _starts(grid.shape[1], side, stride),
             indexing="ij",
         )
-        free = _sum(blocked, top, left, side)[..., 0] == 0
+        free = (_sum(blocked, top, left, side)[..., 0] == 0) & usable
         top, left = top[free], left[free]
         room = [has_room(taken, *place, side) for place in zip(top, left, strict=True)]
         windows.append(np.stack([np.full(len(top), number), top, left, room], 1))

@@ -41,7 +41,7 @@ from camoxpert.synthesis.compose.library import (
 )
 from camoxpert.synthesis.compose.reading import read_masked
 
-FORMAT = 1
+FORMAT = 2
 """Increase it when what is described or how changes, which makes older caches stale."""
 
 

@@ -125,22 +125,22 @@ def read_cutout(path: str | Path, *, rim: int = RIM) -> Cutout:
 
 def read_objects(
     source: str | Path, mask: str | Path = "", *, part: int | None = None
-) -> tuple[list[Cutout], int]:
+) -> tuple[list[Cutout], tuple[int, int]]:
     """Read a picture and cut its objects, or object ``part``; without a mask it is RGBA.
 
     Returns:
-        The objects, and the shorter side of the picture in their pixels. Large photographs are
-        reduced first: objects are never needed at their full size.
+        The objects, and height and width of the picture in their pixels, (0, 0) for RGBA. Large
+        photographs are reduced first: objects are never needed at their full size.
 
     Raises:
         DataError: a file is missing or damaged, or an RGBA picture holds no object.
     """
     if not mask:
-        cutout = read_cutout(source)
-        return [cutout], min(cutout.pixels.shape[:2])
+        return [read_cutout(source)], (0, 0)
     image, found = read_masked(source, mask, at_least=LARGEST)
     assert found is not None
-    return cut_objects(image, found, part=part), min(found.shape)
+    height, width = found.shape
+    return cut_objects(image, found, part=part), (height, width)
 
 
 def clean_edge(rgb: np.ndarray, solid: np.ndarray, *, rim: int = RIM) -> np.ndarray:

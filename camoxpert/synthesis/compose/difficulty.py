@@ -38,7 +38,8 @@ def difficulty(image: np.ndarray, mask: np.ndarray, other: np.ndarray | None = N
     Args:
         image: uint8 (H, W, 3) RGB.
         mask: (H, W), above 0 on the object.
-        other: (H, W), bool: pixels that count as neither, such as other objects.
+        other: (H, W), bool: pixels that count as neither, such as other objects, unless nothing
+            else surrounds the object.
 
     Raises:
         ValueError: an empty mask, or one without surroundings.
@@ -46,7 +47,7 @@ def difficulty(image: np.ndarray, mask: np.ndarray, other: np.ndarray | None = N
     inside = mask > 0
     area = int(inside.sum())
     ring = ring_around(inside, max(LEAST_RING, RING * math.sqrt(area)))
-    if other is not None:
+    if other is not None and (ring & ~other).any():
         ring &= ~other
     around = int(ring.sum())
     if not area or not around:

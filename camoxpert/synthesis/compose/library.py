@@ -26,6 +26,7 @@ class ObjectEntry:
         part: which object of the picture, from 0.
         height, width: of its cut-out, pixels.
         area: pixels of the object.
+        share: of its picture that it covers; 0 if it comes without one.
         sides: edges of its picture that cut it off: left, top, right, bottom.
     """
 
@@ -36,6 +37,7 @@ class ObjectEntry:
     height: int
     width: int
     area: int
+    share: float
     sides: tuple[bool, bool, bool, bool]
 
 
@@ -63,14 +65,15 @@ class CutPicture:
 
     Attributes:
         name, source, mask: of the picture, see ``ObjectEntry``.
-        side: its shorter side, pixels.
+        height, width: of the picture, pixels; 0 for RGBA pictures, which are nothing but an object.
         cutouts: its objects.
     """
 
     name: str
     source: str
     mask: str
-    side: int
+    height: int
+    width: int
     cutouts: Sequence[Cutout]
 
 
@@ -87,17 +90,23 @@ def cut_picture(
     name: str, image: np.ndarray, mask: np.ndarray, *, source: str = "", mask_source: str = ""
 ) -> CutPicture:
     """Cut the objects of a picture in memory: uint8 (H, W, 3) and (H, W)."""
-    return CutPicture(name, source, mask_source, min(mask.shape), cut_objects(image, mask))
+    height, width = mask.shape
+    return CutPicture(name, source, mask_source, height, width, cut_objects(image, mask))
 
 
 def read_picture(name: str, source: str, mask: str = "") -> CutPicture:
     """Read and cut the objects of a picture; without a mask it is an RGBA picture."""
-    cutouts, side = read_objects(source, mask)
-    return CutPicture(name, source, mask, side, cutouts)
+    cutouts, size = read_objects(source, mask)
+    return CutPicture(name, source, mask, *size, cutouts)
 
 
-def list_objects(picture: CutPicture) -> ListedPicture:
-    """Return the objects of a picture that are worth pasting, with the reasons for the others."""
+def list_objects(picture: CutPicture, *, smallest: int = SMALLEST) -> ListedPicture:
+    """Return the objects of a picture that are worth pasting, with the reasons for the others.
+
+    Args:
+        picture: the objects.
+        smallest: fewest pixels of one.
+    """
     entries: list[ObjectEntry] = []
     features: list[np.ndarray] = []
     left_out: Counter[str] = Counter()
@@ -105,16 +114,21 @@ def list_objects(picture: CutPicture) -> ListedPicture:
         left_out["pictures without an object"] += 1
     for part, cutout in enumerate(picture.cutouts):
         area = int((cutout.pixels[..., 3] > 127).sum())
-        reason = unfit(cutout, area)
+        reason = unfit(cutout, area, smallest=smallest)
         if reason:
             left_out[reason] += 1
             continue
         name = picture.name if part == 0 else f"{picture.name}#{part + 1}"
         height, width = cutout.pixels.shape[:2]
+        share = area / (picture.height * picture.width) if picture.height else 0.0
         entries.append(
-            ObjectEntry(name, picture.source, picture.mask, part, height, width, area, cutout.sides)
+            ObjectEntry(
+                name, picture.source, picture.mask, part, height, width, area, share, cutout.sides
+            )
         )
-        features.append(object_features(cutout.pixels, picture.side))
+        # An RGBA picture is described at its own scale.
+        side = min(picture.height, picture.width) or max(height, width)
+        features.append(object_features(cutout.pixels, side))
     rows = np.stack(features) if features else np.zeros((0, FEATURES), np.float32)
     return ListedPicture(tuple(entries), rows, dict(left_out))
 
@@ -130,11 +144,11 @@ def library_of(pictures: Iterable[CutPicture | ListedPicture]) -> ObjectLibrary:
     return ObjectLibrary(entries, np.concatenate(features), dict(left_out))
 
 
-def unfit(cutout: Cutout, area: int) -> str:
+def unfit(cutout: Cutout, area: int, *, smallest: int = SMALLEST) -> str:
     """Return why an object is not pasted; "" if it is."""
     left, top, right, bottom = cutout.sides
-    if area < SMALLEST:
-        return f"objects under {SMALLEST} pixels"
+    if area < smallest:
+        return f"objects under {smallest} pixels"
     if (left and right) or (top and bottom):
         return "objects that reach from edge to edge of their picture"
     return ""

@@ -139,7 +139,9 @@ def compose_one(
         alpha[layer.region] = visible
     shown = alpha > 127
     wide = _surroundings(composition, object_RGBA, size)
-    score = _Score(shown[wide], (foreign & ~shown)[wide]) if shown.any() else None
+    score = None
+    if shown.any() and not shown[wide].all():
+        score = _Score(shown[wide], (foreign & ~shown)[wide])
     with _timed(seconds, "choose"):
         kept = 0
         if score is not None and composition.target is not None and len(candidates) > 1:

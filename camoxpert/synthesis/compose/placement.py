@@ -31,6 +31,11 @@ Sides = tuple[bool, bool, bool, bool]
 NO_SIDES = (False, False, False, False)
 LARGEST_PART = 0.92
 """Share of the picture's sides that an object's box may take."""
+OF_OWN_SIZE = (0.5, 1.2)
+"""Share of a picture that an object covers, by the share of its own picture, where none is set."""
+OWN_SIZE = (0.01, 0.2)
+"""The same for objects that come without a picture."""
+LARGEST_SHARE = 0.5
 SMALLEST_SIDE = 12
 """Fewest pixels along the longer side of a pasted object."""
 SMALLEST_AREA = 36
@@ -83,7 +88,10 @@ def draw_pose(rng: np.random.Generator, entry: ObjectEntry, settings: ComposeSet
     """Draw a pose; objects that their own picture cut off are mirrored but not rotated."""
     flip = bool(rng.random() < 0.5)
     angle = rng.uniform(-1, 1) * settings.angle
-    share = math.exp(rng.uniform(*np.log(settings.object_size)))
+    low, high = settings.object_size or OWN_SIZE
+    if settings.object_size is None and entry.share:
+        low, high = (min(factor * entry.share, LARGEST_SHARE) for factor in OF_OWN_SIZE)
+    share = math.exp(rng.uniform(math.log(low), math.log(high)))
     left, top, right, bottom = entry.sides
     sides = (right, top, left, bottom) if flip else entry.sides
     return Pose(share, 0.0 if any(sides) else angle, flip, sides)
@@ -292,7 +300,7 @@ def _paste(
             middle = edge * scale - 0.5 - 0.25
         elif pose.sides[axis + 2]:
             middle = length - edge * scale - 0.5 + 0.25
-        centre.append(round(middle, 3))
+        centre.append(round(float(middle), 3))
     return Paste(
         number=number,
         name=entry.name,

@@ -23,8 +23,10 @@ class ComposeSettings:
 
     Attributes:
         size: longest side of the finished picture; smaller backgrounds are not enlarged.
-        object_size: share of the picture that the object covers; its logarithm is uniform. Objects
-            are never enlarged, so that small ones can stay below it.
+        object_size: share of the picture that the object covers; its logarithm is uniform. None:
+            half to 1.2 times what it covers in its own picture, so that made objects are as large
+            as real ones; without such a picture 0.01 to 0.2. Objects are never enlarged, so that
+            small ones can stay below it.
         angle: largest rotation of an object, degrees.
         colour: strength of the colour transfer, 0 (the object's own) to 1 (the background's); with
             a target candidates have all strengths.
@@ -46,7 +48,7 @@ class ComposeSettings:
     """
 
     size: int = 352
-    object_size: tuple[float, float] = (0.01, 0.2)
+    object_size: tuple[float, float] | None = None
     angle: float = 15.0
     colour: tuple[float, float] = (0.2, 1.0)
     gradient: float = 0.5
@@ -65,7 +67,7 @@ class ComposeSettings:
     def __post_init__(self) -> None:
         """Raise ConfigError that names a value out of its range."""
         limits = {
-            "object_size": (self.object_size, 0.0, 1.0),
+            "object_size": (self.object_size or (0.01, 0.2), 0.0, 1.0),
             "colour": (self.colour, 0.0, 1.0),
             "crop": (self.crop, 0.0, 1.0),
             "feather": (self.feather, 0.0, 10.0),
@@ -91,7 +93,7 @@ class ComposeSettings:
                 "Compositions need a size of at least 16 pixels, one choice and one candidate; got "
                 f"{self.size}, {self.choices} and {self.candidates}."
             )
-        if min(self.object_size) <= 0 or min(self.crop) <= 0:
+        if min(self.object_size or (1.0,)) <= 0 or min(self.crop) <= 0:
             raise ConfigError("Objects and the shown part of a background must be larger than 0.")
         if self.others not in OTHERS:
             raise ConfigError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.data.samples.augment_device import upload
+from camoxpert.runtime.device import upload
 
 CELLS = 3.0
 """Sigmas are at least this many cells wide: on a photo the largest error of log light is 0.0035."""

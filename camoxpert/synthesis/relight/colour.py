@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from camoxpert.data.samples.augment_device import upload
+from camoxpert.runtime.device import upload
 from camoxpert.synthesis.relight.draw import DAYLIGHT
 
 LUMINANCE = (0.2126, 0.7152, 0.0722)

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.data.samples.augment_device import upload
+from camoxpert.runtime.device import upload
 from camoxpert.synthesis.relight.colour import light_colour
 from camoxpert.synthesis.relight.draw import Light
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from camoxpert.data.samples.augment_device import upload
+from camoxpert.runtime.device import upload
 from camoxpert.synthesis.relight.draw import PATTERN_NAMES, Light
 
 Pattern = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
