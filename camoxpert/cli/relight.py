@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="depth maps of the images, larger is nearer, for their form [from the masks]",
     )
+    sources.add_argument(
+        "--depth-model",
+        metavar="DIR",
+        help="a folder with Depth-Anything-V2-Small (camoxpert[depth]), which estimates them",
+    )
     images = parser.add_argument_group("images")
     images.add_argument("--per-image", type=int, metavar="K", help="lights of each source [4]")
     images.add_argument(
@@ -81,6 +86,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         number = getattr(options, flag)
         if number is not None and number < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1; {number} is not.")
+    if options.depth_maps and options.depth_model:
+        raise ConfigError("--depth-maps and --depth-model: give one of them.")
     if options.size is not None and options.size < 32:
         raise ConfigError(f"--size must be at least 32; {options.size} is not.")
     output = generator.check_output(options)
@@ -96,6 +103,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         size=options.size,
         image_format=options.format,
         depth_maps=options.depth_maps,
+        depth_model=options.depth_model,
         cache=options.cache,
         cache_folder=generator.cache_folder(options) / "stages",
         strict_cache=options.strict_cache,

@@ -8,121 +8,45 @@ that an image is the same whether they were computed or found.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from camoxpert.data.files.image_io import read_levels, read_pair
-from camoxpert.errors import DataError
 from camoxpert.inference.engine import Row
-from camoxpert.inference.ledger import as_fields
-from camoxpert.inference.plan import joined_digest, state_of
 from camoxpert.inference.products import Product
-from camoxpert.runs.checkpoint import file_digest
 from camoxpert.runtime.device import check_architecture, choose_device
-from camoxpert.synthesis.compose.difficulty import difficulty
+from camoxpert.synthesis.lightsource import (
+    LightSource,
+    Reading,
+    RelightItem,
+    difficulty_of,
+    read_source,
+)
 from camoxpert.synthesis.recent import Recent
 from camoxpert.synthesis.records import failed_row, write_pair
-from camoxpert.synthesis.relight.albedo import FLOOR, NOMINAL, SIGMAS, log_surround
+from camoxpert.synthesis.relight.albedo import log_surround
 from camoxpert.synthesis.relight.colour import luminance, to_linear
 from camoxpert.synthesis.relight.draw import Light, RelightSettings, draw_light
 from camoxpert.synthesis.relight.height import height_from_depth, height_from_mask
 from camoxpert.synthesis.relight.pipeline import relight
-from camoxpert.synthesis.stagecache import OFF, StageCache, content_key, settings_key
+
+if TYPE_CHECKING:
+    from camoxpert.synthesis.relight.depth import DepthModel
 
 VERSION = 1
 """Of the images: increased when the same settings give other pixels."""
-ALBEDO = {"version": 1, "sigmas": SIGMAS, "nominal": NOMINAL, "floor": FLOOR}
-HEIGHT = {"version": 1}
-ROLES = ("image", "mask", "depth")
-"""Of the files of an item, in the provenance."""
 RECENT = 6
 """Sources that are kept in memory: the lights of one follow each other."""
 EXAMPLE_SIDE = 512
 BYTES_A_PIXEL = 24
 """Memory of a source's pixel until its image is written."""
-
-
-@dataclass(frozen=True, slots=True)
-class RelightItem:
-    """A source in one light.
-
-    Attributes:
-        name: of the image.
-        path, mask: files of the source.
-        depth: file of its depth map, or None.
-        any_size: the mask may have another size than the image.
-        group: class of the source.
-        index: of the draw.
-        leak: why the source counts as a test image, "" if it does not.
-        derived: how the mask came about, where it is not the ground truth.
-        fault: why there is no mask, "" if there is one.
-    """
-
-    name: str
-    path: Path
-    mask: Path
-    depth: Path | None
-    any_size: bool
-    group: str
-    index: int
-    leak: str = ""
-    derived: str = ""
-    fault: str = ""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What the image is made from."""
-        return (self.path, self.mask) if self.depth is None else (self.path, self.mask, self.depth)
-
-
-def index_of(name: str, variant: int) -> int:
-    """Return the index of a draw: of the source's name, so that other sources change nothing."""
-    digest = hashlib.sha256(f"{name}\n{variant}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big")
-
-
-@dataclass(eq=False)
-class _Source:
-    """A source that was read; shared by its lights.
-
-    Attributes:
-        pixels: uint8 (H, W, 3).
-        mask: uint8 (H, W), 0, VOID and 255.
-        stacked: uint8 (4, H, W), both, for the device.
-        depth: float32 (H, W), or None.
-        records: path and hash of each file.
-        digest, state: of the files together, for the ledger.
-        difficulty: of the source, or None without an object.
-        keys: stage -> key of its cached result.
-        outcomes: stage -> hit, or why not.
-        log_light, height: half (1, H, W); the stages' results, once they are known.
-        unsaved: stages whose results are to be kept.
-    """
-
-    pixels: NDArray[np.uint8]
-    mask: NDArray[np.uint8]
-    stacked: Tensor
-    depth: NDArray[np.float32] | None
-    records: list[dict[str, str]]
-    digest: str | None
-    state: dict[str, Any]
-    difficulty: float | None
-    keys: dict[str, str]
-    outcomes: dict[str, str]
-    log_light: Tensor | None = None
-    height: Tensor | None = None
-    unsaved: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -136,7 +60,7 @@ class RelightSample:
         spent: of the stages on the device.
     """
 
-    source: _Source
+    source: LightSource
     light: Light
     inputs: tuple[Tensor, ...]
     seconds: dict[str, float]
@@ -155,38 +79,35 @@ class RelightSpec:
     Attributes:
         output, product: where files go.
         seed, settings: of the lights.
-        size: longer side of the images; larger sources are shrunk. None: as they are.
-        max_pixels: larger sources are refused.
-        cache: folder of the stages' results, or None.
-        depth: a description of the depth maps; "": heights from masks.
+        reading: how sources are read.
+        depth_model: folder of a network that estimates depth, or "".
     """
 
     output: str
     product: Product
     seed: int
     settings: RelightSettings
-    size: int | None
-    max_pixels: int
-    cache: str | None
-    depth: str = ""
+    reading: Reading
+    depth_model: str = ""
 
     def build(self, device: str) -> RelightStages:
-        """Return the stages on a device."""
+        """Return the stages on a device.
+
+        Raises:
+            ConfigError, CheckpointError: the network for depth cannot be loaded.
+        """
         where = choose_device(device)
         check_architecture(where)
-        return RelightStages(self, where)
+        model = None
+        if self.depth_model:
+            from camoxpert.synthesis.relight.depth import load_depth_model
+
+            model = load_depth_model(self.depth_model, where)
+        return RelightStages(self, where, model)
 
     def failed(self, item: RelightItem, reason: str) -> Row:
         """Return the fields of the row of an image that no process could make."""
         return failed_row(item.files, reason)
-
-    def caches(self) -> dict[str, StageCache]:
-        """Return the cache of each stage."""
-        folder = None if self.cache is None else Path(self.cache)
-        return {
-            "albedo": StageCache(folder, "albedo", settings_key(ALBEDO)),
-            "height": StageCache(folder, "height", settings_key(HEIGHT | {"depth": self.depth})),
-        }
 
 
 class RelightStages:
@@ -195,14 +116,18 @@ class RelightStages:
     Args:
         spec: what is done.
         device: where.
+        depth: estimates depth, or None.
     """
 
-    def __init__(self, spec: RelightSpec, device: torch.device) -> None:
+    def __init__(
+        self, spec: RelightSpec, device: torch.device, depth: DepthModel | None = None
+    ) -> None:
         self.spec, self.device = spec, device
-        self.models = 0
+        self.models = 0 if depth is None else 1
+        self._depth = depth
         self._output = Path(spec.output)
-        self._caches = spec.caches()
-        self._recent: Recent[_Source] = Recent(RECENT)
+        self._caches = spec.reading.caches()
+        self._recent: Recent[LightSource] = Recent(RECENT)
         self._threads = _single_threads() if device.type == "cpu" else None
 
     def read(self, item: RelightItem) -> RelightSample:
@@ -212,7 +137,7 @@ class RelightStages:
             DataError: it cannot be read.
         """
         seconds: dict[str, float] = {}
-        source = self._recent.get(item.files, lambda: read_source(item, self.spec, seconds))
+        source = self._recent.get(item.files, lambda: read_source(item, self.spec.reading, seconds))
         light = draw_light(self.spec.seed, item.index, self.spec.settings)
         return RelightSample(source, light, (source.stacked,), seconds)
 
@@ -267,7 +192,7 @@ class RelightStages:
         return torch.stack([part.to(self.device) for part in parts if part is not None])
 
     @torch.inference_mode()
-    def _complete(self, source: _Source, inputs: Tensor, seconds: dict[str, float]) -> None:
+    def _complete(self, source: LightSource, inputs: Tensor, seconds: dict[str, float]) -> None:
         """Compute what is not known of a source: the light in it, and its height."""
         started = time.perf_counter()
         images, inside = inputs[:, :3], (inputs[:, 3:] > 127).float()
@@ -277,11 +202,13 @@ class RelightStages:
             source.unsaved.append("albedo")
         computed = time.perf_counter()
         if source.height is None:
-            if source.depth is None:
-                height = height_from_mask(inside)
-            else:
+            if source.depth is not None:
                 depth = torch.from_numpy(source.depth).to(self.device)[None, None]
                 height = height_from_depth(depth, inside)
+            elif self._depth is not None:
+                height = height_from_depth(self._depth.depths(images), inside)
+            else:
+                height = height_from_mask(inside)
             source.height = height[0].half()
             source.unsaved.append("height")
         if self._threads is not None:
@@ -349,7 +276,7 @@ class RelightStages:
             "seconds": sample.spent | {"write": written},
         }
 
-    def _keep(self, source: _Source) -> None:
+    def _keep(self, source: LightSource) -> None:
         """Keep results of stages; the first image of a source that is written does it."""
         while source.unsaved:
             try:
@@ -379,110 +306,6 @@ def _single_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(number, "relight", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def read_source(item: RelightItem, spec: RelightSpec, seconds: dict[str, float]) -> _Source:
-    """Return a source with what is cached of it.
-
-    Args:
-        item: one of its lights.
-        spec: what is done.
-        seconds: gets the seconds of reading.
-
-    Raises:
-        DataError: a file cannot be read, or the mask shows no object.
-    """
-    if item.fault:
-        raise DataError(f"No mask: {item.fault}")
-    started = time.monotonic()
-    before = state_of(item.files)
-    pixels, mask = read_pair(
-        item.path, item.mask, max_pixels=spec.max_pixels, any_size=item.any_size
-    )
-    pixels, mask = fitted(pixels, mask, spec.size)
-    if not (mask == 255).any():
-        raise DataError(f"The mask {item.mask} shows no object: there is nothing to relight.")
-    depth = None if item.depth is None else read_depth(item.depth, mask.shape)
-    decoded = time.monotonic()
-    stacked = np.concatenate([pixels.transpose(2, 0, 1), mask[None]])
-    content = [hashlib.sha256(part.tobytes()).hexdigest() for part in (pixels, mask)]
-    keys = {
-        "albedo": content_key(content[0], *mask.shape),
-        "height": content_key(
-            content[1],
-            *mask.shape,
-            "" if depth is None else hashlib.sha256(depth.tobytes()).hexdigest(),
-        ),
-    }
-    found, outcomes = {}, {}
-    for stage, cache in spec.caches().items():
-        found[stage], outcome = cache.find(keys[stage])
-        if outcome != OFF:
-            outcomes[stage] = outcome
-    digests = [file_digest(path) for path in item.files]
-    records = [
-        {"role": role, "path": str(path.resolve()), "sha256": digest}
-        for role, path, digest in zip(ROLES, item.files, digests, strict=False)
-    ]
-    seconds |= {"read": decoded - started, "look up": time.monotonic() - decoded}
-    return _Source(
-        pixels=pixels,
-        mask=mask,
-        stacked=torch.from_numpy(np.ascontiguousarray(stacked)),
-        depth=depth,
-        records=records,
-        # A file that changes while it is read has no known content.
-        digest=joined_digest(digests),
-        state=as_fields(before if state_of(item.files) == before else None),
-        difficulty=difficulty_of(pixels, mask),
-        keys=keys,
-        outcomes=outcomes,
-        log_light=_tensor(found["albedo"]),
-        height=_tensor(found["height"]),
-    )
-
-
-def _tensor(found: NDArray[Any] | None) -> Tensor | None:
-    return None if found is None else torch.from_numpy(found)
-
-
-def fitted(
-    pixels: NDArray[np.uint8], mask: NDArray[np.uint8], size: int | None
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return image and mask of one size, the longer side at most ``size``; levels stay exact."""
-    height, width = pixels.shape[:2]
-    scale = 1.0 if size is None else min(1.0, size / max(height, width))
-    shape = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if shape != (width, height):
-        pixels = np.asarray(cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA), np.uint8)
-    if mask.shape != pixels.shape[:2]:
-        nearest = cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST_EXACT)
-        mask = np.asarray(nearest, np.uint8)
-    return pixels, mask
-
-
-def read_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return a depth map, whose larger values are nearer, at the size of its image.
-
-    Raises:
-        DataError: it cannot be read, or holds a single value.
-    """
-    levels = read_levels(path).levels.astype(np.float32)
-    if levels.max() <= levels.min():
-        raise DataError(f"The depth map {path} holds a single value.")
-    if levels.shape != shape:
-        resized = cv2.resize(levels, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
-        levels = np.asarray(resized, np.float32)
-    return np.ascontiguousarray(levels)
-
-
-def difficulty_of(pixels: NDArray[np.uint8], mask: NDArray[np.uint8]) -> float | None:
-    """Return how hard an object is to see, 0..1; None without an object or surroundings."""
-    inside = mask == 255
-    try:
-        return round(difficulty(pixels, inside, (mask > 0) & ~inside), 4)
-    except ValueError:
-        return None
-
-
 def relight_head(spec: RelightSpec, masks: str, image_format: str) -> dict[str, Any]:
     """Return what all images of a folder depend on besides their sources.
 
@@ -496,8 +319,8 @@ def relight_head(spec: RelightSpec, masks: str, image_format: str) -> dict[str, 
         "version": VERSION,
         "--seed": spec.seed,
         "masks": masks,
-        "heights": spec.depth or "from masks",
-        "--size": spec.size,
+        "heights": spec.reading.depth or "from masks",
+        "--size": spec.reading.size,
         "--format": image_format,
         "light": {key: value for key, value in asdict(spec.settings).items()},
     }

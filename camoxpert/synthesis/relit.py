@@ -15,22 +15,19 @@ from camoxpert.data.files.pairing import by_name
 from camoxpert.errors import DataError
 from camoxpert.files import why_missing
 from camoxpert.inference.job import BatchResult
+from camoxpert.inference.plan import digest_of
 from camoxpert.synthesis.job import Job, Work, describe_caches, make_images
+from camoxpert.synthesis.lightsource import Reading, RelightItem, index_of, read_source
 from camoxpert.synthesis.masks import Masked, MaskOptions, require_masks, with_masks
 from camoxpert.synthesis.page import write_page
 from camoxpert.synthesis.records import Head, product_of
 from camoxpert.synthesis.relight.draw import RelightSettings
-from camoxpert.synthesis.relighting import (
-    RelightItem,
-    RelightSpec,
-    index_of,
-    read_source,
-    relight_head,
-)
+from camoxpert.synthesis.relighting import RelightSpec, relight_head
 from camoxpert.synthesis.sources import SourceOptions, Sources, find_sources
 from camoxpert.synthesis.stagecache import HIT, choose_folder, require_hits
 from camoxpert.text import count, shorten
 
+MODEL_FILES = (".json", ".safetensors", ".bin")
 BYTES_A_PIXEL = 4
 """Of the stage cache: albedo and height in half precision."""
 
@@ -46,7 +43,9 @@ class RelightOptions:
         num_samples: images in total, instead; None: ``per_image`` counts.
         size: longer side of the images, or None.
         image_format: jpg or png.
-        depth_maps: folder of depth maps, or None: heights come from masks.
+        depth_maps: folder of depth maps, or None.
+        depth_model: folder of a network that estimates depth, or None: without either heights come
+            from masks.
         cache: auto, disk or none.
         cache_folder: of the stages.
         strict_cache: a result that is not cached is an error.
@@ -59,6 +58,7 @@ class RelightOptions:
     size: int | None = None
     image_format: str = "jpg"
     depth_maps: str | None = None
+    depth_model: str | None = None
     cache: str = "auto"
     cache_folder: Path = Path()
     strict_cache: bool = False
@@ -95,13 +95,16 @@ def relight_sources(
         product=product,
         seed=options.seed,
         settings=options.settings,
-        size=options.size,
-        max_pixels=sources.max_pixels,
-        cache=None if folder is None else os.path.abspath(folder),
-        depth="depth maps" if depth else "",
+        reading=Reading(
+            size=options.size,
+            max_pixels=sources.max_pixels,
+            cache=None if folder is None else os.path.abspath(folder),
+            depth=_heights(options),
+        ),
+        depth_model=options.depth_model or "",
     )
     if options.strict_cache:
-        _require_cached(items, spec)
+        _require_cached(items, spec.reading)
     derived = masked.derived or "ground truth"
     job = Job(
         title="relight",
@@ -115,7 +118,7 @@ def relight_sources(
     console.decide(
         "relight",
         f"{count(len(items), 'image')} of {count(len(found.pairs), 'source')}; masks: {derived}; "
-        f"heights: {spec.depth or 'from masks'}",
+        f"heights: {spec.reading.depth or 'from masks'}",
     )
     result = make_images(job, work, after=write_page)
     describe_caches(result.summary.get("caches", {}))
@@ -147,6 +150,21 @@ def items_of(
             for variant in range(1, each + 1)
         ]
     return items
+
+
+def _heights(options: RelightOptions) -> str:
+    """Return where heights come from, "" for masks.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if options.depth_model is None:
+        return "" if options.depth_maps is None else "depth maps"
+    folder = Path(options.depth_model)
+    if not folder.is_dir():
+        raise DataError(f"--depth-model: {why_missing(folder, 'folder')}")
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
+    return f"depth model {folder.resolve().name} ({(digest_of(files) or '')[:12]})"
 
 
 def _depth_maps(folder: str | None, found: Sources) -> list[Path]:
@@ -187,17 +205,17 @@ def _cache_bytes(found: Sources, options: RelightOptions) -> int:
     return round(BYTES_A_PIXEL * mean * len(found.pairs))
 
 
-def _require_cached(items: Sequence[RelightItem], spec: RelightSpec) -> None:
+def _require_cached(items: Sequence[RelightItem], reading: Reading) -> None:
     """Raise ConfigError if a stage has no cached result for a source."""
     first = {item.files: item for item in items}.values()
     misses: dict[str, list[tuple[object, str]]] = {}
     for item in console.track(first, "looking at the caches", total=len(first)):
         try:
-            source = read_source(item, spec, {})
+            source = read_source(item, reading, {})
         except DataError:
             # It becomes a failed row.
             continue
-        for stage, cache in spec.caches().items():
+        for stage, cache in reading.caches().items():
             outcome = source.outcomes.get(stage) or cache.holds(source.keys[stage])
             if outcome != HIT:
                 misses.setdefault(stage, []).append((item.path, outcome))

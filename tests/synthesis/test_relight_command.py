@@ -341,6 +341,29 @@ def test_depth_maps_change_the_form_and_only_that(data, made, tmp_path: Path, ca
     assert "1 of 5 images have no depth map" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_network_gives_the_form(data, made, tmp_path: Path, capsys, monkeypatch) -> None:
+    class Brightness:
+        def depths(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+            return images_B3HW.float().mean(1, keepdim=True)
+
+    monkeypatch.setattr(
+        "camoxpert.synthesis.relight.depth.load_depth_model", lambda folder, device: Brightness()
+    )
+    network = tmp_path / "small"
+    network.mkdir()
+    (network / "config.json").write_text("{}")
+    words = ("--per-image", "2", "--depth-model", str(network))
+    assert make(data, tmp_path / "out", *words) == 0
+    assert "heights: depth model small (" in capsys.readouterr().out
+    with_depth, plain = files_of(tmp_path / "out"), files_of(made)
+    assert {n for n in plain if plain[n] != with_depth[n]} == {n for n in plain if "/Imgs/" in n}
+    assert json.loads((tmp_path / "out" / "relight.json").read_text())["model_loads"] == 1
+    (network / "config.json").write_text("{} ")
+    assert make(data, tmp_path / "out", *words) == 2
+    assert "heights depth model small (" in " ".join(capsys.readouterr().err.split())
+    assert make(data, tmp_path / "new", "--depth-model", str(tmp_path / "no")) == 3
+
+
 def test_the_page_shows_everything_and_loads_nothing(made: Path) -> None:
     page = (made / PAGE).read_text()
     assert not active_parts(page)
