@@ -131,9 +131,12 @@ def items_of(
     """Return an item for each image, the lights of a source one after the other."""
     number = len(found.pairs)
     total = options.num_samples or number * options.per_image
+    # Who gets one more than others: spread over the data, and the same with a larger total.
+    order = sorted(range(number), key=lambda position: index_of(found.names[position], 0))
+    more = set(order[: total % number])
     items = []
     for position, (name, pair) in enumerate(zip(found.names, masked.pairs, strict=True)):
-        each = total // number + (position < total % number)
+        each = total // number + (position in more)
         items += [
             RelightItem(
                 name=f"{name}_r{variant}",

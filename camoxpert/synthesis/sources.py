@@ -128,8 +128,10 @@ def _judge(sources: Sources, options: SourceOptions, what: str) -> None:
         listed = [f"{sources.pairs[n].image}: {reason}" for n, reason in leaks.items()]
         raise DataError(
             f"{count(len(leaks), what)} of {len(sources.pairs)} would leak a test set into the "
-            f"training data:\n{bullet_list(listed)}\nLeave them out (a clean list, another "
-            "folder); --allow-test-sources uses them and says so in the provenance of every image."
+            f"training data:\n{bullet_list(listed)}\nLeave them out: "
+            "`camoxpert doctor DATA --clean-list FILE` lists copies, and --clean-list FILE is for "
+            "this command as well. --allow-test-sources uses them and says so in the provenance "
+            "of every image."
         )
     if leaks:
         console.warn(

@@ -278,7 +278,7 @@ def test_csv_in_and_out(data: Path, tmp_path: Path) -> None:
     with (out / PAIRS).open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and {row["class"] for row in rows} == {"Beetle"}
-    assert [Path(row["source_image"]).stem for row in rows] == [names[0], names[0], names[1]]
+    assert {Path(row["source_image"]).stem for row in rows} == set(names)
     assert all((out / row["image"]).is_file() and (out / row["mask"]).is_file() for row in rows)
     assert {pair.group for pair in load_train([out / PAIRS]).pairs} == {"Beetle"}
 
