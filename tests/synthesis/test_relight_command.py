@@ -100,6 +100,15 @@ def test_the_same_bytes_whatever_the_batch_and_the_processes(data, made, tmp_pat
     assert everything(tmp_path / "out") == everything(made)
 
 
+def test_neutral_light_gives_the_source(data: Path, tmp_path: Path) -> None:
+    """The whole way, from file to file: within one level."""
+    words = ("--strength", "0", "--patterns", "--format", "png", "--per-image", "1")
+    assert make(data, tmp_path / "out", *words) == 0
+    for path in (data / "TrainDataset" / "Imgs").iterdir():
+        made = read_image(tmp_path / "out" / "TrainDataset" / "Imgs" / f"{path.stem}_r1.png")
+        assert np.abs(made.astype(int) - read_image(path)).max() <= 1
+
+
 def test_the_same_bytes_whatever_the_threads(data: Path, made: Path, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
@@ -284,6 +293,21 @@ def test_csv_in_and_out(data: Path, tmp_path: Path) -> None:
 
 
 class TestMaskSources:
+    def test_a_table_of_images_and_maps(self, data: Path, tmp_path: Path, capsys) -> None:
+        images = sorted((data / "TrainDataset" / "Imgs").iterdir())[:2]
+        table = data / "images.csv"
+        table.write_text("image\n" + "".join(f"TrainDataset/Imgs/{p.name}\n" for p in images))
+        maps = tmp_path / "maps"
+        maps.mkdir()
+        for path in images:
+            shutil.copy(data / "TrainDataset" / "GT" / f"{path.stem}.png", maps)
+        assert make(table, tmp_path / "out", source="--csv") == 3
+        assert "has no column 'mask'" in " ".join(capsys.readouterr().err.split())
+        words = ("--mask-source", str(maps), "--cache", "none", "--size", "32", "--per-image", "1")
+        assert make(table, tmp_path / "out", *words, source="--csv") == 0
+        (pair, _) = load_train([tmp_path / "out"]).pairs
+        assert read_pair(pair.image, pair.mask)[0].shape == (32, 32, 3)
+
     def test_a_folder_of_maps(self, data: Path, tmp_path: Path, capsys) -> None:
         images, maps = tmp_path / "photos", tmp_path / "maps"
         shutil.copytree(data / "TrainDataset" / "Imgs", images)
