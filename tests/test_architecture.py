@@ -24,6 +24,7 @@ BESIDE = {
     "files": {"stop", "errors"},
     "stop": {"errors"},
     "runtime": {"config"},
+    "synthesis": {"inference", "doctor"},
     "profile": {"benchmark"},
     "benchmark": {"profile"},
 }

@@ -33,7 +33,15 @@ COMMANDS = {
 }
 # Kinds of a command that have flags of their own: command and kind -> module, what it does.
 KINDS = {
-    ("benchmark", "quality"): ("quality", "which decoder is best on your own data, fairly compared")
+    ("benchmark", "quality"): (
+        "quality",
+        "which decoder is best on your own data, fairly compared",
+    ),
+    ("synthesize", "relight"): ("relight", "put the objects of your images into other light"),
+    ("synthesize", "compose"): (
+        "compose",
+        "put objects before backgrounds that resemble them",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""``synthesize``: new image and mask pairs; ``toy`` generates camouflage from nothing."""
+"""``synthesize toy``: pairs from nothing; ``relight`` and ``compose`` have modules of their own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from camoxpert.cli import no_overrides
 from camoxpert.cli.outputs import check_folder
 from camoxpert.errors import ConfigError, DataError
 
+KINDS = ("toy", "relight", "compose")
 EXAMPLES = """examples:
   camoxpert synthesize toy data/toy
+  camoxpert synthesize relight --dataset-path data/animals -o data/relit
   camoxpert synthesize toy data/tiny --train 1000 --size 160 --object-size 0.002 0.01 --seed 1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
-    parser.add_argument("kind", choices=("toy",), help="toy: generated textures and shapes")
+    parser.add_argument(
+        "kind",
+        choices=KINDS,
+        help="toy: generated textures and shapes. relight: your images in other light; compose: "
+        "their objects before other backgrounds: `camoxpert synthesize relight --help`, "
+        "`camoxpert synthesize compose --help`",
+    )
     parser.add_argument("output", help="a new folder; gets TrainDataset/ and TestDataset/")
     parser.add_argument("--train", type=int, default=400, help="training pairs [400]")
     parser.add_argument("--test", type=int, default=80, help="test pairs [80]")
@@ -40,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Generate the data set."""
     no_overrides(rest)
+    if options.kind != "toy":
+        raise ConfigError(
+            f"Name the kind before all flags: camoxpert synthesize {options.kind} ..."
+        )
     if options.train < 1 or options.test < 0 or options.size < 32:
         raise ConfigError("--train must be at least 1, --test at least 0 and --size at least 32.")
     if not 0 <= options.difficulty <= 1:

@@ -183,25 +183,72 @@ def families_of(pairs: Iterable[Match | tuple[int, int]]) -> list[list[int]]:
     return list(families.values())
 
 
+def find_copies_between(
+    first: Sequence[Fingerprint | None], second: Sequence[Fingerprint | None]
+) -> list[Match]:
+    """Return the copies that two lists share, most similar first; not those within a list.
+
+    Args:
+        first, second: fingerprints; None is skipped.
+
+    Returns:
+        Matches whose ``a`` is a position in ``first`` and ``b`` one in ``second``.
+    """
+    known = [
+        [n for n, value in enumerate(prints) if value is not None] for prints in (first, second)
+    ]
+    left = [first[n] for n in known[0]]
+    right = [second[n] for n in known[1]]
+    pairs = [(a, b, flip, False) for a, b, flip in _likely(left, right)]
+    pairs += [(a, b, flip, True) for b, a, flip in _likely(right, left)]
+
+    def look(pair: tuple[int, int, int, bool]) -> tuple[float, str]:
+        one, other = left[pair[0]], right[pair[1]]
+        assert one is not None and other is not None
+        return similarity(other, one, pair[2]) if pair[3] else similarity(one, other, pair[2])
+
+    best: dict[tuple[int, int], tuple[float, str]] = {}
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        looked = console.track(pool.map(look, pairs), "comparing", total=len(pairs))
+        for (a, b, _, _), result in zip(pairs, looked, strict=True):
+            key = (known[0][a], known[1][b])
+            if result[0] >= COPY and result[0] > best.get(key, (0.0, ""))[0]:
+                best[key] = result
+    matches = [Match(a, b, value, how) for (a, b), (value, how) in best.items()]
+    return sorted(matches, key=lambda match: (-match.similarity, match.a, match.b))
+
+
 def candidates(prints: Sequence[Fingerprint]) -> list[tuple[int, int, int]]:
     """Return (picture, picture with a similar window, flip) triples worth a closer look."""
-    count = len(prints)
-    if count < 2:
+    return _likely(prints, prints)
+
+
+def _likely(
+    prints: Sequence[Fingerprint | None], others: Sequence[Fingerprint | None]
+) -> list[tuple[int, int, int]]:
+    """Return (picture, one of the others with a similar window, flip) worth a closer look.
+
+    ``others`` may be ``prints`` itself: then no picture is compared with itself.
+    """
+    same = others is prints
+    count = len(others)
+    if count < 1 + same or not len(prints):
         return []
-    windows = np.stack([value.windows for value in prints])
+    windows = np.stack([value.windows for value in others if value is not None])
+    wholes = np.stack([value.windows[0] for value in prints if value is not None])
     number = windows.shape[1]
     table = _unit(windows.reshape(count * number, -1))
-    whole = windows[:, 0]
     chosen: dict[tuple[int, int, int], None] = {}
     rows = max(1, PRODUCT_SIZE // (count * number))
     for flip in range(len(FLIPS)):
-        queries = _unit(_flipped(whole, flip).reshape(count, -1))
-        for start in range(0, count, rows):
+        queries = _unit(_flipped(wholes, flip).reshape(len(prints), -1))
+        for start in range(0, len(prints), rows):
             part = queries[start : start + rows] @ table.T
             score = part.reshape(-1, count, number).max(2)
             own = np.arange(start, start + len(score))
-            score[own - start, own] = -1
-            take = min(CANDIDATES, count - 1)
+            if same:
+                score[own - start, own] = -1
+            take = min(CANDIDATES, count - same)
             best = np.argpartition(-score, take - 1, axis=1)[:, :take]
             likely = np.take_along_axis(score, best, axis=1) >= LIKELY
             for row, column in zip(*np.nonzero(likely), strict=True):

@@ -64,7 +64,7 @@ class BatchSize:
 
 
 def choose_batch_size(
-    forward: Callable[[Tensor], Tensor], one: Tensor, device: torch.device
+    forward: Callable[[Tensor], object], one: Tensor, device: torch.device
 ) -> tuple[int, str]:
     """Return a batch size and the reason for it.
 
@@ -103,7 +103,7 @@ def choose_batch_size(
 
 
 def _measure(
-    forward: Callable[[Tensor], Tensor], batch: Tensor, device: torch.device
+    forward: Callable[[Tensor], object], batch: Tensor, device: torch.device
 ) -> tuple[float, int]:
     """Return images per second and the bytes that the pass took."""
     torch.cuda.reset_peak_memory_stats(device)

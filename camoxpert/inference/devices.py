@@ -111,6 +111,7 @@ class DeviceEngine:
         self._workers: list[_Worker] = []
         self._load_deaths: dict[str, int] = {}
         self._loads: list[float] = []
+        self._models = 0
         self._summaries: list[dict[str, Any]] = []
         self._schedule: Schedule | None = None
         self._wall = 0.0
@@ -141,7 +142,7 @@ class DeviceEngine:
         return {
             "engine": "devices",
             "wall_seconds": self._wall,
-            "model_loads": len(self._loads),
+            "model_loads": self._models,
             "load_seconds": self._loads,
             "deaths": 0 if self._schedule is None else self._schedule.deaths,
             "workers": self._summaries,
@@ -197,6 +198,7 @@ class DeviceEngine:
             if kind == "ready":
                 worker.ready = content
                 self._loads.append(content["load_seconds"])
+                self._models += content["models"]
                 self._load_deaths[worker.name] = 0
             elif kind == "rows":
                 assert self._schedule is not None
@@ -394,7 +396,8 @@ def _do_chunks(
     stages = spec.build(device)
     loaded = time.monotonic() - started
     size, reason = find_batch_size(stages, batch_size)
-    parent.send("ready", {"batch_size": size, "load_seconds": loaded})
+    ready = {"batch_size": size, "load_seconds": loaded, "models": stages.models}
+    parent.send("ready", ready)
     timing = Timing()
     for result in run_chunks(stages, handed, size, timing, name):
         parent.send("rows", result)

@@ -29,6 +29,8 @@ from camoxpert.runtime.host import lower_priority
 
 Row = dict[str, Any]
 """A row of the ledger: see ``ledger``."""
+Outputs = Tensor | tuple[Tensor, ...] | list[Any]
+"""Of a batch: a tensor (B, ...), several of them, or a list of B values that are on the host."""
 
 READERS = 2
 """Threads that read and decode beside the device."""
@@ -66,9 +68,15 @@ class Sample(Protocol):
 
 
 class Stages(Protocol):
-    """What is done with an item. ``read`` and ``finish`` are called from several threads."""
+    """What is done with an item. ``read`` and ``finish`` are called from several threads.
+
+    Attributes:
+        device: of the forward pass.
+        models: how many models were loaded to build it.
+    """
 
     device: torch.device
+    models: int
 
     def read(self, item: Any) -> Any:
         """Return the sample of an item.
@@ -77,15 +85,21 @@ class Stages(Protocol):
             DataError: it cannot be read: a row says so, and the others go on.
         """
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the outputs (B, ...) for stacked inputs (B, ...), on the device, without sync."""
+    def forward(self, inputs: Tensor, samples: Sequence[Any] = ()) -> Outputs:
+        """Return the outputs for stacked inputs (B, ...), on the device, without sync.
 
-    def finish(self, item: Any, sample: Any, outputs: list[Tensor]) -> Row:
+        Args:
+            inputs: of one shape.
+            samples: the sample that each of them belongs to; empty: a batch to measure with.
+        """
+
+    def finish(self, item: Any, sample: Any, outputs: list[Any]) -> Row:
         """Write the outputs of an item and return the fields of its row.
 
         Args:
             item, sample: the item.
-            outputs: of every input of the sample, in order, on the host.
+            outputs: of every input of the sample, in order, on the host: a tensor, a tuple of
+                tensors, or a value of the list.
 
         Raises:
             DataError: they cannot be written: the run ends.
@@ -176,7 +190,7 @@ class _Computing:
     position: int
     item: Any
     sample: Any
-    outputs: list[Tensor | None]
+    outputs: list[Any]
     seconds: float = 0.0
 
 
@@ -192,7 +206,7 @@ class _Launched:
     """
 
     places: list[tuple[_Computing, int]]
-    outputs: Tensor
+    outputs: Outputs
     started: float
     begin: torch.cuda.Event | None = None
     done: torch.cuda.Event | None = None
@@ -382,17 +396,16 @@ class Pipeline:
     def _start(self, inputs: list[Tensor], places: list[tuple[_Computing, int]]) -> _Launched:
         device = self.stages.device
         stacked = torch.stack(inputs)
+        samples = [computing.sample for computing, _ in places]
         started = time.monotonic()
         if device.type != "cuda":
-            outputs = self.stages.forward(stacked.to(device)).cpu()
+            outputs = _on_host(self.stages.forward(stacked.to(device), samples))
             self.batch_size.note_clean()
             return _Launched(places, outputs, started)
         begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         on_device = stacked.pin_memory().to(device, non_blocking=True)
         begin.record()
-        found = self.stages.forward(on_device)
-        outputs = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-        outputs.copy_(found, non_blocking=True)
+        outputs = _on_host(self.stages.forward(on_device, samples))
         done.record()
         self.batch_size.note_clean()
         return _Launched(places, outputs, started, begin, done)
@@ -409,7 +422,9 @@ class Pipeline:
                 seconds = time.monotonic() - launched.started
         each = seconds / len(launched.places)
         self.timing.add_batch(seconds, len(launched.places), on_host=launched.done is None)
-        for (computing, number), output in zip(launched.places, launched.outputs, strict=True):
+        outputs = launched.outputs
+        each_output = zip(*outputs, strict=True) if isinstance(outputs, tuple) else outputs
+        for (computing, number), output in zip(launched.places, each_output, strict=True):
             computing.outputs[number] = output
             computing.seconds += each
             if all(found is not None for found in computing.outputs):
@@ -456,6 +471,22 @@ class Pipeline:
                 rows.append({"item": item.name, **row, "worker": self.worker})
             self.timing.count(len(rows))
             yield ChunkResult(work.chunk.number, rows, self.worker)
+
+
+def _on_host(found: Outputs) -> Outputs:
+    """Return outputs on the host; from CUDA they arrive when the stream is done."""
+    if isinstance(found, list):
+        return found
+    if isinstance(found, tuple):
+        return tuple(_copied(part) for part in found)
+    return _copied(found)
+
+
+def _copied(found: Tensor) -> Tensor:
+    if found.device.type != "cuda":
+        return found.cpu()
+    copy = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    return copy.copy_(found, non_blocking=True)
 
 
 def _result_of(reading: Future[Any]) -> tuple[Any, str]:

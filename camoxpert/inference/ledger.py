@@ -36,10 +36,9 @@ from typing import IO, Any
 
 from camoxpert.errors import DataError
 from camoxpert.files import append_here, try_lock, write_whole
+from camoxpert.inference.products import RESULTS, Table
 
 LEDGER = "predictions.jsonl"
-TABLE = "results.csv"
-COLUMNS = ("image", "height", "width", "object_fraction", "confidence", "seconds")
 OK, FAILED = 1, 2
 STATUS = {"ok": OK, "failed": FAILED}
 MARKS = ("settings", "commit", "finished")
@@ -176,7 +175,7 @@ class Ledger:
         folder: of the results.
         kinds: of files that rows list.
         name: of its file.
-        table: whether ``results.csv`` is written from it.
+        table: that is written from it; None: none.
 
     Attributes:
         earlier: the head of the rows that count; None: there is none.
@@ -185,7 +184,12 @@ class Ledger:
     """
 
     def __init__(
-        self, folder: Path, kinds: Sequence[str], *, name: str = LEDGER, table: bool = True
+        self,
+        folder: Path,
+        kinds: Sequence[str],
+        *,
+        name: str = LEDGER,
+        table: Table | None = RESULTS,
     ) -> None:
         self.folder = folder
         self.path = folder / name
@@ -282,7 +286,7 @@ class Ledger:
         self._changed = False
 
     def _has_table(self) -> bool:
-        return not self.table or (self.folder / TABLE).is_file()
+        return self.table is None or (self.folder / self.table.name).is_file()
 
     def _rewrite(
         self, sequence: Sequence[str], complete: bool, add: Callable[[bytes], object]
@@ -339,23 +343,26 @@ class Ledger:
     @contextmanager
     def _table(self) -> Iterator[Callable[[bytes], object]]:
         """Write the table from the lines of the ledger that the block gives to the function."""
-        if not self.table:
+        if self.table is None:
             yield lambda line: None
             return
         with tempfile.TemporaryFile() as scratch:
             text = io.TextIOWrapper(scratch, encoding="utf-8", errors="surrogateescape", newline="")
             writer = csv.writer(text)
-            writer.writerow(COLUMNS)
+            writer.writerow(self.table.columns)
+            cells = self.table.cells
 
             def add(line: bytes) -> None:
                 row = json.loads(line)
                 if row["status"] == "ok":
-                    writer.writerow(table_row(row))
+                    writer.writerow(cells(row))
 
             yield add
             text.flush()
             scratch.seek(0)
-            write_whole(self.folder / TABLE, lambda file: shutil.copyfileobj(scratch, file))
+            write_whole(
+                self.folder / self.table.name, lambda file: shutil.copyfileobj(scratch, file)
+            )
             text.detach()
 
     def _read(self) -> None:
@@ -412,21 +419,9 @@ class Ledger:
         )
 
 
-def table_row(row: Row) -> list[str]:
-    """Return the cells of an item's row of the table, in the order of COLUMNS."""
-    return [
-        row["item"],
-        str(row["height"]),
-        str(row["width"]),
-        f"{row['object_fraction']:.6f}",
-        f"{row['confidence']:.4f}",
-        f"{row['seconds'].get('forward', 0.0):.4f}",
-    ]
-
-
 @contextmanager
 def open_ledger(
-    folder: Path, kinds: Sequence[str], *, name: str = LEDGER, table: bool = True
+    folder: Path, kinds: Sequence[str], *, name: str = LEDGER, table: Table | None = RESULTS
 ) -> Iterator[Ledger]:
     """Read a ledger of a folder and keep other calls out of it during the block.
 
@@ -449,13 +444,12 @@ def open_ledger(
         ) from error
     if held is None:
         raise DataError(
-            f"Another process is predicting into {folder}. Wait for it, or name another folder "
-            "with -o."
+            f"Another process is working on {folder}. Wait for it, or name another folder with -o."
         )
     try:
         try:
-            if table:
-                _require_own_table(folder / TABLE)
+            if table is not None:
+                _require_own_table(folder / table.name, table)
             ledger = Ledger(folder, kinds, name=name, table=table)
         except OSError as error:
             raise DataError(f"{folder} cannot be read: {error}.") from error
@@ -464,16 +458,16 @@ def open_ledger(
         held.release()
 
 
-def _require_own_table(path: Path) -> None:
+def _require_own_table(path: Path, table: Table) -> None:
     """Raise DataError if the file of the table is another table."""
     if not path.is_file() or path.is_symlink():
         return
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        first = next(csv.reader(file), list(COLUMNS))
-    if tuple(first) != COLUMNS:
+        first = next(csv.reader(file), list(table.columns))
+    if tuple(first) != table.columns:
         raise DataError(
-            f"{path} is not a table of `predict` (its columns: {', '.join(first)}). Move it, or "
-            "name another folder with -o."
+            f"{path} is not a table of `{table.command}` (its columns: {', '.join(first)}). Move "
+            "it, or name another folder with -o."
         )
 
 

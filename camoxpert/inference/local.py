@@ -85,7 +85,7 @@ class LocalEngine:
         return {
             "engine": "local",
             "wall_seconds": self._wall,
-            "model_loads": 1,
+            "model_loads": self.stages.models,
             "workers": [self._worker],
         }
 

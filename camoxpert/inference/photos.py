@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from camoxpert import console, stop
-from camoxpert.errors import CheckpointError, ConfigError, DataError
+from camoxpert import stop
+from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import write_json
 from camoxpert.inference.annotations import (
     begin_coco,
@@ -24,10 +23,11 @@ from camoxpert.inference.annotations import (
 )
 from camoxpert.inference.cluster import RayEngine
 from camoxpert.inference.devices import DeviceEngine
-from camoxpert.inference.engine import ChunkResult, Row
+from camoxpert.inference.engine import Row
+from camoxpert.inference.job import BatchResult, Engine, audit, do_items, joined_row
 from camoxpert.inference.ledger import (
-    FAILED,
     LEDGER,
+    RESULTS,
     Ledger,
     Source,
     as_fields,
@@ -36,7 +36,6 @@ from camoxpert.inference.ledger import (
 )
 from camoxpert.inference.local import LocalEngine
 from camoxpert.inference.plan import (
-    Plan,
     Settings,
     make_plan,
     model_digest,
@@ -50,7 +49,7 @@ from camoxpert.inference.sources import Photo, read_pixels
 from camoxpert.inference.video import VIDEO_KINDS, VideoOptions, VideoRun, plan_videos
 from camoxpert.inference.views import ONE_VIEW, ViewOptions
 from camoxpert.runs.checkpoint import file_digest
-from camoxpert.text import count, did_you_mean, shorten
+from camoxpert.text import did_you_mean
 
 SUMMARY = "predict.json"
 ORIGINAL = ("cutout", "overlay")
@@ -101,25 +100,6 @@ class PhotoOptions:
         for name, number in (("batch size", self.batch_size), ("limit", self.limit)):
             if number is not None and number < 1:
                 raise ConfigError(f"The {name} must be at least 1; {number} is not.")
-
-
-@dataclass
-class BatchResult:
-    """Counts of a list of photos, and (path, reason) of those that failed.
-
-    Attributes:
-        done: predicted by this call.
-        skipped: with up-to-date results before.
-        replaced: of ``done``, those whose file had changed.
-        failed: (path, reason).
-        summary: where the time went; the content of ``predict.json``.
-    """
-
-    done: int = 0
-    skipped: int = 0
-    replaced: int = 0
-    failed: list[tuple[Path, str]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,6 +153,7 @@ class PhotoStages:
         self.kinds, self.threshold = tuple(kinds), threshold
         self.views = predictor.views(views)
         self.device: torch.device = predictor.device
+        self.models = 1
 
     def read(self, photo: Photo) -> PhotoSample:
         """Return the sample of a photo.
@@ -197,7 +178,7 @@ class PhotoStages:
             self.views.held_bytes(inputs, size),
         )
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, samples: Sequence[PhotoSample] = ()) -> Tensor:
         """Return float32 logits (B, 1, h, w) of prepared images."""
         return self.views.logits(inputs)
 
@@ -286,16 +267,6 @@ class PhotoSpec:
         return _failed(photo, reason)
 
 
-class Engine(Protocol):
-    """Decides who does which chunk: ``LocalEngine``, ``DeviceEngine``."""
-
-    def results(self, items: Sequence[Any]) -> Iterator[ChunkResult]:
-        """Yield the rows of all items, a chunk at a time."""
-
-    def summary(self) -> dict[str, Any]:
-        """Return where the time went."""
-
-
 def predict_photos(
     predictor: Predictor,
     photos: Sequence[Photo],
@@ -339,7 +310,7 @@ def predict_photos(
         merged = len(photos) - len(left)
         photos = shard.part(left)
     name = LEDGER if shard is None else shard.ledger
-    with open_ledger(output, KINDS, name=name, table=shard is None) as ledger:
+    with open_ledger(output, KINDS, name=name, table=RESULTS if shard is None else None) as ledger:
         if not ledger.finished and shard is None:
             remove_unfinished(output)
         again, kinds = options.overwrite, [kind for kind in options.kinds if kind != "video"]
@@ -364,7 +335,7 @@ def predict_photos(
                 if options.ray:
                     # Workers on other nodes have another working directory.
                     plan.todo = [Photo(Path(os.path.abspath(p.path)), p.name) for p in plan.todo]
-                _work(engine, plan.todo, ledger, result)
+                do_items(engine, plan.todo, ledger, result, "predict")
                 result.summary = engine.summary()
                 if result.summary.get("deaths") and shard is None:
                     remove_unfinished(output)
@@ -374,8 +345,8 @@ def predict_photos(
         finally:
             with stop.current().deferred():
                 ledger.finish((item.name for item in (*photos, *videos)), complete=complete)
-        _audit(ledger, plan, result)
-        _audit(ledger, films, result)
+        audit(ledger, plan, result)
+        audit(ledger, films, result)
         if joined:
             join_coco(output, ledger.rows())
     if result.summary:
@@ -419,17 +390,6 @@ def _choose_engine(
     return DeviceEngine(spec, options.devices, batch_size=options.batch_size)
 
 
-def _work(engine: Engine, todo: Sequence[Photo], ledger: Ledger, result: BatchResult) -> None:
-    """Run the engine; append the rows of each chunk when its files are in place."""
-    with console.progress("predict", total=len(todo)) as bar:
-        for chunk in engine.results(todo):
-            with stop.current().deferred():
-                ledger.append([_joined(row, ledger) for row in chunk.rows])
-                result.done += sum(row["status"] == "ok" for row in chunk.rows)
-            bar.update(len(chunk.rows))
-            stop.check()
-
-
 def _work_on_videos(
     predictor: Predictor,
     videos: Sequence[Photo],
@@ -449,41 +409,8 @@ def _work_on_videos(
     )
     for row in run.rows(videos):
         with stop.current().deferred():
-            ledger.append([_joined(row, ledger)])
+            ledger.append([joined_row(row, ledger)])
         result.done += row["status"] == "ok"
         stop.check()
     summary = run.summary()
     result.summary = result.summary | {"videos": summary} if result.summary else summary
-
-
-def _joined(row: Row, ledger: Ledger) -> Row:
-    """Return a row with its attempt, and with the earlier pictures of the same file."""
-    name, index = row["item"], ledger.index
-    kinds = row.get("kinds")
-    others = index.has_kinds(name) - set(kinds or ())
-    if kinds is not None and others and row["digest"] is not None:
-        before = ledger.row(name)
-        if all(before.get(key) == row.get(key) for key in ("digest", "every", "smooth")):
-            kinds = sorted({*kinds, *others})
-    head = {"item": name, "status": row["status"], "attempt": index.attempts(name) + 1}
-    return head | row | ({} if kinds is None else {"kinds": kinds})
-
-
-def _audit(ledger: Ledger, plan: Plan, result: BatchResult) -> None:
-    """Compare the ledger with what was planned; collect what failed.
-
-    Raises:
-        DataError: a photo has no row: a fault of the program, which must not pass for success.
-    """
-    lost = []
-    for photo in (*plan.todo, *plan.failed):
-        status = ledger.index.status(photo.name)
-        if status == FAILED:
-            result.failed.append((Path(photo.path), str(ledger.row(photo.name)["reason"])))
-        elif not status:
-            lost.append(str(photo.path))
-    if lost:
-        raise DataError(
-            f"{count(len(lost), 'photo')} of {len(plan.todo)} have neither a result nor a reason "
-            f"in {ledger.path}: {shorten(lost)}. The same command does what is missing."
-        )

@@ -12,15 +12,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from camoxpert import console
 from camoxpert.config import to_dict
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.inference.ledger import FAILED, LEDGER, Ledger, source_of
-from camoxpert.inference.prediction import FOLDERS, KINDS, TIMES, output_path
+from camoxpert.inference.ledger import FAILED, Ledger, Source, source_of
+from camoxpert.inference.prediction import KINDS, PREDICTIONS
+from camoxpert.inference.products import Product
 from camoxpert.inference.sources import Photo
 from camoxpert.runs.checkpoint import Checkpoint, file_digest
 from camoxpert.text import bullet_list, count
@@ -31,6 +32,35 @@ COMPARED = {"model": "model", "img_size": "image size", "precision": "precision"
 """Settings that change pictures or table, and their names in messages."""
 TEMPORARY = re.compile(r"\.\w+\.tmp")
 """Names of files that are not written to the end: see ``files.write_whole``."""
+
+
+class Made(Protocol):
+    """An item: something that outputs are made from."""
+
+    @property
+    def name(self) -> str:
+        """Unique name of the item and of its outputs."""
+
+    @property
+    def path(self) -> Path:
+        """The file that stands for it."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that its outputs are made from, ``path`` first."""
+
+
+class Head(Protocol):
+    """What all outputs of a folder depend on: the head of its ledger."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as plain values."""
+
+    def differences(self, earlier: dict[str, Any]) -> list[str]:
+        """Return a text for each setting of an earlier call that changes the outputs."""
+
+
+AnyMade = TypeVar("AnyMade", bound=Made)
 
 
 @dataclass(frozen=True)
@@ -57,6 +87,10 @@ class Settings:
     tta: str | None = None
     zoom: bool | None = None
 
+    def fields(self) -> dict[str, Any]:
+        """Return the head of the ledger."""
+        return asdict(self)
+
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Return a text for each setting of an earlier call that changes pictures or table."""
         texts = []
@@ -75,20 +109,20 @@ class Settings:
 
 
 @dataclass
-class Plan:
-    """What a call does with its photos.
+class Plan(Generic[AnyMade]):
+    """What a call does with its items.
 
     Attributes:
-        todo: to predict, in order.
-        replaced: those of them whose file changed since they were predicted.
-        skipped: photos with up-to-date results.
-        failed: photos that failed before, in a call that was stopped; not tried again in this one.
+        todo: to do, in order.
+        replaced: those of them whose files changed since they were done.
+        skipped: items with up-to-date results.
+        failed: items that failed before, in a call that was stopped; not tried again in this one.
     """
 
-    todo: list[Photo] = field(default_factory=list)
+    todo: list[AnyMade] = field(default_factory=list)
     replaced: int = 0
     skipped: int = 0
-    failed: list[Photo] = field(default_factory=list)
+    failed: list[AnyMade] = field(default_factory=list)
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
@@ -109,47 +143,49 @@ def model_digest(checkpoint: Checkpoint) -> str:
 
 def make_plan(
     ledger: Ledger,
-    settings: Settings,
-    photos: Sequence[Photo],
+    settings: Head,
+    items: Sequence[AnyMade],
     kinds: Sequence[str],
     *,
     overwrite: bool,
-    others: Iterable[Photo] = (),
-) -> Plan:
+    others: Iterable[Made] = (),
+    product: Product = PREDICTIONS,
+) -> Plan[AnyMade]:
     """Return what is left to do; restart the ledger where its settings are not those of the call.
 
-    A photo is up to date if the ledger has it, its file did not change, and its pictures are listed
-    in their folders: a directory is read once, no picture is looked at. Photos that failed are
-    tried again, but not by the call that finishes a stopped one: that does what is missing.
+    An item is up to date if the ledger has it, its files did not change, and its pictures are
+    listed in their folders: a directory is read once, no picture is looked at. Items that failed
+    are tried again, but not by the call that finishes a stopped one: that does what is missing.
 
     Args:
         ledger: of the folder.
         settings: of this call.
-        photos: of this call.
+        items: of this call.
         kinds: pictures to write.
-        overwrite: predict all photos, and replace what was made with other settings.
+        overwrite: do all items, and replace what was made with other settings.
         others: items of this call that are planned elsewhere.
+        product: what is made of the items.
 
     Raises:
         ConfigError: the folder holds results of other settings, or of unknown origin.
-        DataError: a photo has the name of another one, whose results would be lost.
+        DataError: an item has the name of another one, whose results would be lost.
     """
     changed = settings.differences(ledger.earlier) if ledger.earlier is not None else []
     if overwrite:
         if changed:
-            _warn_of_others(ledger, [*photos, *others])
-        plan = Plan(list(photos))
+            _warn_of_others(ledger, [*items, *others], product.item)
+        plan = Plan(list(items))
     else:
         made = len(ledger.made) if changed else 0
         if made:
             raise ConfigError(
-                f"{ledger.folder} holds the results of {count(made, 'photo')} made with "
+                f"{ledger.folder} holds the results of {count(made, product.item)} made with "
                 f"other settings: {'; '.join(changed)}. Name another folder with -o, or add "
-                "--overwrite to predict again."
+                f"--overwrite to {product.again}."
             )
-        plan = _left_to_do(ledger, photos, kinds) if not changed else Plan(list(photos))
+        plan = Plan(list(items)) if changed else _left_to_do(ledger, items, kinds, product)
     if ledger.earlier is None or changed:
-        ledger.restart(asdict(settings))
+        ledger.restart(settings.fields())
     return plan
 
 
@@ -157,54 +193,57 @@ def not_merged(
     folder: Path, settings: Settings, photos: Sequence[Photo], kinds: Sequence[str]
 ) -> list[Photo]:
     """Return the photos of a divided job without results from an earlier one that was merged."""
-    whole = Ledger(folder, KINDS, table=False)
+    whole = Ledger(folder, KINDS, table=None)
     if whole.earlier is None or settings.differences(whole.earlier):
         return list(photos)
-    return _left_to_do(whole, photos, kinds).todo
+    return _left_to_do(whole, photos, kinds, PREDICTIONS).todo
 
 
-def _warn_of_others(ledger: Ledger, photos: Iterable[Photo]) -> None:
-    names = {photo.name for photo in photos}
+def _warn_of_others(ledger: Ledger, items: Iterable[Made], noun: str) -> None:
+    names = {item.name for item in items}
     others = sum(name not in names for name in ledger.made)
     if others:
         console.warn(
-            f"{ledger.folder} still holds pictures of {count(others, 'photo')} made with other "
+            f"{ledger.folder} still holds pictures of {count(others, noun)} made with other "
             "settings"
         )
 
 
-def _left_to_do(ledger: Ledger, photos: Sequence[Photo], kinds: Sequence[str]) -> Plan:
-    plan, taken = Plan(), []
+def _left_to_do(
+    ledger: Ledger, items: Sequence[AnyMade], kinds: Sequence[str], product: Product
+) -> Plan[AnyMade]:
+    plan: Plan[AnyMade] = Plan()
+    taken = []
     index = ledger.index
-    present = [_Pictures(ledger, kind) for kind in kinds]
-    for photo in photos:
-        status = index.status(photo.name)
+    present = [_Pictures(ledger, product.folders[kind]) for kind in kinds]
+    for item in items:
+        status = index.status(item.name)
         if not status:
             if ledger.earlier is None:
-                _require_known(ledger, photo, kinds, present)
-            plan.todo.append(photo)
+                _require_known(ledger, item, kinds, present, product)
+            plan.todo.append(item)
         elif status == FAILED:
-            if ledger.finished or has_changed(ledger, photo):
-                plan.todo.append(photo)
+            if ledger.finished or has_changed(ledger, item):
+                plan.todo.append(item)
             else:
-                plan.failed.append(photo)
-        elif has_changed(ledger, photo):
-            plan.todo.append(photo)
+                plan.failed.append(item)
+        elif has_changed(ledger, item):
+            plan.todo.append(item)
             plan.replaced += 1
-            earlier = Path(ledger.row(photo.name)["source"])
-            if earlier != Path(os.path.abspath(photo.path)) and _is_same(
-                ledger, photo.name, earlier
+            earlier = Path(ledger.row(item.name)["source"])
+            if earlier != Path(os.path.abspath(item.path)) and _is_same(
+                ledger, item.name, (earlier, *item.files[1:])
             ):
-                taken.append(f"{photo.path} ({photo.name!r} is {earlier})")
-        elif not index.has_kinds(photo.name).issuperset(kinds) or any(
-            photo.name not in names for names in present
+                taken.append(f"{item.path} ({item.name!r} is {earlier})")
+        elif not index.has_kinds(item.name).issuperset(kinds) or any(
+            item.name not in names for names in present
         ):
-            plan.todo.append(photo)
+            plan.todo.append(item)
         else:
             plan.skipped += 1
     if taken:
         raise DataError(
-            f"{ledger.folder} holds results of other photos under the same names:\n"
+            f"{ledger.folder} holds results of other {product.item}s under the same names:\n"
             f"{bullet_list(taken)}\nName another folder with -o, or add --overwrite to replace "
             "them."
         )
@@ -212,15 +251,15 @@ def _left_to_do(ledger: Ledger, photos: Sequence[Photo], kinds: Sequence[str]) -
 
 
 def _require_known(
-    ledger: Ledger, photo: Photo, kinds: Sequence[str], present: Sequence[_Pictures]
+    ledger: Ledger, item: Made, kinds: Sequence[str], present: Sequence[_Pictures], product: Product
 ) -> None:
-    """Raise ConfigError if a photo has pictures of which nothing is known."""
+    """Raise ConfigError if an item has pictures of which nothing is known."""
     for kind, names in zip(kinds, present, strict=True):
-        if photo.name in names:
+        if item.name in names:
             raise ConfigError(
-                f"{output_path(ledger.folder, kind, photo.name)} is there already, and no {LEDGER} "
-                f"in {ledger.folder} says which model made it. Name another folder with -o, or add "
-                "--overwrite to replace such files."
+                f"{product.path(ledger.folder, kind, item.name)} is there already, and no "
+                f"{product.ledger} in {ledger.folder} says how it was made. Name another folder "
+                "with -o, or add --overwrite to replace such files."
             )
 
 
@@ -230,11 +269,11 @@ class _Pictures:
     Links do not count. Of items that the ledger has a bit is kept, of others the name.
     """
 
-    def __init__(self, ledger: Ledger, kind: str) -> None:
+    def __init__(self, ledger: Ledger, folder: str) -> None:
         self._index = ledger.index
         self._known = bytearray(len(ledger.index))
         self._others: set[str] = set()
-        waiting = [(str(ledger.folder / FOLDERS[kind]), "")]
+        waiting = [(str(ledger.folder / folder), "")]
         while waiting:
             place, prefix = waiting.pop()
             try:
@@ -260,25 +299,25 @@ class _Pictures:
         return name in self._others if slot is None else bool(self._known[slot])
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path, product: Product = PREDICTIONS) -> None:
     """Remove the files that killed processes did not write to the end.
 
     The caller holds the lock of the folder, and no process of its own writes.
     """
-    for name in (*FOLDERS.values(), TIMES):
+    for name in (*product.folders.values(), *product.scratch):
         for path in (folder / name).rglob(".*.tmp"):
             if TEMPORARY.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
 
-def has_changed(ledger: Ledger, photo: Photo) -> bool:
-    """Return whether the file of a photo is another one than its row was made from."""
-    return not _is_same(ledger, photo.name, photo.path)
+def has_changed(ledger: Ledger, item: Made) -> bool:
+    """Return whether the files of an item are other ones than its row was made from."""
+    return not _is_same(ledger, item.name, item.files)
 
 
-def _is_same(ledger: Ledger, name: str, path: Path) -> bool:
-    """Return whether a file still has the content that an item was made from."""
-    source = source_of(path)
+def _is_same(ledger: Ledger, name: str, files: Sequence[Path]) -> bool:
+    """Return whether files still have the content that an item was made from."""
+    source = state_of(files)
     if source is None:
         # Still missing, where it was missing before.
         return ledger.index.stamp(name) == 0 and ledger.index.status(name) == FAILED
@@ -286,11 +325,44 @@ def _is_same(ledger: Ledger, name: str, path: Path) -> bool:
         return True
     # Copying a data set changes the times and not the photos.
     row = ledger.row(name)
-    return row.get("size") == source.size and row.get("digest") == _digest(path)
+    return row.get("size") == source.size and row.get("digest") == digest_of(files)
 
 
-def _digest(path: Path) -> str | None:
+def digest_of(files: Sequence[Path]) -> str | None:
+    """Return a hash of the contents of an item's files; None if one cannot be read."""
     try:
-        return file_digest(path)
+        digests = [file_digest(path) for path in files]
     except OSError:
         return None
+    return joined_digest(digests)
+
+
+def state_of(paths: Sequence[Path]) -> Source | None:
+    """Return the present state of the files of an item as one: their bytes, the latest times.
+
+    Args:
+        paths: the file that names the item, then the others.
+
+    Returns:
+        None if one is missing.
+    """
+    if not paths:
+        # What the item is made from is known by the head of the ledger.
+        return Source("", 0, 0, 0)
+    found = [source_of(path) for path in paths]
+    known = [source for source in found if source is not None]
+    if len(known) < len(found):
+        return None
+    return Source(
+        known[0].source,
+        sum(source.size for source in known),
+        max(source.mtime_ns for source in known),
+        max(source.ctime_ns for source in known),
+    )
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """Return one hash for those of several files; that of a single file stays as it is."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camoxpert.data.files.image_io import write_jpeg, write_png
-from camoxpert.errors import ConfigError, DataError
-from camoxpert.files import leads_outside
+from camoxpert.errors import ConfigError
+from camoxpert.inference.products import Product
 from camoxpert.inference.score import to_uint8
 from camoxpert.pages import pictures
 from camoxpert.text import did_you_mean
@@ -137,16 +137,12 @@ class Prediction:
         return paths
 
 
-def output_path(output: Path, kind: str, name: str) -> Path:
-    """Return the path of one file of an image, always inside ``output``.
+PREDICTIONS = Product(
+    "predictions.jsonl", FOLDERS, SUFFIXES, item="photo", again="predict again", scratch=(TIMES,)
+)
+"""What ``predict`` makes of photos."""
 
-    Raises:
-        DataError: the name, or a symlink in ``output``, leads out of it.
-    """
-    path = output / FOLDERS[kind] / f"{name}{SUFFIXES.get(kind, '.png')}"
-    if leads_outside(output / FOLDERS[kind], path) or leads_outside(output, path):
-        raise DataError(
-            f"{path} would be written outside {output}: {path.parent} is a symlink or leads out. "
-            f"Remove it, or name another folder with -o."
-        )
-    return path
+
+def output_path(output: Path, kind: str, name: str) -> Path:
+    """Return the path of one file of an image, always inside ``output``; see ``Product.path``."""
+    return PREDICTIONS.path(output, kind, name)

@@ -302,6 +302,7 @@ class _StreamStages:
     def __init__(self, predictor: Predictor, threshold: float, views: Views) -> None:
         self.predictor, self.threshold, self.views = predictor, threshold, views
         self.device = predictor.device
+        self.models = 1
 
     def read(self, given: _Given) -> _Read:
         started = time.monotonic()
@@ -310,7 +311,7 @@ class _StreamStages:
         needed = self.views.held_bytes(inputs, (pixels.shape[0], pixels.shape[1]))
         return _Read(inputs, pixels, {"read": time.monotonic() - started}, needed)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, samples: Sequence[_Read] = ()) -> Tensor:
         return self.views.logits(inputs)
 
     def finish(self, given: _Given, sample: _Read, outputs: list[Tensor]) -> Row:

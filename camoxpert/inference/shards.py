@@ -106,7 +106,7 @@ def merge(folder: Path, kinds: Sequence[str]) -> tuple[int, list[tuple[str, str]
     parts = _parts(folder)
     heads: list[tuple[Path, object]] = []
     with open_ledger(folder, kinds) as whole:
-        ledgers = [Ledger(folder, kinds, name=path.name, table=False) for path in parts]
+        ledgers = [Ledger(folder, kinds, name=path.name, table=None) for path in parts]
         faults = [f"{ledger.path.name}: not finished" for ledger in ledgers if not ledger.finished]
         heads = [(ledger.path, _compared(ledger.earlier)) for ledger in ledgers if ledger.earlier]
         if whole.earlier is not None:

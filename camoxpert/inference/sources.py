@@ -45,6 +45,11 @@ class Photo:
     path: Path
     name: str
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What its outputs are made from."""
+        return (self.path,)
+
 
 ImageInput = str | Path | NDArray[np.uint8] | Image.Image | Photo
 """A file, uint8 RGB pixels (H, W, 3) or grey ones (H, W), or a Pillow image."""

@@ -115,24 +115,29 @@ PLACES = {
 }
 
 
-def describe(summary: Mapping[str, Any]) -> str:
-    """Return a line for each worker: images per second and where its time went."""
+def describe(summary: Mapping[str, Any], places: Mapping[str, str] = PLACES) -> str:
+    """Return a line for each worker: images per second and where its time went.
+
+    Args:
+        summary: of an engine.
+        places: what the places of the loop are called.
+    """
     wall = max(summary["wall_seconds"], 1e-9)
     workers = summary["workers"]
     images = sum(worker.get("images", 0) for worker in workers)
     lines = []
     if len(workers) > 1:
         loads = ", ".join(f"{seconds:.1f} s" for seconds in summary.get("load_seconds", ()))
-        lines.append(
-            f"{images / wall:.1f} images/s in {wall:.1f} s; the model was loaded "
-            f"{summary['model_loads']} times ({loads})"
-        )
+        line = f"{images / wall:.1f} images/s in {wall:.1f} s"
+        if summary["model_loads"]:
+            line += f"; the model was loaded {summary['model_loads']} times ({loads})"
+        lines.append(line)
     for worker in workers:
         if "loop_shares" not in worker:
             continue
         shares = ", ".join(
             f"{text} {worker['loop_shares'][place]:.0%}"
-            for place, text in PLACES.items()
+            for place, text in places.items()
             if worker["loop_shares"][place] >= 0.005
         )
         lines.append(

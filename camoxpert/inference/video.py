@@ -68,14 +68,15 @@ def plan_videos(
     options: VideoOptions,
     *,
     overwrite: bool,
-) -> Plan:
+) -> Plan[Photo]:
     """Return which videos are left to do; see ``plan.make_plan``, which is called before.
 
     Raises:
         ConfigError: the folder holds the results of a video with other settings.
         DataError: it holds results of photos where the frames of a video would be written.
     """
-    plan, differing = Plan(), []
+    plan: Plan[Photo] = Plan()
+    differing = []
     for video in videos:
         if any(name.startswith(f"{video.name}/") for name in ledger.index):
             raise DataError(
@@ -186,6 +187,7 @@ class FrameStages:
         self.shows = options.shows if "video" in kinds else ""
         self.smooth = options.smooth
         self.device: torch.device = predictor.device
+        self.models = 1
         self._past: Tensor | None = None
 
     def restart(self) -> None:
@@ -199,7 +201,7 @@ class FrameStages:
         prepared = self.predictor.prepare(pixels)
         return _FrameSample((prepared,), pixels, {"read": time.monotonic() - started})
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, samples: Sequence[_FrameSample] = ()) -> Tensor:
         """Return float32 logits (B, 1, h, w) of the next frames, smoothed over time."""
         logits = self.predictor.logits(inputs)
         if not self.smooth:

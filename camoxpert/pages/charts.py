@@ -150,6 +150,30 @@ def plot_counts(histograms: Mapping[str, Mapping[str, int]]) -> bytes:
     return _png(figure)
 
 
+def plot_shares(values: Mapping[str, Sequence[float]], xlabel: str) -> bytes:
+    """Plot histograms of values in 0..1 as outlines, each scaled to its own number; PNG.
+
+    Args:
+        values: name -> values.
+        xlabel: what they are.
+    """
+    figure, (axis,) = _figure(1, width=6.4, height=2.9)
+    edges = np.linspace(0, 1, 26)
+    for index, (name, known) in enumerate(values.items()):
+        counts, _ = np.histogram(np.clip(known, 0, 1), edges)
+        style = _line(index, name)
+        axis.stairs(
+            counts / max(1, counts.sum()),
+            edges,
+            fill=index == 0,
+            alpha=0.3 if index == 0 else 1,
+            **style,
+        )
+    axis.set(xlabel=xlabel, title="share of the images", xlim=(0, 1))
+    _legend(axis)
+    return _png(figure)
+
+
 def plot_pareto(points: Mapping[str, tuple[float, float, float, float]], xlabel: str) -> bytes:
     """Plot scores over costs, a point with its error bar and name per method; PNG.
 

@@ -39,6 +39,16 @@ COMMANDS = {
     ),
     "report": (("report", "{run}"), "-o", "camoxpert.pages.report.read_info"),
     "synthesize": (("synthesize", "toy"), "", "camoxpert.synthesis.toy.generate_toy"),
+    "relight": (
+        ("synthesize", "relight", "--dataset-path", "{data}"),
+        "-o",
+        "camoxpert.synthesis.relit.find_sources",
+    ),
+    "compose": (
+        ("synthesize", "compose", "--dataset-path", "{data}"),
+        "-o",
+        "camoxpert.synthesis.composed.find_sources",
+    ),
     "benchmark": (("benchmark", "metrics"), "-o", "camoxpert.benchmark.metrics.run"),
     "quality": (
         ("benchmark", "quality", "--dataset-path", "{data}"),

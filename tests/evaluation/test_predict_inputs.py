@@ -22,9 +22,10 @@ from camoxpert.data.files.listing import (
     OUTPUT_TABLE,
 )
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.inference.ledger import COLUMNS, LEDGER, TABLE
+from camoxpert.inference.ledger import LEDGER
 from camoxpert.inference.photos import SUMMARY
 from camoxpert.inference.prediction import FOLDERS
+from camoxpert.inference.products import COLUMNS, TABLE
 from camoxpert.inference.sources import Photo, find_photos, keep_apart, look_for_photos
 
 

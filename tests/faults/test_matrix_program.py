@@ -287,6 +287,8 @@ def test_any_routing_gives_the_loops_output_and_gradients(
 
 
 MISTAKES = (
+    ["synthesize", "compose", "--csv", "a.csv", "-o", "out", "--decoys", "2"],
+    ["synthesize", "relight", "--csv", "a.csv", "-o", "out", "--per-image", "0"],
     ["train", "--lrr", "3"],
     ["train", "--lr", "fast"],
     ["train", "--scheduler", "cosin"],
@@ -300,7 +302,10 @@ MISTAKES = (
     ["evaluate", "--gt", "x"],
     ["predict", "x"],
 )
-HELP = (["--help"], ["--version"], *([c, "--help"] for c in ("train", "evaluate", "predict")))
+HELP = (
+    *(["--help"], ["--version"], *([c, "--help"] for c in ("train", "evaluate", "predict"))),
+    *(["synthesize", kind, "--help"] for kind in ("relight", "compose")),
+)
 
 
 def test_mistakes_and_help_are_answered_without_torch(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ import pytest
 from helpers.ledger import same_work
 from helpers.runs import KILLED, Runner
 
-from camoxpert.inference.ledger import LEDGER, TABLE
+from camoxpert.inference.ledger import LEDGER
+from camoxpert.inference.products import TABLE
 
 PHOTOS = 120
 DAMAGED = ("p007", "p063")

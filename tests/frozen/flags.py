@@ -10,7 +10,7 @@ from unittest import mock
 
 import yaml
 
-from camoxpert.cli import COMMANDS, main
+from camoxpert.cli import COMMANDS, KINDS, main
 
 # Tried in turn on a flag whose values are not listed: the first that is accepted tells which
 # setting the flag sets.
@@ -26,15 +26,15 @@ class Built(Exception):
     """Leaves the program with its parser."""
 
 
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """Return the parser that the program builds for a command."""
+def parser_of(*command: str) -> argparse.ArgumentParser:
+    """Return the parser that the program builds for a command, or for a kind of it."""
 
     def leave(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
         raise Built(parser)
 
     with mock.patch.object(argparse.ArgumentParser, "parse_known_args", leave):
         try:
-            main([command])
+            main([*command])
         except Built as built:
             return built.args[0]
     raise AssertionError(f"{command} parses nothing")
@@ -123,4 +123,9 @@ def collect() -> dict[str, Any]:
         for command, table in tables.items()
         for name, entry in table.items()
     }
+    for kind in KINDS:
+        # Those of all settings are frozen with ``train``.
+        own = describe(parser_of(*kind)).items()
+        kept = {name: entry for name, entry in own if entry["default"] != argparse.SUPPRESS}
+        flags |= {f"{' '.join(kind)}: {name}": entry for name, entry in kept.items()}
     return {"flags": flags, "settings": defaults}

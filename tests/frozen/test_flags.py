@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from camoxpert.cli import COMMANDS
+from camoxpert.cli import COMMANDS, KINDS
 from frozen import flags, store
 
 
@@ -27,7 +27,8 @@ def test_settings_and_their_defaults(now: dict[str, Any]) -> None:
 
 
 def test_no_command_is_left_out(now: dict[str, Any]) -> None:
-    assert {name.partition(":")[0] for name in now["flags"]} == set(COMMANDS)
+    named = {name.partition(":")[0] for name in now["flags"]}
+    assert named == {*COMMANDS, *map(" ".join, KINDS)}
 
 
 def test_the_control_is_a_parser_with_other_flags() -> None:

@@ -111,7 +111,7 @@ class TestOutOfMemory:
 
     def test_an_image_that_does_not_fit_alone_is_a_row(self) -> None:
         class OneTooLarge(FakeStages):
-            def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            def forward(self, inputs: torch.Tensor, samples=()) -> torch.Tensor:
                 if (inputs == 5).any():
                     raise torch.OutOfMemoryError("no room")
                 return super().forward(inputs)
@@ -200,3 +200,28 @@ def test_the_batch_size_of_a_cpu_is_fixed() -> None:
     """Scores must not depend on what else the machine does."""
     size, reason = choose_batch_size(lambda x: x, torch.zeros(1, 1), torch.device("cpu"))
     assert size == 8 and "cpu" in reason
+
+
+def test_outputs_of_several_tensors_and_values_reach_their_items() -> None:
+    """A forward pass sees the samples of its batch; each item gets what belongs to it."""
+
+    class Several(FakeStages):
+        as_list = False
+
+        def forward(self, inputs: torch.Tensor, samples=()):
+            means = inputs.mean((1, 2, 3))
+            assert [float(s.inputs[0].mean()) for s in samples] == means.tolist()
+            if self.as_list:
+                return [f"made of {mean:g}" for mean in means.tolist()]
+            return means, torch.stack([means, -means], 1)
+
+        def finish(self, item: Thing, sample, outputs: list) -> dict:
+            (found,) = outputs
+            values = found if self.as_list else (float(found[0]), found[1].tolist())
+            return {"status": "ok", "found": values, "seconds": {}}
+
+    (result,) = run(Several(), things(5), 2, chunk=5)
+    assert [row["found"] for row in result.rows] == [(n, [n, -n]) for n in range(5)]
+    Several.as_list = True
+    (result,) = run(Several(), things(3), 2, chunk=3)
+    assert [row["found"] for row in result.rows] == [f"made of {n}" for n in range(3)]

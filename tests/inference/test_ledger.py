@@ -14,11 +14,11 @@ from camoxpert.inference.ledger import (
     FAILED,
     LEDGER,
     OK,
-    TABLE,
     Ledger,
     Source,
     open_ledger,
 )
+from camoxpert.inference.products import TABLE
 
 KINDS = ("map", "mask")
 HEAD = {"model": "abc", "threshold": 0.5}
@@ -176,7 +176,7 @@ def test_another_call_is_kept_out(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
         )
-    assert done.returncode == 1 and "Another process is predicting into" in done.stderr
+    assert done.returncode == 1 and "Another process is working on" in done.stderr
 
 
 def test_another_table_is_not_replaced(tmp_path: Path) -> None:

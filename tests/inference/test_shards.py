@@ -10,7 +10,8 @@ from inference.test_ledger import KINDS, failed, items, row, started
 
 from camoxpert.cli import main
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.inference.ledger import LEDGER, TABLE, Ledger
+from camoxpert.inference.ledger import LEDGER, Ledger
+from camoxpert.inference.products import TABLE
 from camoxpert.inference.shards import Shard, choose_shard, merge
 
 
@@ -49,7 +50,7 @@ def test_every_item_is_in_one_part() -> None:
 
 
 def part(folder: Path, number: int, of: int, *rows: dict, finished: bool = True) -> None:
-    ledger = Ledger(folder, KINDS, name=Shard(number, of).ledger, table=False)
+    ledger = Ledger(folder, KINDS, name=Shard(number, of).ledger, table=None)
     ledger.restart({"model": "abc", "threshold": 0.5, "checkpoint": f"/node{number}/best.pt"})
     ledger.append(list(rows))
     ledger.finish([entry["item"] for entry in rows], complete=finished)
@@ -92,7 +93,7 @@ def test_what_cannot_be_merged(tmp_path: Path, fault: str, says: str) -> None:
     if fault == "divisions":
         part(tmp_path, 1, 3, row("c"))
     if fault == "settings":
-        ledger = Ledger(tmp_path, KINDS, name=Shard(2, 2).ledger, table=False)
+        ledger = Ledger(tmp_path, KINDS, name=Shard(2, 2).ledger, table=None)
         ledger.restart({"model": "other", "threshold": 0.5})
         ledger.append([row("b")])
         ledger.finish(["b"], complete=True)

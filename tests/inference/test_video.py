@@ -18,7 +18,8 @@ from torch import Tensor
 from camoxpert.cli import main
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.frames import BadVideo, FrameChunks, VideoFile, load_av, smoothing_weight
-from camoxpert.inference.ledger import LEDGER, TABLE
+from camoxpert.inference.ledger import LEDGER
+from camoxpert.inference.products import TABLE
 from camoxpert.inference.sources import Photo, find_photos, look_for_photos
 from camoxpert.inference.video import FrameStages, VideoOptions, VideoRun
 

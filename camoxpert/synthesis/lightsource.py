@@ -1,0 +1,230 @@
+"""Read the sources of ``synthesize relight``, with what is cached of them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from camoxpert.data.files.image_io import read_levels, read_pair
+from camoxpert.errors import DataError
+from camoxpert.inference.ledger import as_fields
+from camoxpert.inference.plan import joined_digest, state_of
+from camoxpert.runs.checkpoint import file_digest
+from camoxpert.synthesis.compose.difficulty import difficulty
+from camoxpert.synthesis.relight.albedo import FLOOR, NOMINAL, SIGMAS
+from camoxpert.synthesis.stagecache import OFF, StageCache, content_key, settings_key
+
+ALBEDO = {"version": 1, "sigmas": SIGMAS, "nominal": NOMINAL, "floor": FLOOR}
+HEIGHT = {"version": 1}
+ROLES = ("image", "mask", "depth")
+"""Of the files of an item, in the provenance."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelightItem:
+    """A source in one light.
+
+    Attributes:
+        name: of the image.
+        path, mask: files of the source.
+        depth: file of its depth map, or None.
+        any_size: the mask may have another size than the image.
+        group: class of the source.
+        index: of the draw.
+        leak: why the source counts as a test image, "" if it does not.
+        derived: how the mask came about, where it is not the ground truth.
+        fault: why there is no mask, "" if there is one.
+    """
+
+    name: str
+    path: Path
+    mask: Path
+    depth: Path | None
+    any_size: bool
+    group: str
+    index: int
+    leak: str = ""
+    derived: str = ""
+    fault: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the image is made from."""
+        return (self.path, self.mask) if self.depth is None else (self.path, self.mask, self.depth)
+
+
+def index_of(name: str, variant: int) -> int:
+    """Return the index of a draw: of the source's name, so that other sources change nothing."""
+    digest = hashlib.sha256(f"{name}\n{variant}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read.
+
+    Attributes:
+        size: longer side of the images; larger sources are shrunk. None: as they are.
+        max_pixels: larger sources are refused.
+        cache: folder of the stages' results, or None.
+        depth: where heights come from; "": from masks.
+    """
+
+    size: int | None
+    max_pixels: int
+    cache: str | None
+    depth: str = ""
+
+    def caches(self) -> dict[str, StageCache]:
+        """Return the cache of each stage."""
+        folder = None if self.cache is None else Path(self.cache)
+        return {
+            "albedo": StageCache(folder, "albedo", settings_key(ALBEDO)),
+            "height": StageCache(folder, "height", settings_key(HEIGHT | {"depth": self.depth})),
+        }
+
+
+@dataclass(eq=False)
+class LightSource:
+    """A source that was read; shared by its lights.
+
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        mask: uint8 (H, W), 0, VOID and 255.
+        stacked: uint8 (4, H, W), both, for the device.
+        depth: float32 (H, W), or None.
+        records: path and hash of each file.
+        digest, state: of the files together, for the ledger.
+        difficulty: of the source, or None without an object.
+        keys: stage -> key of its cached result.
+        outcomes: stage -> hit, or why not.
+        log_light, height: half (1, H, W); the stages' results, once they are known.
+        unsaved: stages whose results are to be kept.
+    """
+
+    pixels: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    stacked: Tensor
+    depth: NDArray[np.float32] | None
+    records: list[dict[str, str]]
+    digest: str | None
+    state: dict[str, Any]
+    difficulty: float | None
+    keys: dict[str, str]
+    outcomes: dict[str, str]
+    log_light: Tensor | None = None
+    height: Tensor | None = None
+    unsaved: list[str] = field(default_factory=list)
+
+
+def read_source(item: RelightItem, how: Reading, seconds: dict[str, float]) -> LightSource:
+    """Return a source with what is cached of it.
+
+    Args:
+        item: one of its lights.
+        how: sources are read.
+        seconds: gets the seconds of reading.
+
+    Raises:
+        DataError: a file cannot be read, or the mask shows no object.
+    """
+    if item.fault:
+        raise DataError(f"No mask: {item.fault}")
+    started = time.monotonic()
+    before = state_of(item.files)
+    pixels, mask = read_pair(
+        item.path, item.mask, max_pixels=how.max_pixels, any_size=item.any_size
+    )
+    pixels, mask = fitted(pixels, mask, how.size)
+    if not (mask == 255).any():
+        raise DataError(f"The mask {item.mask} shows no object: there is nothing to relight.")
+    depth = None if item.depth is None else read_depth(item.depth, mask.shape)
+    decoded = time.monotonic()
+    stacked = np.concatenate([pixels.transpose(2, 0, 1), mask[None]])
+    content = [hashlib.sha256(part.tobytes()).hexdigest() for part in (pixels, mask)]
+    keys = {
+        "albedo": content_key(content[0], *mask.shape),
+        "height": content_key(
+            content[1],
+            *mask.shape,
+            "" if depth is None else hashlib.sha256(depth.tobytes()).hexdigest(),
+        ),
+    }
+    found, outcomes = {}, {}
+    for stage, cache in how.caches().items():
+        found[stage], outcome = cache.find(keys[stage])
+        if outcome != OFF:
+            outcomes[stage] = outcome
+    digests = [file_digest(path) for path in item.files]
+    records = [
+        {"role": role, "path": str(path.resolve()), "sha256": digest}
+        for role, path, digest in zip(ROLES, item.files, digests, strict=False)
+    ]
+    seconds |= {"read": decoded - started, "look up": time.monotonic() - decoded}
+    return LightSource(
+        pixels=pixels,
+        mask=mask,
+        stacked=torch.from_numpy(np.ascontiguousarray(stacked)),
+        depth=depth,
+        records=records,
+        # A file that changes while it is read has no known content.
+        digest=joined_digest(digests),
+        state=as_fields(before if state_of(item.files) == before else None),
+        difficulty=difficulty_of(pixels, mask),
+        keys=keys,
+        outcomes=outcomes,
+        log_light=_tensor(found["albedo"]),
+        height=_tensor(found["height"]),
+    )
+
+
+def _tensor(found: NDArray[Any] | None) -> Tensor | None:
+    return None if found is None else torch.from_numpy(found)
+
+
+def fitted(
+    pixels: NDArray[np.uint8], mask: NDArray[np.uint8], size: int | None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return image and mask of one size, the longer side at most ``size``; levels stay exact."""
+    height, width = pixels.shape[:2]
+    scale = 1.0 if size is None else min(1.0, size / max(height, width))
+    shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if shape != (width, height):
+        pixels = np.asarray(cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA), np.uint8)
+    if mask.shape != pixels.shape[:2]:
+        nearest = cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST_EXACT)
+        mask = np.asarray(nearest, np.uint8)
+    return pixels, mask
+
+
+def read_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return a depth map, whose larger values are nearer, at the size of its image.
+
+    Raises:
+        DataError: it cannot be read, or holds a single value.
+    """
+    levels = read_levels(path).levels.astype(np.float32)
+    if levels.max() <= levels.min():
+        raise DataError(f"The depth map {path} holds a single value.")
+    if levels.shape != shape:
+        resized = cv2.resize(levels, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
+        levels = np.asarray(resized, np.float32)
+    return np.ascontiguousarray(levels)
+
+
+def difficulty_of(pixels: NDArray[np.uint8], mask: NDArray[np.uint8]) -> float | None:
+    """Return how hard an object is to see, 0..1; None without an object or surroundings."""
+    inside = mask == 255
+    try:
+        return round(difficulty(pixels, inside, (mask > 0) & ~inside), 4)
+    except ValueError:
+        return None
