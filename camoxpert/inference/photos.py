@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from camoxpert import stop
+from camoxpert import console, stop
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import write_json
 from camoxpert.inference.annotations import (
