@@ -14,7 +14,6 @@ from torch import Tensor
 
 from camoxpert.benchmark.relight_serial import serial_relight
 from camoxpert.errors import ConfigError
-from camoxpert.profile.syncs import SyncCounter
 from camoxpert.synthesis.relight.draw import (
     LIMITS,
     NEUTRAL,
@@ -97,14 +96,21 @@ def test_equal_seeds_give_equal_bytes() -> None:
     assert not torch.equal(first, relight(images, masks, other).images_B3HW)
 
 
-def test_the_host_never_waits_for_the_device() -> None:
+READERS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__")
+
+
+def test_the_host_never_waits_for_the_device(monkeypatch) -> None:
     images, masks = pairs(2, size=32)
-    with SyncCounter() as counter:
-        relit_linear(images, masks, drawn(2))
-    assert not counter.places
-    with SyncCounter() as counter:
-        bool(images.float().mean() > 0)
-    assert sum(counter.places.values()) == 1
+    lights = drawn(2)
+
+    def read(*_: object) -> None:
+        raise AssertionError("reads a value from the device")
+
+    for name in READERS:
+        monkeypatch.setattr(torch.Tensor, name, read)
+    linear = relit_linear(images, masks, lights)
+    with pytest.raises(AssertionError, match="reads a value"):
+        bool(linear.sum() > 0)
 
 
 def test_the_serial_script_gives_the_same_picture() -> None:

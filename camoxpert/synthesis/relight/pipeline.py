@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from camoxpert.synthesis.relight.albedo import log_light, log_surround
+from camoxpert.synthesis.relight.blur import enlarged, pooled
 from camoxpert.synthesis.relight.colour import luminance, to_linear, to_srgb
 from camoxpert.synthesis.relight.draw import Light
 from camoxpert.synthesis.relight.height import height_from_mask, texture
@@ -21,6 +23,8 @@ from camoxpert.synthesis.relight.shadows import cast_shadows, soften
 
 STAGES = ("linear", "albedo", "height", "shadows", "light", "recombine", "encode")
 """Keys of ``seconds``, in the order of work."""
+SHADOW_SIZE = 1536
+"""Longer side in pixels or cells that cast shadows are taken at."""
 Seconds = dict[str, float]
 
 
@@ -152,10 +156,14 @@ def _visible(
     visible = torch.ones_like(inside)
     slope = numbers["elevation"].tan()
     if any(light.shadow * light.key for light in lights):
-        casters = heights if own else heights * inside
+        # Shadows of large photographs are taken on cells: their edges are soft there anyway, and
+        # the turned square takes 40 bytes a pixel.
+        cell = math.ceil(max(heights.shape[-2:]) / SHADOW_SIZE)
+        receivers = pooled(heights, cell) / cell
+        casters = receivers if own else pooled(heights * inside, cell) / cell
         azimuth, radius = numbers["azimuth"].flatten(), numbers["softness"].flatten()
-        seen, penumbra = cast_shadows(heights, casters, azimuth, slope.flatten(), radius)
-        seen = soften(seen, penumbra)
+        seen = soften(*cast_shadows(receivers, casters, azimuth, slope.flatten(), radius))
+        seen = enlarged(seen, cell, heights.shape)
         visible = 1 - numbers["shadow"][:, None] * (1 - seen)
     # A pattern falls along the light: on raised surfaces it moves towards it.
     along = heights[:, 0] / slope
