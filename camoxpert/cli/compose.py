@@ -80,9 +80,9 @@ def _add_composition_flags(parser: argparse.ArgumentParser) -> None:
         "--object-size",
         type=float,
         nargs=2,
-        default=[0.01, 0.2],
         metavar=("LOW", "HIGH"),
-        help="share of the image that the object covers [0.01 0.2]",
+        help="share of the image that the object covers [half to 1.2 times what it covers in its "
+        "own image; without one 0.01 0.2]",
     )
     group.add_argument(
         "--colour",
@@ -176,7 +176,7 @@ def composition_settings(options: argparse.Namespace) -> ComposeSettings:
 
     return ComposeSettings(
         size=options.size,
-        object_size=tuple(options.object_size),
+        object_size=tuple(options.object_size) if options.object_size else None,
         angle=options.angle,
         colour=tuple(options.colour),
         gradient=options.gradient,
@@ -203,6 +203,8 @@ def _check(options: argparse.Namespace) -> None:
         if not 0 <= value <= 1:
             raise ConfigError(f"--{name} must be between 0 and 1; {value:g} is not.")
     for name, (least, most) in RANGES.items():
+        if getattr(options, name) is None:
+            continue
         low, high = getattr(options, name)
         if not least <= low <= high <= most:
             raise ConfigError(

@@ -16,6 +16,7 @@ from camoxpert.data.files.labels import VOID
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.synthesis.compose.backgrounds import BackgroundIndex, describe, index_of
 from camoxpert.synthesis.compose.cached import Source, backgrounds_of, objects_of
+from camoxpert.synthesis.compose.cutting import MARGIN
 from camoxpert.synthesis.compose.draw import draw_composition
 from camoxpert.synthesis.compose.library import CutPicture, ObjectLibrary, cut_picture, library_of
 from camoxpert.synthesis.compose.pipeline import compose_one, read_material
@@ -220,17 +221,52 @@ def test_background_objects_stay_objects(
     assert kept > 0
 
 
-def test_an_edit_beside_an_object_copies_nothing_from_elsewhere(
-    objects: ObjectLibrary, pictures: list[Picture]
+@pytest.mark.parametrize("others", ["avoid", "keep"])
+def test_an_edit_shows_no_object_at_all(
+    others: str, objects: ObjectLibrary, pictures: list[Picture]
 ) -> None:
-    image, mask = pictures[0]
-    settings = replace(PLAIN, others="keep", edits=1, crop=(1, 1))
-    index = index_of([describe("full", image, mask)])
-    for number in range(8):
+    image = np.concatenate([pictures[0][0], pictures[1][0]], 1)
+    mask = np.zeros(image.shape[:2], np.uint8)
+    mask[10:30, 4:20] = 255
+    settings = replace(PLAIN, others=others, edits=1)
+    index = index_of([describe("left", image, mask)])
+    for number in range(4):
         composition = draw_composition(1, number, settings, objects, index)
         left, top, right, bottom = composition.crop
-        if mask[top:bottom, left:right].any():
-            assert composition.clones == ((0.0, 0.0),)
+        assert composition.kind == "edit" and not mask[top:bottom, left:right].any()
+        assert min(right - left, bottom - top) >= SIDE // 2
+    # Where there is no room without one, it is no edit.
+    mask[::16] = 255
+    index = index_of([describe("full", image, mask)])
+    assert draw_composition(1, 0, settings, objects, index).kind == "object"
+
+
+def test_what_stands_before_an_object_of_the_background_hides_it(
+    pictures: list[Picture], objects: ObjectLibrary, plain_backgrounds: BackgroundIndex
+) -> None:
+    settings = replace(PLAIN, occluders=1, distractors=1, crop=(1, 1), object_size=(0.1, 0.2))
+    hidden = {"occluders": 0, "distractor": 0}
+    for index in range(6):
+        composition = draw_composition(1, index, settings, objects, plain_backgrounds)
+        image = pictures[composition.background][0]
+        full = np.full((SIDE, SIDE), 255, np.uint8)
+        entry = objects.entries[composition.paste.number]
+        cutout = cut_picture("", *pictures[int(entry.name)]).cutouts[entry.part].pixels
+        bare, behind, before = (
+            compose_one(c, cutout, image, background_mask=full, camera=False)
+            for c in (
+                replace(composition, occluders=(), distractor=None),
+                replace(composition, occluders=()),
+                replace(composition, distractor=None),
+            )
+        )
+        assert (bare.mask == 255).all()
+        for name, made in (("distractor", behind), ("occluders", before)):
+            away = made.mask == 0
+            # What hides an object has changed the picture there.
+            assert not away.any() or (made.image != bare.image).any(2)[away].mean() > 0.9
+            hidden[name] += int(away.sum())
+    assert min(hidden.values()) > 100
 
 
 def test_a_part_without_objects_is_preferred(
@@ -300,15 +336,21 @@ def test_an_object_cut_by_its_picture_lies_at_that_edge() -> None:
     backgrounds = index_of([describe("black", black)])
     mirrored = 0
     for index in range(8):
-        settings = replace(PLAIN, colour=(0, 0), gradient=0)
+        size = (0.02, 0.03) if index % 2 else (0.1, 0.2)
+        settings = replace(PLAIN, colour=(0, 0), gradient=0, object_size=size)
         composition = draw_composition(1, index, settings, objects, backgrounds)
         made = compose_one(composition, picture.cutouts[0].pixels, black, camera=False)
         edge = made.mask[:, -1 if composition.paste.flip else 0] == 255
         other = made.mask[:, 0 if composition.paste.flip else -1] == 255
         assert composition.paste.angle == 0 and edge.sum() >= 3 and not other.any()
+        # The box of the object begins a quarter of a pixel outside of the picture.
+        paste = composition.paste
+        half = (objects.entries[0].width / 2 - MARGIN) * paste.scale
+        begins = made.mask.shape[1] - 1 - paste.x - half if paste.flip else paste.x - half
+        assert begins == pytest.approx(-0.75, abs=0.01)
         # No soft edge where the picture ends.
         rows = np.flatnonzero(edge)
-        assert made.alpha[rows[1:-1], -1 if composition.paste.flip else 0].min() > 200
+        assert made.alpha[rows[3:-3], -1 if composition.paste.flip else 0].min() > 250
         mirrored += composition.paste.flip
     assert 0 < mirrored < 8
 

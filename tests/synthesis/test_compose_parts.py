@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from camoxpert.data.files.image_io import write_jpeg, write_png
+from camoxpert.data.files.labels import VOID
 from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.backgrounds import describe, index_of, nearest_places
 from camoxpert.synthesis.compose.blending import blended, focus, membrane, scene_of, surroundings
@@ -24,6 +25,7 @@ from camoxpert.synthesis.compose.cutting import (
 )
 from camoxpert.synthesis.compose.describe import object_features
 from camoxpert.synthesis.compose.difficulty import difficulty
+from camoxpert.synthesis.compose.reading import resized_mask
 from camoxpert.synthesis.compose.records import Look
 from camoxpert.synthesis.toy import toy_pair
 
@@ -73,7 +75,10 @@ def test_nothing_of_the_old_background_is_left_at_the_edge() -> None:
     mask = disc()
     share = cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), 0.7)[..., None]
     image = np.rint(share * [200, 20, 20] + (1 - share) * [20, 20, 200]).astype(np.uint8)
-    mixed, cleaned = (cut_objects(image, mask, rim=rim)[0].pixels for rim in (0, 2))
+    (mixed,), (cleaned,) = (
+        [cutout.pixels for cutout in cutouts]
+        for cutouts in (cut_objects(image, mask, rim=0), cut_objects(image, mask))
+    )
     visible = cleaned[..., 3] > 0
     assert cleaned[visible][:, 2].max() < 40
     assert mixed[visible][:, 2].max() > 80
@@ -101,6 +106,13 @@ def test_rgba_pictures_are_cut_outs_and_others_are_refused(tmp_path: Path) -> No
         read_cutout(tmp_path / "plain.png")
     with pytest.raises(DataError, match="transparent everywhere"):
         read_cutout(tmp_path / "empty.png")
+
+
+def test_a_smaller_mask_holds_what_covers_more_than_half_of_a_pixel() -> None:
+    mask = np.zeros((2, 8), np.uint8)
+    mask[:, 0:2], mask[0, 2:4], mask[1, 2], mask[0, 4:6] = 255, 255, 255, 255
+    mask[1, 7] = VOID
+    assert resized_mask(mask, (1, 4)).tolist() == [[255, 255, 0, VOID]]
 
 
 # Searching

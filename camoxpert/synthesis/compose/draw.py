@@ -48,11 +48,14 @@ def draw_composition(
         number = _turn(seed, index, len(objects))
     kind = "edit" if stream[KIND].random() < settings.edits else "object"
     pose = draw_pose(stream[OBJECT], objects.entries[number], settings)
-    target = _target(stream[TARGET], settings) if kind == "object" else None
+    target = None if kind == "edit" else _target(stream[TARGET], settings)
     placed = place_object(
         stream[PLACE], pose, settings, objects, backgrounds,
         number=number, background=background, target=target, strict=kind == "edit",
     )  # fmt: skip
+    if not placed.free:
+        # The picture shows an object of its own: it cannot be one without any.
+        kind, target = "object", _target(stream[TARGET], settings) if kind == "edit" else target
     shown = backgrounds.entries[placed.place.background]
     box, size = placed.box, (placed.height, placed.width)
     occluders: tuple[Shape, ...] = ()
@@ -61,7 +64,7 @@ def draw_composition(
     distractor, other = draw_distractor(stream[DISTRACTOR], settings, backgrounds, box, *size)
     clones: tuple[tuple[float, float], ...] = ()
     if kind == "edit":
-        clones = draw_clones(stream[KIND], box, *size, free=placed.free)
+        clones = draw_clones(stream[KIND], box, *size)
     camera = stream[CAMERA]
     return Composition(
         seed=seed,

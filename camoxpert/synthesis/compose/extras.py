@@ -102,17 +102,13 @@ def draw_clones(
     box: tuple[float, float, float, float],
     height: int,
     width: int,
-    *,
-    free: bool,
 ) -> tuple[tuple[float, float], ...]:
     """Draw from where an edit may take its texture.
 
     Half of the edits put the spot itself back, as one that removes an object from a picture whose
-    background is known. So do all where the picture shows another object: a copy from elsewhere
-    could show it a second time, without a label.
+    background is known.
     """
-    itself = rng.random() < 0.5
-    if itself or not free:
+    if rng.random() < 0.5:
         return ((0.0, 0.0),)
     ranges = ((box[0], box[2], width), (box[1], box[3], height))
     shifts = [

@@ -244,7 +244,7 @@ def _softened(coverage: np.ndarray, sigma: float) -> np.ndarray:
     soft = soft_edge(coverage, sigma)
     if (soft > 0.5).any():
         return soft
-    return coverage / max(float(coverage.max()), 0.5)
+    return coverage / max(float(coverage.max()), 1e-6)
 
 
 def _labels(layer: _Layer, front: Front | None) -> tuple[np.ndarray, np.ndarray]:

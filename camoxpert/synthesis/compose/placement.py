@@ -15,6 +15,7 @@ from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.backgrounds import (
     LEAST_PART,
     SIDES,
+    BackgroundEntry,
     BackgroundIndex,
     Place,
     free_box,
@@ -118,7 +119,7 @@ def place_object(
         number: row of the object.
         background: number of the background; None searches all.
         target: difficulty to come near to, or None.
-        strict: show no object of the background, however small the part without one is.
+        strict: show no object of the background if there is a large part without one.
 
     Raises:
         DataError: every part of the backgrounds shows an object.
@@ -176,48 +177,35 @@ def _choose(
     *,
     strict: bool,
 ) -> tuple[Place, Box, bool]:
-    """Return a place, the part of its background to show, and whether that shows no object."""
+    """Return a place, the part of its background to show, and whether that shows no object.
+
+    Of the places in random order the first is taken that has a large part without objects around
+    it; if none has, the whole background of the first one is shown.
+    """
     order = rng.permutation(len(places))
     zoom, corner = rng.uniform(*settings.crop, 2), rng.random(2)
     # The picture ends where an object is cut off, unless all of the background is to be shown.
     trimmed = NO_SIDES if settings.crop == (1, 1) else sides
-    whole: tuple[Place, Box, bool] | None = None
-    for position in order:
+    found = []
+    for position in order if settings.others == "avoid" or strict else order[:1]:
         place = places[position]
-        taken = backgrounds.taken[place.background]
-        entry = backgrounds.entries[place.background]
-        avoid = settings.others == "avoid" or strict
-        cells = free_box(taken if avoid else np.zeros_like(taken), place, sides=trimmed)
-        found = (
-            place,
-            _crop(place, cells, taken.shape, entry.height, entry.width, sides, zoom, corner),
-        )
-        if not taken.any():
-            return *found, True
-        if avoid and is_large(cells):
-            return *found, True
-        if whole is None and not strict:
-            everything = free_box(np.zeros_like(taken), place, sides=trimmed)
-            whole = place, _crop(
-                place, everything, taken.shape, entry.height, entry.width, sides, zoom, corner
-            ), False  # fmt: skip
-            if not avoid:
-                return whole
-    if whole is not None:
-        return whole
-    place = places[order[0]]
-    entry, taken = backgrounds.entries[place.background], backgrounds.taken[place.background]
-    cells = free_box(taken, place, sides=trimmed)
-    crop = _crop(place, cells, taken.shape, entry.height, entry.width, sides, zoom, corner)
-    return place, crop, True
+        entry, taken = backgrounds.entries[place.background], backgrounds.taken[place.background]
+        everything = np.zeros_like(taken)
+        for shown in (taken, everything):
+            cells = free_box(shown, place, sides=trimmed)
+            crop = _crop(place, cells, taken.shape, entry, sides, zoom, corner)
+            free = shown is taken and (is_large(cells) or not taken.any())
+            if free and (settings.others == "avoid" or strict or not taken.any()):
+                return place, crop, True
+        found.append((place, crop, False))
+    return found[0]
 
 
 def _crop(
     place: Place,
     cells: Box,
     grid: tuple[int, ...],
-    height: int,
-    width: int,
+    entry: BackgroundEntry,
     sides: Sides,
     zoom: np.ndarray,
     corner: np.ndarray,
@@ -238,7 +226,7 @@ def _crop(
             start = low
         elif sides[axis + 2]:
             start = high - length
-        pixels = (width, height)[axis] / grid[1 - axis]
+        pixels = (entry.width, entry.height)[axis] / grid[1 - axis]
         # Rounded inwards: a pixel more could show a part of an object.
         ends.append(
             (math.ceil(start * pixels - 1e-6), math.floor((start + length) * pixels + 1e-6))
