@@ -59,9 +59,9 @@ def without_leaks(
     tested = [(pair, known) for pair, known in leaked if known.part != VALIDATION]
     if tested:
         raise DataError(
-            f"--synthetic: {count(len(tested), 'made image')} come from test images, whose scores "
-            f"would then mean nothing: {_named(tested)}. Make the data again from training images, "
-            f"or remove these images with their masks."
+            f"--synthetic: {len(tested)} of {count(len(made), 'made image')} come from test "
+            f"images, whose scores would then mean nothing: {_named(tested)}. Make the data again "
+            f"from training images, or remove these images with their masks."
         )
     if real:
         raise DataError(
@@ -84,8 +84,8 @@ def without_leaks(
         return made
     console.decide(
         MADE,
-        f"{count(len(leaked), 'made image')} come from validation images and are not used: "
-        f"{_named(leaked)}",
+        f"{len(leaked)} of {count(len(made), 'made image')} come from validation images and are "
+        f"not used: {_named(leaked)}",
     )
     left_out = {pair for pair, _ in leaked}
     return replace(made, pairs=tuple(pair for pair in made.pairs if pair not in left_out))

@@ -121,6 +121,13 @@ class TestRelight:
         pixels[..., 3] = 0
         assert torch.equal(SCENES.relight(pixels, [5]), pixels)
 
+    def test_grey_images_stay_grey(self) -> None:
+        pixels = torch.from_numpy(pixels_of(4))
+        pixels[..., :3] = pixels[..., 1:2]
+        made = SCENES.relight(pixels, list(range(4)))
+        assert torch.equal(made[..., 0], made[..., 1]) and torch.equal(made[..., 1], made[..., 2])
+        assert not torch.equal(made, pixels)
+
     def test_the_host_does_not_wait(self) -> None:
         from camoxpert.profile.syncs import SyncCounter
 

@@ -250,6 +250,8 @@ def test_the_lit_side_faces_the_light_and_the_shadow_lies_behind(azimuth: float)
 
 def luminance_of(lights: Sequence[Light]) -> Tensor:
     images, masks = sphere_scene()
+    # Grey images stay grey in any light.
+    images[:, 2] = 110
     count = len(lights)
     linear = relit_linear(images.expand(count, -1, -1, -1), masks.expand(count, -1, -1, -1), lights)
     return linear[..., 47, 47]

@@ -209,7 +209,7 @@ class TestLeaks:
         assert train(*SHORT, "--synthetic", str(made), "--dry-run") == 3
         said = " ".join(capsys.readouterr().err.split())
         names = [path.stem for path in images_of(made)]
-        assert "2 made images come from test images" in said and "Make the data again" in said
+        assert "2 of 20 made images come from test images" in said and "Make the data again" in said
         assert f"{names[1]} (from {tested[0].name}, test set toy), {names[2]}" in said
 
     def test_real_images_are_not_made_ones(
@@ -243,7 +243,7 @@ class TestLeaks:
         left_out = {own.stem for own, source in origin.items() if source.stem in validated}
         kept = {row.split(",")[2] for row in rows if row.startswith("synthetic,")}
         assert left_out and kept == {own.stem for own in origin} - left_out
-        assert f"{len(left_out)} made image" in said and "come from validation images" in said
+        assert f"{len(left_out)} of 20 made images come from validation images" in said
         assert all(name in said for name in left_out)
 
     def test_moved_and_copied_sources_are_found(self, toy_data: Path, tmp_path: Path) -> None:

@@ -165,14 +165,18 @@ class CacheReader:
             return np.asarray(self._cache.pixels[self._rows[place]])
 
         def one(position: int) -> None:
-            epoch, index, _ = keys[position]
-            sample, place = self.transform.draw(epoch=epoch, index=index), places[position]
+            place, sample = places[position], chosen[position]
             pixels[position] = self.transform.compose(
                 pixels[position], place, sample, givers=self._givers, read=read
             )
 
-        labeled = (i for i, place in enumerate(places) if not self._unlabeled[place])
-        for _ in self._pool.map(one, labeled):
+        draws = (self.transform.draw(epoch=epoch, index=index) for epoch, index, _ in keys)
+        chosen = {
+            position: sample
+            for position, sample in enumerate(draws)
+            if sample.guest is not None and not self._unlabeled[places[position]]
+        }
+        for _ in self._pool.map(one, chosen):
             pass
 
     def _require(self, place: int) -> None:

@@ -20,6 +20,8 @@ from camoxpert.data.samples.draw import Draw
 from camoxpert.runtime.device import upload
 
 OBJECT = 255
+AT_ONCE = 16
+"""Images that are relit together: each takes some 30 MB at 352 px, beside those of a step."""
 
 
 class Scenes(Protocol):
@@ -76,12 +78,13 @@ def relit(
     }
     if scenes is None or not lights:
         return pixels_BHWC
-    seeds = list(lights.values())
-    if len(lights) == len(pixels_BHWC):
-        return scenes.relight(pixels_BHWC, seeds)
-    rows = upload(np.array(list(lights)), pixels_BHWC).long()
-    changed = scenes.relight(pixels_BHWC.index_select(0, rows), seeds)
-    return pixels_BHWC.index_copy(0, rows, changed)
+    chosen, changed = list(lights), pixels_BHWC.clone()
+    for start in range(0, len(chosen), AT_ONCE):
+        part = chosen[start : start + AT_ONCE]
+        rows = upload(np.array(part), pixels_BHWC).long()
+        made = scenes.relight(pixels_BHWC.index_select(0, rows), [lights[i] for i in part])
+        changed.index_copy_(0, rows, made)
+    return changed
 
 
 @contextmanager

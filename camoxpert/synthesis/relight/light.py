@@ -50,6 +50,17 @@ def to_numbers(lights: Sequence[Light], like: Tensor) -> Numbers:
     return numbers
 
 
+def white_for_grey(numbers: Numbers, images_B3HW: Tensor) -> Numbers:
+    """Return numbers with white lights for images without any colour.
+
+    What a grey camera sees has no colour in any light; a coloured object would be all too easy to
+    find in such an image.
+    """
+    red, green, blue = images_B3HW.split(1, 1)
+    coloured = ((red != green) | (green != blue)).flatten(1).any(1)[:, None, None, None]
+    return numbers | {name: numbers[name].where(coloured, 1.0) for name in COLOURS}
+
+
 def slopes(heights_BHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return the slopes of heights in pixels along x and y: Scharr's derivative."""
     around = F.pad(heights_BHW[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]

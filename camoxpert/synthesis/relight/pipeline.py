@@ -16,7 +16,7 @@ from camoxpert.synthesis.relight.blur import enlarged, pooled
 from camoxpert.synthesis.relight.colour import luminance, to_linear, to_srgb
 from camoxpert.synthesis.relight.draw import Light
 from camoxpert.synthesis.relight.height import height_from_mask, texture
-from camoxpert.synthesis.relight.light import Numbers, shading, to_numbers
+from camoxpert.synthesis.relight.light import Numbers, shading, to_numbers, white_for_grey
 from camoxpert.synthesis.relight.patterns import nearness, pattern_light
 from camoxpert.synthesis.relight.recombine import recombine
 from camoxpert.synthesis.relight.shadows import cast_shadows, soften
@@ -115,7 +115,7 @@ def relit_linear(
     """Return linear light before it is rounded to bytes; the arguments are those of ``relight``."""
     _check(images_B3HW, masks_B1HW, lights)
     size = max(images_B3HW.shape[-2:])
-    numbers = to_numbers(lights, images_B3HW)
+    numbers = white_for_grey(to_numbers(lights, images_B3HW), images_B3HW)
     with _timed("linear", seconds, images_B3HW):
         linear = to_linear(images_B3HW)
         grey = luminance(linear)
