@@ -81,8 +81,6 @@ def write_synthesis_page(path: Path, found: SynthesisReport) -> Path:
     width = max((row.shape[1] for row in rows), default=0)
     gaps = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
     padded = [np.pad(row, gap, constant_values=DARK) for row, gap in zip(rows, gaps, strict=True)]
-        np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=DARK) for r in rows
-    ]
     page = SynthesisPage(
         report=found,
         gallery=[
