@@ -34,8 +34,8 @@ class Scene:
         coverage: float32 (H, W), of the object.
         inside, around: float32 (N, 3), colours of the object and of its surroundings, a sample.
         core: places of the sample of the object, indices into its pixels.
-        membranes: float32 (H, W, 6), the background's and the object's colours at the outline,
-            spread over the inside; None if no candidate needs them.
+        membranes: the background's and the object's colours at the outline, spread over the
+            inside, float32 (H, W, 3) each; None if no candidate needs them.
     """
 
     view: np.ndarray
@@ -44,7 +44,7 @@ class Scene:
     inside: np.ndarray
     around: np.ndarray
     core: np.ndarray
-    membranes: np.ndarray | None
+    membranes: tuple[np.ndarray, np.ndarray] | None
 
 
 def scene_of(
@@ -57,7 +57,7 @@ def scene_of(
 ) -> Scene:
     """Return a scene; see there. ``gradient``: a candidate is blended in the gradient domain."""
     inside = coverage > 0.5
-    both = membrane(np.dstack([view, pixels]), inside) if gradient else None
+    both = (membrane(view, inside), membrane(pixels, inside)) if gradient else None
     core = sample(inside)
     colours = pixels.reshape(-1, 3)[core]
     return Scene(view, pixels, coverage, colours, around, core, both)
@@ -72,12 +72,13 @@ def blended(scene: Scene, look: Look) -> np.ndarray:
     matrix, offset = colour_map(scene.inside, scene.around, look.colour)
     moved = _mapped(scene.pixels, matrix, offset)
     if look.gradient and scene.membranes is not None:
-        behind, own = scene.membranes[..., :3], scene.membranes[..., 3:]
+        behind, own = scene.membranes
         moved += np.float32(look.gradient) * (behind - _mapped(own, matrix, offset))
     _fit_range(moved, scene.core)
     np.clip(moved, 0, 1, out=moved)
     moved -= scene.view
-    moved *= scene.coverage[..., None]
+    # Of three equal planes: numpy takes 1.7 times as long to repeat one along a new axis.
+    moved *= cv2.merge([scene.coverage] * 3)
     moved += scene.view
     return moved
 
@@ -134,7 +135,7 @@ def membrane(colours: np.ndarray, inside: np.ndarray) -> np.ndarray:
     outline = (cv2.dilate(inside.view(np.uint8), cross) > 0) & ~inside
     if not outline.any():
         return np.zeros_like(colours)
-    return spread(colours, outline.astype(np.float32))
+    return spread(colours, outline)
 
 
 def focus(scene: np.ndarray, around: np.ndarray, pixels: np.ndarray, coverage: np.ndarray) -> float:

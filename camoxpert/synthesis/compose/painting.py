@@ -15,6 +15,8 @@ import numpy as np
 from camoxpert.synthesis.compose.records import Paste, Shape
 from camoxpert.synthesis.compose.shapes import Region, shape_coverage
 
+AVERAGED = 0.75
+"""Scale below which areas are averaged: interpolating would alias, and look too sharp."""
 REPEATED = 8
 """Pixels by which a cut-out is continued before it is turned and moved."""
 LEAST_VISIBLE = 0.5
@@ -79,8 +81,7 @@ def placed(paste: Paste, object_RGBA: np.ndarray, region: Region) -> tuple[np.nd
         pixels = np.ascontiguousarray(pixels[:, ::-1])
     height, width = pixels.shape[:2]
     down = across = scale
-    if scale < 1:
-        # Averages areas: sampling would alias, and look sharper than the background.
+    if scale < AVERAGED:
         size = max(1, round(width * scale)), max(1, round(height * scale))
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         across, down = scale * width / size[0], scale * height / size[1]
@@ -187,6 +188,13 @@ def front_of(
         front = _nearby(scene, shape, box)
         colours[box] += (front - colours[box]) * cover[..., None]
     return Front(colours, hidden, number) if number else None
+
+
+def resized(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Return a picture at another height and width, as sharp as ``placed`` leaves objects."""
+    scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
+    method = cv2.INTER_AREA if scale < AVERAGED else cv2.INTER_CUBIC
+    return cv2.resize(image, (size[1], size[0]), interpolation=method)
 
 
 def as_floats(values: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ from camoxpert.synthesis.compose.painting import (
     placed,
     put_distractor,
     region_of,
+    resized,
 )
 from camoxpert.synthesis.compose.reading import read_masked, resized_mask
 from camoxpert.synthesis.compose.records import Composed, Composition, Look
@@ -294,7 +295,7 @@ def _shown(image: np.ndarray, crop: tuple[int, int, int, int], size: tuple[int, 
     part = image[top:bottom, left:right]
     if part.shape[:2] == size:
         return part.copy()
-    return cv2.resize(part, size[::-1], interpolation=cv2.INTER_AREA)
+    return resized(part, size)
 
 
 def _scaled_crop(composition: Composition, shape: tuple[int, ...]) -> tuple[int, int, int, int]:

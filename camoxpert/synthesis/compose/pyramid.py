@@ -5,6 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+BLOCK = 4
+"""Pixels along the side of a block of the finest level."""
 EMPTY = 1e-4
 KNOWN = 0.1
 """Weight from which a pixel counts as known."""
@@ -12,8 +14,8 @@ RELAXATIONS = 6
 CROSS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32) / 4
 
 
-def spread(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Return known values averaged over about four pixels and spread smoothly over all pixels.
+def spread(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return known values averaged over blocks of four pixels and spread smoothly over all pixels.
 
     Pull-push (Gortler et al. 1996, "The Lumigraph", section 3.4): known values are averaged down a
     pyramid until every pixel has some, and the way back fills each level from the coarser one. It
@@ -22,23 +24,20 @@ def spread(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
     Args:
         values: float32 (H, W, C).
-        weight: float32 (H, W), 0 (unknown) to 1 (known).
+        known: bool (H, W).
     """
-    height, width = weight.shape
-    known = values * weight[..., None]
-    for _ in range(2):
-        known, weight = cv2.pyrDown(known), cv2.pyrDown(weight)
-    coarse = _filled(known.reshape(*weight.shape, -1), weight)
-    # Pixel 0 of a smaller level lies on pixel 0 of the larger one.
-    matrix = np.array([[4.0, 0, 0], [0, 4.0, 0]])
-    planes = [
-        cv2.warpAffine(
-            np.ascontiguousarray(coarse[..., start : start + 4]), matrix, (width, height),
-            flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE,
-        ).reshape(height, width, -1)
-        for start in range(0, coarse.shape[2], 4)
-    ]  # fmt: skip
-    return np.concatenate(planes, 2) if len(planes) > 1 else planes[0]
+    height, width, channels = values.shape
+    rows, columns = -(-height // BLOCK), -(-width // BLOCK)
+    places = np.flatnonzero(known)
+    blocks = (places // width // BLOCK) * columns + places % width // BLOCK
+    found = values.reshape(-1, channels)[places]
+    sums = [np.bincount(blocks, found[:, c], rows * columns) for c in range(channels)]
+    number = np.bincount(blocks, minlength=rows * columns).astype(np.float32)
+    weight = (number / BLOCK**2).reshape(rows, columns)
+    total = (np.stack(sums, 1).astype(np.float32) / BLOCK**2).reshape(rows, columns, channels)
+    coarse = _filled(total, weight).astype(np.float32)
+    size = columns * BLOCK, rows * BLOCK
+    return cv2.resize(coarse, size, interpolation=cv2.INTER_LINEAR)[:height, :width]
 
 
 def _filled(known: np.ndarray, weight: np.ndarray) -> np.ndarray:
