@@ -236,8 +236,8 @@ def tell_result(
     if result.replaced:
         there += f"; the sources of {count(result.replaced, 'image')} had changed since"
     console.say(
-        f"{count(result.done, 'image')} made{there}; `camoxpert train --dataset-path {output}` "
-        "reads them"
+        f"{count(result.done, 'image')} made{there}; `camoxpert train --dataset-path DATA "
+        f"--synthetic {output}` mixes them with the real ones"
     )
     if result.summary:
         console.say(describe_stages(result.summary))

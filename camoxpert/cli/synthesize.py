@@ -13,7 +13,6 @@ from camoxpert.errors import ConfigError, DataError
 KINDS = ("toy", "relight", "compose")
 EXAMPLES = """examples:
   camoxpert synthesize toy data/toy
-  camoxpert synthesize relight --dataset-path data/animals -o data/relit
   camoxpert synthesize toy data/tiny --train 1000 --size 160 --object-size 0.002 0.01 --seed 1"""
 
 

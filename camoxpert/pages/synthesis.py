@@ -15,6 +15,8 @@ from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, write_page
 
 HEIGHT = 170
 """Of the pictures, pixels."""
+DARK = 30
+"""Grey between them."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,17 @@ class SynthesisPage:
 def write_synthesis_page(path: Path, found: SynthesisReport) -> Path:
     """Write the page: one file, without scripts or external resources."""
     known = {name: values for name, values in found.difficulty.items() if values}
+    rows = [_row(example) for example in found.examples]
+    # Of one shape, so that tall pictures leave no gaps beside them.
+    width = max((row.shape[1] for row in rows), default=0)
+    gaps = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
+    padded = [np.pad(row, gap, constant_values=DARK) for row, gap in zip(rows, gaps, strict=True)]
     page = SynthesisPage(
         report=found,
-        gallery=[Picture(_jpeg(_row(one)), one.caption) for one in found.examples],
+        gallery=[
+            Picture(_jpeg(row), one.caption)
+            for row, one in zip(padded, found.examples, strict=True)
+        ],
         histogram=draw(lambda: charts.plot_shares(known, "difficulty"), "the difficulties")
         if known
         else None,
@@ -89,7 +99,7 @@ def _row(example: Example) -> np.ndarray:
     """Put sources, the made image, and its mask side by side, each in its own shape."""
     shown = {**example.before, "made": example.made, "mask": overlay(example.made, example.mask)}
     parts = [side_by_side({caption: picture}, HEIGHT) for caption, picture in shown.items()]
-    gap = np.full((parts[0].shape[0], 4, 3), 30, np.uint8)
+    gap = np.full((parts[0].shape[0], 4, 3), DARK, np.uint8)
     return np.hstack([piece for part in parts for piece in (part, gap)][:-1])
 
 

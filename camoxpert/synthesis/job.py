@@ -21,6 +21,7 @@ from camoxpert.inference.plan import Made, make_plan, remove_unfinished
 from camoxpert.inference.products import Product
 from camoxpert.synthesis.records import KINDS, PROVENANCE, TABLE, Head, write_provenance
 from camoxpert.synthesis.stagecache import HIT
+from camoxpert.text import count
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def make_images(
             _require_own_folder(job)
         if not ledger.finished:
             remove_unfinished(job.output, job.product)
+        if work.overwrite:
+            _remove_others(job, ledger)
         plan = make_plan(
             ledger, job.head, job.items, KINDS, overwrite=work.overwrite, product=job.product
         )
@@ -149,6 +152,19 @@ def _require_own_folder(job: Job) -> None:
                 f"{folder} holds files, and no {job.product.ledger} in {job.output} says that they "
                 "were made. Made images are not put among others: name a new folder with -o."
             )
+
+
+def _remove_others(job: Job, ledger: Ledger) -> None:
+    """Remove images of other settings that this call does not replace: train would read them."""
+    if ledger.earlier is None or not job.head.differences(ledger.earlier):
+        return
+    names = {item.name for item in job.items}
+    others = [name for name in ledger.made if name not in names]
+    for name in others:
+        for kind in KINDS:
+            job.product.path(job.output, kind, name).unlink(missing_ok=True)
+    if others:
+        console.note(f"{count(len(others), 'image')} made with other settings are removed")
 
 
 def _engine(job: Job, work: Work) -> Engine:

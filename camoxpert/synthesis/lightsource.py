@@ -25,6 +25,8 @@ from camoxpert.synthesis.stagecache import OFF, StageCache, content_key, setting
 
 ALBEDO = {"version": 1, "sigmas": SIGMAS, "nominal": NOMINAL, "floor": FLOOR}
 HEIGHT = {"version": 1}
+SMALLEST_SIDE = 16
+"""Pixels along the shorter side, below which form and shadows mean nothing."""
 ROLES = ("image", "mask", "depth")
 """Of the files of an item, in the provenance."""
 
@@ -145,6 +147,11 @@ def read_source(item: RelightItem, how: Reading, seconds: dict[str, float]) -> L
         item.path, item.mask, max_pixels=how.max_pixels, any_size=item.any_size
     )
     pixels, mask = fitted(pixels, mask, how.size)
+    if min(mask.shape) < SMALLEST_SIDE:
+        raise DataError(
+            f"Too small to relight: {mask.shape[1]}x{mask.shape[0]} pixels, and at least "
+            f"{SMALLEST_SIDE} are needed along each side."
+        )
     if not (mask == 255).any():
         raise DataError(f"The mask {item.mask} shows no object: there is nothing to relight.")
     depth = None if item.depth is None else read_depth(item.depth, mask.shape)

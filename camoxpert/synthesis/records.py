@@ -17,6 +17,7 @@ from PIL import Image
 
 from camoxpert.data.files.image_io import encode, write_encoded
 from camoxpert.data.files.labels import VOC_VOID, VOID, has_void
+from camoxpert.data.files.provenance import PROVENANCE
 from camoxpert.files import write_whole
 from camoxpert.inference.ledger import Ledger, as_fields
 from camoxpert.inference.plan import state_of
@@ -26,7 +27,6 @@ Row = dict[str, Any]
 FORMATS = {"jpg": ".jpg", "png": ".png"}
 KINDS = ("image", "mask")
 LEDGER = "synthesis.jsonl"
-PROVENANCE = "provenance.jsonl"
 PAIRS = "pairs.csv"
 PAGE = "synthesis.html"
 QUALITY = 95

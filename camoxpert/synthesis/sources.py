@@ -17,12 +17,13 @@ from camoxpert.data.files.layouts import recognise
 from camoxpert.data.files.listing import list_files
 from camoxpert.data.files.manifest import Manifest, Search, load_eval, manifest_of, without
 from camoxpert.data.files.pairing import Pair, by_name, group_of
+from camoxpert.data.files.provenance import read_origins
 from camoxpert.data.files.roots import Root, read_roots
 from camoxpert.doctor.leaks import LeakSearch, find_leaks
 from camoxpert.errors import DataError
-from camoxpert.files import read_jsonl, why_missing
+from camoxpert.files import why_missing
 from camoxpert.inference.lists import files_in_table
-from camoxpert.synthesis.records import LEDGER, PROVENANCE
+from camoxpert.synthesis.records import LEDGER
 from camoxpert.text import bullet_list, count, free_name
 
 GROUND_TRUTH = "gt"
@@ -108,17 +109,12 @@ def find_sources(options: SourceOptions, *, what: str = "source") -> Sources:
 
 def _made_of_tests(pairs: Sequence[Pair], roots: Sequence[str]) -> dict[int, str]:
     """Return the images that were made from test images, as the provenance of a root says."""
-    tested: dict[Path, str] = {}
-    for root in map(Path, roots):
-        place = root.parent if root.is_file() else root
-        for row in read_jsonl(place / PROVENANCE):
-            if "test_source" in row:
-                reason = f"it was made from a test image ({row['test_source']})"
-                tested[(place / row["image"]).resolve()] = reason
+    origins = {image: found for root in roots for image, found in read_origins(Path(root)).items()}
+    tested = {image: found.tested for image, found in origins.items() if found.tested}
     if not tested:
         return {}
-    found = ((n, tested.get(pair.image.resolve())) for n, pair in enumerate(pairs))
-    return {n: reason for n, reason in found if reason}
+    known = ((n, tested.get(pair.image.resolve())) for n, pair in enumerate(pairs))
+    return {n: f"it was made from a test image ({reason})" for n, reason in known if reason}
 
 
 def _judge(sources: Sources, options: SourceOptions, what: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from camoxpert import console
-from camoxpert.cli import COMMANDS, Parser, main, no_overrides
+from camoxpert.cli import COMMANDS, KINDS, Parser, main, no_overrides
 from camoxpert.cli.train import add_arguments
 from camoxpert.config import Config, get_setting
 from camoxpert.config.flags import read_config
@@ -198,18 +198,21 @@ def test_every_command_has_help(command: str, capsys) -> None:
     assert "usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_examples_of_the_help_can_be_pasted(command: str, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("words", [*((name,) for name in COMMANDS), *KINDS], ids=" ".join)
+def test_the_examples_of_the_help_can_be_pasted(words, capsys, monkeypatch) -> None:
     with pytest.raises(SystemExit):
-        main([command, "--help"])
-    text = capsys.readouterr().out
-    examples = [line for line in text.splitlines() if line.startswith(f"  camoxpert {command} ")]
+        main([*words, "--help"])
+    text = capsys.readouterr().out.replace("\\\n", " ")
+    command = KINDS[words][0] if words in KINDS else words[0]
+    start = f"  camoxpert {' '.join(words)} "
+    examples = [line for line in text.splitlines() if line.startswith(start)]
     assert len(examples) >= 2
     received = []
 
     def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         received.append(typed)
-        read_config(options, rest) if command in ("train", "profile") else no_overrides(rest)
+        settings = command in ("train", "profile", "quality")
+        read_config(options, rest) if settings else no_overrides(rest)
         return 0
 
     monkeypatch.setattr(f"camoxpert.cli.{command}.run", run)

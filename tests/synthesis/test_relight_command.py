@@ -118,6 +118,16 @@ def test_the_same_bytes_whatever_the_threads(data: Path, made: Path, tmp_path: P
     assert files_of(tmp_path / "out") == files_of(made)
 
 
+def test_overwrite_leaves_nothing_of_other_settings(data, made, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    assert make(data, out, "--per-image", "1", "--seed", "3", "--overwrite") == 0
+    assert f"{SOURCES} images made with other settings are removed" in capsys.readouterr().err
+    assert len(files_of(out)) == 2 * SOURCES == 2 * len(load_train([out]))
+    assert make(data, tmp_path / "new", "--per-image", "1", "--seed", "3") == 0
+    assert files_of(out) == files_of(tmp_path / "new")
+
+
 def test_made_images_are_not_put_among_others(data: Path, tmp_path: Path, capsys) -> None:
     real = tmp_path / "toys"
     shutil.copytree(data, real)
@@ -229,6 +239,23 @@ def test_a_broken_source_is_a_failed_row(data: Path, tmp_path: Path, capsys) -> 
     shutil.copy(data / "TrainDataset" / "Imgs" / victim.name, victim)
     assert make(broken, out, "--per-image", "2") == 0
     assert "2 images made" in capsys.readouterr().out
+
+
+def test_sources_too_small_or_without_an_object_are_rows(tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"dot": (1, 1), "line": (3, 200), "good": (16, 40), "empty": (40, 40)}
+    for name, (height, width) in sizes.items():
+        mask = np.zeros((height, width), np.uint8)
+        mask[: max(1, height // 2), : max(1, width // 2)] = 0 if name == "empty" else 255
+        image = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        for folder, pixels in (("Imgs", image), ("GT", mask)):
+            (tmp_path / "odd" / folder).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(tmp_path / "odd" / folder / f"{name}.png"), pixels)
+    assert make(tmp_path / "odd", tmp_path / "out", "--per-image", "3") == 3
+    said = capsys.readouterr()
+    assert "3 images made" in said.out and "3 sources could not be used" in said.err
+    assert "200x3 pixels" in said.err and "shows no object" in said.err
+    assert {Path(name).stem[:4] for name in files_of(tmp_path / "out")} == {"good"}
 
 
 class TestLeaks:
