@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from camoxpert.benchmark import data, moe, predict, quality, quality_report, train
+from camoxpert.benchmark import data, moe, predict, quality, quality_report, relight, train
 from camoxpert.cli import main
 from camoxpert.config import build_config
 from camoxpert.pages.scored import run_results
@@ -129,6 +129,14 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         config, photos, device=device, precision=precision, processes=False
     )
     result["batch_sizes"] = predict.compare_batch_sizes(config, device, precision)
+    # The serial script needs a minute for a Retinex of 1024 pixels.
+    pairs = relight.Sizes(
+        images=1 if smoke else 4,
+        size=64 if smoke else 352,
+        retinex_size=64 if smoke else 256,
+        rounds=1 if smoke else 2,
+    )
+    result["relight"] = relight.run(pairs, device=device)
     with tempfile.TemporaryDirectory() as folder:
         result["training"] = short_training(Path(folder), smoke=smoke)
     output.mkdir(parents=True, exist_ok=True)

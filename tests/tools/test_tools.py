@@ -45,5 +45,6 @@ def test_gpu_check_measures_or_says_that_it_cannot(tmp_path: Path, capsys) -> No
     assert {"full step", "backbone alone", "full step, loop"} <= set(result["step"]["milliseconds"])
     assert {row["family"] for row in result["moe"]["rows"]} == {"specialist", "uniform"}
     assert result["decoders"]["moe"]["step_ms"] > 0
+    assert result["relight"]["pipeline"]["ratios"]
     assert result["training"]["profile"]["verdict"]
     assert result["training"]["exit_code"] == 0 and result["training"]["scores"]["MAE"] < 1
