@@ -155,6 +155,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         backgrounds=options.backgrounds,
         cache_folder=cache_folder(options),
         strict_cache=options.strict_cache,
+        page=options.page,
     )
     sources = generator.source_options(options, needed=not options.cutouts)
     outcome = "What is done is written; run the same command again for the rest."

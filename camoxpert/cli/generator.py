@@ -82,6 +82,12 @@ def add_result_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         "--limit", type=int, metavar="N", help="make at most N of the images that are left"
     )
     group.add_argument("--overwrite", action="store_true", help="make images again that are there")
+    group.add_argument(
+        "--page",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write synthesis.html, with before and after [on]",
+    )
     add_flags(group, ("train.max_hours",))
     return group
 

@@ -107,6 +107,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         cache=options.cache,
         cache_folder=generator.cache_folder(options) / "stages",
         strict_cache=options.strict_cache,
+        page=options.page,
     )
     outcome = "What is done is written; run the same command again for the rest."
     with stop.watch(options.max_hours), stop.outcome(outcome):

@@ -41,6 +41,7 @@ class ComposeOptions:
         backgrounds: data sets or folders of images; empty: the sources themselves.
         cache_folder: of the descriptions of sources; None: nothing is kept.
         strict_cache: a description that is not cached is an error.
+        page: write the page.
     """
 
     settings: ComposeSettings = field(default_factory=ComposeSettings)
@@ -51,6 +52,7 @@ class ComposeOptions:
     backgrounds: Sequence[str] = ()
     cache_folder: Path | None = None
     strict_cache: bool = False
+    page: bool = True
 
 
 @dataclass
@@ -162,7 +164,7 @@ def compose_sources(
         },
     )
     console.decide("compose", f"{count(number, 'image')} of {described}")
-    return ComposeResult(make_images(job, work, after=write_page), broken)
+    return ComposeResult(make_images(job, work, after=write_page if options.page else None), broken)
 
 
 def _pictures(options: SourceOptions, masks: MaskOptions) -> _Pictures:

@@ -49,6 +49,7 @@ class RelightOptions:
         cache: auto, disk or none.
         cache_folder: of the stages.
         strict_cache: a result that is not cached is an error.
+        page: write the page.
     """
 
     settings: RelightSettings = field(default_factory=RelightSettings)
@@ -62,6 +63,7 @@ class RelightOptions:
     cache: str = "auto"
     cache_folder: Path = Path()
     strict_cache: bool = False
+    page: bool = True
 
 
 def relight_sources(
@@ -120,7 +122,7 @@ def relight_sources(
         f"{count(len(items), 'image')} of {count(len(found.pairs), 'source')}; masks: {derived}; "
         f"heights: {spec.reading.depth or 'from masks'}",
     )
-    result = make_images(job, work, after=write_page)
+    result = make_images(job, work, after=write_page if options.page else None)
     describe_caches(result.summary.get("caches", {}))
     return result
 

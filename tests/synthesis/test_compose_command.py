@@ -29,13 +29,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(data: Path, out: Path, *words: str) -> int:
     base = ["synthesize", "compose", "--dataset-path", str(data), "-o", str(out)]
-    return main([*base, "--num-samples", str(MADE), *words])
+    page = () if "--page" in words else ("--no-page",)
+    return main([*base, "--num-samples", str(MADE), *words, *page])
 
 
 @pytest.fixture(scope="module")
 def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "composed"
-    assert make(data, out, "--decoys", "0.4") == 0
+    assert make(data, out, "--decoys", "0.4", "--page") == 0
     return out
 
 
@@ -106,7 +107,7 @@ def test_cut_outs_before_photographs(data: Path, tmp_path: Path, capsys) -> None
     words = ["synthesize", "compose", "--cutouts", str(cutouts), "-o", str(tmp_path / "out")]
     assert main(words) == 2
     assert "Cut-outs need backgrounds" in capsys.readouterr().err
-    assert main([*words, "--backgrounds", str(photos), "--num-samples", "4"]) == 0
+    assert main([*words, "--backgrounds", str(photos), "--num-samples", "4", "--no-page"]) == 0
     roles = {source["role"] for row in rows_of(tmp_path / "out")[1:] for source in row["sources"]}
     assert {"object", "background"} <= roles and "background mask" not in roles
 
