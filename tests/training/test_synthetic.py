@@ -195,7 +195,7 @@ class TestRun:
             sorted((made / "TrainDataset" / folder).glob(f"*.{ending_}"))[0].unlink()
         capsys.readouterr()
         assert train(*words) == 4
-        assert "The training data changed" in capsys.readouterr().err
+        assert "The training data changed" in " ".join(capsys.readouterr().err.split())
         assert train(*words, "--synthetic-share", "0.2") == 4
         assert "data.synthetic_share" in capsys.readouterr().err
 

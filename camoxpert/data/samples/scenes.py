@@ -53,7 +53,8 @@ def relit_one(pixels: np.ndarray, sample: Draw, scenes: Scenes | None) -> np.nda
     if sample.light is None or scenes is None or not (pixels[..., 3] == OBJECT).any():
         return pixels
     with _one_thread():
-        whole = torch.from_numpy(np.ascontiguousarray(pixels))[None]
+        # A copy: pixels from a cache cannot be written to, and torch warns of that.
+        whole = torch.from_numpy(pixels.copy())[None]
         return scenes.relight(whole, [sample.light])[0].numpy()
 
 
