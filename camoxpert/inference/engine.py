@@ -25,7 +25,6 @@ from camoxpert import stop
 from camoxpert.errors import DataError
 from camoxpert.inference.batching import BatchSize
 from camoxpert.inference.timing import Timing
-from camoxpert.runtime.host import lower_priority
 
 Row = dict[str, Any]
 """A row of the ledger: see ``ledger``."""
@@ -252,10 +251,8 @@ class Pipeline:
         self._launched: _Launched | None = None
         self._written: deque[tuple[Future[Row], int]] = deque()
         self._mean_bytes = 0.0
-        # A GPU is fed the sooner the better; on a CPU the forward pass needs the cores.
-        begin = None if stages.device.type == "cuda" else lower_priority
-        self._readers = ThreadPoolExecutor(READERS, "read", begin)
-        self._finishers = ThreadPoolExecutor(FINISHERS, "finish", begin)
+        self._readers = ThreadPoolExecutor(READERS, "read")
+        self._finishers = ThreadPoolExecutor(FINISHERS, "finish")
 
     def __enter__(self) -> Pipeline:
         return self

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import threading
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -39,21 +38,6 @@ def wait_passively(variables: MutableMapping[str, str] = os.environ) -> bool:
         return False
     variables.update(PASSIVE)
     return True
-
-
-def lower_priority(by: int = 10) -> None:
-    """Let the calling thread yield to the threads that compute; only Linux knows how.
-
-    A thread that decodes a photo on the core of an OpenMP thread keeps all the others waiting for
-    that one.
-
-    Args:
-        by: added to its niceness, which ends at 19.
-    """
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        # On Linux this is the priority of one thread.
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + by)
 
 
 def usable_cores() -> int:
