@@ -195,7 +195,8 @@ class RayEngine:
 
     def _hand_out(self, actor: Any, waiting: dict[Any, tuple[str, Any]]) -> None:
         assert self._schedule is not None
-        while (chunk := self._schedule.next_for(self._names[actor])) is not None:
+        name, number = self._names[actor], len(self._names)
+        while (chunk := self._schedule.next_for(name, workers=number)) is not None:
             waiting[actor.do.remote(chunk)] = ("rows", actor)
 
     def _lost(

@@ -175,7 +175,7 @@ class DeviceEngine:
         for most in (1, AT_ONCE):
             for worker in self._workers:
                 while worker.ready is not None:
-                    chunk = schedule.next_for(worker.name, most)
+                    chunk = schedule.next_for(worker.name, workers=len(self._workers), most=most)
                     if chunk is None:
                         break
                     try:

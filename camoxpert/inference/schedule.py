@@ -1,6 +1,7 @@
 """Who has which chunk, where several workers share the work and may die.
 
-A worker has two chunks at a time, so that it reads the second during the forward pass of the first.
+A worker has two chunks at a time, so that it reads the second during the forward pass of the first,
+until there is one left for each.
 The chunks of one that dies are done by others; a chunk that was there at two deaths is cut in
 halves, each of which is then done alone, until the one item that kills is known.
 """
@@ -62,7 +63,7 @@ class Schedule:
     def __init__(self, spec: Spec, items: Sequence[object], size: int) -> None:
         self.deaths = 0
         self._spec = spec
-        self._chunks = Chunks(items, size)
+        self._chunks, self._size = Chunks(items, size), size
         self._waiting: deque[_Task] = deque()
         self._held: dict[str, dict[int, _Task]] = {}
         self._number = 0
@@ -73,9 +74,20 @@ class Schedule:
         """Whether every item has its row."""
         return not (self._chunks.left or self._waiting or any(self._held.values()))
 
-    def next_for(self, worker: str, most: int = AT_ONCE) -> Chunk | None:
-        """Return a chunk for a worker to do, with a number of its own; None: it has ``most``."""
+    def next_for(self, worker: str, *, workers: int, most: int = AT_ONCE) -> Chunk | None:
+        """Return a chunk for a worker to do, with a number of its own; None: it has enough.
+
+        The last chunks, one for each worker, go to those that have none: a worker hands its rows
+        in a batch late, and one that is a little ahead would take what another could begin with.
+
+        Args:
+            worker: its name.
+            workers: how many there are.
+            most: chunks that it may have.
+        """
         held = self._held.setdefault(worker, {})
+        if workers > 1 and self._chunks.left <= workers * self._size:
+            most = 1
         if len(held) >= most or any(task.suspect for task in held.values()):
             return None
         task = self._next_task(idle=not held)
