@@ -120,9 +120,6 @@ class DeviceScorer:
 
     def _score(self, item: _Pending, numbers: NDArray[np.float64]) -> Row:
         evaluator = self.evaluator
-        if evaluator.empty_gt == "skip" and not item.mask_HW.any():
-            nothing = np.zeros_like(item.mask_HW, np.uint8)
-            return evaluator.add(item.name, nothing, item.mask_HW, void=item.void_HW)
         counts = numbers[:2048].astype(np.int64).reshape(4, 2, 256)
         height, width = item.mask_HW.shape
         num_void = 0
@@ -133,20 +130,20 @@ class DeviceScorer:
         histogram = JointHistogram(
             counts=counts, shape=(height, width), split=item.split, num_void=num_void
         )
-        return evaluator.add_score(
-            assemble(
-                item.name,
-                histogram,
-                level_values(histogram, normalise=evaluator.protocol == "pysod"),
-                {"wFmeasure": float(numbers[2048])} if len(numbers) > 2048 else {},
-                pixels=item.labelled_pixels,
-                group=item.group,
-                empty_gt=evaluator.empty_gt,
-                keys=evaluator.keys,
-                mask_digest=digest_mask(item.mask_HW, void_HW=item.void_HW),
-                num_objects=count_objects(item.mask_HW),
-            )
+        score = assemble(
+            item.name,
+            histogram,
+            level_values(histogram, normalise=evaluator.protocol == "pysod"),
+            {"wFmeasure": float(numbers[2048])} if len(numbers) > 2048 else {},
+            pixels=item.labelled_pixels,
+            group=item.group,
+            empty_gt=evaluator.empty_gt,
+            keys=evaluator.keys,
+            mask_digest=digest_mask(item.mask_HW, void_HW=item.void_HW),
+            num_objects=count_objects(item.mask_HW),
         )
+        skipped = evaluator.empty_gt == "skip" and not score.claim.present
+        return evaluator.skip(score) if skipped else evaluator.add_score(score)
 
 
 def joint_counts(prediction_HW: Tensor, mask_HW: Tensor, split: tuple[int, int]) -> Tensor:

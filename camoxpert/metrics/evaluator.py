@@ -27,9 +27,9 @@ from camoxpert.metrics.scoring import (
     EXTRA_KEYS,
     PROTOCOLS,
     RESULT_KEYS,
+    Claim,
     ImageScore,
     Row,
-    digest_mask,
     score_curves,
     score_image,
 )
@@ -39,7 +39,7 @@ KNOWN_KEYS = (*RESULT_KEYS, *EXTRA_KEYS)
 HIGHER_IS_BETTER = {key: key not in ("MAE", "BER", "HCE") for key in KNOWN_KEYS}
 """Direction of each result."""
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 def is_better(key: str, a: float, b: float) -> bool:
@@ -99,8 +99,8 @@ class Evaluator:
         self.empty_gt = empty_gt
         self.keys = tuple(key for key in KNOWN_KEYS if key in asked)
         self._scores: dict[str, ImageScore] = {}
-        # Name -> digest of the empty mask.
-        self._skipped: dict[str, str] = {}
+        # Name -> digest of the empty mask, and what the map claims.
+        self._skipped: dict[str, tuple[str, Claim]] = {}
 
     @property
     def num_images(self) -> int:
@@ -149,16 +149,7 @@ class Evaluator:
         mask_HW = checked_mask(name, mask)
         void_HW = checked_void(name, void, mask_HW)
         check_same_size(name, prediction_HW.shape, mask_HW)
-        if self.empty_gt == "skip" and not mask_HW.any():
-            self._skipped[name] = digest_mask(mask_HW, void_HW=void_HW)
-            nothing = dict.fromkeys(self.keys, math.nan)
-            return {
-                "name": name,
-                "group": group,
-                **nothing,
-                "object_fraction": 0.0,
-                "num_objects": 0,
-            }
+        skipped = self.empty_gt == "skip" and not mask_HW.any()
         score = score_image(
             name,
             prediction_HW,
@@ -167,10 +158,9 @@ class Evaluator:
             group=group,
             protocol=self.protocol,
             empty_gt=self.empty_gt,
-            keys=self.keys,
+            keys=() if skipped else self.keys,
         )
-        self._scores[name] = score
-        return dict(score.row)
+        return self.skip(score) if skipped else self.add_score(score)
 
     def add_score(self, score: ImageScore) -> Row:
         """Add an image that was scored elsewhere with the same options; return its row.
@@ -182,10 +172,14 @@ class Evaluator:
         self._scores[score.row["name"]] = score
         return dict(score.row)
 
-    def skip(self, score: ImageScore) -> None:
-        """Record an image without an object that was scored elsewhere and is left out."""
+    def skip(self, score: ImageScore) -> Row:
+        """Record an image without an object that was scored elsewhere and is left out; return its
+        row, whose scores are NaN."""
         self._check_new({score.row["name"]})
-        self._skipped[score.row["name"]] = score.mask_digest
+        self._skipped[score.row["name"]] = score.mask_digest, score.claim
+        start = {"name": score.row["name"], "group": score.row["group"]}
+        nothing = dict.fromkeys(self.keys, math.nan)
+        return {**start, **nothing, "object_fraction": 0.0, "num_objects": 0}
 
     def merge(self, other: Evaluator) -> None:
         """Add the images of another evaluator, which is not changed.
@@ -248,11 +242,17 @@ class Evaluator:
         Two evaluations with equal hashes used the same images and masks, whatever file format the
         masks were stored in.
         """
-        digests = {name: score.mask_digest for name, score in self._scores.items()} | self._skipped
+        digests = {name: score.mask_digest for name, score in self._scores.items()}
+        digests |= {name: mask_digest for name, (mask_digest, _) in self._skipped.items()}
         digest = hashlib.sha256()
         for name in sorted(digests):
             digest.update(f"{name}\t{digests[name]}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def claims(self) -> dict[str, Claim]:
+        """Return what the map of each image claims before any stretch, skipped images included."""
+        found = {name: score.claim for name, score in self._scores.items()}
+        return found | {name: claim for name, (_, claim) in self._skipped.items()}
 
     def rows(self) -> list[Row]:
         """Return one row per scored image, sorted by name; see ``add``.
@@ -275,6 +275,7 @@ class Evaluator:
             "rightly_empty": [score.rightly_empty for score in scores],
             "digests": [score.mask_digest for score in scores],
             "num_void": [score.num_void for score in scores],
+            "claims": [score.claim for score in scores],
             "skipped": dict(sorted(self._skipped.items())),
         }
 
@@ -290,11 +291,11 @@ class Evaluator:
                 f" {STATE_VERSION}. Evaluate again."
             )
         self._check_options(state["protocol"], state["empty_gt"], tuple(state["keys"]))
-        columns = ("rows", "counts", "rightly_empty", "digests", "num_void")
+        columns = ("rows", "counts", "rightly_empty", "digests", "num_void", "claims")
         parts = zip(*(state[column] for column in columns), strict=True)
         self._scores = {
-            row["name"]: ImageScore(dict(row), np.array(counts), rightly_empty, digest, num_void)
-            for row, counts, rightly_empty, digest, num_void in parts
+            row["name"]: ImageScore(dict(row), np.array(counts), *rest)
+            for row, counts, *rest in parts
         }
         self._skipped = dict(state["skipped"])
 

@@ -42,6 +42,23 @@ EMPTY_GT = ("pysod", "correct", "skip")
 Row = dict[str, Any]
 
 
+class Claim(NamedTuple):
+    """What a map says of the presence of an object, before any stretch.
+
+    Attributes:
+        present: the image has an object.
+        share: of the labelled pixels that are above one half, 0..1.
+        low, high: darkest and brightest level, 0..255.
+        grey: there are levels between the two.
+    """
+
+    present: bool
+    share: float
+    low: int
+    high: int
+    grey: bool
+
+
 class ImageScore(NamedTuple):
     """What is kept of an image."""
 
@@ -55,6 +72,8 @@ class ImageScore(NamedTuple):
     """Hash of the mask's shape and pixels, hexadecimal."""
     num_void: int = 0
     """Pixels that nobody labelled; they are in no score."""
+    claim: Claim = Claim(True, 0.0, 0, 0, False)
+    """What the map claims before the stretch."""
 
 
 def score_image(
@@ -140,8 +159,8 @@ def assemble(
         num_objects: goes into the row.
     """
     counts_CL = measures.quantised_counts(histogram, values)
-    no_claim = not histogram.totals[:, 128:].any()  # 127 / 255 < 0.5 < 128 / 255
-    rightly_empty = empty_gt == "correct" and histogram.num_foreground == 0 and no_claim
+    claim = claim_of(histogram)
+    rightly_empty = empty_gt == "correct" and not claim.present and claim.share == 0
     curves = score_curves(counts_CL, rightly_empty=rightly_empty)
     adaptive = measures.adaptive_confusion(histogram, values, pixels=pixels)
     binary = measures.binary_confusion(histogram, values)
@@ -168,7 +187,17 @@ def assemble(
     row: Row = {"name": name, "group": group, **scores}
     row["object_fraction"] = histogram.num_foreground / histogram.num_pixels
     row["num_objects"] = num_objects
-    return ImageScore(row, counts_CL, rightly_empty, mask_digest, histogram.num_void)
+    return ImageScore(row, counts_CL, rightly_empty, mask_digest, histogram.num_void, claim)
+
+
+def claim_of(histogram: JointHistogram) -> Claim:
+    """Return what a map claims before the stretch."""
+    counts_L = histogram.totals.sum(0)
+    seen = np.flatnonzero(counts_L)
+    # 127 / 255 < 0.5 < 128 / 255
+    share = float(counts_L[128:].sum() / histogram.num_pixels)
+    low, high = int(seen[0]), int(seen[-1])
+    return Claim(histogram.num_foreground > 0, share, low, high, len(seen) > 2)
 
 
 def without_void(prediction_HW: NDArray[np.uint8], void_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:

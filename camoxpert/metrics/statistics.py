@@ -96,7 +96,7 @@ def confidence_intervals(
     """
     rng = np.random.default_rng(seed)
     values_RK = np.concatenate(
-        [scores.statistics(w) for w in _resampled_weights(rng, len(scores.names), resamples)]
+        [scores.statistics(w) for w in resampled_weights(rng, len(scores.names), resamples)]
     )
     low_K, high_K = np.quantile(values_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {
@@ -122,7 +122,7 @@ def ratio_intervals(
     """
     rng = np.random.default_rng(seed)
     parts = []
-    for weights_RN in _resampled_weights(rng, len(base_N), resamples):
+    for weights_RN in resampled_weights(rng, len(base_N), resamples):
         base_R1 = (weights_RN @ base_N)[:, None]
         values_RC = weights_RN @ values_NC
         # A resample whose base is 0 has no ratio.
@@ -170,7 +170,7 @@ def compare(
     differences_RK = np.concatenate(
         [
             a.statistics(weights) - b.statistics(weights)
-            for weights in _resampled_weights(rng, number, resamples)
+            for weights in resampled_weights(rng, number, resamples)
         ]
     )
     low_K, high_K = np.quantile(differences_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -213,7 +213,7 @@ def compare_seeds(
         raise ValueError(f"Scores of shapes {a_SN.shape} and {b_SN.shape} cannot be compared.")
     rng = np.random.default_rng(seed)
     weights_a_RS, weights_b_RS, weights_RN = (
-        np.concatenate(list(_resampled_weights(rng, number, resamples)))
+        np.concatenate(list(resampled_weights(rng, number, resamples)))
         for number in (a_SN.shape[0], b_SN.shape[0], a_SN.shape[1])
     )
     difference_RN = weights_a_RS @ a_SN - weights_b_RS @ b_SN
@@ -265,7 +265,7 @@ def _mixed(a: Scores, b: Scores, weights_a_RN: Floats, weights_b_RN: Floats) -> 
     return values_RK
 
 
-def _resampled_weights(rng: np.random.Generator, number: int, resamples: int) -> Iterator[Floats]:
+def resampled_weights(rng: np.random.Generator, number: int, resamples: int) -> Iterator[Floats]:
     """Yield chunks (R, N) of weights: how often each image was drawn, over N."""
     for start in range(0, resamples, CHUNK):
         size = min(CHUNK, resamples - start)

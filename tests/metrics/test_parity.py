@@ -166,7 +166,7 @@ def drop(evaluator, name):
     """Return the same evaluator without one image."""
     state = evaluator.state_dict()
     keep = [index for index, row in enumerate(state["rows"]) if row["name"] != name]
-    for key in ("rows", "rightly_empty", "digests", "num_void"):
+    for key in ("rows", "rightly_empty", "digests", "num_void", "claims"):
         state[key] = [state[key][index] for index in keep]
     state["counts"] = state["counts"][keep]
     evaluator.load_state_dict(state)
