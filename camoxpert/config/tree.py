@@ -252,6 +252,13 @@ class ModelConfig:
     dispatch: str = setting(
         "auto", "how images reach their experts", flag="--dispatch", choices=DISPATCH_NAMES
     )
+    presence: str = setting(
+        "auto",
+        "a head that says whether an image holds any object at all; auto: on when the training "
+        "data has images without objects",
+        flag="--presence",
+        choices=("auto", "on", "off"),
+    )
     detail_width: int = setting(
         16,
         "channels of the stride-2 detail branch that sharpens outlines, a multiple of 8; 0: none",

@@ -64,13 +64,11 @@ class Predictor:
         self.precision = precision
         self.img_size = self.config.data.img_size
         self.max_pixels = max_pixels or self.config.data.max_pixels
-        # The checkpoint has the weights: nothing is downloaded.
-        model = dataclasses.replace(checkpoint.config.model, pretrained=False, weights="")
         sides, self.zoom = image_sides(self.config.data), zoom
         if zoom:
             sides = (*sides, zoomed_side(self.img_size))
         try:
-            built = build_model(model, sides=sides)
+            built = build_model(checkpoint.model_config, sides=sides)
         except ConfigError as error:
             if not zoom:
                 raise

@@ -11,6 +11,7 @@ from camoxpert.models.backbone import STRIDES, Backbone
 from camoxpert.models.decoder import Decoder
 from camoxpert.models.moe import MoE
 from camoxpert.models.peers import DILATED, PeerDecoder
+from camoxpert.models.presence import PresenceHead
 from camoxpert.models.router import Routing
 
 
@@ -22,11 +23,14 @@ class ModelOutput(NamedTuple):
         side_logits: logits of the four decoder levels, stride 32 first, each (B, 1, H/s, W/s);
             empty for a decoder that has none.
         routing: one record per decoder level, in the same order; empty without experts.
+        presence_logit_B: logit of there being any object, float32, before calibration (see
+            ``CamoXpert.presence_probability``); None for a model without the presence head.
     """
 
     logits_B1HW: Tensor
     side_logits: tuple[Tensor, ...]
     routing: tuple[Routing, ...]
+    presence_logit_B: Tensor | None = None
 
 
 class CamoXpert(nn.Module):
@@ -59,6 +63,11 @@ class CamoXpert(nn.Module):
         # Saved with the weights: a checkpoint must carry the normalisation it was trained with.
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1))
+        self.presence: PresenceHead | None = None
+        if config.presence == "on":
+            # Without moving the generator: everything else is drawn as it is without the head.
+            with torch.random.fork_rng(devices=[]):
+                self.presence = PresenceHead(self.backbone.channels[-1])
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
         """Segment a batch.
@@ -71,7 +80,21 @@ class CamoXpert(nn.Module):
         if images_BCHW.dtype == torch.uint8:
             images = images / 255
         images = (images - self.mean) / self.std
-        return ModelOutput(*self.decoder(images, self.backbone(images)))
+        features = self.backbone(images)
+        logits, side_logits, routing = self.decoder(images, features)
+        presence = None if self.presence is None else self.presence(features[-1], logits)
+        return ModelOutput(logits, side_logits, routing, presence)
+
+    def presence_probability(self, output: ModelOutput) -> Tensor | None:
+        """Return the calibrated probabilities (B,), 0..1, that an image holds any object.
+
+        None for a model without the presence head. Uncalibrated where its run set no images aside
+        for it (``presence.calibration.is_fitted``).
+        """
+        if self.presence is None or output.presence_logit_B is None:
+            return None
+        probs_B: Tensor = self.presence.calibration(output.presence_logit_B)
+        return probs_B
 
     def set_gradient_checkpointing(self, enabled: bool) -> str:
         """Recompute activations in the backward pass; returns what it covers, in words."""

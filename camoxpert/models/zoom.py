@@ -43,7 +43,7 @@ class Zoomed(nn.Module):
         self.side = side
 
     def forward(self, images_BCHW: Tensor) -> ModelOutput:
-        """Segment a batch of uint8 images; routing is that of the smaller size."""
+        """Segment a batch of uint8 images; routing and presence are those of the smaller size."""
         small = F.interpolate(
             images_BCHW.float(),
             size=(self.side, self.side),
@@ -54,7 +54,13 @@ class Zoomed(nn.Module):
         near: ModelOutput = self.model(images_BCHW)
         far: ModelOutput = self.model(small.round().clamp(0, 255).to(torch.uint8))
         logits = resize(far.logits_B1HW.float(), near.logits_B1HW.shape[-2:])
-        return ModelOutput(join_logits(logits, near.logits_B1HW.float()), (), far.routing)
+        joined = join_logits(logits, near.logits_B1HW.float())
+        # Presence was calibrated at the size of training.
+        return ModelOutput(joined, (), far.routing, far.presence_logit_B)
+
+    def presence_probability(self, output: ModelOutput) -> Tensor | None:
+        """As that of the model."""
+        return self.model.presence_probability(output)
 
 
 def join_logits(*logits_B1HW: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from camoxpert.config import Config, config_from_dict
+from camoxpert.config import Config, ModelConfig, config_from_dict
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import no_path
 
@@ -23,6 +23,8 @@ FORMAT = 1
 BEST = "best.pt"
 INDEX = "index.json"
 SHARED = "model.safetensors"
+PRESENCE = "presence."
+"""Start of the names of the presence head's tensors."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ class Checkpoint:
         ema = self.values.get("ema")
         weights: dict[str, torch.Tensor] = ema["weights"] if ema else self.values["model"]
         return weights
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The settings that build its network: no weights are read from elsewhere, and what its run
+        decided (``model.presence=auto``) is as the weights have it."""
+        has_head = any(name.startswith(PRESENCE) for name in self.evaluated_weights)
+        return replace(
+            self.config.model,
+            pretrained=False,
+            weights="",
+            presence="on" if has_head else "off",
+        )
 
 
 def resolve_checkpoint(path: Path) -> Path:

@@ -83,7 +83,7 @@ ADDED = (
     *("data.synthetic", "data.synthetic_share"),
     *("data.teacher", "data.unlabeled", "data.unlabeled_share", "loss.teacher"),
     *("data.test_roots", "loss.size_balance", "loss.uncertainty", "model.decoder"),
-    *("model.init_from", "model.upcycle_noise", "model.routing_grid"),
+    *("model.init_from", "model.upcycle_noise", "model.routing_grid", "model.presence"),
     *("train.expert_dropout", "train.preset"),
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -345,8 +345,7 @@ class Teacher:
 
 
 def _built(checkpoint: Checkpoint, sides: Sequence[int]) -> CamoXpert:
-    settings = replace(checkpoint.config.model, pretrained=False, weights="")
-    model = build_model(settings, sides=sides)
+    model = build_model(checkpoint.model_config, sides=sides)
     try:
         model.load_state_dict(checkpoint.evaluated_weights)
     except RuntimeError as error:
