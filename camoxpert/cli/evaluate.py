@@ -162,14 +162,17 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
 
 
 def _print(results: Sequence[EvaluationResult], form: str) -> None:
-    """Print the scores, and below them the retention under corruptions where it was asked for and,
-    of a single data set, what each expert was chosen for.
+    """Print the scores, and below them how images with and without an object are told apart where
+    there are any without, the retention under corruptions where it was asked for and, of a single
+    data set, what each expert was chosen for.
 
-    CSV is one table: with corruptions it has a line for each, the clean scores among them. In JSON
-    the retention is under ``robustness``.
+    JSON and CSV have the scores of presence beside the others. CSV is one table: with corruptions
+    it has a line for each, the clean scores among them, and no presence. In JSON the retention is
+    under ``robustness``.
     """
     from camoxpert.evaluation.published import published_rows
     from camoxpert.evaluation.results import by_method
+    from camoxpert.pages.presence import presence_table, with_presence
     from camoxpert.pages.retention import RETENTION_FORMATS
     from camoxpert.pages.tables import FORMATS
 
@@ -183,10 +186,15 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
             scores = {"scores": scores, "robustness": found}
         console.say(json.dumps(scores, indent=1))
         return
+    if form == "csv" and not corrupted:
+        rows = [with_presence(row) for row in rows]
+        keys = tuple(dict.fromkeys(key for row in rows for key in row["scores"]))
     if form == "text":
         # For readers; files and the other formats hold what was measured.
         rows += published_rows(results)
     tables = [] if corrupted and form == "csv" else [FORMATS[form](rows, keys)]
+    if form != "csv" and (text := presence_table(rows, form)):
+        tables.append(text)
     if corrupted:
         tables.append(RETENTION_FORMATS[form](corrupted, keys))
     chosen = [row for row in rows if row.get("experts")] if form == "text" else []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +22,10 @@ from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import DataError
 from camoxpert.evaluation.chosen import expert_meter
 from camoxpert.evaluation.corrupted import note_corruptions, score_corrupted
+from camoxpert.evaluation.gallery import Gallery
 from camoxpert.evaluation.options import CorruptionOptions, ScoringOptions
-from camoxpert.evaluation.output import OutputFolder, file_names, safe_name, write_evaluation
+from camoxpert.evaluation.output import OutputFolder, write_evaluation
+from camoxpert.evaluation.presence import PresenceMeter
 from camoxpert.evaluation.results import (
     EvaluationResult,
     GalleryEntry,
@@ -34,6 +34,7 @@ from camoxpert.evaluation.results import (
     note_void,
     summarise,
 )
+from camoxpert.evaluation.tables import file_names
 from camoxpert.files import leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
@@ -42,51 +43,6 @@ from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel, side_by_side
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count, shorten
-
-Picture = NDArray[np.uint8]
-SHOWN = ("wFmeasure", "Smeasure", "MAE")
-"""Scores printed below a picture."""
-
-
-class Gallery:
-    """Keeps the pictures of only the ``size`` best and ``size`` worst images by weighted F."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._best: list[tuple[float, int, Row, Picture]] = []
-        self._worst: list[tuple[float, int, Row, Picture]] = []
-        self._order = itertools.count()
-
-    def offer(self, row: Row, picture: Callable[[], Picture]) -> None:
-        """Keep an image if it is among the best or worst so far; only then call ``picture``."""
-        value, order = float(row["wFmeasure"]), next(self._order)
-        if math.isnan(value):  # skipped: it has no object
-            return
-        for heap, key in ((self._best, value), (self._worst, -value)):
-            if not self.size or (len(heap) == self.size and key <= heap[0][0]):
-                continue
-            push = heapq.heappush if len(heap) < self.size else heapq.heapreplace
-            push(heap, (key, order, row, picture()))
-
-    def write(self, output: Path, dataset: str, method: str) -> list[GalleryEntry]:
-        """Write ``images/DATASET_best_1.jpg`` and so on under ``output``; return their entries."""
-        entries: list[GalleryEntry] = []
-        for kind, heap in (("best", self._best), ("worst", self._worst)):
-            for rank, (_, _, row, picture) in enumerate(sorted(heap, reverse=True), 1):
-                path = output / "images" / f"{safe_name(dataset)}_{kind}_{rank}.jpg"
-                write_jpeg(path, picture)
-                entries.append(
-                    {
-                        "dataset": dataset,
-                        "kind": kind,
-                        "name": row["name"],
-                        "measure": "wFmeasure",
-                        "values": {method: row["wFmeasure"]},
-                        "scores": {key: row[key] for key in SHOWN},
-                        "panel": path.relative_to(output).as_posix(),
-                    }
-                )
-        return entries
 
 
 def find_sets(
@@ -308,6 +264,7 @@ def _score_set(
     )
 
     experts = expert_meter(predictor.model)
+    presence = PresenceMeter() if predictor.has_presence else None
 
     def seen(item: Item, prediction: Callable[[], NDArray[np.uint8]], row: Row) -> None:
         mask, void = split_void(item.mask)
@@ -315,16 +272,18 @@ def _score_set(
         if experts is not None:
             experts.add_image(item, mask, void)
         original = item.original
-        if original is not None:
-            pictures.offer(
-                row,
-                lambda: panel(
-                    original,
-                    item.mask,
-                    prediction() / np.float32(255),
-                    stretch=options.protocol == "pysod",
-                ),
-            )
+        if original is None:
+            return
+
+        def picture(*, stretch: bool) -> NDArray[np.uint8]:
+            return panel(original, item.mask, prediction() / np.float32(255), stretch=stretch)
+
+        pictures.offer(row, partial(picture, stretch=options.protocol == "pysod"))
+        probability = None if presence is None else presence.probabilities()[item.name]
+        # Stretched, every map of an image without an object would show one.
+        pictures.offer_presence(
+            row, evaluator.claim(item.name), probability, partial(picture, stretch=False)
+        )
 
     left_out: list[str] = []
 
@@ -342,6 +301,7 @@ def _score_set(
         precision=predictor.precision,
         seen=seen,
         routed=None if experts is None else experts.add_choices,
+        judged=None if presence is None else presence.add,
     )
     if left_out:
         if len(left_out) == len(manifest):
@@ -358,6 +318,7 @@ def _score_set(
         dataset=name,
         seconds=time.monotonic() - started,
         unreadable=left_out,
+        probabilities=None if presence is None else presence.probabilities(),
         source=ModelSource(
             checkpoint=predictor.checkpoint.path.stem,
             weights=file_digest(predictor.checkpoint.path),
@@ -368,7 +329,9 @@ def _score_set(
     )
     if experts is None:
         return scored
-    scored = replace(scored, columns=experts.columns())
+    chosen = experts.columns()
+    columns = {name: {**chosen[name], **more} for name, more in scored.columns.items()}
+    scored = replace(scored, columns=columns)
     found = experts.table(scored.rows(), statistics=options.intervals)
     return replace(scored, result=replace(scored.result, experts=found))
 

@@ -9,9 +9,12 @@ scores again and keeps the others.
     scores.csv, scores.md, scores.tex
     per_image/METHOD/DATASET.csv    a row of scores for each image
     curves/DATASET.png              precision over recall, F and E over thresholds
-    images/DATASET_best_1.jpg       and worst, and disputed where there are several methods
+    images/DATASET_best_1.jpg       and worst, and disputed where there are several methods, and
+                                    false_alarm and missed where some images have no object
     robustness.csv, .md, .tex       with --corruptions: scores and retention
     robustness/DATASET.png, .jpg    retention over severity, and what the corruptions look like
+    presence.csv, .md, .tex         with images without an object: presence and false masks
+    presence/DATASET.png            reliability curve of the presence
     index.html                      all of it on one page
 """
 
@@ -20,10 +23,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -33,23 +35,25 @@ from camoxpert import console, stop
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.results import GalleryEntry, Scored, compare_all
+from camoxpert.evaluation.tables import (
+    file_names,
+    write_curves,
+    write_presence,
+    write_robustness,
+    write_tables,
+)
 from camoxpert.files import (
     leads_outside,
     lock,
     read_json,
     require_writable,
     why_unwritable,
-    write_bytes,
     write_json,
     write_rows,
 )
-from camoxpert.pages import charts, retention, tables
 from camoxpert.pages.evaluation import write_evaluation_page
 from camoxpert.runs.info import versions
-from camoxpert.text import free_name
 
-SUFFIXES = (("csv", "csv"), ("md", "markdown"), ("tex", "latex"))
-"""Endings of table files, and the formats in them."""
 UNFINISHED = ".evaluation-"
 """How the names of unfinished folders, and of the lock, begin."""
 MARKER = "scores.json"
@@ -350,6 +354,7 @@ def write_evaluation(
     grouped = sorted(kept.results, key=lambda entry: order.index(entry["dataset"]))
     write_tables(folder, grouped, keys)
     write_robustness(folder, kept.results, keys, datasets)
+    write_presence(folder, kept.results, datasets)
     summary = {
         "command": list(command),
         "versions": versions(),
@@ -424,74 +429,3 @@ def _note_other_images(old: Mapping[str, Any], entries: Sequence[Mapping[str, An
                 f"{old['dataset']}: {old['method']} was scored on other images or masks than "
                 f"{entry['method']}; their scores in this table are not comparable"
             )
-
-
-def write_tables(folder: Path, rows: Sequence[tables.Row], keys: Sequence[str]) -> None:
-    """Write the score table as CSV, Markdown and LaTeX."""
-    for suffix, form in SUFFIXES:
-        text = tables.FORMATS[form](rows, keys)
-        write_bytes(folder / f"scores.{suffix}", text.encode("utf-8", "surrogateescape"))
-
-
-def write_robustness(
-    folder: Path, entries: Sequence[tables.Row], keys: Sequence[str], files: Mapping[str, str]
-) -> None:
-    """Write retention under corruptions as tables and a picture for each data set, if any has it.
-
-    Args:
-        folder: receives the files.
-        entries: results as in ``scores.json``.
-        keys: measures, in the order of the columns.
-        files: data set -> file name without ending.
-    """
-    found = [entry for entry in entries if entry.get("robustness")]
-    if not found:
-        return
-    for suffix, form in SUFFIXES:
-        text = retention.RETENTION_FORMATS[form](found, keys)
-        write_bytes(folder / f"robustness.{suffix}", text.encode("utf-8", "surrogateescape"))
-    for entry in found:
-        curves = retention.retention_curves(entry)
-        try:
-            picture = charts.plot_retention(curves, entry["robustness"]["measure"])
-        except Exception as error:
-            console.warn(f"no retention is drawn: {error}")
-            return
-        name = files[entry["dataset"]]
-        if sum(other["dataset"] == entry["dataset"] for other in found) > 1:
-            name += f"_{safe_name(entry['method'])}"
-        write_bytes(folder / "robustness" / f"{name}.png", picture)
-
-
-def write_curves(
-    folder: Path, results: Sequence[Mapping[str, Any]], files: Mapping[str, str]
-) -> None:
-    """Write the precision-recall, F and E curves of each data set as PNG, a line per method.
-
-    Args:
-        folder: receives the files.
-        results: entries of ``scores.json``, of any methods and data sets.
-        files: data set -> file name without ending.
-    """
-    for dataset in dict.fromkeys(result["dataset"] for result in results):
-        curves = {r["method"]: r["curves"] for r in results if r["dataset"] == dataset}
-        try:
-            picture = charts.plot_curves(curves)
-        except Exception as error:
-            # Matplotlib is missing, or cannot draw a name: the scores must not be lost.
-            console.warn(f"no curves are drawn: {error}")
-            return
-        write_bytes(folder / f"{files[dataset]}.png", picture)
-
-
-def safe_name(name: str) -> str:
-    """Return a file name for any text, without path separators and leading dots."""
-    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
-
-
-def file_names(names: Iterable[str]) -> dict[str, str]:
-    """Return a file name for each name, unique on case-insensitive disks as well."""
-    files: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        files[name] = free_name(safe_name(name), files.values())
-    return files

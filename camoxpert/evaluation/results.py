@@ -16,8 +16,10 @@ from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.robustness import Robustness
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.groups import count_label, size_label
+from camoxpert.metrics.presence import PresenceScores, presence_scores
 from camoxpert.metrics.scoring import Row
 from camoxpert.metrics.statistics import Scores, breakdown, compare, confidence_intervals
+from camoxpert.text import count
 
 DECIDING = ("wFmeasure", "Smeasure", "IoU", "MAE")
 """The first of these that was computed ranks images and methods."""
@@ -83,6 +85,7 @@ class EvaluationResult:
         source: what was scored.
         robustness: scores under corruptions; None: not asked for.
         experts: what each expert was chosen for; None: the model has no choice of experts.
+        presence: how well images with an object are told from those without; None: all have one.
     """
 
     dataset: str
@@ -101,12 +104,13 @@ class EvaluationResult:
     unreadable: tuple[str, ...] = ()
     robustness: Robustness | None = None
     experts: ExpertTable | None = None
+    presence: PresenceScores | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         source = asdict(values.pop("source"))
-        for name in ("robustness", "experts"):
+        for name in ("robustness", "experts", "presence"):
             part = values.pop(name)
             if part is not None:
                 values[name] = asdict(part)
@@ -140,10 +144,13 @@ class _Scores(TypedDict, total=False):
 
 
 class GalleryEntry(_Scores):
-    """One picture: an image that scored best, worst or most differently.
+    """One picture: an image that scored best, worst or most differently, or was taken for the other
+    kind.
 
-    ``values`` holds the score of each method in ``measure``, ``scores`` the main ones of a single
-    model; ``panel`` is a path relative to ``scores.json``.
+    The kinds ``false_alarm`` and ``missed`` are those of images without and with an object that
+    look most as if it were the other way round. ``values`` holds the score of each method in
+    ``measure``, ``scores`` the main ones of a single model; ``panel`` is a path relative to
+    ``scores.json``.
     """
 
     dataset: str
@@ -163,8 +170,18 @@ def summarise(
     seconds: float,
     source: ModelSource | MapSource,
     unreadable: Sequence[str] = (),
+    probabilities: Mapping[str, float] | None = None,
 ) -> Scored:
     """Return the result of one method on one data set from the scores of its images.
+
+    Args:
+        evaluator: with the scores.
+        options: how they were made.
+        method, dataset: names.
+        seconds: time that scoring took.
+        source: what was scored.
+        unreadable: see ``EvaluationResult``.
+        probabilities: image -> probability that it holds any object; None: the method gives none.
 
     Raises:
         DataError: every image was left out, because none has an object.
@@ -178,6 +195,14 @@ def summarise(
     rows = evaluator.rows()
     enough = options.intervals and len(rows) > 1
     ends = confidence_intervals(Scores(evaluator)) if enough else {}
+    claims = evaluator.claims()
+    presence = presence_scores(claims, probabilities, intervals=options.intervals)
+    columns: dict[str, Row] = {name: {} for name in claims}
+    for name, probability in (probabilities or {}).items():
+        columns[name]["presence"] = probability
+    if presence is not None:
+        for name, claim in claims.items():
+            columns[name]["mask_fraction"] = claim.share
     result = EvaluationResult(
         dataset=dataset,
         method=method,
@@ -193,8 +218,9 @@ def summarise(
         seconds=seconds,
         source=source,
         unreadable=tuple(unreadable),
+        presence=presence,
     )
-    return Scored(result, evaluator)
+    return Scored(result, evaluator, columns)
 
 
 def break_down(rows: Sequence[Row], keys: Sequence[str]) -> Breakdown:
@@ -247,6 +273,19 @@ def note_void(dataset: str, evaluator: Evaluator) -> None:
         )
 
 
+def note_presence(scored: Sequence[Scored]) -> None:
+    """Warn of maps whose false masks say nothing."""
+    for item in scored:
+        found = item.result.presence
+        if found is not None and found.stretched:
+            console.warn(
+                f"{item.result.dataset}: the maps of {item.result.method} were stretched to their "
+                "full range one by one before they were saved, so each of the "
+                f"{count(found.num_empty, 'image')} without an object has a mask. That says "
+                "nothing of the model and is not counted; save the maps as the model gave them."
+            )
+
+
 def by_dataset(scored: Sequence[Scored]) -> dict[str, dict[str, Evaluator]]:
     """Return data set -> method -> evaluator."""
     table: dict[str, dict[str, Evaluator]] = {}
@@ -261,7 +300,8 @@ def by_method(
     """Return method -> data set -> scores; of a single method, data set -> scores."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for result in results:
-        table.setdefault(result.method, {})[result.dataset] = result.scores
+        more = {} if result.presence is None else result.presence.scores
+        table.setdefault(result.method, {})[result.dataset] = {**result.scores, **more}
     return table if len(table) > 1 else next(iter(table.values()))
 
 

@@ -85,6 +85,11 @@ class Predictor:
             self.model, self.img_size = Zoomed(built, self.img_size), sides[-1]
         self.model.to(device).eval()
 
+    @property
+    def has_presence(self) -> bool:
+        """Whether the model says how probable it is that an image holds any object."""
+        return self.checkpoint.model_config.presence == "on"
+
     @overload
     def predict(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
 from camoxpert.metrics.scoring import Row
+from camoxpert.models.camoxpert import ModelOutput
 from camoxpert.models.router import Routing, first_choices
 from camoxpert.runtime.device import Precision
 
@@ -51,6 +53,23 @@ Seen = Callable[[Item, Callable[[], NDArray[np.uint8]], Row], None]
 """Called with an image, a function that returns its uint8 map, and its score row."""
 Routed = Callable[[Sequence[Item], Tensor], None]
 """Called with images and the experts that they use most, (levels, images), on the device."""
+Judged = Callable[[Sequence[Item], Tensor], None]
+"""Called with images and the calibrated probabilities (images,) that they hold any object, on the
+device."""
+
+
+class Maps(NamedTuple):
+    """What a model says of a batch.
+
+    Attributes:
+        maps: one probability map per image at its own size, float32 (H, W) in 0..1.
+        routing: as in ``ModelOutput``.
+        presence_B: calibrated probabilities that the images hold any object; None without a head.
+    """
+
+    maps: list[Tensor]
+    routing: tuple[Routing, ...]
+    presence_B: Tensor | None
 
 
 @torch.inference_mode()
@@ -60,8 +79,8 @@ def probability_maps(
     sizes: Sequence[tuple[int, int]],
     *,
     precision: Precision | None = None,
-) -> tuple[list[Tensor], tuple[Routing, ...]]:
-    """Return one probability map per image at its own size, and the routing.
+) -> Maps:
+    """Return one probability map per image at its own size, the routing, and the presence.
 
     The logits are resized (bilinear, align_corners=False), then the sigmoid is taken.
 
@@ -72,13 +91,21 @@ def probability_maps(
         precision: number format of the forward pass; None: the format of the weights.
 
     Returns:
-        float32 tensors (H, W) in 0..1 on the device; routing records.
+        Tensors on the device.
     """
     with nullcontext() if precision is None else precision.autocast(images_BCHW.device):
         output = model(images_BCHW)
     logits = output.logits_B1HW.float()
     maps = [enlarged(logits[i], size) for i, size in enumerate(sizes)]
-    return maps, output.routing
+    return Maps(maps, output.routing, presence_of(model, output))
+
+
+def presence_of(model: nn.Module, output: ModelOutput) -> Tensor | None:
+    """Return the calibrated probabilities (B,) that images hold any object; None without a head."""
+    if output.presence_logit_B is None:
+        return None
+    judge: Callable[[ModelOutput], Tensor] = model.presence_probability  # type: ignore[assignment]
+    return judge(output)
 
 
 def enlarged(logits_1HW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -102,6 +129,7 @@ def score(
     precision: Precision | None = None,
     seen: Seen | None = None,
     routed: Routed | None = None,
+    judged: Judged | None = None,
     on_device: bool | None = None,
 ) -> None:
     """Score a model on evaluation batches into ``evaluator``.
@@ -122,6 +150,7 @@ def score(
         precision: number format of the forward pass; None: the format of the weights.
         seen: called for every image, in order.
         routed: called for every forward pass, before ``seen``.
+        judged: called for every forward pass of a model with a presence head, before ``seen``.
         on_device: score the maps with the torch path; None: only on CUDA devices.
 
     Raises:
@@ -154,10 +183,12 @@ def score(
             filled = [*items, *[items[-1]] * (size - len(items))]
             images = torch.stack([item.image for item in filled]).to(device)
             sizes = [item.size for item in items]
-            maps, routing = probability_maps(model, images, sizes, precision=precision)
+            maps, routing, presence = probability_maps(model, images, sizes, precision=precision)
             if routed is not None:
                 chosen = torch.stack([first_choices(level, size) for level in routing])
                 routed(items, chosen[:, : len(items)])
+            if judged is not None and presence is not None:
+                judged(items, presence[: len(items)])
             finish(waiting)
             waiting = [(i, (m * 255).to(torch.uint8)) for i, m in zip(items, maps, strict=True)]
             if scorer is not None:

@@ -249,6 +249,10 @@ class Evaluator:
             digest.update(f"{name}\t{digests[name]}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def claim(self, name: str) -> Claim:
+        """Return what the map of one image claims before any stretch."""
+        return self._scores[name].claim if name in self._scores else self._skipped[name][1]
+
     def claims(self) -> dict[str, Claim]:
         """Return what the map of each image claims before any stretch, skipped images included."""
         found = {name: score.claim for name, score in self._scores.items()}

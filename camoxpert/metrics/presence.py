@@ -23,7 +23,6 @@ PROBABILITY_KEYS = ("AUROC", "AveragePrecision", "FPR95", "Brier", "ECE")
 MASK_KEYS = ("FalseMasks", "FalseArea", "Missed")
 """Measures of the masks: they need no probability."""
 PRESENCE_KEYS = (*PROBABILITY_KEYS, *MASK_KEYS)
-PRESENCE_HIGHER_IS_BETTER = ("AUROC", "AveragePrecision")
 BINS = 15
 RECALL = 0.95
 FEWEST_STRETCHED = 4
@@ -120,7 +119,9 @@ def presence_scores(
         scores |= {key: found / number for key, (found, number) in counts.items()}
         scores["FalseArea"] = float(share_N[~present_N].mean())
         if intervals:
-            ends |= {key: tuple(wilson(*pair)) for key, pair in counts.items()}
+            for key, pair in counts.items():
+                low, high = wilson(*pair)
+                ends[key] = low, high
     return PresenceScores(
         num_present,
         num_empty,
@@ -219,8 +220,8 @@ def _grouped(probability_N: Floats, present_N: NDArray[np.bool_]) -> tuple[Float
     """Return the different probabilities, ascending, and the images of both kinds at each."""
     level_G, group_N = np.unique(probability_N, return_inverse=True)
     positive_G = np.bincount(group_N, weights=present_N, minlength=len(level_G))
-    total_G = np.bincount(group_N, minlength=len(level_G))
-    return level_G, positive_G, total_G - positive_G
+    total_G = np.bincount(group_N, minlength=len(level_G)).astype(np.float64)
+    return level_G, positive_G.astype(np.float64), total_G - positive_G
 
 
 def _measures(level_G: Floats, positive_RG: Floats, negative_RG: Floats) -> Floats:

@@ -112,6 +112,33 @@ def plot_retention(curves: Mapping[str, Mapping[int, float]], measure: str) -> b
     return _png(figure)
 
 
+def plot_reliability(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+    """Plot the share of images with an object over the predicted probability; PNG.
+
+    Args:
+        curves: name -> bins, see ``metrics.presence.ReliabilityBin``.
+    """
+    figure, (axis,) = _figure(1, width=4.6, height=3.8)
+    axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+    for index, (name, bins) in enumerate(curves.items()):
+        predicted, observed = ([part[key] for part in bins] for key in ("predicted", "observed"))
+        # Of a share of 0 or 1 rounding may put an end on the wrong side.
+        below = [max(0.0, part["observed"] - part["low"]) for part in bins]
+        above = [max(0.0, part["high"] - part["observed"]) for part in bins]
+        style = _line(index, name)
+        axis.errorbar(predicted, observed, [below, above], marker=".", elinewidth=0.6, **style)
+    axis.set(
+        title="images with an object, by predicted presence",
+        xlabel="mean presence of a bin",
+        ylabel="share with an object",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+    )
+    axis.yaxis.label.set(color=GREY, fontsize=8)
+    _legend(axis)
+    return _png(figure)
+
+
 def _line(index: int, name: str) -> dict[str, Any]:
     """Return the style of the line with a number and a name."""
     return {

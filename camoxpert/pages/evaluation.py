@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from camoxpert.pages import charts
 from camoxpert.pages.experts import expert_cells
+from camoxpert.pages.presence import PresencePart, presence_part
 from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, p_value, write_page
 from camoxpert.pages.retention import retention_cells, retention_curves
 from camoxpert.pages.tables import best_values, format_value
@@ -19,6 +20,8 @@ KINDS = {
     "best": "Best images, by the mean over the methods",
     "worst": "Worst images, by the mean over the methods",
     "disputed": "Disputed images: the methods differ most",
+    "false_alarm": "Images without an object that look most as if they had one",
+    "missed": "Images with an object that look least as if they had one",
 }
 LEFT_OUT = {
     "num_skipped": "without an object skipped",
@@ -107,6 +110,7 @@ class DatasetPart:
     curves: Chart
     breakdowns: list[Breakdown]
     galleries: list[tuple[str, list[Picture]]]
+    presence: PresencePart | None
     experts: list[tuple[str, ExpertPart]]
     retention: list[tuple[str, RetentionPart]]
 
@@ -179,6 +183,7 @@ def _dataset(
             _breakdown(results, division, measures) for division in results[0]["breakdown"]
         ],
         galleries=list(_galleries(folder, pictures)),
+        presence=presence_part(results, [result["method"] for result in results]),
         experts=[
             (result["method"], ExpertPart(*expert_cells(result)))
             for result in results

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from camoxpert.config import changed_settings, config_from_dict, get_setting, leaves, read_yaml
 from camoxpert.errors import ConfigError
 from camoxpert.pages import charts
+from camoxpert.pages.presence import PresencePart, presence_part
 from camoxpert.pages.render import Chart, Picture, arrow, draw, inline_jpeg, number, write_page
 from camoxpert.pages.scored import run_results
 from camoxpert.runs.records import (
@@ -53,6 +54,13 @@ TILES = {
     "meanEm": "mean E",
     "IoU": "IoU",
     "MAE": "MAE",
+}
+
+GALLERIES = {
+    "best": "best predictions",
+    "worst": "worst predictions",
+    "false_alarm": "without an object, most as if there were one",
+    "missed": "with an object, least as if there were one",
 }
 
 
@@ -106,6 +114,7 @@ class RunPage:
     measures: Mapping[str, Measure]
     scores: list[ScoreRow]
     tested: bool
+    presence: PresencePart | None
     galleries: list[tuple[str, list[Picture]]]
     curves: list[Chart]
     experts: Experts | None
@@ -136,6 +145,7 @@ def write_report(run_dir: Path, page_file: Path | None = None) -> Path:
         measures=MEASURES,
         scores=list(_score_rows(results, records)),
         tested=bool(results),
+        presence=_presence(results, records),
         galleries=list(_galleries(run_dir, results)),
         curves=list(_curves(records, results)),
         experts=_experts(records.routing, regions=_routes_regions(run_dir)),
@@ -193,19 +203,35 @@ def _score_rows(results: Sequence[Result], records: Records) -> Iterator[ScoreRo
 
 def _galleries(run_dir: Path, results: Sequence[Result]) -> Iterator[tuple[str, list[Picture]]]:
     for result in results:
-        for kind in ("best", "worst"):
+        for kind, title in GALLERIES.items():
             pictures = []
             for entry in result.get("gallery", {}).get(kind, ()):
                 path = run_dir / entry["panel"]
                 # A path in a JSON file from elsewhere must not pull in other files.
                 if not path.resolve().is_relative_to(run_dir.resolve()) or not path.is_file():
                     continue
-                values = (("wF", "wFmeasure"), ("S", "Smeasure"), ("MAE", "MAE"))
-                shown = ", ".join(f"{label} {number(entry.get(key))}" for label, key in values)
+                shown = _caption(kind, entry)
                 source = inline_jpeg(path.read_bytes())
                 pictures.append(Picture(source, f"{entry['name']}: {shown}"))
             if pictures:
-                yield f"{result['dataset']}: {kind} predictions", pictures
+                yield f"{result['dataset']}: {title}", pictures
+
+
+def _caption(kind: str, entry: Mapping[str, Any]) -> str:
+    if kind in ("false_alarm", "missed"):
+        return ", ".join(f"{entry['measure']} {number(v)}" for v in entry["values"].values())
+    values = (("wF", "wFmeasure"), ("S", "Smeasure"), ("MAE", "MAE"))
+    return ", ".join(f"{label} {number(entry.get(key))}" for label, key in values)
+
+
+def _presence(results: Sequence[Result], records: Records) -> PresencePart | None:
+    """Return the table of presence: of the test sets and of the validation that chose."""
+    found: list[Result] = list(results)
+    names = [str(result["dataset"]) for result in results]
+    if records.best and records.best.get("presence"):
+        found.append({"dataset": "", "method": "", "presence": records.best["presence"]})
+        names.append(f"validation, best: epoch {records.best['epoch']}")
+    return presence_part(found, names)
 
 
 def _curves(records: Records, results: Sequence[Result]) -> Iterator[Chart]:

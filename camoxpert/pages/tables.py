@@ -13,7 +13,10 @@ from typing import Any
 
 from camoxpert.text import table
 
-LOWER_IS_BETTER = ("MAE", "BER", "HCE")
+LOWER_IS_BETTER = (
+    *("MAE", "BER", "HCE"),
+    *("FPR95", "Brier", "ECE", "FalseMasks", "FalseArea", "Missed"),
+)
 LATEX_NAMES = {
     "Smeasure": r"$S_\alpha$",
     "MAE": r"$\mathcal{M}$",

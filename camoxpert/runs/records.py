@@ -40,9 +40,13 @@ class _Validation(_AtStep):
 
 
 class ValidationRecord(_Validation, total=False):
-    """The scores of an epoch."""
+    """The scores of an epoch.
+
+    ``presence`` where there are images without an object: as in ``scores.json``.
+    """
 
     unreadable: list[str]
+    presence: dict[str, Any]
 
 
 class LevelRouting(TypedDict):

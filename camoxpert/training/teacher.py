@@ -328,8 +328,8 @@ class Teacher:
         for at_size in images:
             sizes = [(side, side)] * len(at_size)
             on_device = at_size.to(self.device)
-            maps, _ = probability_maps(self.model, on_device, sizes, precision=self.precision)
-            total = torch.stack(maps) + total.to(self.device)
+            found = probability_maps(self.model, on_device, sizes, precision=self.precision)
+            total = torch.stack(found.maps) + total.to(self.device)
         return total / len(images)
 
     def _read(self, pair: Pair, *, max_pixels: int, skip: bool) -> list[Tensor]:

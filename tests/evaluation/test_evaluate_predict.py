@@ -17,8 +17,8 @@ from camoxpert.cli import main
 from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.errors import DataError
-from camoxpert.evaluation.model import Gallery
-from camoxpert.evaluation.output import safe_name
+from camoxpert.evaluation.gallery import Gallery
+from camoxpert.evaluation.tables import safe_name
 from camoxpert.inference import engine
 from camoxpert.inference.prediction import Prediction
 from camoxpert.inference.predictor import load_predictor
@@ -323,9 +323,11 @@ def test_gallery_keeps_the_extremes_only() -> None:
             made.append(value)
             return np.zeros((2, 2, 3), np.uint8)
 
-        gallery.offer({"name": str(value), "wFmeasure": value, "Smeasure": 0, "MAE": 0}, picture)
-    assert sorted(row["name"] for _, _, row, _ in gallery._best) == ["0.7", "0.9"]
-    assert sorted(row["name"] for _, _, row, _ in gallery._worst) == ["0.1", "0.3"]
+        row = {"name": str(value), "wFmeasure": value, "Smeasure": 0, "MAE": 0}
+        gallery.offer({**row, "object_fraction": 0.1}, picture)
+        gallery.offer({**row, "object_fraction": 0.0}, picture)
+    assert sorted(kept[2]["name"] for kept in gallery._kept["best"]) == ["0.7", "0.9"]
+    assert sorted(kept[2]["name"] for kept in gallery._kept["worst"]) == ["0.1", "0.3"]
 
 
 def test_table_is_aligned() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,20 +14,24 @@ from numpy.typing import NDArray
 from camoxpert import stop
 from camoxpert.data.files.image_io import read_image, write_jpeg
 from camoxpert.errors import DataError
+from camoxpert.evaluation.gallery import FALSE_ALARM, MASK_SHARE, MISSED
 from camoxpert.evaluation.maps.find import MapJob, MapTask
 from camoxpert.evaluation.maps.score import MapOptions, read_prediction, read_truth, score_task
-from camoxpert.evaluation.output import OutputFolder, file_names, write_evaluation
+from camoxpert.evaluation.output import OutputFolder, write_evaluation
 from camoxpert.evaluation.results import (
     EvaluationResult,
     GalleryEntry,
     MapSource,
     by_dataset,
     deciding_key,
+    note_presence,
     note_void,
     ranked,
     summarise,
 )
+from camoxpert.evaluation.tables import file_names
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
+from camoxpert.metrics.presence import are_stretched
 from camoxpert.pages.pictures import comparison_panel
 
 METHODS_SHOWN = 5
@@ -77,6 +83,7 @@ def evaluate_maps(
         stop.check()
     for dataset, methods in by_dataset(scored).items():
         note_void(dataset, next(iter(methods.values())))
+    note_presence(scored)
     if output is not None:
         gallery = write_gallery(output.unfinished, tasks, by_dataset(scored), options)
         write_evaluation(output, scored, gallery, intervals=options.intervals, command=command)
@@ -120,24 +127,73 @@ def write_gallery(
             for task in tasks
             if task.dataset == dataset
         }
-        for kind, indices in _choose(values_MN, key, options.gallery).items():
-            for rank, index in enumerate(indices, 1):
-                name = names[index]
-                own = {m: float(values_MN[i, index]) for i, m in enumerate(methods)}
-                own_jobs = {method: jobs[method][name] for method in shown}
-                path = output / "images" / f"{files[dataset]}_{kind}_{rank}.jpg"
-                write_jpeg(path, _panel(own_jobs, own, options))
-                entries.append(
-                    {
-                        "dataset": dataset,
-                        "kind": kind,
-                        "name": name,
-                        "measure": key,
-                        "values": own,
-                        "panel": path.relative_to(output).as_posix(),
-                    }
-                )
+        chosen = [
+            Shown(
+                kind,
+                names[index],
+                key,
+                dict(zip(methods, values_MN[:, index].tolist(), strict=True)),
+            )
+            for kind, indices in _choose(values_MN, key, options.gallery).items()
+            for index in indices
+        ]
+        ranks: Counter[str] = Counter()
+        for one in [*chosen, *_of_the_other_kind(methods, options.gallery)]:
+            ranks[one.kind] += 1
+            own_jobs = {method: jobs[method][one.name] for method in shown}
+            path = output / "images" / f"{files[dataset]}_{one.kind}_{ranks[one.kind]}.jpg"
+            write_jpeg(path, _panel(own_jobs, one, options))
+            place = path.relative_to(output).as_posix()
+            entries.append(
+                {
+                    "dataset": dataset,
+                    "kind": one.kind,
+                    "name": one.name,
+                    "measure": one.measure,
+                    "values": one.values,
+                    "panel": place,
+                }
+            )
     return entries
+
+
+def _column(
+    methods: Iterable[str], values_MN: NDArray[np.float64], index: int | np.intp
+) -> dict[str, float]:
+    return dict(zip(methods, values_MN[:, index].tolist(), strict=True))
+
+
+class Shown(NamedTuple):
+    """An image of the gallery: why it is shown, and the value of each method in a measure."""
+
+    kind: str
+    name: str
+    measure: str
+    values: dict[str, float]
+
+
+def _of_the_other_kind(methods: Mapping[str, Evaluator], size: int) -> list[Shown]:
+    """Return the images without an object that have the largest masks, and the largest objects of
+    which some method found nothing; none where every image has an object."""
+    claims = {method: evaluator.claims() for method, evaluator in methods.items()}
+    first = next(iter(claims.values()))
+    if all(claim.present for claim in first.values()):
+        return []
+    if any(are_stretched(list(own.values())) for own in claims.values()):
+        return []
+    fractions = {row["name"]: row["object_fraction"] for row in next(iter(methods.values())).rows()}
+    ranked_names: dict[str, list[tuple[float, str]]] = {FALSE_ALARM: [], MISSED: []}
+    for name, claim in first.items():
+        shares = [own[name].share for own in claims.values()]
+        if claim.present and min(shares) == 0:
+            ranked_names[MISSED].append((-fractions[name], name))
+        elif not claim.present and max(shares) > 0:
+            ranked_names[FALSE_ALARM].append((-sum(shares), name))
+    return [
+        Shown(kind, name, MASK_SHARE, {method: own[name].share for method, own in claims.items()})
+        for kind, found in ranked_names.items()
+        for _, name in sorted(found)[:size]
+    ]
 
 
 def _choose(values_MN: NDArray[np.float64], key: str, size: int) -> dict[str, NDArray[np.intp]]:
@@ -150,9 +206,8 @@ def _choose(values_MN: NDArray[np.float64], key: str, size: int) -> dict[str, ND
     return chosen
 
 
-def _panel(
-    jobs: Mapping[str, MapJob], values: Mapping[str, float], options: MapOptions
-) -> NDArray[np.uint8]:
+def _panel(jobs: Mapping[str, MapJob], shown: Shown, options: MapOptions) -> NDArray[np.uint8]:
+    stretch = options.protocol == "pysod" and shown.measure != MASK_SHARE
     first = next(iter(jobs.values()))
     mask = read_truth(first, options).mask_HW
     image = None
@@ -168,6 +223,6 @@ def _panel(
         prediction = read_prediction(job, mask.shape, options)
         low, high = int(prediction.min()), int(prediction.max())
         # As in the scores: above one half, of the stretched map under "pysod".
-        cut = (low + high) / 2 if options.protocol == "pysod" and high > low else 127.5
-        found[f"{method} {values[method]:.2f}"] = prediction > cut
+        cut = (low + high) / 2 if stretch and high > low else 127.5
+        found[f"{method} {shown.values[method]:.2f}"] = prediction > cut
     return comparison_panel(image, mask, found)

@@ -1,0 +1,107 @@
+"""The tables and charts of an evaluation, as files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from camoxpert import console
+from camoxpert.files import write_bytes
+from camoxpert.pages import charts, retention, tables
+from camoxpert.pages.presence import presence_table
+from camoxpert.text import free_name
+
+SUFFIXES = (("csv", "csv"), ("md", "markdown"), ("tex", "latex"))
+"""Endings of table files, and the formats in them."""
+
+
+def write_tables(folder: Path, rows: Sequence[tables.Row], keys: Sequence[str]) -> None:
+    """Write the score table as CSV, Markdown and LaTeX."""
+    for suffix, form in SUFFIXES:
+        text = tables.FORMATS[form](rows, keys)
+        write_bytes(folder / f"scores.{suffix}", text.encode("utf-8", "surrogateescape"))
+
+
+def write_robustness(
+    folder: Path, entries: Sequence[tables.Row], keys: Sequence[str], files: Mapping[str, str]
+) -> None:
+    """Write retention under corruptions as tables and a picture for each data set, if any has it.
+
+    Args:
+        folder: receives the files.
+        entries: results as in ``scores.json``.
+        keys: measures, in the order of the columns.
+        files: data set -> file name without ending.
+    """
+    found = [entry for entry in entries if entry.get("robustness")]
+    if not found:
+        return
+    for suffix, form in SUFFIXES:
+        text = retention.RETENTION_FORMATS[form](found, keys)
+        write_bytes(folder / f"robustness.{suffix}", text.encode("utf-8", "surrogateescape"))
+    for entry in found:
+        curves = retention.retention_curves(entry)
+        try:
+            picture = charts.plot_retention(curves, entry["robustness"]["measure"])
+        except Exception as error:
+            console.warn(f"no retention is drawn: {error}")
+            return
+        name = files[entry["dataset"]]
+        if sum(other["dataset"] == entry["dataset"] for other in found) > 1:
+            name += f"_{safe_name(entry['method'])}"
+        write_bytes(folder / "robustness" / f"{name}.png", picture)
+
+
+def write_presence(folder: Path, entries: Sequence[tables.Row], files: Mapping[str, str]) -> None:
+    """Write how images with and without an object are told apart, if there are any without: tables,
+    and a reliability curve for each data set where a method gives probabilities."""
+    for suffix, form in SUFFIXES:
+        text = presence_table(entries, form)
+        if text:
+            write_bytes(folder / f"presence.{suffix}", text.encode("utf-8", "surrogateescape"))
+    found = [entry for entry in entries if (entry.get("presence") or {}).get("bins")]
+    for dataset in dict.fromkeys(entry["dataset"] for entry in found):
+        own = [entry for entry in found if entry["dataset"] == dataset]
+        curves = {entry["method"]: entry["presence"]["bins"] for entry in own}
+        try:
+            picture = charts.plot_reliability(curves)
+        except Exception as error:
+            console.warn(f"no reliability curve is drawn: {error}")
+            return
+        write_bytes(folder / "presence" / f"{files[dataset]}.png", picture)
+
+
+def write_curves(
+    folder: Path, results: Sequence[Mapping[str, Any]], files: Mapping[str, str]
+) -> None:
+    """Write the precision-recall, F and E curves of each data set as PNG, a line per method.
+
+    Args:
+        folder: receives the files.
+        results: entries of ``scores.json``, of any methods and data sets.
+        files: data set -> file name without ending.
+    """
+    for dataset in dict.fromkeys(result["dataset"] for result in results):
+        curves = {r["method"]: r["curves"] for r in results if r["dataset"] == dataset}
+        try:
+            picture = charts.plot_curves(curves)
+        except Exception as error:
+            # Matplotlib is missing, or cannot draw a name: the scores must not be lost.
+            console.warn(f"no curves are drawn: {error}")
+            return
+        write_bytes(folder / f"{files[dataset]}.png", picture)
+
+
+def safe_name(name: str) -> str:
+    """Return a file name for any text, without path separators and leading dots."""
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """Return a file name for each name, unique on case-insensitive disks as well."""
+    files: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        files[name] = free_name(safe_name(name), files.values())
+    return files
