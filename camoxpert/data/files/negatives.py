@@ -45,7 +45,8 @@ def find_negatives(folders: Sequence[str | Path]) -> Manifest:
         # A name that no data set has: the same image may be among the others.
         dataset = f"{NEGATIVES} {names[resolved]}"
         pairs += [
-            Pair(name, path, path, dataset, group_of(name), empty=True)
+            # Below its folder: validation names images without their data sets.
+            Pair(f"{names[resolved]}/{name}", path, path, dataset, group_of(name), empty=True)
             for name, path in sorted(named.items())
         ]
     dataset = "+".join(dict.fromkeys(pair.dataset for pair in pairs))
