@@ -32,7 +32,7 @@ class Loss(NamedTuple):
     Attributes:
         total: the scalar loss, with its graph.
         terms: its weighted parts, detached, still on the device: ``mask``, ``side``, ``teacher``,
-            ``uncertainty``, ``balance``, ``router_z``; they sum to the total.
+            ``uncertainty``, ``presence``, ``balance``, ``router_z``; they sum to the total.
     """
 
     total: Tensor
@@ -80,6 +80,7 @@ def structure_loss(
     weight_B1HW: Tensor | None = None,
     known_B1HW: Tensor | None = None,
     image_weight_B: Tensor | None = None,
+    object_B: Tensor | None = None,
 ) -> Tensor:
     """Return weighted BCE plus weighted IoU, both with the edge weight; mean over images.
 
@@ -91,6 +92,7 @@ def structure_loss(
         weight_B1HW: the edge weight of the mask, if the caller has it.
         known_B1HW: 0 on void pixels, else 1.
         image_weight_B: weights of the images; None: all equal.
+        object_B: 0 for images whose IoU term is left out, else 1; None: no image.
 
     Source: Wei et al., F3Net, AAAI 2020, equations 3 to 6.
     """
@@ -103,7 +105,10 @@ def structure_loss(
     if known_B1HW is not None:
         total = total.clamp_min(1)
     weighted_bce = (weight * bce).sum((1, 2, 3)) / total
-    return _mean(weighted_bce + _soft_iou(logits, mask, weight), image_weight_B)
+    overlap = _soft_iou(logits, mask, weight)
+    if object_B is not None:
+        overlap = overlap * object_B
+    return _mean(weighted_bce + overlap, image_weight_B)
 
 
 def _mean(values_B: Tensor, image_weight_B: Tensor | None) -> Tensor:
@@ -245,8 +250,14 @@ def segmentation_loss(
     weight_B1HW: Tensor | None = None,
     known_B1HW: Tensor | None = None,
     image_weight_B: Tensor | None = None,
+    object_B: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of the configured mask losses for one logit map at the mask's size.
+
+    Overlap means nothing where there is no object: soft IoU and Dice then ask for less area, with a
+    gradient that fades as more is marked. Images without an object may learn by cross entropy
+    alone: that of the structure loss, and where neither it nor plain cross entropy is configured,
+    one with the weight of the overlap losses.
 
     Args:
         logits_B1HW, mask_B1HW: as the losses take them.
@@ -254,8 +265,10 @@ def segmentation_loss(
         weight_B1HW: the edge weight of the mask, if the caller has it.
         known_B1HW: 0 on void pixels, else 1.
         image_weight_B: weights of the images; None: all equal.
+        object_B: 0 for images that learn by cross entropy alone, else 1; None: no image.
     """
     known, per_image = known_B1HW, image_weight_B
+    of_objects = _times(object_B, per_image)
     total = logits_B1HW.new_zeros((), dtype=torch.float32)
     if config.structure:
         total = total + config.structure * structure_loss(
@@ -265,14 +278,48 @@ def segmentation_loss(
             weight_B1HW=weight_B1HW,
             known_B1HW=known,
             image_weight_B=per_image,
+            object_B=object_B,
         )
     if config.bce:
         total = total + config.bce * bce_loss(logits_B1HW, mask_B1HW, known, per_image)
     if config.iou:
-        total = total + config.iou * iou_loss(logits_B1HW, mask_B1HW, known, per_image)
+        total = total + config.iou * iou_loss(logits_B1HW, mask_B1HW, known, of_objects)
     if config.dice:
-        total = total + config.dice * dice_loss(logits_B1HW, mask_B1HW, known, per_image)
+        total = total + config.dice * dice_loss(logits_B1HW, mask_B1HW, known, of_objects)
+    if object_B is not None and not (config.structure or config.bce):
+        of_others = _times(1 - object_B, per_image)
+        weight = config.iou + config.dice
+        total = total + weight * bce_loss(logits_B1HW, mask_B1HW, known, of_others)
     return total
+
+
+def _times(first_B: Tensor | None, second_B: Tensor | None) -> Tensor | None:
+    """Return the product of weights of images; None is 1 for all of them."""
+    if first_B is None or second_B is None:
+        return second_B if first_B is None else first_B
+    return first_B * second_B
+
+
+def presence_loss(logits_B: Tensor, mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
+    """Return the binary cross entropy of presence logits; mean over all images.
+
+    An image has an object if its mask has a pixel of it. One without that has void pixels says
+    nothing: an object may be among them. Its loss is 0.
+    """
+    found_B = has_object(mask_B1HW, known_B1HW)
+    losses_B = F.binary_cross_entropy_with_logits(logits_B.float(), found_B, reduction="none")
+    if known_B1HW is not None:
+        whole_B = (known_B1HW > 0).flatten(1).all(1)
+        losses_B = losses_B * torch.maximum(found_B, whole_B.float())
+    return losses_B.mean()
+
+
+def has_object(mask_B1HW: Tensor, known_B1HW: Tensor | None = None) -> Tensor:
+    """Return 1 for images whose mask has a pixel of an object, else 0, (B,), float32."""
+    marked = mask_B1HW > 0.5
+    if known_B1HW is not None:
+        marked = marked & (known_B1HW > 0)
+    return marked.flatten(1).any(1).float()
 
 
 def total_loss(
@@ -286,6 +333,7 @@ def total_loss(
     unlabeled_B: Tensor | None = None,
     size_mean: Tensor | None = None,
     progress: float = 1.0,
+    empty_alone: bool = False,
 ) -> Loss:
     """Return the sum of all weighted terms.
 
@@ -301,6 +349,7 @@ def total_loss(
         size_mean: the mean of ``size_weights`` over all images of an optimizer step, by which they
             are divided: a step's mean weight is 1. None takes that of this batch.
         progress: share of the run that is done, 0 to 1, for ``uncertainty_ramp``.
+        empty_alone: images without an object learn by cross entropy alone.
     """
     mask = mask_B1HW.float()
     # Once for the mask and all side heads, which have the same target.
@@ -309,6 +358,8 @@ def total_loss(
         "weight_B1HW": edge_weight(mask, known_B1HW) if weighted else None,
         "known_B1HW": known_B1HW,
     }
+    if empty_alone:
+        pixels["object_B"] = has_object(mask, known_B1HW)
     if config.size_balance:
         weights_B = size_weights(mask, config.size_balance, known_B1HW)
         pixels["image_weight_B"] = weights_B / (
@@ -338,6 +389,10 @@ def total_loss(
     if config.uncertainty:
         strength = config.uncertainty * uncertainty_ramp(progress)
         parts["uncertainty"] = strength * uncertainty_loss(output.logits_B1HW, known_B1HW)
+    if output.presence_logit_B is not None:
+        # With weight 0 as well: distributed training needs a gradient for every parameter.
+        found = presence_loss(output.presence_logit_B, mask, known_B1HW)
+        parts["presence"] = config.presence * found
     if output.routing and output.routing[0].probs_BE.shape[1] > 1:
         levels = len(output.routing)
         parts["balance"] = config.balance * sum(

@@ -42,6 +42,10 @@ KINDS = {
         "compose",
         "put objects before backgrounds that resemble them",
     ),
+    ("synthesize", "counterfactual"): (
+        "counterfactual",
+        "take the objects out of your images, to train the presence head",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from camoxpert.cli import no_overrides
 from camoxpert.cli.outputs import check_folder
 from camoxpert.errors import ConfigError, DataError
 
-KINDS = ("toy", "relight", "compose")
+KINDS = ("toy", "relight", "compose", "counterfactual")
 EXAMPLES = """examples:
   camoxpert synthesize toy data/toy
   camoxpert synthesize toy data/tiny --train 1000 --size 160 --object-size 0.002 0.01 --seed 1"""
@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kind",
         choices=KINDS,
         help="toy: generated textures and shapes. relight: your images in other light; compose: "
-        "their objects before other backgrounds: `camoxpert synthesize relight --help`, "
-        "`camoxpert synthesize compose --help`",
+        "their objects before other backgrounds; counterfactual: your images without their "
+        "objects: `camoxpert synthesize relight --help`, `camoxpert synthesize compose --help`, "
+        "`camoxpert synthesize counterfactual --help`",
     )
     parser.add_argument("output", help="a new folder; gets TrainDataset/ and TestDataset/")
     parser.add_argument("--train", type=int, default=400, help="training pairs [400]")

@@ -43,6 +43,7 @@ def check_data_given(config: Config) -> None:
         ("--dataset-path", config.data.roots),
         ("--test-data", config.data.test_roots),
         ("--synthetic", config.data.synthetic),
+        ("--negatives", config.data.negatives),
         ("--unlabeled", (config.data.unlabeled,) if config.data.unlabeled else ()),
     ):
         for root in roots:

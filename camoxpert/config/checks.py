@@ -25,7 +25,7 @@ TYPE_NAMES: Mapping[Any, str] = {
 PATHS = frozenset(
     (
         *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
-        *("data.teacher", "data.unlabeled", "data.synthetic"),
+        *("data.teacher", "data.unlabeled", "data.synthetic", "data.negatives"),
         *("model.weights", "model.init_from", "train.resume", "run.dir"),
     )
 )
@@ -142,6 +142,14 @@ def check_conflicts(config: Config) -> None:
             f"--unlabeled {config.data.unlabeled}: images without masks learn from a teacher "
             f"alone, and {missing}. Name a model or a folder of maps with --teacher, or leave "
             f"--unlabeled out."
+        )
+    share = config.data.negative_share
+    unused = config.model.presence == "off" and not config.data.negatives
+    if unused and share != DataConfig().negative_share:
+        raise ConfigError(
+            f"--negative-share {share:g} is for images without an object, which are not told apart "
+            f"with --presence off. Name a folder of them with --negatives, or leave out one of the "
+            f"two."
         )
     if train.early_stopping and config.data.val_fraction == 0:
         raise ConfigError(

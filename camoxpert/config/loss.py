@@ -35,6 +35,9 @@ class LossConfig:
         "the run",
         minimum=0,
     )
+    presence: float = setting(
+        1.0, "weight of the presence head's cross entropy, which reaches the head alone", minimum=0
+    )
     deep_supervision: bool = setting(
         True, "also train the side heads, one per decoder level", flag="--deep-supervision"
     )

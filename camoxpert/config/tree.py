@@ -9,6 +9,7 @@ from typing import Any
 
 from camoxpert.config.augment import AugmentConfig
 from camoxpert.config.loss import LossConfig
+from camoxpert.config.run import RunConfig
 from camoxpert.config.schema import Leaf, get_setting, setting, walk
 
 EXPERT_KINDS = ("texture", "attention", "hybrid", "frequency", "edge", "semantic", "contrast")
@@ -62,6 +63,27 @@ class DataConfig:
         flag="--synthetic-share",
         above=0,
         maximum=0.95,
+    )
+    negatives: tuple[str, ...] = setting(
+        (),
+        "images without any hidden object that join the training: one or more folders, without "
+        "masks; part of them validates and calibrates",
+        flag="--negatives",
+    )
+    negative_share: float = setting(
+        0.3,
+        "share of the labelled images in a batch that images without an object may take (0.25 to "
+        "0.5 serve the presence head); an epoch sees each of them at most once",
+        flag="--negative-share",
+        above=0,
+        maximum=0.95,
+    )
+    calibration_fraction: float = setting(
+        0.05,
+        "share of TRAIN, of either kind, set aside to calibrate the presence head after training: "
+        "at least 32 images of a kind, at most a quarter of them; 0: not calibrated",
+        minimum=0,
+        maximum=0.5,
     )
     layout: str = setting(
         "auto", "name of a known layout, or auto to recognise it", flag="--layout"
@@ -437,37 +459,6 @@ class TrainConfig:
     process_timeout: float = setting(
         600.0, "seconds that the ranks of torchrun wait for each other", above=0
     )
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Output folder, logging and what is written at the end."""
-
-    dir: str = setting("runs", "folder that holds the run folders", flag="--checkpoint-dir")
-    name: str = setting(
-        "", "name of the run folder; empty: made from the settings", flag="--run-name"
-    )
-    log_every: int = setting(10, "optimizer steps between logged training records", minimum=1)
-    save_every: int = setting(
-        0,
-        "also save every this many optimizer steps; 0: at each epoch's end",
-        flag="--save-every",
-        minimum=0,
-    )
-    keep_every: int = setting(
-        0,
-        "keep the checkpoint of every this many epochs permanently; 0: the last two and the best",
-        flag="--keep-every",
-        minimum=0,
-    )
-    tensorboard: bool = setting(True, "write TensorBoard events", flag="--tensorboard")
-    num_images: int = setting(
-        6, "validation pictures in TensorBoard and images per gallery in the report", minimum=0
-    )
-    test: bool = setting(
-        True, "score the test sets found beside the training data when training ends", flag="--test"
-    )
-    report: bool = setting(True, "write report.html when training ends", flag="--report")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from camoxpert.data.samples.batches import (
 from camoxpert.data.samples.datasets import CorruptedDataset, EvalDataset, PairDataset
 from camoxpert.data.samples.sampler import (
     MADE_STREAM,
+    NEGATIVE_STREAM,
     UNLABELED_STREAM,
     EpochSampler,
     InOrderSampler,
@@ -118,7 +119,7 @@ def build_loader(
     """Build a loader of training batches.
 
     Args:
-        manifest: the pairs: real ones, then made ones, then those without a mask.
+        manifest: the pairs: real ones, then made ones, those without an object, without a mask.
         data: settings. Images are augmented by ``data.augment``; with several training sizes one
             is drawn per batch.
         plan: workers and cache.
@@ -137,6 +138,7 @@ def build_loader(
         targets=training_sides(data),
         mixed=(
             Mixed(mix.made, mix.made_seen, MADE_STREAM),
+            Mixed(mix.negatives, mix.negatives_seen, NEGATIVE_STREAM),
             Mixed(mix.unlabeled, mix.unlabeled_seen, UNLABELED_STREAM),
         ),
     )

@@ -81,6 +81,7 @@ ADDED = (
     *("data.augment.corrupt", "data.augment.strength", "data.group_copies", "data.resize"),
     *("data.augment.relight", "data.augment.compose"),
     *("data.synthetic", "data.synthetic_share"),
+    *("data.negatives", "data.negative_share", "data.calibration_fraction", "loss.presence"),
     *("data.teacher", "data.unlabeled", "data.unlabeled_share", "loss.teacher"),
     *("data.test_roots", "loss.size_balance", "loss.uncertainty", "model.decoder"),
     *("model.init_from", "model.upcycle_noise", "model.routing_grid", "model.presence"),

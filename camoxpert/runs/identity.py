@@ -34,7 +34,8 @@ FREE = (
     "train.process_timeout",
 )
 ROOTS, SYNTHETIC, UNLABELED = "data.roots", "data.synthetic", "data.unlabeled"
-PLACES = frozenset((ROOTS, SYNTHETIC, UNLABELED))
+NEGATIVES = "data.negatives"
+PLACES = frozenset((ROOTS, SYNTHETIC, NEGATIVES, UNLABELED))
 """Settings that name training data: moved data is the same, and the caller compares it."""
 TEACHER = "data.teacher"
 FILES = ("data.clean_list", TEACHER, "model.weights", "model.init_from")
@@ -51,7 +52,7 @@ def what_is_trained(config: Config) -> dict[str, Any]:
         for leaf in leaves()
         if leaf.path not in FREE and not leaf.path.startswith("run.")
     }
-    for path in (ROOTS, SYNTHETIC):
+    for path in (ROOTS, SYNTHETIC, NEGATIVES):
         values[path] = tuple(os.path.normpath(root) for root in values[path])
     named = {*FILES, UNLABELED}
     return values | {path: os.path.normpath(values[path]) for path in named if values[path]}

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from camoxpert.files import write_json
 from camoxpert.runs.records import RunInfo
@@ -59,17 +60,14 @@ def write_run_json(
     write_json(run_dir / "run.json", {**info, **(extra or {})})
 
 
-def update_run_json(
-    run_dir: Path, *, status: str, phases: Mapping[str, float] | None = None
-) -> None:
-    """Write how a run ended into its ``run.json``.
+def update_run_json(run_dir: Path, **changed: Any) -> None:
+    """Write further fields of a run, such as how it ended, into its ``run.json``.
 
     Raises:
         OSError: it cannot be read or written.
         ValueError: it is not JSON.
     """
     path = run_dir / "run.json"
-    changed = {"status": status} | ({} if phases is None else {"phases": phases})
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **changed})
 
 

@@ -112,7 +112,8 @@ class RunInfo(TypedDict, total=False):
     git_commit: str | None
     data_hash: str
     files: dict[str, str]  # sha256 of the files that settings name, by dotted path
-    images: dict[str, int]  # training, validation, synthetic (and those of an epoch), unlabeled
+    images: dict[str, int]  # of each kind; "..._per_epoch": how many of them an epoch sees
+    presence: dict[str, float]  # what calibrated the presence head, and its gain
     phases: dict[str, float]  # wall seconds
     decisions: list[str]
     recipe: dict[str, Any]  # dotted path -> value of the settings that the preset filled

@@ -18,7 +18,8 @@ from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
 
 # Settings with paths on the author's machine, which are not shared.
 PRIVATE = (
-    *("data.roots", "data.cache_dir", "data.clean_list", "model.weights", "model.init_from"),
+    *("data.roots", "data.negatives", "data.cache_dir", "data.clean_list"),
+    *("model.weights", "model.init_from"),
     *("run.dir", "run.name", "train.resume"),
 )
 

@@ -13,11 +13,17 @@ from camoxpert.files import read_json
 from camoxpert.inference.job import BatchResult
 from camoxpert.inference.ledger import OK, Ledger
 from camoxpert.pages.synthesis import Example, SynthesisReport, write_synthesis_page
+from camoxpert.synthesis.erasing import REMOVED
 from camoxpert.synthesis.lightsource import difficulty_of
 from camoxpert.synthesis.records import PAGE, flat, shown
 from camoxpert.synthesis.timetable import stage_rows
 from camoxpert.text import count
 
+TITLES = {
+    "relight": "Relit images",
+    "compose": "Composed images",
+    "counterfactual": "Images without their objects, and controls",
+}
 EXAMPLES = 18
 OBJECTS = 60
 """Pictures of pasted objects whose own difficulty is shown."""
@@ -57,7 +63,7 @@ def write_page(ledger: Ledger, result: BatchResult) -> None:
             "(--allow-test-sources): a score on that test says nothing after training with them."
         )
     report = SynthesisReport(
-        title="Relit images" if kind == "relight" else "Composed images",
+        title=TITLES.get(kind, "Made images"),
         folder=str(ledger.folder),
         tiles=[
             (len(made), "images"),
@@ -152,6 +158,9 @@ def _caption(row: Mapping[str, Any]) -> str:
         )
         if drawn["pattern"]:
             words.append(f"shadow of {drawn['pattern']}")
+    elif row["kind"] == "counterfactual":
+        what = "object" if row["made"] == REMOVED else "part of the background"
+        words.append(f"{what} taken out, {drawn['erased_fraction']:.0%} of the picture")
     elif row["made"] == "edit":
         words.append("decoy: an edit without an object")
     else:

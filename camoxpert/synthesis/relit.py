@@ -115,7 +115,7 @@ def relight_sources(
         head=Head(relight_head(spec, derived, options.image_format)),
         items=items,
         spec=spec,
-        notes=_notes(found, masked),
+        notes=notes_of(found, masked),
     )
     console.decide(
         "relight",
@@ -228,7 +228,7 @@ def _require_cached(items: Sequence[RelightItem], reading: Reading) -> None:
         require_hits(stage, missing)
 
 
-def _notes(found: Sources, masked: Masked) -> dict[str, object]:
+def notes_of(found: Sources, masked: Masked) -> dict[str, object]:
     """Return what the summary says of the sources."""
     return {
         "sources": len(found.pairs),

@@ -26,7 +26,8 @@ from camoxpert.data.files.manifest import (
     read_clean_list,
     unused_rows,
 )
-from camoxpert.data.files.mixing import Mix, mix
+from camoxpert.data.files.mixing import Mix, mix_of
+from camoxpert.data.files.negatives import NEGATIVES, NO_NEGATIVES, divided
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.unlabeled import NO_IMAGES, find_unlabeled, joined
 from camoxpert.data.loader import LoaderPlan, seconds_per_sample
@@ -42,6 +43,14 @@ from camoxpert.synthesis.online import OnlineScenes
 from camoxpert.text import count, shorten
 from camoxpert.training.batching import effective_batch
 from camoxpert.training.leaks import without_leaks
+from camoxpert.training.negatives import (
+    Kinds,
+    find_kinds,
+    require_no_leaks,
+    say_presence,
+    set_calibration_aside,
+    with_negatives,
+)
 from camoxpert.training.recipe import Recipe, choose_recipe
 from camoxpert.training.split import BESIDE, Split, decide_split
 from camoxpert.training.teacher import find_soft_maps
@@ -59,6 +68,9 @@ class RunData:
         train, validation: parts of TRAIN; test sets never choose anything.
         made: made images, trained on beside ``train``.
         unlabeled: images without masks, trained on beside ``train``.
+        negatives: images without an object, real and made, trained on beside ``train``; where none
+            are told apart, they are in ``train``.
+        calibration: images of both kinds that calibrate the presence head.
         tests: test sets found beside the training data, by name; scored once, at the end.
         data_hash: content hash of all that is trained on or validated with.
         loading: workers, cache and teacher's maps of the training loader.
@@ -75,16 +87,26 @@ class RunData:
     checked: str
     made: Manifest = NO_MADE
     unlabeled: Manifest = NO_IMAGES
+    negatives: Manifest = NO_NEGATIVES
+    calibration: Manifest = NO_IMAGES
 
     @property
     def trained(self) -> Manifest:
         """All images that are trained on: real ones first, those without masks last."""
-        return joined(self.train, self.made, self.unlabeled)
+        return joined(self.train, self.made, self.negatives, self.unlabeled)
+
+    def real_and_made(self) -> tuple[Manifest, Manifest]:
+        """Return the labelled images that are trained on: real ones and made ones."""
+        parts = [
+            replace(self.negatives, pairs=tuple(p for p in self.negatives.pairs if p.made is made))
+            for made in (False, True)
+        ]
+        return joined(self.train, parts[0]), joined(self.made, parts[1])
 
     @property
     def mix(self) -> Mix:
         """How many images of each kind there are, and how many an epoch sees."""
-        return _mix(self.recipe.config.data, self.train, self.made, self.unlabeled)
+        return mix_of(self.trained, self.recipe.config.data)
 
     def images_per_epoch(self, processes: int = 1) -> int:
         """Return how many images one of several processes takes in an epoch."""
@@ -92,13 +114,20 @@ class RunData:
 
     def counts(self) -> dict[str, int]:
         """Return the number of images of each kind, for ``run.json``."""
-        return {
+        counts = {
             "training": len(self.train),
             "validation": len(self.validation),
             MADE: len(self.made),
             f"{MADE}_per_epoch": self.mix.made_seen,
             "unlabeled": len(self.unlabeled),
         }
+        if len(self.negatives):
+            counts |= {
+                NEGATIVES: len(self.negatives),
+                f"{NEGATIVES}_per_epoch": self.mix.negatives_seen,
+                "calibration": len(self.calibration),
+            }
+        return counts
 
 
 def find_data(
@@ -109,6 +138,7 @@ def find_data(
     write: bool = True,
     kept: Split | None = None,
     recipe: Mapping[str, Any] | None = None,
+    presence: str | None = None,
     teacher: str = "",
 ) -> RunData:
     """Find, pair, check, split and decode the data, printing each decision.
@@ -121,6 +151,7 @@ def find_data(
         write: False does not build a missing cache.
         kept: the split of the run that is continued.
         recipe: what its preset decided.
+        presence: ``on`` or ``off`` as that run has it.
         teacher: hash of the teacher.
 
     Raises:
@@ -130,19 +161,27 @@ def find_data(
     clean = read_clean_list(asked.data.clean_list)
     search = search_of(asked.data, clean)
     found = load_training_data(asked.data.roots, search, validate=asked.data.val_fraction > 0)
-    whole, unlabeled = found.whole, find_unlabeled(asked.data.unlabeled)
-    made = find_made(asked.data.synthetic, search)
+    made, unlabeled = find_made(asked.data.synthetic, search), find_unlabeled(asked.data.unlabeled)
+    kinds = find_kinds(with_negatives(found, asked), made, asked, presence)
+    found, made, whole = kinds.found, kinds.made, kinds.found.whole
     every, data_hash = joined(whole, made, unlabeled), _hash_of(whole, made, unlabeled)
-    extra = _mix(asked.data, whole, made, unlabeled).extra
-    chosen = choose_recipe(asked, len(whole) + extra, processes=world.size, kept=recipe)
+    chosen = _choose_recipe(asked, kinds, unlabeled, world, recipe)
     config, data = chosen.config, chosen.config.data
     cache, verdict = find_cache(every, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, every) if cache is not None else _look_for_faults(every, data)
     train, validation = decide_split(found, config, kept or {}, write=write)
     tests = _find_tests(data, search)
-    made = without_leaks(made, data.synthetic, train, validation, tests)
-    _say_extra(_mix(data, train, made, unlabeled), data, made, unlabeled)
+    calibration = NO_IMAGES
+    if kinds.head:
+        train, calibration = set_calibration_aside(train, whole, config, kept or {}, write=write)
+    made = without_leaks(made, data.synthetic, train, joined(validation, calibration), tests)
+    require_no_leaks(whole, tests)
+    (train, negatives), (made, made_negatives) = divided(train), divided(made)
+    negatives = joined(negatives, made_negatives)
+    trained = joined(train, made, negatives, unlabeled)
+    _say_extra(mix_of(trained, data), data, made, unlabeled)
+    say_presence(kinds, mix_of(trained, data), data, calibration)
     for note in whole.notes:
         console.decide("", note)
     sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
@@ -163,7 +202,8 @@ def find_data(
             f"{count(len(resized), 'mask')} of another size than the image, as --resize bilinear "
             f"allows: {shorten(resized)}",
         )
-    parts = {"training": train, "validation": validation, MADE: made, "unlabeled": unlabeled}
+    parts = {"training": train, "validation": validation, "calibration": calibration}
+    parts |= {MADE: made, NEGATIVES: negatives, "unlabeled": unlabeled}
     require_few_faults(parts, faults, data.max_unreadable)
     looked_at = _quick_checks({**parts, **tests}, data, faults) if world.first else 0
     unmatched = unused_rows(clean, [whole, *tests.values()])
@@ -184,7 +224,6 @@ def find_data(
             f"{len(faults)} of {len(every)} images cannot be read and are skipped "
             f"(--unreadable skip): {shorten(pair.name for pair in faults)}",
         )
-    trained = joined(train, made, unlabeled)
     soft = find_soft_maps(
         config,
         trained,
@@ -201,11 +240,22 @@ def find_data(
         else f"the headers of {count(len(whole), 'training pair')} and the pixels of "
         f"{count(looked_at, 'mask')} were read, so damage inside a file was not looked for"
     )
-    return RunData(train, validation, tests, data_hash, loading, chosen, checked, made, unlabeled)
+    beside = (made, unlabeled, negatives, calibration)
+    return RunData(train, validation, tests, data_hash, loading, chosen, checked, *beside)
 
 
-def _mix(data: DataConfig, real: Manifest, made: Manifest, unlabeled: Manifest) -> Mix:
-    return mix(data, real=len(real), made=len(made), unlabeled=len(unlabeled))
+def _choose_recipe(
+    asked: Config,
+    kinds: Kinds,
+    unlabeled: Manifest,
+    world: World,
+    kept: Mapping[str, Any] | None,
+) -> Recipe:
+    """Return the settings with nothing left open, by the number of images that an epoch sees."""
+    seen = mix_of(joined(kinds.found.whole, kinds.made, unlabeled), asked.data)
+    chosen = choose_recipe(asked, seen.real + seen.extra, processes=world.size, kept=kept)
+    model = replace(chosen.config.model, presence="on" if kinds.head else "off")
+    return replace(chosen, config=replace(chosen.config, model=model))
 
 
 def _say_extra(found: Mix, data: DataConfig, made: Manifest, unlabeled: Manifest) -> None:
@@ -267,7 +317,8 @@ def hash_of_data(config: Config) -> str:
     search = search_of(data, clean)
     found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
     made = find_made(data.synthetic, search)
-    return _hash_of(found.whole, made, find_unlabeled(data.unlabeled))
+    whole = with_negatives(found, config).whole
+    return _hash_of(whole, made, find_unlabeled(data.unlabeled))
 
 
 def unreadable_in(cache: PixelCache, manifest: Manifest) -> dict[Pair, str]:
@@ -321,7 +372,7 @@ def _quick_checks(
     _judge_masks(shapes)
     items = [
         # These are trained on: only what is set aside must not be among them.
-        (pair.image, "training" if part in BESIDE else part)
+        (pair.image, "training" if part in (*BESIDE, NEGATIVES) else part)
         for part, manifest in parts.items()
         for pair in manifest.pairs
         if pair not in unreadable

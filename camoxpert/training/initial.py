@@ -66,6 +66,9 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
             f"{source.config.model.backbone} and its width {source.config.model.width}."
         )
     model.load_state_dict(own | taken)
+    if model.presence is not None:
+        # That of the other model holds for its weights; this one is calibrated when it is trained.
+        model.presence.calibration.set(1.0, 0.0, 0)
     console.decide("init", f"{len(taken)} of {len(own)} tensors from {source.path}")
     if copies:
         _decide_copies(_kinds(old)[0], new)

@@ -48,6 +48,7 @@ def prepare(
     continued: Mapping[str, Any] | None = None,
     kept: Split | None = None,
     recipe: Mapping[str, Any] | None = None,
+    presence: str | None = None,
     restored: bool = False,
     write: bool = True,
     world: World | None = None,
@@ -60,6 +61,7 @@ def prepare(
             it chose from free memory is kept, so that the same command takes the same steps.
         kept: the split of that run.
         recipe: what that run's preset decided.
+        presence: ``on`` or ``off`` as that run has it.
         restored: weights will come from a checkpoint: none are downloaded or read from files.
         write: False does not build a missing data cache.
         world: the processes that train together.
@@ -80,6 +82,7 @@ def prepare(
             write=write,
             kept=kept,
             recipe=recipe,
+            presence=presence,
             teacher=files.get(TEACHER, ""),
         )
     )

@@ -149,7 +149,7 @@ def data_changes(run_dir: Path, data: RunData) -> str:
         return ""
     now = {
         key: sizes
-        for part in (data.train, data.validation, data.made, data.unlabeled)
+        for part in (*data.real_and_made(), data.validation, data.calibration, data.unlabeled)
         for key, sizes in part.files().items()
     }
     kinds = {

@@ -28,6 +28,7 @@ from camoxpert.runs.info import update_run_json, write_run_json
 from camoxpert.runs.log import RunLog
 from camoxpert.runs.share import write_shared
 from camoxpert.runtime.processes import World, join, named_faults
+from camoxpert.training.calibrate import calibrate_best
 from camoxpert.training.checkpoints import require_space, restore
 from camoxpert.training.data import hash_of_data
 from camoxpert.training.prepare import prepare
@@ -134,6 +135,7 @@ def prepare_run(config: Config, folder: RunFolder, world: World, *, write: bool 
         continued=folder.info,
         kept=read_split(folder.path) if stopped else {},
         recipe=_recipe_of(folder),
+        presence=folder.checkpoint.model_config.presence if folder.checkpoint else None,
         restored=stopped,
         write=write,
         world=world,
@@ -227,9 +229,9 @@ def open_log(
         step = checkpoint.values["state"]["step"] + 1 if checkpoint else None
         try:
             write_bytes(folder / "config.yaml", to_yaml(run.asked).encode())
-            write_samples(
-                folder, run.data.train, run.data.validation, run.data.made, run.data.unlabeled
-            )
+            data = run.data
+            real, made = data.real_and_made()
+            write_samples(folder, real, data.validation, made, data.unlabeled, data.calibration)
             write_run_json(
                 folder,
                 argv=argv,
@@ -299,6 +301,7 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
 
     best = run.folder / "checkpoints" / "best.pt"
     if best.is_file():
+        calibrate_best(run)
         write_shared(run.folder / "model", load_checkpoint(best))
     if not (run.config.run.test and run.data.tests):
         return {}

@@ -19,11 +19,13 @@ from camoxpert.text import count
 
 SAMPLES = "samples.csv"
 UNLABELED = "unlabeled"
+CALIBRATION = "calibration"
+"""Word for the images that calibrate the presence head."""
 BESIDE = (MADE, UNLABELED)
 """Words for made images and for those without masks in its column ``split``."""
 
 Split = Mapping[tuple[str, str], str]
-"""(data set, name) -> training or validation."""
+"""(data set, name) -> training, validation or calibration."""
 
 
 def decide_split(
@@ -77,12 +79,11 @@ def decide_split(
 
 
 def _as_before(whole: Manifest, kept: Split) -> tuple[Manifest, Manifest]:
-    parts = {
-        name: tuple(pair for pair in whole.pairs if kept[pair.dataset, pair.name] == name)
-        for name in ("training", "validation")
-    }
+    held_out = {p for p in whole.pairs if kept[p.dataset, p.name] == "validation"}
+    train = tuple(pair for pair in whole.pairs if pair not in held_out)
+    validation = tuple(pair for pair in whole.pairs if pair in held_out)
     _, empty = split_validation(whole, 0.0, 0)
-    return replace(whole, pairs=parts["training"]), replace(empty, pairs=parts["validation"])
+    return replace(whole, pairs=train), replace(empty, pairs=validation)
 
 
 def write_samples(
@@ -91,9 +92,10 @@ def write_samples(
     validation: Manifest,
     made: Manifest = NO_MADE,
     unlabeled: Manifest = NO_IMAGES,
+    calibration: Manifest = NO_IMAGES,
 ) -> None:
-    """Write ``samples.csv``: images of training and validation, made ones, and those without
-    masks, with the sizes of their files."""
+    """Write ``samples.csv``: images of training, validation and calibration, made ones, and those
+    without masks, with the sizes of their files."""
     rows = [
         {
             "split": split,
@@ -105,6 +107,7 @@ def write_samples(
         for split, manifest in (
             ("training", train),
             ("validation", validation),
+            (CALIBRATION, calibration),
             (MADE, made),
             (UNLABELED, unlabeled),
         )
@@ -126,4 +129,4 @@ def read_split(run_dir: Path | None) -> dict[tuple[str, str], str]:
             }
     except (OSError, KeyError, csv.Error):
         return {}
-    return found if set(found.values()) <= {"training", "validation"} else {}
+    return found if set(found.values()) <= {"training", "validation", CALIBRATION} else {}

@@ -13,6 +13,7 @@ from camoxpert import console
 from camoxpert.data.samples.batches import Batch
 from camoxpert.errors import ConfigError
 from camoxpert.losses import size_weights
+from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.router import Routing
 from camoxpert.runtime.processes import no_sync
 from camoxpert.runtime.regions import region
@@ -56,10 +57,9 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
         grad = next(p.grad for p in model.parameters() if p.grad is not None)
         grad.add_(torch.where(torch.isfinite(values["loss"]), 0.0, float("inf")))
     scaler.unscale_(optimizer)
-    limit = config.optim.clip_grad_norm or float("inf")
     with region("clip"):
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    finite = (torch.isfinite(norm) & torch.isfinite(values["loss"])).float()
+        norm, is_finite = clip(model, config.optim.clip_grad_norm or float("inf"))
+    finite = (is_finite & torch.isfinite(values["loss"])).float()
     with region("optimizer"):
         if scaler.is_enabled():
             scaler.step(optimizer)
@@ -78,6 +78,22 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
         with region("EMA"):
             run.ema.update(model, finite)
     return {**values, "grad_norm": norm, "skipped": 1 - finite}
+
+
+def clip(model: CamoXpert, limit: float) -> tuple[Tensor, Tensor]:
+    """Clip the gradients; return the norm of the network's, and whether all of them are finite.
+
+    Those of the presence head are clipped by themselves, or they would shorten the steps of the
+    masks that nothing of the head flows into.
+    """
+    if model.presence is None:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        return norm, torch.isfinite(norm)
+    own = list(model.presence.parameters())
+    named = {id(p) for p in own}
+    others = [p for p in model.parameters() if id(p) not in named]
+    norm, of_head = (torch.nn.utils.clip_grad_norm_(part, limit) for part in (others, own))
+    return norm, torch.isfinite(norm) & torch.isfinite(of_head)
 
 
 def accumulate_within_memory(
@@ -168,6 +184,8 @@ def loss_options(run: Run, parts: list[Batch]) -> dict[str, Any]:
     """
     config = run.config.loss
     options: dict[str, Any] = {}
+    if len(run.data.negatives):
+        options["empty_alone"] = True
     if config.uncertainty:
         options["progress"] = run.plan.progress(run.state.step)
     if config.size_balance:

@@ -26,6 +26,7 @@ from camoxpert.data.files.listing import list_files
 from camoxpert.data.files.made import MADE
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.names import NameMatch, match_names
+from camoxpert.data.files.negatives import NEGATIVES
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.unlabeled import read_files
 from camoxpert.data.samples.augment import image_sides, resize_plane, source_side
@@ -196,10 +197,7 @@ def _given_maps(folder: Path, pairs: Sequence[Pair]) -> tuple[dict[Pair, Path], 
             f"shared weights, or a folder of grey maps named like the images."
         )
     plain: Mapping[str, Pair] = {pair.name: pair for pair in pairs}
-    whole = {
-        f"{pair.dataset.removeprefix('unlabeled ').removeprefix(f'{MADE} ')}/{pair.name}": pair
-        for pair in pairs
-    }
+    whole = {f"{_plain_dataset(pair)}/{pair.name}": pair for pair in pairs}
     matched, names = NameMatch({}), plain
     for tried in (plain, whole):
         # Names that several data sets have say nothing alone.
@@ -342,6 +340,14 @@ class Teacher:
             raise
         resized = [resize_plane(image, side) for side in self.sides]
         return [torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1))) for x in resized]
+
+
+def _plain_dataset(pair: Pair) -> str:
+    """Return the name of a pair's data set without the word for its kind."""
+    name = pair.dataset
+    for kind in ("unlabeled", MADE, NEGATIVES):
+        name = name.removeprefix(f"{kind} ")
+    return name
 
 
 def _built(checkpoint: Checkpoint, sides: Sequence[int]) -> CamoXpert:

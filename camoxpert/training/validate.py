@@ -78,6 +78,15 @@ def own_share(pairs: tuple[Pair, ...], world: World, size: int) -> tuple[Pair, .
     return tuple(pair for start in blocks for pair in pairs[start : start + size])
 
 
+def empty_gt(run: Run) -> str:
+    """Return how images without an object are scored: not at all where they are told apart.
+
+    Every mask measure is 0 for them, or a reward for an empty map: it would choose another epoch
+    than the images with objects do.
+    """
+    return "skip" if len(run.data.negatives) else "pysod"
+
+
 def validate(run: Run) -> tuple[dict[str, float], list[str]]:
     """Score the evaluated weights on the validation split at original size.
 
@@ -91,7 +100,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
         Stopped: any rank was asked to stop; raised on all of them.
     """
     world, whole, count = run.world, run.data.validation, run.config.run.num_images
-    evaluator = Evaluator()
+    evaluator = Evaluator(empty_gt=empty_gt(run))
     loader = build_eval_loader(
         replace(whole, pairs=own_share(whole.pairs, world, forward_batch(run.device))),
         run.config.data,
@@ -135,9 +144,9 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
     if any(part is None for part, _, _ in parts):
         run.stop.agree(code for _, code, _ in parts)
         raise run.stop.stopped()
-    merged = Evaluator()
+    merged = Evaluator(empty_gt=empty_gt(run))
     for part, _, _ in parts:
-        one = Evaluator()
+        one = Evaluator(empty_gt=empty_gt(run))
         one.load_state_dict(part or {})
         merged.merge(one)
     return merged.results(), [text for _, _, texts in parts for text in texts]

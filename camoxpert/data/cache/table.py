@@ -114,6 +114,7 @@ def description(manifest: Manifest, side: int, max_pixels: int) -> Description:
             *_state(pair.mask),
             *(["any size"] if pair.any_size else []),
             *([] if pair.labeled else ["no mask"]),
+            *(["no object"] if pair.labeled and pair.mask == pair.image else []),
         ]
     versions = {"opencv": cv2.__version__, "pillow": PIL.__version__}
     return {

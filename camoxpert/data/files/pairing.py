@@ -27,6 +27,8 @@ class Pair:
         any_size: the mask may have another size than the image.
         labeled: False for an image without a mask; ``mask`` is then the image itself.
         made: True for a made image: it is trained on and never measured with.
+        empty: True for an image that is known to have no object and is treated as such; without a
+            mask of its own, ``mask`` is the image itself.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Pair:
     any_size: bool = False
     labeled: bool = True
     made: bool = False
+    empty: bool = False
 
 
 @dataclass(frozen=True)

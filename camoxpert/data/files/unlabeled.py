@@ -29,44 +29,58 @@ def find_unlabeled(folder: str | Path) -> Manifest:
     if not str(folder):
         return NO_IMAGES
     place = Path(folder)
-    if not place.is_dir():
-        raise DataError(f"--unlabeled: {why_missing(place, 'folder')}")
-    listing = list_files(place, nested=True)
-    named, doubled = by_name(listing.images, place)
-    if doubled:
-        raise DataError(
-            f"--unlabeled: {doubled[0][0]} and {doubled[0][1]} have the same name. Remove one of "
-            f"them."
-        )
-    if not named:
-        held = f" It holds {endings(listing.others)}." if listing.others else ""
-        raise DataError(f"--unlabeled: {place} holds no images.{held}")
-    notes = []
-    if listing.others:
-        notes.append(
-            f"{count(len(listing.others), 'file')} in {place} are not images of a known kind and "
-            f"are not used: {endings(listing.others)}"
-        )
+    named, notes = images_below(place, flag="--unlabeled")
     # A name that no data set has: the same image may be among the labelled ones.
     dataset = f"unlabeled {place.resolve().name}"
     pairs = tuple(
         Pair(name, path, path, dataset, group_of(name), labeled=False)
         for name, path in sorted(named.items())
     )
-    return Manifest(pairs, dataset, "unlabeled", "folder of images", 0, tuple(notes))
+    return Manifest(pairs, dataset, "unlabeled", "folder of images", 0, notes)
 
 
-def joined(real: Manifest, made: Manifest, unlabeled: Manifest) -> Manifest:
-    """Return the pairs of all: real ones first, those without masks last."""
-    if not len(made) and not len(unlabeled):
+def images_below(place: Path, *, flag: str) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Return the images of a folder and its sub-folders by name, and notes about other files.
+
+    Args:
+        place: the folder.
+        flag: names it in errors.
+
+    Raises:
+        DataError: there is no such folder, no image in it, or two images share a name.
+    """
+    if not place.is_dir():
+        raise DataError(f"{flag}: {why_missing(place, 'folder')}")
+    listing = list_files(place, nested=True)
+    named, doubled = by_name(listing.images, place)
+    if doubled:
+        raise DataError(
+            f"{flag}: {doubled[0][0]} and {doubled[0][1]} have the same name. Remove one of them."
+        )
+    if not named:
+        held = f" It holds {endings(listing.others)}." if listing.others else ""
+        raise DataError(f"{flag}: {place} holds no images.{held}")
+    if not listing.others:
+        return named, ()
+    note = (
+        f"{count(len(listing.others), 'file')} in {place} are not images of a known kind and "
+        f"are not used: {endings(listing.others)}"
+    )
+    return named, (note,)
+
+
+def joined(real: Manifest, *others: Manifest) -> Manifest:
+    """Return the pairs of all: real ones first, those of the others in the order given."""
+    if not any(map(len, others)):
         return real
-    return replace(real, pairs=real.pairs + made.pairs + unlabeled.pairs)
+    return replace(real, pairs=sum((part.pairs for part in others), start=real.pairs))
 
 
 def read_files(
     pair: Pair, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the files of a pair as ``read_pair`` does; without a mask every pixel is void.
+    """Read the files of a pair as ``read_pair`` does; without a mask every pixel is void, or
+    background in an image that has no object.
 
     Args:
         pair: its files.
@@ -75,7 +89,7 @@ def read_files(
     Raises:
         DataError: as ``read_pair``.
     """
-    if pair.labeled:
+    if pair.mask != pair.image:
         return read_pair(
             pair.image,
             pair.mask,
@@ -84,4 +98,5 @@ def read_files(
             at_least=at_least,
         )
     image = read_image(pair.image, max_pixels=max_pixels, at_least=at_least)
-    return image, np.full(probe(pair.image, max_pixels=max_pixels).upright, VOID, np.uint8)
+    fill = 0 if pair.empty else VOID
+    return image, np.full(probe(pair.image, max_pixels=max_pixels).upright, fill, np.uint8)

@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from camoxpert.config import DataConfig
 from camoxpert.data.cache.table import PixelCache
-from camoxpert.data.files.image_io import read_pair
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.mixing import real_pairs
 from camoxpert.data.files.unlabeled import read_files
@@ -128,9 +127,7 @@ class EvalDataset(Dataset[Any]):
         """
         pair = self.pairs[index]
         try:
-            image, mask = read_pair(
-                pair.image, pair.mask, any_size=pair.any_size, max_pixels=self.max_pixels
-            )
+            image, mask = read_files(pair, max_pixels=self.max_pixels)
         except DataError as error:
             return (pair.name, str(error)) if self.skip else error
         resized, _ = resize_pair(image, mask, self.img_size)

@@ -55,7 +55,7 @@ class Mixed(NamedTuple):
     stream: int
 
 
-UNLABELED_STREAM, MADE_STREAM = 2, 3
+UNLABELED_STREAM, MADE_STREAM, NEGATIVE_STREAM = 2, 3, 4
 
 
 class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):

@@ -1,0 +1,274 @@
+"""``synthesize counterfactual``: each source without its object, and with as much of its background
+changed instead.
+
+The first answers what presence must depend on, the object alone: scene, camera and file are the
+same. The second is its control: made by the same hand, with the object left in. A network that
+takes the repair for the answer is wrong about one of the two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from camoxpert.data.files.image_io import read_pair
+from camoxpert.errors import DataError
+from camoxpert.inference.engine import Row
+from camoxpert.inference.ledger import as_fields
+from camoxpert.inference.plan import joined_digest, state_of
+from camoxpert.inference.products import Product
+from camoxpert.runs.checkpoint import file_digest
+from camoxpert.runtime.host import usable_cores
+from camoxpert.synthesis.erase import Erased, erase, moved_away
+from camoxpert.synthesis.lightsource import SMALLEST_SIDE, difficulty_of, fitted
+from camoxpert.synthesis.records import failed_row, write_pair
+
+VERSION = 1
+"""Of the images: increased when the same settings give other pixels."""
+REMOVED, CONTROL = "removed", "control"
+MADE = (REMOVED, CONTROL)
+"""What is made of a source: without its object, and with a part of its background changed."""
+BYTES_A_PIXEL = 40
+
+
+@dataclass(frozen=True, slots=True)
+class EraseItem:
+    """An image to make.
+
+    Attributes:
+        name: of the image.
+        made: one of MADE.
+        path, mask: files of the source.
+        any_size: the mask may have another size than the image.
+        group: class of the source.
+        index: of the draw.
+        leak: why the source counts as a test image, "" if it does not.
+        derived: how the mask came about, where it is not the ground truth.
+        fault: why there is no mask, "" if there is one.
+    """
+
+    name: str
+    made: str
+    path: Path
+    mask: Path
+    any_size: bool
+    group: str
+    index: int
+    leak: str = ""
+    derived: str = ""
+    fault: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the image is made from."""
+        return self.path, self.mask
+
+
+@dataclass(frozen=True)
+class EraseSample:
+    """A source that was read: see ``engine.Sample``.
+
+    Attributes:
+        item: what is made of it.
+        pixels: uint8 (H, W, 3).
+        mask: uint8 (H, W), 0, VOID and 255.
+        records: path and hash of each file.
+        digest, state: of the files together, for the ledger.
+        inputs, seconds: see ``engine.Sample``.
+    """
+
+    item: EraseItem
+    pixels: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    records: list[dict[str, str]]
+    digest: str | None
+    state: dict[str, Any]
+    inputs: tuple[Tensor, ...]
+    seconds: dict[str, float]
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory until it is finished."""
+        return BYTES_A_PIXEL * self.mask.size
+
+
+@dataclass(frozen=True)
+class EraseSpec:
+    """Builds ``EraseStages`` in whichever process works.
+
+    Attributes:
+        output, product: where files go.
+        seed: of the draws.
+        size: longer side of the images, or None.
+        max_pixels: larger sources are refused.
+    """
+
+    output: str
+    product: Product
+    seed: int
+    size: int | None
+    max_pixels: int
+
+    def build(self, device: str) -> EraseStages:
+        """Return the stages; the work is for CPU cores, whatever the device."""
+        return EraseStages(self)
+
+    def failed(self, item: EraseItem, reason: str) -> Row:
+        """Return the fields of the row of an image that no process could make."""
+        return failed_row(item.files, reason)
+
+
+class EraseStages:
+    """Reads sources, takes regions out of them, writes images and masks.
+
+    Args:
+        spec: what is done.
+    """
+
+    def __init__(self, spec: EraseSpec) -> None:
+        self.spec = spec
+        self.device = torch.device("cpu")
+        self.models = 0
+        self._output = Path(spec.output)
+        threads = max(1, min(usable_cores(), torch.get_num_threads()))
+        self._threads = ThreadPoolExecutor(threads, "erase")
+
+    def read(self, item: EraseItem) -> EraseSample:
+        """Return a source with what is to be made of it.
+
+        Raises:
+            DataError: it cannot be read, or nothing can be taken out of it.
+        """
+        if item.fault:
+            raise DataError(f"No mask: {item.fault}")
+        started = time.monotonic()
+        before = state_of(item.files)
+        pixels, mask = read_pair(
+            item.path, item.mask, max_pixels=self.spec.max_pixels, any_size=item.any_size
+        )
+        pixels, mask = fitted(pixels, mask, self.spec.size)
+        if min(mask.shape) < SMALLEST_SIDE:
+            raise DataError(
+                f"Too small: {mask.shape[1]}x{mask.shape[0]} pixels, and at least {SMALLEST_SIDE} "
+                f"are needed along each side."
+            )
+        if not (mask == 255).any():
+            raise DataError(f"The mask {item.mask} shows no object: there is nothing to take out.")
+        digests = [file_digest(path) for path in item.files]
+        records = [
+            {"role": role, "path": str(path.resolve()), "sha256": digest}
+            for role, path, digest in zip(("image", "mask"), item.files, digests, strict=True)
+        ]
+        unchanged = state_of(item.files) == before
+        return EraseSample(
+            item,
+            pixels,
+            mask,
+            records,
+            joined_digest(digests),
+            as_fields(before if unchanged else None),
+            (torch.empty(0),),
+            {"read": time.monotonic() - started},
+        )
+
+    def forward(
+        self, inputs: Tensor, samples: Sequence[EraseSample] = ()
+    ) -> list[tuple[Erased | str, float]]:
+        """Return the made images with their seconds, or why one could not be made."""
+        return list(self._threads.map(self._made, samples))
+
+    def _made(self, sample: EraseSample) -> tuple[Erased | str, float]:
+        started = time.perf_counter()
+        item = sample.item
+        rng = np.random.default_rng([self.spec.seed, item.index])
+        # Whatever nobody labelled may belong to the object.
+        marked = sample.mask > 0
+        region: NDArray[np.bool_] | None = marked
+        if item.made == CONTROL:
+            region = moved_away(sample.mask == 255, marked, rng)
+        found: Erased | str
+        if region is None:
+            found = "there is no room for the object's shape in the background"
+        else:
+            try:
+                found = erase(sample.pixels, region, marked, rng)
+            except ValueError as error:
+                found = str(error)
+        return found, time.perf_counter() - started
+
+    def finish(
+        self, item: EraseItem, sample: EraseSample, outputs: list[tuple[Erased | str, float]]
+    ) -> Row:
+        """Write an image and its mask, and return the fields of the row.
+
+        Raises:
+            DataError: they cannot be written.
+        """
+        ((found, seconds),) = outputs
+        if isinstance(found, str):
+            return self.failed(item, f"{found[:1].upper()}{found[1:]}.")
+        started = time.monotonic()
+        mask = np.zeros_like(sample.mask) if item.made == REMOVED else sample.mask
+        files = write_pair(self.spec.product, self._output, item.name, found.image, mask)
+        height, width = mask.shape
+        return {
+            "status": "ok",
+            **sample.state,
+            "digest": sample.digest,
+            **files,
+            "kind": "counterfactual",
+            "made": item.made,
+            "seed": self.spec.seed,
+            "index": item.index,
+            "parameters": {
+                "erased_fraction": round(float(found.hole.mean()), 6),
+                "parts": found.parts,
+                "diffused": round(found.smooth, 4),
+            },
+            "sources": sample.records,
+            **({"test_source": item.leak} if item.leak else {}),
+            **({"mask_source": item.derived} if item.derived else {}),
+            "group": item.group,
+            "height": height,
+            "width": width,
+            "object_fraction": round(float((mask == 255).mean()), 6),
+            "changed_fraction": round(float((found.image != sample.pixels).any(2).mean()), 6),
+            "difficulty": difficulty_of(found.image, mask),
+            "difficulty_source": difficulty_of(sample.pixels, sample.mask),
+            "seconds": {"erase": seconds, "write": time.monotonic() - started},
+        }
+
+    def failed(self, item: EraseItem, reason: str) -> Row:
+        """Return the fields of the row of an image that could not be made."""
+        return failed_row(item.files, reason)
+
+    def example(self) -> Tensor:
+        """Return an input to measure with; there is nothing to measure."""
+        return torch.empty(1, 0)
+
+
+def erase_head(spec: EraseSpec, masks: str, image_format: str) -> dict[str, Any]:
+    """Return what all images of a folder depend on besides their sources.
+
+    Args:
+        spec: what is done.
+        masks: where they come from.
+        image_format: jpg or png.
+    """
+    return {
+        "made by": "synthesize counterfactual",
+        "version": VERSION,
+        "--seed": spec.seed,
+        "masks": masks,
+        "--size": spec.size,
+        "--format": image_format,
+    }
