@@ -125,6 +125,7 @@ def predict_folder(
     *,
     kinds: Sequence[str] = ("map", "mask", "cutout", "overlay"),
     threshold: float = 0.5,
+    min_presence: float | None = None,
     batch_size: int | None = 8,
     devices: str = "auto",
     overwrite: bool = False,
@@ -140,6 +141,8 @@ def predict_folder(
         output: folder of pictures, ledger and table.
         kinds: pictures to write: map, mask, cutout, overlay.
         threshold: probability above which a pixel counts as object, 0..1.
+        min_presence: maps of images that hold an object with a lower probability are empty; needs a
+            model with the presence head.
         batch_size: images per forward pass; None chooses.
         devices: auto: the model's device, in this process; all, or a list such as ``0,1`` or
             ``cpu,cpu``: a process for each. A script that uses them needs an
@@ -169,6 +172,7 @@ def predict_folder(
         kinds=tuple(kinds),
         batch_size=batch_size,
         threshold=threshold,
+        min_presence=min_presence,
         overwrite=overwrite,
         devices=choose_devices(devices),
         limit=limit,

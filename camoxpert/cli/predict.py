@@ -72,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=0.5, help="probability that counts as object [0.5]"
     )
     parser.add_argument(
+        "--min-presence",
+        type=float,
+        metavar="P",
+        help="images that hold an object with a lower probability than P get an empty map and mask "
+        "(models with the presence head) [none]",
+    )
+    parser.add_argument(
         "--tile",
         type=int,
         metavar="N",
@@ -164,6 +171,10 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     batch_size = _batch_size(options.batch_size)
     if not 0 <= options.threshold <= 1:
         raise ConfigError(f"--threshold must be between 0 and 1; {options.threshold:g} is not.")
+    if options.min_presence is not None and not 0 <= options.min_presence <= 1:
+        raise ConfigError(
+            f"--min-presence must be between 0 and 1; {options.min_presence:g} is not."
+        )
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
     check_folder("-o", options.output)
@@ -210,6 +221,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         kinds=options.save,
         batch_size=batch_size,
         threshold=options.threshold,
+        min_presence=options.min_presence,
         overwrite=options.overwrite,
         devices=devices,
         limit=options.limit,
@@ -229,6 +241,11 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             max_pixels=options.max_pixels,
             zoom=options.zoom,
         )
+        if options.min_presence is not None and not predictor.presence_is_calibrated:
+            console.warn(
+                "--min-presence: no images were set aside to calibrate the presence of this model, "
+                "so its probabilities are those of the training data"
+            )
         if options.zoom:
             console.note(describe_zoom(predictor.config.data.img_size))
         result = predict_photos(predictor, photos, output, wanted, found.videos)

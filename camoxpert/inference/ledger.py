@@ -349,7 +349,7 @@ class Ledger:
         with tempfile.TemporaryFile() as scratch:
             text = io.TextIOWrapper(scratch, encoding="utf-8", errors="surrogateescape", newline="")
             writer = csv.writer(text)
-            writer.writerow(self.table.columns)
+            writer.writerow(self.table.head(self.earlier))
             cells = self.table.cells
 
             def add(line: bytes) -> None:
@@ -464,7 +464,7 @@ def _require_own_table(path: Path, table: Table) -> None:
         return
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         first = next(csv.reader(file), list(table.columns))
-    if tuple(first) != table.columns:
+    if tuple(first) not in (table.columns, (*table.columns, *table.extra)):
         raise DataError(
             f"{path} is not a table of `{table.command}` (its columns: {', '.join(first)}). Move "
             "it, or name another folder with -o."

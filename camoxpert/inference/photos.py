@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +43,11 @@ from camoxpert.inference.plan import (
     not_merged,
     remove_unfinished,
 )
-from camoxpert.inference.prediction import KINDS, PICTURES, Prediction
+from camoxpert.inference.prediction import KINDS, PICTURES, Prediction, emptied
 from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
+from camoxpert.inference.tta import Looked
 from camoxpert.inference.video import VIDEO_KINDS, VideoOptions, VideoRun, plan_videos
 from camoxpert.inference.views import ONE_VIEW, ViewOptions
 from camoxpert.runs.checkpoint import file_digest
@@ -65,6 +67,7 @@ class PhotoOptions:
             overlay; annotations: coco, labelme.
         batch_size: images per forward pass; None chooses.
         threshold: probability above which a pixel is object, for mask and table.
+        min_presence: maps of images whose presence is lower are empty; None: every map stays.
         overwrite: predict photos whose outputs exist again.
         devices: names of devices for worker processes; empty: the predictor's own device, in this
             process.
@@ -79,6 +82,7 @@ class PhotoOptions:
     kinds: Sequence[str] = PICTURES
     batch_size: int | None = 8
     threshold: float = 0.5
+    min_presence: float | None = None
     overwrite: bool = False
     devices: Sequence[str] = ()
     limit: int | None = None
@@ -139,6 +143,7 @@ class PhotoStages:
         kinds: pictures to write.
         threshold: probability above which a pixel is object.
         views: tiles and augmentation.
+        min_presence: maps of images whose presence is lower are empty; None: every map stays.
     """
 
     def __init__(
@@ -148,9 +153,11 @@ class PhotoStages:
         kinds: Sequence[str],
         threshold: float,
         views: ViewOptions = ONE_VIEW,
+        min_presence: float | None = None,
     ) -> None:
         self.predictor, self.output = predictor, output
         self.kinds, self.threshold = tuple(kinds), threshold
+        self.min_presence = min_presence
         self.views = predictor.views(views)
         self.device: torch.device = predictor.device
         self.models = 1
@@ -178,11 +185,11 @@ class PhotoStages:
             self.views.held_bytes(inputs, size),
         )
 
-    def forward(self, inputs: Tensor, samples: Sequence[PhotoSample] = ()) -> Tensor:
-        """Return float32 logits (B, 1, h, w) of prepared images."""
+    def forward(self, inputs: Tensor, samples: Sequence[PhotoSample] = ()) -> Looked:
+        """Return float32 logits (B, 1, h, w) of prepared images, and with the head the presence."""
         return self.views.logits(inputs)
 
-    def finish(self, photo: Photo, sample: PhotoSample, outputs: list[Tensor]) -> Row:
+    def finish(self, photo: Photo, sample: PhotoSample, outputs: list[Any]) -> Row:
         """Write the pictures of a photo and return the fields of its row.
 
         Raises:
@@ -194,7 +201,9 @@ class PhotoStages:
         pixels = sample.pixels
         if pixels is None:
             pixels = np.empty((0, 0, 3), np.uint8)
-        found = Prediction(photo.name, pixels, probability_HW, 0.0, self.threshold)
+        presence = self.views.presence(outputs)
+        map_HW = emptied(probability_HW, presence, self.min_presence)
+        found = Prediction(photo.name, pixels, map_HW, 0.0, self.threshold, presence)
         enlarging = time.monotonic() - started
         found.save(self.output, [kind for kind in self.kinds if kind in PICTURES])
         save_annotations(found, self.output, self.kinds, photo.path)
@@ -232,7 +241,7 @@ class PhotoSpec:
         checkpoint: file of the model.
         model: its hash, so that all workers have the same one.
         precision, max_pixels, zoom: see ``load_predictor``.
-        output, kinds, threshold, views: see ``PhotoStages``.
+        output, kinds, threshold, views, min_presence: see ``PhotoStages``.
     """
 
     checkpoint: str
@@ -244,6 +253,7 @@ class PhotoSpec:
     threshold: float
     views: ViewOptions = ONE_VIEW
     zoom: bool = False
+    min_presence: float | None = None
 
     def build(self, device: str) -> PhotoStages:
         """Load the model on a device.
@@ -260,7 +270,14 @@ class PhotoSpec:
         )
         if model_digest(predictor.checkpoint) != self.model:
             raise CheckpointError(f"{self.checkpoint} changed while the run started. Start again.")
-        return PhotoStages(predictor, Path(self.output), self.kinds, self.threshold, self.views)
+        return PhotoStages(
+            predictor,
+            Path(self.output),
+            self.kinds,
+            self.threshold,
+            self.views,
+            self.min_presence,
+        )
 
     def failed(self, photo: Photo, reason: str) -> Row:
         """Return the fields of the row of a photo that no process could do."""
@@ -294,6 +311,7 @@ def predict_photos(
             have no row in the end.
         Stopped: the command was asked to stop.
     """
+    predictor.check_min_presence(options.min_presence)
     settings = Settings(
         model=model_digest(predictor.checkpoint),
         checkpoint=os.path.abspath(predictor.checkpoint.path),
@@ -301,6 +319,8 @@ def predict_photos(
         precision=predictor.precision.name,
         threshold=options.threshold,
         zoom=predictor.zoom or None,
+        presence=predictor.has_presence or None,
+        min_presence=options.min_presence,
         **asdict(options.views),
     )
     views = predictor.views(options.views)
@@ -361,7 +381,9 @@ def _choose_engine(
 ) -> Engine:
     kinds = tuple(kind for kind in options.kinds if kind != "video")
     if not options.devices and not options.ray:
-        stages = PhotoStages(predictor, output, kinds, options.threshold, options.views)
+        stages = PhotoStages(
+            predictor, output, kinds, options.threshold, options.views, options.min_presence
+        )
         return LocalEngine(stages, batch_size=options.batch_size)
     spec = PhotoSpec(
         checkpoint=settings.checkpoint,
@@ -373,6 +395,7 @@ def _choose_engine(
         threshold=options.threshold,
         views=options.views,
         zoom=predictor.zoom,
+        min_presence=options.min_presence,
     )
     if options.ray:
         console.decide(
@@ -406,6 +429,7 @@ def _work_on_videos(
         options.threshold,
         options.video,
         batch_size=options.batch_size,
+        min_presence=options.min_presence,
     )
     for row in run.rows(videos):
         with stop.current().deferred():

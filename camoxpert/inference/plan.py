@@ -28,7 +28,7 @@ from camoxpert.text import bullet_list, count
 
 COMPARED = {"model": "model", "img_size": "image size", "precision": "precision",
             "threshold": "threshold", "tile": "--tile", "overlap": "--overlap",
-            "tta": "--tta", "zoom": "--zoom"}  # fmt: skip
+            "tta": "--tta", "zoom": "--zoom", "min_presence": "--min-presence"}  # fmt: skip
 """Settings that change pictures or table, and their names in messages."""
 TEMPORARY = re.compile(r"\.\w+\.tmp")
 """Names of files that are not written to the end: see ``files.write_whole``."""
@@ -75,6 +75,8 @@ class Settings:
         threshold: probability above which a pixel is object.
         tile, overlap, tta: see ``views.ViewOptions``; None, and absent in an older head: off.
         zoom: whether images are looked at in two sizes; None: no.
+        presence: whether the model has the presence head; None: no.
+        min_presence: maps of images whose presence is lower are empty; None: every map stays.
     """
 
     model: str
@@ -86,6 +88,8 @@ class Settings:
     overlap: float | None = None
     tta: str | None = None
     zoom: bool | None = None
+    presence: bool | None = None
+    min_presence: float | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return the head of the ledger."""
@@ -131,7 +135,8 @@ def model_digest(checkpoint: Checkpoint) -> str:
         key: value
         for key, value in to_dict(checkpoint.config)["model"].items()
         # At its default a setting that was added later changes nothing.
-        if key not in ("pretrained", "weights", "upcycle_noise")
+        # Whether there is a presence head is seen by its weights.
+        if key not in ("pretrained", "weights", "upcycle_noise", "presence")
         and (key, value) != ("routing_grid", 1)
     }
     digest = hashlib.sha256(json.dumps(network, sort_keys=True, default=str).encode())

@@ -85,7 +85,8 @@ class Prediction:
         return number / inside_HW.size, confidence
 
     def fields(self) -> dict[str, float]:
-        """Return what tables say of the prediction: size, share of the object, confidence."""
+        """Return what tables say of the prediction: size, share of the object, confidence, and the
+        presence of a model with the head."""
         height, width = self.size
         fraction, confidence = self._shape_of(self.mask_HW)
         return {
@@ -93,6 +94,7 @@ class Prediction:
             "width": width,
             "object_fraction": fraction,
             "confidence": confidence,
+            **({} if self.presence is None else {"presence": self.presence}),
         }
 
     def cutout(self) -> NDArray[np.uint8]:
@@ -135,6 +137,21 @@ class Prediction:
             else:
                 write_jpeg(path, self.overlay())
         return paths
+
+
+def emptied(
+    map_HW: NDArray[np.float32], presence: float | None, min_presence: float | None
+) -> NDArray[np.float32]:
+    """Return a map, or one of zeros where the presence is below the least that counts.
+
+    Args:
+        map_HW: probabilities.
+        presence: of the image; None: the model has no head for it.
+        min_presence: see ``--min-presence``; None: every map stays.
+    """
+    if presence is None or min_presence is None or presence >= min_presence:
+        return map_HW
+    return np.zeros_like(map_HW)
 
 
 PREDICTIONS = Product(

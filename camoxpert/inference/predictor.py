@@ -20,9 +20,11 @@ from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.inference.batching import BatchSize
 from camoxpert.inference.engine import Chunk, Pipeline, Row
-from camoxpert.inference.prediction import Prediction
+from camoxpert.inference.prediction import Prediction, emptied
+from camoxpert.inference.score import presence_of
 from camoxpert.inference.sources import ImageInput, find_photos, name_of, read_pixels
 from camoxpert.inference.timing import Timing
+from camoxpert.inference.tta import Looked
 from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
 from camoxpert.models.backbone import BACKBONES
 from camoxpert.models.camoxpert import CamoXpert, build_model
@@ -90,6 +92,25 @@ class Predictor:
         """Whether the model says how probable it is that an image holds any object."""
         return self.checkpoint.model_config.presence == "on"
 
+    @property
+    def presence_is_calibrated(self) -> bool:
+        """Whether images that neither trained nor chose anything calibrated the presence."""
+        fitted_on = self.checkpoint.evaluated_weights.get("presence.calibration.images")
+        return fitted_on is not None and int(fitted_on) > 0
+
+    def check_min_presence(self, least: float | None) -> None:
+        """Raise ConfigError if a least presence cannot be asked for."""
+        if least is None:
+            return
+        if not 0 <= least <= 1:
+            raise ConfigError(f"--min-presence must be between 0 and 1; {least:g} is not.")
+        if not self.has_presence:
+            raise ConfigError(
+                f"--min-presence {least:g}: {self.checkpoint.path} has no presence head. A model "
+                "gets one when it is trained with images without objects: --negatives DIR, or "
+                "--noncam include."
+            )
+
     @overload
     def predict(
         self,
@@ -100,6 +121,7 @@ class Predictor:
         tile: int | None = ...,
         overlap: float | None = ...,
         tta: str | None = ...,
+        min_presence: float | None = ...,
     ) -> Prediction: ...
 
     @overload
@@ -112,6 +134,7 @@ class Predictor:
         tile: int | None = ...,
         overlap: float | None = ...,
         tta: str | None = ...,
+        min_presence: float | None = ...,
     ) -> list[Prediction]: ...
 
     def predict(
@@ -123,6 +146,7 @@ class Predictor:
         tile: int | None = None,
         overlap: float | None = None,
         tta: str | None = None,
+        min_presence: float | None = None,
     ) -> Prediction | list[Prediction]:
         """Find the hidden objects in one image, or in each of a list.
 
@@ -131,7 +155,7 @@ class Predictor:
                 these.
             threshold: probability above which a pixel counts as object, 0..1.
             batch_size: images or tiles per forward pass.
-            tile, overlap, tta: see ``stream``.
+            tile, overlap, tta, min_presence: see ``stream``.
 
         Returns:
             A Prediction, or a list of them in order.
@@ -147,6 +171,7 @@ class Predictor:
             tile=tile,
             overlap=overlap,
             tta=tta,
+            min_presence=min_presence,
         )
         if isinstance(images, (list, tuple)):
             return list(stream(images))
@@ -162,6 +187,7 @@ class Predictor:
         tile: int | None = None,
         overlap: float | None = None,
         tta: str | None = None,
+        min_presence: float | None = None,
     ) -> Iterator[Prediction]:
         """Yield a prediction for each image, in order, with two batches of images in memory.
 
@@ -177,6 +203,8 @@ class Predictor:
             overlap: least share of a window that the next one covers too, 0.25 if unset.
             tta: ``flip``, ``scales`` or ``flip,scales``: mean of the logits of the mirrored image,
                 and of three sizes.
+            min_presence: maps of images whose presence is lower are 0 everywhere; needs a model
+                with the presence head.
 
         Raises:
             DataError: no image was found; or, during the iteration, an image cannot be read.
@@ -187,12 +215,14 @@ class Predictor:
                 "batch_size must be at least 1 and threshold between 0 and 1; they are "
                 f"{batch_size} and {threshold}."
             )
+        self.check_min_presence(min_presence)
         chosen = find_photos([str(images)]) if isinstance(images, (str, Path)) else images
         attempts = self.attempts(
             chosen,
             threshold=threshold,
             batch_size=batch_size,
             views=self.views(choose_views(tile, overlap, tta)),
+            min_presence=min_presence,
         )
         return (_or_raise(found) for _, found in attempts)
 
@@ -203,15 +233,16 @@ class Predictor:
         threshold: float,
         batch_size: int,
         views: Views | None = None,
+        min_presence: float | None = None,
     ) -> Iterator[tuple[Input, Prediction | DataError]]:
         """Yield each image with its prediction, or with the error if it cannot be read.
 
         Args:
-            images, threshold, batch_size: see ``stream``.
+            images, threshold, batch_size, min_presence: see ``stream``.
             views: tiles and augmentation; None: none.
         """
         source = _Iterated(images, batch_size)
-        stages = _StreamStages(self, threshold, views or self.views(ONE_VIEW))
+        stages = _StreamStages(self, threshold, views or self.views(ONE_VIEW), min_presence)
         with Pipeline(
             stages,
             source,
@@ -231,6 +262,15 @@ class Predictor:
         """Return an RGB uint8 image (H, W, 3) resized to the training size, uint8 (3, S, S)."""
         return prepared(image_HWC, self.img_size)
 
+    def look(self, images_BCHW: Tensor) -> Looked:
+        """Return float32 logits of prepared images (B, 3, S, S) on the device, with the presence
+        head together with the probabilities (B,) that they hold any object."""
+        with self.precision.autocast(self.device):
+            output = self.model(images_BCHW)
+        logits: Tensor = output.logits_B1HW.float()
+        presence = presence_of(self.model, output)
+        return logits if presence is None else (logits, presence)
+
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """Return float32 logits (B, 1, h, w) of prepared images (B, 3, S, S) on the device."""
         with self.precision.autocast(self.device):
@@ -243,7 +283,7 @@ class Predictor:
         Raises:
             ConfigError: the network does not take inputs of the sides that are asked for.
         """
-        views = Views(options, side=self.img_size, logits=self.logits)
+        views = Views(options, side=self.img_size, logits=self.look)
         name = self.config.model.backbone
         for side in set(views.sides) - {self.img_size} if name not in BACKBONES else ():
             try:
@@ -302,8 +342,11 @@ class _Iterated:
 class _StreamStages:
     """Reads images and returns predictions in the rows."""
 
-    def __init__(self, predictor: Predictor, threshold: float, views: Views) -> None:
+    def __init__(
+        self, predictor: Predictor, threshold: float, views: Views, min_presence: float | None
+    ) -> None:
         self.predictor, self.threshold, self.views = predictor, threshold, views
+        self.min_presence = min_presence
         self.device = predictor.device
         self.models = 1
 
@@ -314,15 +357,17 @@ class _StreamStages:
         needed = self.views.held_bytes(inputs, (pixels.shape[0], pixels.shape[1]))
         return _Read(inputs, pixels, {"read": time.monotonic() - started}, needed)
 
-    def forward(self, inputs: Tensor, samples: Sequence[_Read] = ()) -> Tensor:
+    def forward(self, inputs: Tensor, samples: Sequence[_Read] = ()) -> Looked:
         return self.views.logits(inputs)
 
-    def finish(self, given: _Given, sample: _Read, outputs: list[Tensor]) -> Row:
+    def finish(self, given: _Given, sample: _Read, outputs: list[Any]) -> Row:
         started = time.monotonic()
         height, width = sample.pixels.shape[:2]
         with torch.inference_mode():
             map_HW = self.views.probability(outputs, (height, width)).numpy()
-        found = Prediction(given.name, sample.pixels, map_HW, 0.0, self.threshold)
+        presence = self.views.presence(outputs)
+        map_HW = emptied(map_HW, presence, self.min_presence)
+        found = Prediction(given.name, sample.pixels, map_HW, 0.0, self.threshold, presence)
         seconds = {"enlarge": time.monotonic() - started}
         return {"image": given.image, "found": found, "seconds": seconds}
 

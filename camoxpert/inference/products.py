@@ -20,12 +20,18 @@ class Table:
         columns: its first line.
         cells: returns the cells of an item's row of the ledger.
         command: that writes it, for messages.
+        extra: further columns, each there if the head of the ledger says so under its name.
     """
 
     name: str
     columns: tuple[str, ...]
     cells: Callable[[dict[str, Any]], list[str]]
     command: str
+    extra: tuple[str, ...] = ()
+
+    def head(self, settings: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """Return the first line of the table of a ledger with this head."""
+        return (*self.columns, *(name for name in self.extra if (settings or {}).get(name)))
 
 
 TABLE = "results.csv"
@@ -40,11 +46,12 @@ def table_row(row: dict[str, Any]) -> list[str]:
         f"{row['object_fraction']:.6f}",
         f"{row['confidence']:.4f}",
         f"{row['seconds'].get('forward', 0.0):.4f}",
+        *([f"{row['presence']:.4f}"] if "presence" in row else []),
     ]
 
 
 COLUMNS = ("image", "height", "width", "object_fraction", "confidence", "seconds")
-RESULTS = Table(TABLE, COLUMNS, table_row, "predict")
+RESULTS = Table(TABLE, COLUMNS, table_row, "predict", ("presence",))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from torch import Tensor
 from camoxpert.errors import ConfigError
 from camoxpert.text import did_you_mean
 
+Looked = Tensor | tuple[Tensor, Tensor]
+"""What the network says of inputs: float32 logits (B, 1, s, s), and of a model with the presence
+head also the probabilities (B,) that they hold any object."""
 FLIP, SCALES = "flip", "scales"
 WORDS = (FLIP, SCALES)
 SCALE_STEP = 0.25
@@ -52,17 +55,21 @@ def sides_of(side: int, words: Sequence[str]) -> tuple[int, ...]:
     return tuple(one for one in (side - step, side, side + step) if one > 0)
 
 
-def mirrored_too(logits: Callable[[Tensor], Tensor], images_BCHW: Tensor) -> Tensor:
+def mirrored_too(logits: Callable[[Tensor], Looked], images_BCHW: Tensor) -> Looked:
     """Return the mean of the logits of images and of their mirror images, mirrored back.
 
-    Mirrored images have exactly the mirrored result.
+    Mirrored images have exactly the mirrored result. Of a network that gives presence as well, its
+    mean.
 
     Args:
-        logits: the network, (B, C, H, W) to (B, 1, H, W).
+        logits: the network, (B, C, H, W) to (B, 1, H, W), or to that and (B,).
         images_BCHW: inputs.
     """
-    seen = logits(images_BCHW)
-    return (seen + logits(images_BCHW.flip(-1)).flip(-1)) / 2
+    seen, mirrored = logits(images_BCHW), logits(images_BCHW.flip(-1))
+    if isinstance(seen, tuple) and isinstance(mirrored, tuple):
+        return (seen[0] + mirrored[0].flip(-1)) / 2, (seen[1] + mirrored[1]) / 2
+    assert isinstance(seen, Tensor) and isinstance(mirrored, Tensor)
+    return (seen + mirrored.flip(-1)) / 2
 
 
 def averaged(logits: Sequence[Tensor]) -> Tensor:

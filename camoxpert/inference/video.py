@@ -32,11 +32,12 @@ from camoxpert.inference.frames import BadVideo, Frame, FrameChunks, VideoFile, 
 from camoxpert.inference.ledger import FAILED, Ledger, as_fields, source_of
 from camoxpert.inference.local import device_facts, find_batch_size, run_chunks
 from camoxpert.inference.plan import Plan, has_changed
-from camoxpert.inference.prediction import PICTURES, TIMES, Prediction, output_path
+from camoxpert.inference.prediction import PICTURES, TIMES, Prediction, emptied, output_path
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo
 from camoxpert.inference.timing import Timing
+from camoxpert.inference.tta import Looked
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import bullet_list
 
@@ -172,6 +173,7 @@ class FrameStages:
         kinds: pictures to write, and ``video``.
         threshold: probability above which a pixel is object.
         options: how videos are predicted.
+        min_presence: maps of frames whose presence is lower are empty; None: every map stays.
     """
 
     def __init__(
@@ -181,18 +183,20 @@ class FrameStages:
         kinds: Sequence[str],
         threshold: float,
         options: VideoOptions,
+        min_presence: float | None = None,
     ) -> None:
         self.predictor, self.output, self.threshold = predictor, output, threshold
         self.pictures = [kind for kind in kinds if kind in PICTURES]
         self.shows = options.shows if "video" in kinds else ""
-        self.smooth = options.smooth
+        self.smooth, self.min_presence = options.smooth, min_presence
         self.device: torch.device = predictor.device
         self.models = 1
         self._past: Tensor | None = None
+        self._past_presence: Tensor | None = None
 
     def restart(self) -> None:
         """Forget the frames of the last video."""
-        self._past = None
+        self._past = self._past_presence = None
 
     def read(self, frame: Frame) -> _FrameSample:
         """Return a frame in the colours and size that the model takes."""
@@ -201,25 +205,40 @@ class FrameStages:
         prepared = self.predictor.prepare(pixels)
         return _FrameSample((prepared,), pixels, {"read": time.monotonic() - started})
 
-    def forward(self, inputs: Tensor, samples: Sequence[_FrameSample] = ()) -> Tensor:
-        """Return float32 logits (B, 1, h, w) of the next frames, smoothed over time."""
-        logits = self.predictor.logits(inputs)
+    def forward(self, inputs: Tensor, samples: Sequence[_FrameSample] = ()) -> Looked:
+        """Return float32 logits (B, 1, h, w) of the next frames, and with the head the presence
+        (B,), both smoothed over time."""
+        looked = self.predictor.look(inputs)
         if not self.smooth:
-            return logits
-        past, averages = self._past, []
-        for one in logits:
+            return looked
+        logits, presence = looked if isinstance(looked, tuple) else (looked, None)
+        averages = self._smoothed(logits, self._past)
+        self._past = averages[-1]
+        if presence is None:
+            return averages
+        presences = self._smoothed(presence, self._past_presence)
+        self._past_presence = presences[-1]
+        return averages, presences
+
+    def _smoothed(self, values: Tensor, past: Tensor | None) -> Tensor:
+        """Return the moving averages of values in order, which begin with ``past``."""
+        averages = []
+        for one in values:
             past = one if past is None else self.smooth * past + (1 - self.smooth) * one
             averages.append(past)
-        self._past = past
         return torch.stack(averages)
 
-    def finish(self, frame: Frame, sample: _FrameSample, outputs: list[Tensor]) -> Row:
+    def finish(self, frame: Frame, sample: _FrameSample, outputs: list[Any]) -> Row:
         """Write the pictures of a frame and return what is known of it."""
         started = time.monotonic()
         height, width = sample.pixels.shape[:2]
         with torch.inference_mode():
-            map_HW = enlarged(outputs[0], (height, width)).numpy()
-        found = Prediction(frame.name, sample.pixels, map_HW, 0.0, self.threshold)
+            output = outputs[0]
+            logits, seen = output if isinstance(output, tuple) else (output, None)
+            map_HW = enlarged(logits, (height, width)).numpy()
+        presence = None if seen is None else float(seen)
+        map_HW = emptied(map_HW, presence, self.min_presence)
+        found = Prediction(frame.name, sample.pixels, map_HW, 0.0, self.threshold, presence)
         enlarging = time.monotonic() - started
         found.save(self.output, self.pictures)
         shown = found.overlay() if self.shows == "overlay" else None
@@ -254,6 +273,7 @@ class _Totals:
     width: int = 0
     object_fraction: float = 0.0
     confidence: float = 0.0
+    presence: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
@@ -262,6 +282,8 @@ class _Totals:
         self.height, self.width = row["height"], row["width"]
         self.object_fraction += row["object_fraction"]
         self.confidence += row["confidence"]
+        if "presence" in row:
+            self.presence = (self.presence or 0.0) + row["presence"]
         for stage, value in row["seconds"].items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
 
@@ -276,6 +298,7 @@ class VideoRun:
         threshold: probability above which a pixel is object.
         options: how videos are predicted.
         batch_size: frames of a forward pass; None chooses.
+        min_presence: see ``FrameStages``.
     """
 
     def __init__(
@@ -287,10 +310,12 @@ class VideoRun:
         options: VideoOptions,
         *,
         batch_size: int | None,
+        min_presence: float | None = None,
     ) -> None:
         self.output, self.kinds, self.options = output, tuple(kinds), options
         self.max_pixels = predictor.max_pixels
-        self.stages = FrameStages(predictor, output, kinds, threshold, options)
+        self.columns = (*COLUMNS, "presence") if predictor.has_presence else COLUMNS
+        self.stages = FrameStages(predictor, output, kinds, threshold, options, min_presence)
         self._size, self._reason = find_batch_size(self.stages, batch_size)
         self._timing = Timing()
 
@@ -359,6 +384,7 @@ class VideoRun:
             "width": totals.width,
             "object_fraction": totals.object_fraction / count,
             "confidence": totals.confidence / count,
+            **({} if totals.presence is None else {"presence": totals.presence / count}),
             "seconds": {stage: value / count for stage, value in totals.seconds.items()},
         }
 
@@ -373,7 +399,7 @@ class VideoRun:
         """Predict all frames, and write their times into ``out``."""
         table = io.TextIOWrapper(out, encoding="utf-8", newline="", write_through=True)
         lines = csv.writer(table, lineterminator="\n")
-        lines.writerow(COLUMNS)
+        lines.writerow(self.columns)
         chunks = FrameChunks(file.frames(video.name, self.options.every), self._size)
         name = str(self.stages.device)
         expected = file.expected(self.options.every)
@@ -434,4 +460,5 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "" if frame.seconds is None else f"{frame.seconds:.6f}",
         f"{row['object_fraction']:.6f}",
         f"{row['confidence']:.4f}",
+        *([f"{row['presence']:.4f}"] if "presence" in row else []),
     ]

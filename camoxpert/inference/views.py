@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -16,8 +17,9 @@ from camoxpert import console
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.tiles import Grid, blended, joined, make_grid, stride
-from camoxpert.inference.tta import FLIP, averaged, mirrored_too, parse_tta, sides_of
+from camoxpert.inference.tta import FLIP, Looked, averaged, mirrored_too, parse_tta, sides_of
 
+T = TypeVar("T")
 OVERLAP = 0.25
 """Share of a tile that the next one covers too, unless another is given."""
 OVERLAP_LIMIT = 0.9
@@ -75,14 +77,14 @@ class Views:
     Args:
         options: windows and augmentation.
         side: of the network's input, pixels.
-        logits: the network: uint8 (B, 3, s, s) to float32 (B, 1, s, s).
+        logits: the network, from uint8 (B, 3, s, s).
 
     Raises:
         ConfigError: a tile is smaller than the network's input.
     """
 
     def __init__(
-        self, options: ViewOptions, *, side: int, logits: Callable[[Tensor], Tensor]
+        self, options: ViewOptions, *, side: int, logits: Callable[[Tensor], Looked]
     ) -> None:
         if options.tile is not None and options.tile < side:
             raise ConfigError(
@@ -115,27 +117,43 @@ class Views:
             parts += grid.crops(image_HWC)
         return tuple(prepared(part, side) for part in parts for side in self.sides)
 
-    def logits(self, images_BCHW: Tensor) -> Tensor:
-        """Return float32 logits (B, 1, s, s) of inputs, on the device."""
+    def logits(self, images_BCHW: Tensor) -> Looked:
+        """Return what the network says of inputs, on the device."""
         if FLIP in self.words:
             return mirrored_too(self._logits, images_BCHW)
         return self._logits(images_BCHW)
 
-    def probability(self, outputs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    def probability(self, outputs: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Return the probabilities (H, W) of an image from the logits of its inputs.
 
         Args:
-            outputs: float32 (1, s, s) for every input, in order.
+            outputs: float32 (1, s, s) for every input, in order, or pairs of such logits and the
+                presence.
             size: (height, width) of the image.
         """
-        number = len(self.sides)
-        starts = range(0, len(outputs), number)
-        whole, *tiles = (outputs[start : start + number] for start in starts)
+        logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        whole, *tiles = self._parts(logits)
         grid = self._grid(size)
         if grid is None:
             return enlarged(averaged(whole), size)
         map_HW = blended(grid, map(averaged, tiles))
         return joined(grid, map_HW, averaged(whole)).sigmoid_()
+
+    def presence(self, outputs: Sequence[Any]) -> float | None:
+        """Return the probability that an image holds any object; None without the head.
+
+        The mean over its sizes; of an image with windows the largest of the whole and its windows:
+        what only a window shows is there as well.
+        """
+        if not isinstance(outputs[0], tuple):
+            return None
+        parts = self._parts([float(presence) for _, presence in outputs])
+        return max(sum(part) / len(part) for part in parts)
+
+    def _parts(self, values: Sequence[T]) -> list[Sequence[T]]:
+        """Return the values of the whole image and of each window, one for each size."""
+        number = len(self.sides)
+        return [values[start : start + number] for start in range(0, len(values), number)]
 
     def held_bytes(self, inputs: Sequence[Tensor], size: tuple[int, int]) -> int:
         """Return the memory that an image takes beside its pixels until its map is made.

@@ -70,6 +70,7 @@ class Survey:
         statuses: rows by status.
         sizes: predictions by size of the object, see ``metrics.groups``.
         confidences: predictions with an object by confidence, in tenths.
+    presences: predictions of a model with the presence head by presence, in tenths.
         reasons: failures without the name of their file, by frequency.
         failures: (item, reason), the first of them.
         galleries: examples.
@@ -78,6 +79,7 @@ class Survey:
     statuses: Counter[str] = field(default_factory=Counter)
     sizes: Counter[int] = field(default_factory=Counter)
     confidences: Counter[int] = field(default_factory=Counter)
+    presences: Counter[int] = field(default_factory=Counter)
     failures: list[tuple[str, str]] = field(default_factory=list)
     surest: Gallery = field(default_factory=lambda: Gallery("Most confident"))
     doubtful: Gallery = field(default_factory=lambda: Gallery("Least confident"))
@@ -97,8 +99,12 @@ class Survey:
             self.statuses["video"] += 1
             return
         self.sizes[size_class(fraction)] += 1
+        presence = row.get("presence")
+        if isinstance(presence, int | float):
+            self.presences[min(9, int(10 * presence))] += 1
         if not fraction:
-            self.empty.offer(0, row)
+            # With a presence those that most likely hold something come first.
+            self.empty.offer(presence if isinstance(presence, int | float) else 0, row)
             return
         self.confidences[min(9, int(10 * confidence))] += 1
         self.surest.offer(confidence, row)
@@ -172,11 +178,10 @@ def write_predictions_page(
         "object size (share of the image)": {
             SIZES[size]: survey.sizes[size] for size in range(len(SIZES)) if survey.sizes[size]
         },
-        "confidence (mean probability inside)": {
-            f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}": survey.confidences[tenth]
-            for tenth in range(10)
-        },
+        "confidence (mean probability inside)": _tenths(survey.confidences),
     }
+    if survey.presences:
+        counts["presence (probability of any object)"] = _tenths(survey.presences)
     page = PredictionsPage(
         folder=f"{folder}" + ("" if finished else ": stopped before its end"),
         tiles=tiles,
@@ -189,6 +194,12 @@ def write_predictions_page(
         more_failures=failed - len(survey.failures),
     )
     return write_page(path, "predictions.html.j2", page)
+
+
+def _tenths(counts: Mapping[int, int]) -> dict[str, int]:
+    return {
+        f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}": counts.get(tenth, 0) for tenth in range(10)
+    }
 
 
 def _picture(folder: Path, row: Row) -> Picture | None:
@@ -205,6 +216,8 @@ def _picture(folder: Path, row: Row) -> Picture | None:
             continue
         _, data = cv2.imencode(".jpg", fit(pixels, SIDE), [cv2.IMWRITE_JPEG_QUALITY, 85])
         share = f"{row['object_fraction']:.1%}, confidence {row['confidence']:.2f}"
+        if "presence" in row:
+            share += f", presence {row['presence']:.2f}"
         return Picture(inline_jpeg(data.tobytes()), f"{row['item']}: {share}")
     return None
 

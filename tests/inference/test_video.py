@@ -63,6 +63,8 @@ def numbers(path: Path, every: int = 1) -> list[int]:
 class GreyModel:
     """Logits are the mean grey value in 0..1, minus 0.5, times 8."""
 
+    has_presence = False
+
     def __init__(self) -> None:
         self.device, self.img_size, self.max_pixels = torch.device("cpu"), 16, LIMIT
         self.passes: list[int] = []
@@ -70,7 +72,7 @@ class GreyModel:
     def prepare(self, image_HWC: np.ndarray) -> Tensor:
         return torch.from_numpy(cv2.resize(image_HWC, (16, 16)).transpose(2, 0, 1).copy())
 
-    def logits(self, images: Tensor) -> Tensor:
+    def look(self, images: Tensor) -> Tensor:
         self.passes.append(len(images))
         return 8 * (images.float().mean(1, keepdim=True)[..., 12:, 12:] / 255 - 0.5)
 
