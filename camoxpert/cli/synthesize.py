@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="a new folder; gets TrainDataset/ and TestDataset/")
     parser.add_argument("--train", type=int, default=400, help="training pairs [400]")
     parser.add_argument("--test", type=int, default=80, help="test pairs [80]")
+    parser.add_argument(
+        "--negatives",
+        type=int,
+        default=0,
+        help="scenes without an object, in Negatives/, for `train --negatives` [0]",
+    )
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels [96]")
     parser.add_argument(
         "--difficulty", type=float, default=0.5, help="0 easy to see, 1 nearly invisible [0.5]"
@@ -52,8 +58,10 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError(
             f"Name the kind before all flags: camoxpert synthesize {options.kind} ..."
         )
-    if options.train < 1 or options.test < 0 or options.size < 32:
-        raise ConfigError("--train must be at least 1, --test at least 0 and --size at least 32.")
+    if options.train < 1 or min(options.test, options.negatives) < 0 or options.size < 32:
+        raise ConfigError(
+            "--train must be at least 1, --test and --negatives at least 0 and --size at least 32."
+        )
     if not 0 <= options.difficulty <= 1:
         raise ConfigError(f"--difficulty must be between 0 and 1; got {options.difficulty:g}.")
     from camoxpert.synthesis.toy import check_object_size, generate_toy
@@ -77,7 +85,9 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         size=options.size,
         difficulty=options.difficulty,
         object_size=object_size,
+        num_negatives=options.negatives,
         seed=options.seed,
     )
-    console.say(f"{options.train} training and {options.test} test pairs in {output}")
+    empty = f", {options.negatives} scenes without an object" if options.negatives else ""
+    console.say(f"{options.train} training and {options.test} test pairs{empty} in {output}")
     return 0

@@ -215,7 +215,8 @@ class EraseStages:
         """
         ((found, seconds),) = outputs
         if isinstance(found, str):
-            return self.failed(item, f"{found[:1].upper()}{found[1:]}.")
+            row = self.failed(item, f"{found[:1].upper()}{found[1:]}.")
+            return row | {"seconds": {"erase": seconds}}
         started = time.monotonic()
         mask = np.zeros_like(sample.mask) if item.made == REMOVED else sample.mask
         files = write_pair(self.spec.product, self._output, item.name, found.image, mask)

@@ -43,6 +43,7 @@ def toy_pair(
     size: int = 96,
     difficulty: float = 0.5,
     object_size: tuple[float, float] | None = None,
+    empty: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generate one pair; equal arguments give equal pixels.
 
@@ -52,9 +53,10 @@ def toy_pair(
         difficulty: 0 (easy) to 1 (nearly invisible).
         object_size: smallest and largest share of the image that the object covers, 0..0.3; its
             logarithm is drawn uniformly. None: one or two objects of 3 to 20 % of the image.
+        empty: the same scene without its object.
 
     Returns:
-        image uint8 (S, S, 3) RGB; mask uint8 (S, S), 0 or 255, never empty.
+        image uint8 (S, S, 3) RGB; mask uint8 (S, S), 0 or 255, empty only where that is asked for.
 
     Raises:
         ValueError: size, difficulty or object size out of range.
@@ -78,6 +80,8 @@ def toy_pair(
         if object_size is None
         else sized_alpha(outline, size, object_size)
     )
+    if empty:
+        alpha = np.zeros_like(alpha)
     mask = alpha > 0.5
     background = equalise(make(grain, size, angle, scale))
     # Equalised over the object only, so its grey levels are spread like the background's.
@@ -105,9 +109,11 @@ def generate_toy(
     size: int = 96,
     difficulty: float = 0.5,
     object_size: tuple[float, float] | None = None,
+    num_negatives: int = 0,
     seed: int = 0,
 ) -> None:
-    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/toy/{Imgs,GT}`` under ``root``.
+    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/toy/{Imgs,GT}`` under ``root``, and scenes
+    without an object, other ones, to ``Negatives/``.
 
     The other arguments are those of ``toy_pair``.
     """
@@ -119,6 +125,9 @@ def generate_toy(
         )
         write_jpeg(folder / "Imgs" / f"{toy_name(index)}.jpg", image, quality=95)
         write_png(folder / "GT" / f"{toy_name(index)}.png", mask)
+    for index in range(len(folders), len(folders) + num_negatives):
+        image, _ = toy_pair(seed, index, size=size, difficulty=difficulty, empty=True)
+        write_jpeg(root / "Negatives" / f"{toy_name(index)}.jpg", image, quality=95)
 
 
 def noise(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -56,31 +55,45 @@ def fit_calibration(logits_N: NDArray[np.float64], labels_N: NDArray[np.float64]
     objects, empty = int(labels_N.sum()), int((1 - labels_N).sum())
     targets = np.where(labels_N > 0.5, (objects + 1) / (objects + 2), 1 / (empty + 2))
     scale = max(float(np.abs(logits_N).mean()), 1e-6)
-    inputs = np.stack([logits_N / scale, np.ones_like(logits_N)], 1)
-    weights = np.array([0.0, math.log((objects + 1) / (empty + 1))])
-    for _ in range(100):
-        probs = _sigmoid(inputs @ weights)
-        gradient = inputs.T @ (probs - targets)
-        curvature = (inputs * (probs * (1 - probs))[:, None]).T @ inputs + 1e-9 * np.eye(2)
-        step = np.linalg.solve(curvature, gradient)
-        value, length = _log_loss(inputs @ weights, targets), 1.0
-        # Halved until it helps: far from the optimum a full step overshoots.
-        while length > 1e-6 and _log_loss(inputs @ (weights - length * step), targets) > value:
-            length /= 2
-        weights = weights - length * step
-        if float(np.abs(length * step).max()) < 1e-9:
-            break
-    # A head that knows nothing, or the opposite, is flattened to the share of objects.
-    factor = float(np.clip(weights[0] / scale, 1 / STEEPEST, STEEPEST))
-    bias = float(weights[1])
+    ones = np.ones_like(logits_N)
+    slope, bias = _maximum(np.stack([logits_N / scale, ones], 1), targets)
+    factor = float(np.clip(slope / scale, 1 / STEEPEST, STEEPEST))
+    if factor != slope / scale:
+        # A head that knows nothing, or the opposite, is flattened to the share of objects.
+        (bias,) = _maximum(ones[:, None], targets, factor * logits_N)
     return Fit(
         1 / factor,
-        bias,
+        float(bias),
         objects,
         empty,
         _log_loss(logits_N, labels_N),
         _log_loss(factor * logits_N + bias, labels_N),
     )
+
+
+def _maximum(
+    inputs_NK: NDArray[np.float64],
+    targets_N: NDArray[np.float64],
+    offsets_N: NDArray[np.float64] | float = 0.0,
+) -> NDArray[np.float64]:
+    """Return the weights (K,) of a logistic regression, by Newton's method."""
+    weights = np.zeros(inputs_NK.shape[1])
+    for _ in range(100):
+        logits = inputs_NK @ weights + offsets_N
+        probs = _sigmoid(logits)
+        gradient = inputs_NK.T @ (probs - targets_N)
+        curvature = (inputs_NK * (probs * (1 - probs))[:, None]).T @ inputs_NK
+        step = np.linalg.solve(curvature + 1e-9 * np.eye(len(weights)), gradient)
+        value, length = _log_loss(logits, targets_N), 1.0
+        # Halved until it helps: far from the optimum a full step overshoots.
+        while length > 1e-6:
+            if _log_loss(inputs_NK @ (weights - length * step) + offsets_N, targets_N) <= value:
+                break
+            length /= 2
+        weights = weights - length * step
+        if float(np.abs(length * step).max()) < 1e-9:
+            break
+    return weights
 
 
 def _sigmoid(logits_N: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -50,6 +50,7 @@ from camoxpert.training.negatives import (
     say_presence,
     set_calibration_aside,
     with_negatives,
+    without_made,
 )
 from camoxpert.training.recipe import Recipe, choose_recipe
 from camoxpert.training.split import BESIDE, Split, decide_split
@@ -174,8 +175,11 @@ def find_data(
     tests = _find_tests(data, search)
     calibration = NO_IMAGES
     if kinds.head:
-        train, calibration = set_calibration_aside(train, whole, config, kept or {}, write=write)
-    made = without_leaks(made, data.synthetic, train, joined(validation, calibration), tests)
+        train, calibration = set_calibration_aside(
+            train, whole, made, config, kept or {}, write=write
+        )
+    held_out = joined(validation, without_made(calibration))
+    made = without_leaks(made, data.synthetic, train, held_out, tests)
     require_no_leaks(whole, tests)
     (train, negatives), (made, made_negatives) = divided(train), divided(made)
     negatives = joined(negatives, made_negatives)

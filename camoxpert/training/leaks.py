@@ -91,6 +91,24 @@ def without_leaks(
     return replace(made, pairs=tuple(pair for pair in made.pairs if pair not in left_out))
 
 
+def made_from(made: Manifest, folders: Sequence[str], sources: Manifest) -> tuple[Pair, ...]:
+    """Return the made images that come from these images.
+
+    Args:
+        made: the made images.
+        folders: where they lie, each with its provenance.
+        sources: real images.
+    """
+    if not len(made) or not len(sources):
+        return ()
+    finder = Finder({"": sources})
+    origins: dict[Path, Origin] = {}
+    for folder in folders:
+        origins |= read_origins(Path(folder))
+    own = [(pair, origins.get(pair.image.resolve())) for pair in made.pairs]
+    return tuple(p for p, origin in own if origin and any(map(finder.find, origin.sources)))
+
+
 def _by_name(tests: Mapping[str, Manifest]) -> dict[str, Manifest]:
     """Return test sets under names that no other part has."""
     return {f"test set {name}": manifest for name, manifest in tests.items()}

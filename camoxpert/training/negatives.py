@@ -24,6 +24,7 @@ from camoxpert.doctor.families import copy_families
 from camoxpert.doctor.inspect import identical_files
 from camoxpert.errors import DataError
 from camoxpert.text import count, shorten
+from camoxpert.training.leaks import made_from
 from camoxpert.training.split import CALIBRATION, Split
 
 ENOUGH, ENOUGH_SHARE = 8, 0.05
@@ -121,15 +122,24 @@ def find_kinds(
 
 
 def set_calibration_aside(
-    train: Manifest, whole: Manifest, config: Config, kept: Split, *, write: bool = True
+    train: Manifest,
+    whole: Manifest,
+    made: Manifest,
+    config: Config,
+    kept: Split,
+    *,
+    write: bool = True,
 ) -> tuple[Manifest, Manifest]:
     """Return the rest of the training images, and those that calibrate the presence head.
 
-    They are of both kinds, and copies of a picture stay on one side.
+    They are of both kinds, and copies of a picture stay on one side. Where there is no real image
+    without an object, those that were made from the images set aside take their place, with their
+    controls; none of them is trained on. Without any of them nothing is set aside.
 
     Args:
         train: the training images, of both kinds.
         whole: the same with those of validation.
+        made: the made images.
         config: settings.
         kept: the split of the run that is continued, or empty.
         write: keep the copies found in the cache folder.
@@ -137,10 +147,22 @@ def set_calibration_aside(
     nothing = replace(NO_NEGATIVES, split=CALIBRATION)
     if kept and kept.keys() == {(pair.dataset, pair.name) for pair in whole.pairs}:
         chosen = {p for p in train.pairs if kept[p.dataset, p.name] == CALIBRATION}
-        return _without(train, chosen), replace(nothing, pairs=_those(train, chosen))
+    else:
+        chosen = _chosen(train, whole, config, write=write)
+    calibration = replace(nothing, pairs=_those(train, chosen))
+    if not any(pair.empty for pair in calibration.pairs):
+        beside = made_from(made, config.data.synthetic, calibration)
+        if not any(pair.empty for pair in beside):
+            return train, nothing
+        calibration = replace(calibration, pairs=calibration.pairs + beside)
+    return _without(train, chosen), calibration
+
+
+def _chosen(train: Manifest, whole: Manifest, config: Config, *, write: bool) -> set[Pair]:
+    """Return the real images of either kind that are set aside."""
     fraction, chosen = config.data.calibration_fraction, set[Pair]()
     if not fraction:
-        return train, nothing
+        return chosen
     families: list[list[Pair]] = []
     if config.data.group_copies and len(whole) > 1:
         found = copy_families(whole, config.data, write=write)
@@ -155,7 +177,12 @@ def set_calibration_aside(
         mixed = {p for f in families if not all(p in place for p in f) for p in f}
         _, part = split_validation(kind, wanted / len(kind), config.train.seed, own)
         chosen |= {pair for pair in part.pairs if pair not in mixed}
-    return _without(train, chosen), replace(nothing, pairs=_those(train, chosen))
+    return chosen
+
+
+def without_made(manifest: Manifest) -> Manifest:
+    """Return the pairs of a manifest that were not made."""
+    return replace(manifest, pairs=tuple(pair for pair in manifest.pairs if not pair.made))
 
 
 def _those(manifest: Manifest, chosen: set[Pair]) -> tuple[Pair, ...]:

@@ -21,7 +21,8 @@ SAMPLES = "samples.csv"
 UNLABELED = "unlabeled"
 CALIBRATION = "calibration"
 """Word for the images that calibrate the presence head."""
-BESIDE = (MADE, UNLABELED)
+MADE_CALIBRATION = f"{CALIBRATION} {MADE}"
+BESIDE = (MADE, UNLABELED, MADE_CALIBRATION)
 """Words for made images and for those without masks in its column ``split``."""
 
 Split = Mapping[tuple[str, str], str]
@@ -96,6 +97,10 @@ def write_samples(
 ) -> None:
     """Write ``samples.csv``: images of training, validation and calibration, made ones, and those
     without masks, with the sizes of their files."""
+    halves = {
+        made_ones: tuple(pair for pair in calibration.pairs if pair.made is made_ones)
+        for made_ones in (False, True)
+    }
     rows = [
         {
             "split": split,
@@ -107,7 +112,8 @@ def write_samples(
         for split, manifest in (
             ("training", train),
             ("validation", validation),
-            (CALIBRATION, calibration),
+            (CALIBRATION, replace(calibration, pairs=halves[False])),
+            (MADE_CALIBRATION, replace(calibration, pairs=halves[True])),
             (MADE, made),
             (UNLABELED, unlabeled),
         )

@@ -1,0 +1,214 @@
+"""Training with images without an object: mixed per batch, split, calibrated, kept from leaking."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import ending
+
+from camoxpert.config import DataConfig, build_config, check_conflicts
+from camoxpert.data.files.image_io import write_jpeg, write_png
+from camoxpert.data.files.manifest import Search, load_train
+from camoxpert.data.files.mixing import mix_of
+from camoxpert.data.files.negatives import empty_pairs, find_negatives, marked
+from camoxpert.data.files.unlabeled import joined
+from camoxpert.data.loader import LoaderPlan, build_loader, finish
+from camoxpert.errors import ConfigError, DataError
+from camoxpert.files import read_json
+from camoxpert.inference.predictor import load_predictor
+from camoxpert.models.camoxpert import build_model
+from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.synthesis.toy import generate_toy, toy_pair
+from camoxpert.training.calibrate import fit_calibration
+from camoxpert.training.step import clip
+
+SHORT = ("--epochs", "1", "--no-test", "--no-report", "--run-name", "r")
+
+
+@pytest.fixture(scope="module")
+def negatives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("without")
+    generate_toy(root, num_train=1, num_test=0, size=48, difficulty=0.1, num_negatives=32, seed=3)
+    return root / "Negatives"
+
+
+def test_a_toy_scene_without_its_object_is_the_same_scene() -> None:
+    image, mask = toy_pair(0, 3, size=48)
+    empty, nothing = toy_pair(0, 3, size=48, empty=True)
+    far = ~(mask > 0)
+    far[1:-1, 1:-1] &= far[:-2, 1:-1] & far[2:, 1:-1] & far[1:-1, :-2] & far[1:-1, 2:]
+    assert not nothing.any() and (image[mask > 0] != empty[mask > 0]).any()
+    assert np.abs(image[far].astype(int) - empty[far]).mean() < 2
+
+
+class TestFiles:
+    def test_black_masks_and_noncam_names_are_found_and_others_are_not(self, tmp_path) -> None:
+        for folder, name, mask in (
+            ("GT", "black", np.zeros((40, 40), np.uint8)),
+            ("GT", "COD10K-NonCAM-5-Background-5-Vegetation-4854", np.zeros((40, 40), np.uint8)),
+            ("GT", "object", np.pad(np.full((1, 1), 255, np.uint8), 20)[:40, :40]),
+        ):
+            write_jpeg(tmp_path / "Imgs" / f"{name}.jpg", toy_pair(0, 0, size=40)[0])
+            write_png(tmp_path / folder / f"{name}.png", mask)
+        pairs = load_train([tmp_path], Search(noncam="include")).pairs
+        found = {pair.name for pair in empty_pairs(pairs)}
+        assert found == {"black", "COD10K-NonCAM-5-Background-5-Vegetation-4854"}
+        # Uncompressed masks are looked at as well.
+        from PIL import Image
+
+        Image.fromarray(np.zeros((200, 200), np.uint8)).save(tmp_path / "GT" / "object.bmp")
+        (tmp_path / "GT" / "object.png").unlink()
+        pairs = load_train([tmp_path], Search(noncam="include")).pairs
+        assert "object" in {pair.name for pair in empty_pairs(pairs)}
+
+    def test_folders_are_named_and_their_mistakes_told(self, negatives, tmp_path) -> None:
+        found = find_negatives([negatives])
+        assert len(found) == 32 and all(p.empty and p.mask == p.image for p in found.pairs)
+        assert found.pairs[0].name.startswith("Negatives/")
+        for folders, text in (
+            ([negatives, negatives], "given twice"),
+            ([tmp_path / "no"], "--negatives: There is no"),
+            ([tmp_path], "holds no images"),
+        ):
+            with pytest.raises(DataError, match=text):
+                find_negatives(folders)
+
+
+class TestMixing:
+    def test_every_batch_has_its_share_in_any_process_and_worker(self, toy_data, negatives) -> None:
+        manifest = joined(load_train([toy_data]), find_negatives([negatives]))
+        data = build_config({"data.img_size": 32, "data.negative_share": 0.25}).data
+        mixed = mix_of(manifest, data)
+        # 40 with an object: a third as many without.
+        assert (mixed.real, mixed.negatives, mixed.negatives_seen) == (40, 32, 13)
+        seen = {}
+        for workers in (0, 1):
+            loader = build_loader(
+                manifest, data, LoaderPlan(num_workers=workers), batch_size=8, seed=1
+            )
+            loader.set_epoch(1)
+            batches = [finish(loader, batch, torch.device("cpu")) for batch in loader]
+            seen[workers] = [name for batch in batches for name in batch.names]
+            shares = [sum(n.startswith("Negatives/") for n in b.names) for b in batches[:-1]]
+            assert set(shares) <= {1, 2, 3}
+            for batch in batches:
+                for name, mask in zip(batch.names, batch.masks, strict=True):
+                    if name.startswith("Negatives/"):
+                        assert not mask.any()
+        assert seen[0] == seen[1] and max(Counter(seen[0]).values()) == 1
+
+    def test_black_masks_in_the_data_are_mixed_alike(self, toy_data) -> None:
+        manifest = load_train([toy_data])
+        told = marked(manifest, frozenset(manifest.pairs[::2]))
+        assert mix_of(manifest, DataConfig()).negatives == 0
+        assert mix_of(told, DataConfig()).negatives == 20
+
+
+class TestRun:
+    def test_head_split_calibration_and_resuming(
+        self,
+        train: Callable[..., int],
+        stopped: Callable[..., int],
+        negatives: Path,
+        tmp_path: Path,
+        capsys,
+    ) -> None:
+        words = (*SHORT, "--negative-share", "0.4", "--negatives")
+        assert train(*words, str(negatives), out=tmp_path / "whole") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "presence on: 32 of 72 training images have no object" in said
+        assert "are set aside: they neither train nor choose" in said
+        assert "presence calibrated on" in said
+        run = tmp_path / "whole" / "r"
+        rows = [line.split(",") for line in (run / "samples.csv").read_text().splitlines()[1:]]
+        kinds = Counter((row[0], row[1].split()[0]) for row in rows)
+        parts = ("training", "validation", "calibration")
+        assert sum(kinds.values()) == 72
+        assert set(kinds) == {(part, kind) for part in parts for kind in ("toy0", "negatives")}
+        info = read_json(run / "run.json")
+        assert info["images"]["calibration"] == sum(kinds["calibration", k] for _, k in kinds) / 3
+        fit = info["presence"]
+        assert fit["objects"] and fit["empty"] and fit["after"] <= fit["before"] + 0.01
+        for place in (run, run / "model"):
+            calibration = load_predictor(place, device="cpu").model.presence.calibration
+            assert calibration.temperature.item() == pytest.approx(fit["temperature"], rel=1e-5)
+            assert int(calibration.images) == fit["objects"] + fit["empty"]
+        best = load_checkpoint(run / "checkpoints" / "best.pt")
+        assert best.config.model.presence == "auto" and best.model_config.presence == "on"
+        # Stopped, and continued with its data elsewhere, in other workers.
+        assert stopped(*words, str(negatives), steps=3, out=tmp_path / "parts") == 75
+        other = shutil.copytree(negatives, tmp_path / "elsewhere" / "Negatives")
+        more = ("--cache", "ram", "--augment-on", "device")
+        assert train(*words, str(other), *more, out=tmp_path / "parts") == 0
+        assert ending(run) == ending(tmp_path / "parts" / "r")
+        assert read_json(tmp_path / "parts" / "r" / "run.json")["presence"] == fit
+
+    def test_the_head_does_not_shorten_the_steps_of_the_masks(self) -> None:
+        values = {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
+        norms = []
+        for presence in ("on", "off"):
+            torch.manual_seed(0)
+            model = build_model(build_config(values | {"model.presence": presence}).model)
+            for name, parameter in model.named_parameters():
+                size = 1e3 if name.startswith("presence.") else 1.0
+                parameter.grad = torch.full_like(parameter, size)
+            norm, finite = clip(model, 0.5)
+            assert finite
+            gradients = [p.grad for n, p in model.named_parameters() if "presence" not in n]
+            norms.append((norm, torch.cat([g.flatten() for g in gradients])))
+        assert torch.equal(norms[0][0], norms[1][0]) and torch.equal(norms[0][1], norms[1][1])
+        model = build_model(build_config(values | {"model.presence": "on"}).model)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        model.presence.leave.bias.grad.fill_(float("nan"))
+        assert not clip(model, 0.5)[1], "a step that is not finite is skipped as a whole"
+
+    def test_auto_is_off_without_and_on_is_refused(
+        self, train: Callable[..., int], toy_data: Path, tmp_path: Path, capsys
+    ) -> None:
+        assert train(*SHORT, "--dry-run") == 0
+        assert "presence" not in capsys.readouterr().out
+        assert train(*SHORT, "--dry-run", "--presence", "on") == 3
+        assert "no image without an object" in " ".join(capsys.readouterr().err.split())
+        with pytest.raises(ConfigError, match="--negative-share"):
+            check_conflicts(build_config({"data.negative_share": 0.4, "model.presence": "off"}))
+
+    def test_leaks_are_refused(
+        self, train: Callable[..., int], toy_data: Path, negatives: Path, tmp_path: Path, capsys
+    ) -> None:
+        for split, text in (
+            ("TrainDataset", "a training image with an object"),
+            ("TestDataset/toy", "an image of the test set toy"),
+        ):
+            folder = shutil.copytree(negatives, tmp_path / split.replace("/", "-"))
+            image = sorted((toy_data / split / "Imgs").iterdir())[0]
+            shutil.copy(image, folder / "other_name.jpg")
+            assert train(*SHORT, "--dry-run", "--negatives", str(folder)) == 3
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"other_name.jpg: the same file is {text}" in said
+
+
+class TestFit:
+    def test_it_finds_what_made_the_labels(self) -> None:
+        rng = np.random.default_rng(0)
+        logits = rng.normal(0, 4, 20_000)
+        labels = (rng.random(20_000) < 1 / (1 + np.exp(-(logits / 2.5 - 0.7)))).astype(float)
+        fit = fit_calibration(logits, labels)
+        assert fit.temperature == pytest.approx(2.5, rel=0.05)
+        assert fit.bias == pytest.approx(-0.7, abs=0.06)
+        assert fit.after < fit.before - 0.02
+        assert fit.objects + fit.empty == 20_000
+
+    def test_kinds_that_are_apart_stay_finite_and_noise_becomes_the_share(self) -> None:
+        apart = fit_calibration(np.array([-3.0, -2, 2, 3]), np.array([0.0, 0, 1, 1]))
+        assert 0.01 <= apart.temperature <= 100 and np.isfinite(apart.bias)
+        # Platt's target for two images of either kind is 3/4.
+        assert 1 / (1 + np.exp(-(2.5 / apart.temperature + apart.bias))) < 0.9
+        wrong = fit_calibration(np.array([3.0, 2, -2, -3] * 5), np.array([0.0, 0, 1, 1] * 5))
+        assert wrong.temperature == pytest.approx(100)
