@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,10 @@ from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import Stopped
+from camoxpert.evaluation.presence import PresenceMeter
 from camoxpert.inference.score import Item, forward_batch, score
 from camoxpert.metrics import Evaluator, is_better
+from camoxpert.metrics.presence import PresenceScores, presence_scores
 from camoxpert.pages.pictures import panel
 from camoxpert.runs.records import ValidationRecord
 from camoxpert.runtime.processes import World
@@ -35,7 +37,7 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     require_finite(run)
     try:
         with run.log.phase("validation"):
-            scores, left_out = validate(run)
+            scores, left_out, presence = validate(run)
     except Stopped:
         run.log.truncate_after(state.step, epoch_done=False)
         raise saver.saved_and_stopped() from None
@@ -58,18 +60,27 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     }
     if left_out:
         record["unreadable"] = left_out
+    if presence is not None:
+        record["presence"] = asdict(presence)
     run.log.write(record)
     if left_out and state.epoch <= config.validate_every:
         # Said at the first validation only; every record has the names.
         text = f"{len(left_out)} validation images are left out, for example {left_out[0]}"
         run.note_event(text, epoch_end=True)
         console.note(f"warning     {text}")
-    run.log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
+    judged = {} if presence is None else presence.scores
+    run.log.scalars(state.step, {f"validation/{k}": v for k, v in {**scores, **judged}.items()})
     console.say(
         f"epoch {state.epoch:>3}/{run.plan.epochs}  S {scores['Smeasure']:.3f}  wF "
         f"{scores['wFmeasure']:.3f}  E {scores['meanEm']:.3f}  IoU {scores['IoU']:.3f}  MAE "
-        f"{scores['MAE']:.3f}{'  best so far' if better else ''}"
+        f"{scores['MAE']:.3f}{_presence_words(judged)}{'  best so far' if better else ''}"
     )
+
+
+def _presence_words(judged: Mapping[str, float]) -> str:
+    words = [f"AUROC {judged['AUROC']:.3f}"] if "AUROC" in judged else []
+    words += [f"false masks {judged['FalseMasks']:.0%}"] if "FalseMasks" in judged else []
+    return f"  {'  '.join(words)}" if words else ""
 
 
 def own_share(pairs: tuple[Pair, ...], world: World, size: int) -> tuple[Pair, ...]:
@@ -87,14 +98,25 @@ def empty_gt(run: Run) -> str:
     return "skip" if len(run.data.negatives) else "pysod"
 
 
-def validate(run: Run) -> tuple[dict[str, float], list[str]]:
+class Validated(NamedTuple):
+    """What a validation found.
+
+    Attributes:
+        scores: of the masks.
+        left_out: images that could not be read (``--unreadable skip``).
+        presence: how images with and without an object are told apart; None: all have one.
+    """
+
+    scores: dict[str, float]
+    left_out: list[str]
+    presence: PresenceScores | None
+
+
+def validate(run: Run) -> Validated:
     """Score the evaluated weights on the validation split at original size.
 
     Every rank scores its share of the images, in the forward passes of one process: the scores are
     exactly those of one process.
-
-    Returns:
-        The scores, and the images left out as unreadable (``--unreadable skip``).
 
     Raises:
         Stopped: any rank was asked to stop; raised on all of them.
@@ -109,6 +131,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
         keep_images=count > 0 and run.config.run.tensorboard and world.first,
     )
     left_out: list[str] = []
+    meter = PresenceMeter()
 
     def read() -> Iterator[EvalBatch]:
         for batch in loader:
@@ -135,18 +158,24 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
                 evaluator=evaluator,
                 precision=run.precision,
                 seen=show,
+                judged=meter.add,
             )
             found = evaluator.state_dict()
     except Stopped:
         pass
     # A share may take longer than the process timeout.
-    parts = world.gather((found, run.stop.code(), left_out), patiently=True)
-    if any(part is None for part, _, _ in parts):
-        run.stop.agree(code for _, code, _ in parts)
+    own = (found, run.stop.code(), left_out, dict(meter.probabilities()))
+    parts = world.gather(own, patiently=True)
+    if any(part is None for part, *_ in parts):
+        run.stop.agree(code for _, code, *_ in parts)
         raise run.stop.stopped()
     merged = Evaluator(empty_gt=empty_gt(run))
-    for part, _, _ in parts:
+    probabilities: dict[str, float] = {}
+    for part, *_, judged in parts:
         one = Evaluator(empty_gt=empty_gt(run))
         one.load_state_dict(part or {})
         merged.merge(one)
-    return merged.results(), [text for _, _, texts in parts for text in texts]
+        probabilities |= judged
+    presence = presence_scores(merged.claims(), probabilities or None, intervals=False)
+    texts = [text for _, _, left, _ in parts for text in left]
+    return Validated(merged.results(), texts, presence)

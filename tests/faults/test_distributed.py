@@ -149,7 +149,7 @@ class TestSameAsOne:
         newest, _ = CheckpointFolder(tmp_path / "r" / "checkpoints").newest()
         assert newest is not None
         run.evaluated_model.load_state_dict(newest.evaluated_weights)
-        own, _ = validate(run)
+        own = validate(run).scores
         assert json.loads(json.dumps(own)) == logged
 
     def test_one_goes_on_where_two_stopped_and_back(

@@ -1,0 +1,248 @@
+"""Measure the presence head: does it tell images with an object from those without, and by what?
+
+python tools/presence.py toy -o out --weights tf_efficientnet_lite0.pth
+python tools/presence.py real -o out --weights ... --dataset-path animals --textures textures
+
+``toy`` generates camouflage, ``real`` takes a data set and a folder of images without objects, half
+of which train and half of which test. Three models are trained on it: with the head, on the same
+images without it, and on the images with objects alone. Figures: ``OUT/presence.json``.
+
+- ranking, calibration and false masks on test images of both kinds;
+- the same question answered by the mask alone: its highest value, and its area;
+- counterfactuals of the test images with objects: how often the presence drops when the object is
+  taken out, and when as much background is changed instead (the control);
+- the mask scores of the images with objects, of all three models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import camoxpert
+from camoxpert import console
+from camoxpert.cli import main
+from camoxpert.data.files.image_io import read_image, write_jpeg, write_png
+from camoxpert.files import write_json
+from camoxpert.metrics.presence import bootstrap, probability_measures
+from camoxpert.synthesis.toy import toy_name, toy_pair
+
+DROP = 0.05
+"""By how much the presence must fall to count as a drop."""
+SCORES = ("Smeasure", "wFmeasure", "IoU", "MAE")
+
+
+def call(*words: object) -> None:
+    """Run a command; leave if it fails."""
+    code = main([str(word) for word in words])
+    if code:
+        sys.exit(code)
+
+
+def write_set(folder: Path, pairs: Sequence[tuple[str, Path, Path | None]]) -> None:
+    """Write a test set from (name, image, mask); without a mask a black one."""
+    for name, image, mask in pairs:
+        place = folder / "Imgs" / f"{name}{image.suffix}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(image, place)
+        (folder / "GT").mkdir(exist_ok=True)
+        if mask is None:
+            height, width = read_image(image).shape[:2]
+            write_png(folder / "GT" / f"{name}.png", np.zeros((height, width), np.uint8))
+        else:
+            shutil.copyfile(mask, folder / "GT" / f"{name}.png")
+
+
+def toy_data(out: Path, options: argparse.Namespace) -> None:
+    """Generate OUT/data, OUT/negatives and OUT/test: scenes that no other set shares."""
+    scene = ("--size", options.img_size, "--difficulty", options.difficulty, "--seed", options.seed)
+    counts = ("--train", options.train, "--test", options.test, "--negatives", options.negatives)
+    call("synthesize", "toy", out / "data", *counts, *scene)
+    (out / "data" / "Negatives").rename(out / "negatives")
+    (out / "data" / "TestDataset" / "toy").rename(out / "objects")
+    shutil.rmtree(out / "data" / "TestDataset")
+    first = options.train + options.test + options.negatives
+    for index in range(first, first + options.test):
+        image, _ = toy_pair(
+            options.seed, index, size=options.img_size, difficulty=options.difficulty, empty=True
+        )
+        write_jpeg(out / "empty" / f"{toy_name(index)}.jpg", image, quality=95)
+
+
+def real_data(out: Path, options: argparse.Namespace) -> None:
+    """Copy a data set and divide the images without objects."""
+    root = Path(options.dataset_path)
+    shutil.copytree(root / "TrainDataset", out / "data" / "TrainDataset")
+    (test,) = sorted((root / "TestDataset").iterdir())
+    shutil.copytree(test, out / "objects")
+    for number, image in enumerate(sorted(Path(options.textures).glob("*.jpg"))):
+        place = out / ("negatives", "empty")[number % 2] / image.name
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(image, place)
+
+
+def make_data(out: Path, options: argparse.Namespace) -> None:
+    """Write everything that is trained on and tested with."""
+    {"toy": toy_data, "real": real_data}[options.kind](out, options)
+    shutil.copytree(out / "objects", out / "sources" / "TrainDataset")
+    for source, made in (("data", "made"), ("sources", "changed")):
+        size = ("--size", options.longest) if options.longest else ()
+        words = ("--dataset-path", out / source, "-o", out / made, "--no-page", "--cache", "none")
+        call("synthesize", "counterfactual", *words, *size)
+    objects = [
+        (path.stem, path, out / "objects" / "GT" / f"{path.stem}.png")
+        for path in sorted((out / "objects" / "Imgs").iterdir())
+    ]
+    empty = [(path.stem, path, None) for path in sorted((out / "empty").iterdir())]
+    removed = [
+        (path.stem, path, None)
+        for path in sorted((out / "changed" / "TrainDataset" / "Imgs").glob("*_removed.jpg"))
+    ]
+    write_set(out / "test" / "other-scenes", [*objects, *empty])
+    write_set(out / "test" / "object-removed", [*objects, *removed])
+
+
+def train(out: Path, name: str, options: argparse.Namespace, *words: object, epochs: int) -> Path:
+    """Train a model, unless that was done before; return its run folder."""
+    run = out / "runs" / name
+    if not (run / "checkpoints" / "best.pt").is_file() or not (run / "model").is_dir():
+        call(
+            *("train", "--dataset-path", out / "data", "--checkpoint-dir", out / "runs"),
+            *("--run-name", name, "--backbone", "tf_efficientnet_lite0"),
+            *(("--weights", options.weights) if options.weights else ("--no-pretrained",)),
+            *("--img-size", options.img_size, "--batch-size", 16, "--epochs", epochs),
+            *("--num-experts", options.experts, "--top-k", min(2, options.experts)),
+            *("--num-workers", 0, "--seed", options.seed),
+            *("--no-tensorboard", "--no-test", "--no-report", "--cache", "ram"),
+            *(("--lr", options.lr) if options.lr else ()),
+            *words,
+        )
+    return run
+
+
+def judge(out: Path, run: Path, model: Any) -> dict[str, Any]:
+    """Score a model on both test sets."""
+    found: dict[str, Any] = {}
+    for place in sorted((out / "test").iterdir()):
+        target = out / "evaluation" / place.name
+        (result,) = camoxpert.evaluate(model, place, output=target, empty_gt="skip", gallery=6)
+        presence = result.presence
+        found[place.name] = {
+            "scores": {key: result.scores[key] for key in SCORES},
+            "with_object": presence.num_present,
+            "without": presence.num_empty,
+            "presence": presence.scores,
+            "intervals": presence.intervals,
+        }
+    return found
+
+
+def by_the_mask(out: Path, model: Any) -> dict[str, Any]:
+    """Rank the images by the mask alone: by its highest value, and by its area."""
+    table: dict[str, Any] = {}
+    for place in sorted((out / "test").iterdir()):
+        masks = {path.stem: path for path in (place / "GT").iterdir()}
+        highest, area, present = [], [], []
+        for prediction in model.stream(str(place / "Imgs")):
+            highest.append(float(prediction.probability_HW.max()))
+            area.append(float(prediction.probability_HW.mean()))
+            present.append(bool(read_image(masks[prediction.name]).any()))
+        has = np.array(present)
+        table[place.name] = {}
+        for name, values in (("highest value", highest), ("soft area", area)):
+            scores = np.array(values)
+            ends = bootstrap(scores, has)["AUROC"]
+            auroc = probability_measures(scores, has)["AUROC"]
+            table[place.name][name] = {"AUROC": auroc, "interval": list(ends)}
+    return table
+
+
+def counterfactuals(out: Path, model: Any) -> dict[str, Any]:
+    """Return how the presence of test images changes when something is taken out of them."""
+    presence = {
+        found.name: found.presence
+        for folder in (out / "objects" / "Imgs", out / "changed" / "TrainDataset" / "Imgs")
+        for found in model.stream(str(folder))
+    }
+    table = {}
+    for kind in ("removed", "control"):
+        pairs = [
+            (presence[name], presence[f"{name}_{kind}"])
+            for name in sorted(presence)
+            if f"{name}_{kind}" in presence
+        ]
+        before, after = np.array(pairs).T
+        table[kind] = {
+            "images": len(pairs),
+            "lower": float((after < before).mean()),
+            f"lower by {DROP:g}": float((after < before - DROP).mean()),
+            "below one half": float((after < 0.5).mean()),
+            "median before": float(np.median(before)),
+            "median after": float(np.median(after)),
+        }
+    return table
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do everything; what is done is kept."""
+    out, started = Path(options.output), time.monotonic()
+    if not (out / "test" / "object-removed" / "GT").is_dir():
+        make_data(out, options)
+    extra = ("--negatives", out / "negatives", "--synthetic", out / "made")
+    share = ("--negative-share", options.negative_share)
+    head = train(out, "head", options, *extra, *share, epochs=options.epochs)
+    arms, same = {"head": head}, ("--presence", "off")
+    if "same-images" in options.arms:
+        arms["same-images"] = train(
+            out, "same-images", options, *extra, *share, *same, epochs=options.epochs
+        )
+    if "objects-alone" in options.arms:
+        images = json.loads((head / "run.json").read_text())["images"]
+        seen = images["training"] + sum(v for k, v in images.items() if k.endswith("_per_epoch"))
+        # As many optimizer steps as the others.
+        longer = round(options.epochs * seen / (images["training"] + images["calibration"] / 2))
+        arms["objects-alone"] = train(out, "objects-alone", options, *same, epochs=longer)
+    shutil.rmtree(out / "evaluation", ignore_errors=True)
+    figures: dict[str, Any] = {"settings": vars(options), "arms": {}}
+    for name, folder in arms.items():
+        model = camoxpert.load(folder, device="cpu")
+        figures["arms"][name] = {
+            "test": judge(out, folder, model),
+            "by the mask alone": by_the_mask(out, model),
+        }
+        if model.has_presence:
+            figures["counterfactuals"] = counterfactuals(out, model)
+            figures["calibration"] = json.loads((folder / "run.json").read_text())["presence"]
+    figures["seconds"] = time.monotonic() - started
+    write_json(out / "presence.json", figures)
+    console.say(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("kind", choices=("toy", "real"))
+    parser.add_argument("-o", "--output", required=True)
+    parser.add_argument("--weights", default="", help="of tf_efficientnet_lite0")
+    parser.add_argument("--dataset-path", help="real: TrainDataset and one set in TestDataset")
+    parser.add_argument("--textures", help="real: folder of images without objects")
+    parser.add_argument("--train", type=int, default=320)
+    parser.add_argument("--negatives", type=int, default=240)
+    parser.add_argument("--test", type=int, default=150)
+    parser.add_argument("--img-size", type=int, default=96)
+    parser.add_argument("--longest", type=int, default=0, help="longer side of made images")
+    parser.add_argument("--difficulty", type=float, default=0.3)
+    parser.add_argument("--negative-share", type=float, default=0.4)
+    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--lr", type=float, default=0, help="0: of the preset")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--arms", nargs="*", default=["same-images", "objects-alone"])
+    run(parser.parse_args())
