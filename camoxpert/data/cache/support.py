@@ -1,0 +1,256 @@
+"""Features of reference images, kept on disk by what they depend on.
+
+An entry is ``DIR/support/IMAGE[:2]/IMAGE-MASK.ENCODER.SIDE.VERSION.DEVICE.bin``: hashes of the
+contents of image and mask and of the encoder's name and weights. It holds the seconds that
+computing took and the features. Renaming or moving files changes nothing; another crop, mask or
+encoder is another entry. The features of a file never change while the encoder is frozen; while
+any of its weights is trained the cache is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from camoxpert import console, stop
+from camoxpert.data.cache.stages import CORRUPT, NOT_MADE, OTHER_SETTINGS, StageCache
+from camoxpert.data.files.image_io import MAX_PIXELS, read_pair
+from camoxpert.errors import DataError
+from camoxpert.runs.checkpoint import file_digest
+from camoxpert.text import count
+
+STAGE = "support"
+TRAINED = "miss: weights of the encoder are being trained"
+PARTS = (
+    "another mask",
+    "another encoder or other weights",
+    "another image size",
+    "another version of the code",
+    "another kind of device",
+)
+"""What differs from an entry of the same image, for each part of its name."""
+
+
+class Encoder(Protocol):
+    """The part of ``models.support.SupportEncoder`` that the cache uses."""
+
+    width: int
+
+    @property
+    def facts(self) -> Any:
+        """What its features depend on: encoder, weights, side, version."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no weight of it is trained."""
+
+    def encode(self, images_NCHW: Sequence[Tensor], masks_N1HW: Sequence[Tensor]) -> Tensor:
+        """Return the features (N, D) of references."""
+
+    def parameters(self) -> Any:
+        """Return its weights."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An image and a mask that show what to look for."""
+
+    image: Path
+    mask: Path
+
+
+@dataclass
+class SupportStats:
+    """What the cache did.
+
+    Attributes:
+        hits: features that were found.
+        misses: reason -> features that were computed.
+        found_seconds: spent on hashing files and reading entries.
+        encoded_seconds: spent on decoding and encoding what was not found.
+        saved_seconds: that computing the found ones took when they were made.
+    """
+
+    hits: int = 0
+    misses: Counter[str] = field(default_factory=Counter)
+    found_seconds: float = 0.0
+    encoded_seconds: float = 0.0
+    saved_seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """Features that were asked for."""
+        return self.hits + self.misses.total()
+
+    def short(self) -> str:
+        """Return the text of the bar."""
+        return f"cache {self.hits}/{self.total}"
+
+    def describe(self) -> str:
+        """Return counts, reasons and times, for the user."""
+        missed = self.misses.total()
+        text = f"{count(self.hits, 'hit')}, {missed} miss{'' if missed == 1 else 'es'}"
+        if missed:
+            reasons = [
+                f"{n} {why.removeprefix('miss: ')}" for why, n in sorted(self.misses.items())
+            ]
+            text += f" ({', '.join(reasons)}), encoded in {self.encoded_seconds:.2f} s"
+        if self.hits:
+            text += (
+                f"; looked up in {self.found_seconds:.2f} s, which saved "
+                f"{max(self.saved_seconds - self.found_seconds, 0):.2f} s"
+            )
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for ``run.json`` and other files."""
+        return {
+            "hits": self.hits,
+            "misses": dict(self.misses),
+            "found_seconds": self.found_seconds,
+            "encoded_seconds": self.encoded_seconds,
+            "saved_seconds": self.saved_seconds,
+        }
+
+
+class SupportCache:
+    """Describes references with an encoder, and keeps what it said.
+
+    Args:
+        encoder: a ``models.support.SupportEncoder``.
+        folder: of the caches of stages; None: nothing is kept on disk.
+        max_pixels: larger images are refused.
+
+    Attributes:
+        stats: of all calls.
+    """
+
+    def __init__(
+        self, encoder: Encoder, folder: Path | None, *, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.encoder, self.folder, self.max_pixels = encoder, folder, max_pixels
+        self.stats = SupportStats()
+
+    def features(self, references: Sequence[Reference], *, title: str = "references") -> Tensor:
+        """Return the features of references, float32 (N, D) on the CPU.
+
+        A reference is encoded on its own: the rounding of a convolution depends on how many images
+        it takes, and the features of a file must not.
+
+        Args:
+            references: any number.
+            title: of the progress bar.
+
+        Raises:
+            DataError: an image or mask cannot be read, or the mask marks nothing.
+            Stopped: the command was asked to stop.
+        """
+        found = torch.empty(len(references), self.encoder.width)
+        with console.progress(title, total=len(references)) as bar:
+            for number, reference in enumerate(references):
+                found[number] = torch.from_numpy(self._feature(reference))
+                bar.set_postfix_str(self.stats.short(), refresh=False)
+                bar.update()
+                stop.check()
+        return found
+
+    def digests(self, references: Sequence[Reference]) -> list[str]:
+        """Return a hash of the contents of each reference: what its features are kept under."""
+        return ["-".join(_contents(reference)) for reference in references]
+
+    def _feature(self, reference: Reference) -> NDArray[np.float32]:
+        started = time.perf_counter()
+        entry, why, cache, key = None, TRAINED, None, ""
+        if self.encoder.frozen:
+            image, mask = _contents(reference)
+            cache = StageCache(self.folder, STAGE, settings=self._settings(mask))
+            key = image[:32]
+            entry, why = self._find(cache, key)
+        looked_up = time.perf_counter()
+        if entry is not None:
+            self.stats.hits += 1
+            self.stats.found_seconds += looked_up - started
+            self.stats.saved_seconds += float(entry[0])
+            return entry[1:]
+        feature = self._encoded(reference)
+        seconds = time.perf_counter() - looked_up
+        self.stats.misses[why] += 1
+        self.stats.encoded_seconds += seconds
+        if cache is not None:
+            cache.keep(key, np.insert(feature, 0, seconds))
+        return feature
+
+    def _find(self, cache: StageCache, key: str) -> tuple[NDArray[np.float32] | None, str]:
+        """Return an entry, or None and why there is none."""
+        entry, why = cache.find(key)
+        if entry is not None and not _is_entry(entry, self.encoder.width):
+            return None, CORRUPT
+        if why == OTHER_SETTINGS and self.folder is not None:
+            names = [path.stem for path in cache.path(key).parent.glob(f"{key}-*.bin")]
+            why = _difference(cache.settings, [name.partition("-")[2] for name in names])
+        return entry, why
+
+    def _encoded(self, reference: Reference) -> NDArray[np.float32]:
+        image_HWC, mask_HW = read_pair(reference.image, reference.mask, max_pixels=self.max_pixels)
+        image = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
+        # Void pixels are not known to be the object.
+        mask = torch.from_numpy(mask_HW == 255)[None]
+        if not mask.any():
+            raise DataError(
+                f"The mask {reference.mask} of the reference {reference.image} marks nothing as "
+                "object. Name a reference that shows what to look for."
+            )
+        feature: NDArray[np.float32] = self.encoder.encode([image], [mask])[0].float().cpu().numpy()
+        return feature
+
+    def _settings(self, mask: str) -> str:
+        """Return what an entry depends on besides the image, a part for each of ``PARTS``."""
+        facts = self.encoder.facts
+        named = f"{facts.encoder}\n{facts.weights}"
+        encoder = hashlib.sha256(named.encode()).hexdigest()[:16]
+        device = next((weight.device.type for weight in self.encoder.parameters()), "cpu")
+        return f"{mask[:32]}.{encoder}.{facts.side}.{facts.version}.{device}"
+
+
+def _contents(reference: Reference) -> tuple[str, str]:
+    """Return the hashes of a reference's files.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    try:
+        return file_digest(reference.image), file_digest(reference.mask)
+    except OSError as error:
+        raise DataError(
+            f"The reference {reference.image} with the mask {reference.mask} cannot be read: "
+            f"{error.strerror or error}."
+        ) from error
+
+
+def _is_entry(entry: NDArray[Any], width: int) -> bool:
+    """Return whether an array is seconds and features of the encoder."""
+    return (
+        entry.shape == (1 + width,) and entry.dtype == np.float32 and bool(np.isfinite(entry).all())
+    )
+
+
+def _difference(settings: str, others: Sequence[str]) -> str:
+    """Return in what the most similar entry of the same image differs."""
+    own = settings.split(".")
+    kept = [other.split(".") for other in others]
+    kept = [parts for parts in kept if len(parts) == len(own)]
+    if not kept:
+        return NOT_MADE
+    nearest = min(kept, key=lambda parts: sum(a != b for a, b in zip(own, parts, strict=True)))
+    differs = [name for name, a, b in zip(PARTS, own, nearest, strict=True) if a != b]
+    return f"miss: {' and '.join(differs)}" if differs else NOT_MADE
