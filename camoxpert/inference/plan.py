@@ -133,7 +133,8 @@ def model_digest(checkpoint: Checkpoint) -> str:
         key: value
         for key, value in to_dict(checkpoint.config)["model"].items()
         # At its default a setting that was added later changes nothing.
-        if key not in ("pretrained", "weights", "upcycle_noise")
+        # The weights hold the hash of the support encoder.
+        if key not in ("pretrained", "weights", "upcycle_noise", "support")
         and (key, value) != ("routing_grid", 1)
     }
     digest = hashlib.sha256(json.dumps(network, sort_keys=True, default=str).encode())

@@ -37,7 +37,7 @@ ROOTS, SYNTHETIC, UNLABELED = "data.roots", "data.synthetic", "data.unlabeled"
 PLACES = frozenset((ROOTS, SYNTHETIC, UNLABELED))
 """Settings that name training data: moved data is the same, and the caller compares it."""
 TEACHER = "data.teacher"
-FILES = ("data.clean_list", TEACHER, "model.weights", "model.init_from")
+FILES = ("data.clean_list", TEACHER, "model.weights", "model.init_from", "model.support.weights")
 """Settings that name a file, a model or a folder of maps; its content counts."""
 
 
