@@ -166,11 +166,26 @@ class Guidance(nn.Module):
         device, names = self.centre_D.device, sorted(features)
         text = list(json.dumps(names).encode())
         self.class_text = torch.tensor(text, dtype=torch.uint8, device=device)
-        self.prototypes_KD = torch.stack([combine(features[name].to(device)) for name in names])
-        every = torch.cat([F.normalize(features[name].float(), dim=1) for name in names]).to(device)
-        self.centre_D.copy_(every.mean(0))
-        self.spread_D.copy_(every.std(0, correction=0).clamp_min(1e-3 * len(self.centre_D) ** -0.5))
+        self.prototypes_KD = torch.stack([combine(features[name]) for name in names]).to(device)
         self.encoder_sha256.copy_(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
+
+    @torch.no_grad()
+    def standardise(self, features: Mapping[str, Tensor]) -> None:
+        """Subtract from now on what all references have in common; before training only.
+
+        Args:
+            features: class -> features (N, D) of its references.
+        """
+        every = F.normalize(torch.cat([features[name] for name in sorted(features)]).float(), dim=1)
+        smallest = 1e-3 * len(self.centre_D) ** -0.5
+        self.centre_D.copy_(every.mean(0))
+        self.spread_D.copy_(every.std(0, correction=0).clamp_min(smallest))
+
+    def trial(self, batch_size: int) -> Reference:
+        """Return made-up references for a step whose cost is to be measured."""
+        device = self.centre_D.device
+        present_B = torch.ones(batch_size, dtype=torch.bool, device=device)
+        return Reference(torch.zeros(batch_size, self.features, device=device), present_B)
 
     def prototype(self, name: str) -> Tensor:
         """Return the features (D,) of a class it remembers.

@@ -1,0 +1,28 @@
+"""Classes of objects, as far as names, folders and tables tell them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from camoxpert.data.files.pairing import Pair
+
+NO_CLASS = ("NonCAM", "Other")
+"""Words of COD10K for images without an object, and for objects that have nothing in common."""
+
+
+def object_classes(pairs: Sequence[Pair]) -> list[str]:
+    """Return the class of the object in each image, "" where it is not known.
+
+    It is the last part of ``Pair.group``: ``Aquatic/Crab`` in the names of COD10K and a folder
+    ``Crab`` mean the same. A word that all images of a data set share, such as ``camourflage`` in
+    ``camourflage_00001``, tells nothing.
+    """
+    words: dict[str, set[str]] = defaultdict(set)
+    for pair in pairs:
+        words[pair.dataset].add(pair.group)
+    return [
+        name if len(words[pair.dataset] - {""}) > 1 and name not in NO_CLASS else ""
+        for pair in pairs
+        for name in (pair.group.rpartition("/")[2],)
+    ]
