@@ -11,6 +11,7 @@ from torch import Tensor
 from camoxpert import console
 from camoxpert.config import DataConfig
 from camoxpert.data.cache.support import Reference as ReferenceFile
+from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.manifest import Manifest, Search, load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_eval_loader
@@ -42,7 +43,7 @@ def find_pool(predictor: Predictor, asked: ShotOptions) -> tuple[Pair, ...]:
     if asked.roots:
         search = Search(any_size=True)
     pairs = load_train(roots, search).pairs if roots else ()
-    if not any(pair.group for pair in pairs):
+    if not any(object_classes(pairs)):
         raise DataError(
             f"--shots draws references from training images of the same class, and "
             f"{count(len(pairs), 'training image')} of {shorten(roots) or 'the run'} have no "
@@ -116,7 +117,7 @@ def score_shots(
     assert cache is not None
     return ShotTable(
         images=len(shots.pairs),
-        classes=len({pair.group for pair in shots.pairs}),
+        classes=len({shots.class_of(pair) for pair in shots.pairs}),
         left_out=len(manifest) - len(shots.pairs),
         seed=asked.seed,
         rows=_rows(evaluators, intervals=options.intervals),
@@ -146,9 +147,9 @@ def _targets(
     if known:
         guidance = predictor.network.require_guidance()
         targets[MEMORY] = {
-            pair.name: guidance.prototype(pair.group).cpu()
+            pair.name: guidance.prototype(shots.class_of(pair)).cpu()
             for pair in shots.pairs
-            if pair.group in known
+            if shots.class_of(pair) in known
         }
     for shown, table in drawn.items():
         targets[shown] = {

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair
 from camoxpert.runs.checkpoint import file_digest
@@ -71,9 +72,13 @@ class Shots:
     def __init__(self, manifest: Manifest, pool: Sequence[Pair], *, seed: int = 0) -> None:
         self.manifest, self.seed = manifest, seed
         self._pool: dict[str, list[Pair]] = defaultdict(list)
-        for pair in pool:
-            if pair.group:
-                self._pool[pair.group].append(pair)
+        for pair, kind in zip(pool, object_classes(pool), strict=True):
+            if kind:
+                self._pool[kind].append(pair)
+        # A test set of one class still has a name for it.
+        self.classes = {
+            (pair.dataset, pair.name): pair.group.rpartition("/")[2] for pair in manifest.pairs
+        }
         self._digest: Callable[[Path], str] = lru_cache(maxsize=None)(file_digest)
 
     @cached_property
@@ -81,15 +86,19 @@ class Shots:
         """The images that have references."""
         return tuple(pair for pair in self.manifest.pairs if self.right(pair, 1))
 
+    def class_of(self, pair: Pair) -> str:
+        """Return the class of the object in an image, as the training has it."""
+        return self.classes[pair.dataset, pair.name]
+
     def right(self, pair: Pair, number: int) -> list[Pair]:
         """Return up to ``number`` training images of the image's class; never the image itself."""
-        return self._drawn(pair, pair.group, number)
+        return self._drawn(pair, self.class_of(pair), number)
 
     def wrong(self, pair: Pair, number: int) -> list[Pair]:
         """Return up to ``number`` training images of another class."""
         others = [group for group in self._beside(pair) if group in self._pool]
         if not others:
-            others = sorted(self._pool.keys() - {pair.group})
+            others = sorted(self._pool.keys() - {self.class_of(pair)})
         if not others:
             return []
         return self._drawn(
@@ -99,13 +108,13 @@ class Shots:
     def _beside(self, pair: Pair) -> list[str]:
         """Return the classes of the other objects in the same image."""
         own = self._digest(pair.image)
-        return sorted(self._same_image[own] - {pair.group})
+        return sorted(self._same_image[own] - {self.class_of(pair)})
 
     @cached_property
     def _same_image(self) -> Mapping[str, set[str]]:
         classes: dict[str, set[str]] = defaultdict(set)
         for pair in self.manifest.pairs:
-            classes[self._digest(pair.image)].add(pair.group)
+            classes[self._digest(pair.image)].add(self.class_of(pair))
         return classes
 
     def _drawn(self, pair: Pair, group: str, number: int) -> list[Pair]:
