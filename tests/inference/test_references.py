@@ -42,14 +42,14 @@ def head(folder: Path) -> dict:
 def test_references_change_what_is_found_and_clearing_them_restores_it(
     predictor: Predictor, scenes: Path, photo: Path
 ) -> None:
-    base = predictor.predict(photo).map_HW
+    base = predictor.predict(photo).probability_HW
     predictor.set_references(*pair_of(scenes, "fish"))
-    fish = predictor.predict(photo).map_HW
+    fish = predictor.predict(photo).probability_HW
     predictor.set_references(*pair_of(scenes, "star"))
-    star = predictor.predict(photo).map_HW
+    star = predictor.predict(photo).probability_HW
     assert not np.array_equal(base, fish) and not np.array_equal(fish, star)
     predictor.clear_references()
-    assert np.array_equal(predictor.predict(photo).map_HW, base)
+    assert np.array_equal(predictor.predict(photo).probability_HW, base)
 
 
 def test_order_changes_nothing_and_pixels_are_as_good_as_files(
@@ -59,22 +59,22 @@ def test_order_changes_nothing_and_pixels_are_as_good_as_files(
     found = []
     for order in (pairs, pairs[::-1]):
         predictor.set_references([image for image, _ in order], [mask for _, mask in order])
-        found.append((predictor.target, predictor.predict(photo).map_HW))
+        found.append((predictor.target, predictor.predict(photo).probability_HW))
     assert found[0][0] == found[1][0]
     assert np.array_equal(found[0][1], found[1][1])
     predictor.set_references(
         [read_image(image) for image, _ in pairs], [read_mask(mask) > 0 for _, mask in pairs]
     )
-    assert np.array_equal(predictor.predict(photo).map_HW, found[0][1])
+    assert np.array_equal(predictor.predict(photo).probability_HW, found[0][1])
 
 
 def test_a_remembered_class_needs_no_reference(
     predictor: Predictor, scenes: Path, photo: Path
 ) -> None:
-    base = predictor.predict(photo).map_HW
+    base = predictor.predict(photo).probability_HW
     predictor.set_reference_class("fish")
     assert predictor.target is not None and predictor.target.name == "class fish"
-    assert not np.array_equal(predictor.predict(photo).map_HW, base)
+    assert not np.array_equal(predictor.predict(photo).probability_HW, base)
     with pytest.raises(ConfigError, match="Did you mean fish"):
         predictor.set_reference_class("fsh")
 
