@@ -24,6 +24,7 @@ from camoxpert.inference.batching import BatchSize
 from camoxpert.inference.engine import Chunk, Pipeline, Row
 from camoxpert.inference.prediction import Prediction
 from camoxpert.inference.references import (
+    KnownEncoder,
     MaskInput,
     Target,
     target_of_class,
@@ -272,7 +273,7 @@ class Predictor:
     def open_support_cache(self, weights: str = "") -> SupportCache:
         """Return the cache of reference features, opened once; raises as ``set_references``."""
         if self.support_cache is None:
-            encoder = self.network.support_encoder(weights)
+            encoder = KnownEncoder(self.network, weights)
             folder = default_folder() / "stages"
             self.support_cache = SupportCache(encoder, folder, max_pixels=self.max_pixels)
         return self.support_cache

@@ -19,6 +19,7 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.sources import ImageInput, read_pixels
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.guidance import combine
+from camoxpert.models.support import Facts, SupportEncoder
 from camoxpert.text import count
 
 MaskInput = str | Path | NDArray[np.uint8] | NDArray[np.bool_]
@@ -41,6 +42,53 @@ class Target:
     def tensor(self) -> Tensor:
         """Return the features, float32 (D,)."""
         return torch.tensor(self.values, dtype=torch.float32)
+
+
+class KnownEncoder:
+    """The support encoder of a model, built when a reference is not in the cache.
+
+    A checkpoint holds the digest under which features are kept, so that known references need
+    neither the encoder nor its weights.
+
+    Args:
+        network: trained with guidance.
+        weights: file of the encoder's weights, where the one of the training is not.
+
+    Raises:
+        ConfigError: the model takes no references.
+    """
+
+    frozen = True
+
+    def __init__(self, network: CamoXpert, weights: str = "") -> None:
+        guidance = network.require_guidance()
+        self._network, self._weights = network, weights
+        self.width = guidance.features
+        self.digest = guidance.encoder_digest or self.built.digest
+
+    @property
+    def built(self) -> SupportEncoder:
+        """The encoder.
+
+        Raises:
+            ConfigError: its weights cannot be had.
+            CheckpointError: they are not those of the training.
+        """
+        return self._network.support_encoder(self._weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._network.mean.device
+
+    @property
+    def facts(self) -> Facts:
+        """What its features depend on."""
+        return self.built.facts
+
+    def encode(self, images_NCHW: Sequence[Tensor], masks_N1HW: Sequence[Tensor]) -> Tensor:
+        """Return the features (N, D) of references."""
+        return self.built.encode(images_NCHW, masks_N1HW)
 
 
 def target_of_references(
