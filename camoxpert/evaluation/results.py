@@ -14,6 +14,7 @@ from camoxpert.errors import DataError
 from camoxpert.evaluation.experts import ExpertTable
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.robustness import Robustness
+from camoxpert.evaluation.shots import ShotTable
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.groups import count_label, size_label
 from camoxpert.metrics.scoring import Row
@@ -83,6 +84,7 @@ class EvaluationResult:
         source: what was scored.
         robustness: scores under corruptions; None: not asked for.
         experts: what each expert was chosen for; None: the model has no choice of experts.
+        shots: scores by the number of references; None: not asked for.
     """
 
     dataset: str
@@ -101,12 +103,13 @@ class EvaluationResult:
     unreadable: tuple[str, ...] = ()
     robustness: Robustness | None = None
     experts: ExpertTable | None = None
+    shots: ShotTable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         source = asdict(values.pop("source"))
-        for name in ("robustness", "experts"):
+        for name in ("robustness", "experts", "shots"):
             part = values.pop(name)
             if part is not None:
                 values[name] = asdict(part)

@@ -44,6 +44,7 @@ from camoxpert.inference.plan import (
 )
 from camoxpert.inference.prediction import KINDS, PICTURES, Prediction
 from camoxpert.inference.predictor import Predictor, load_predictor
+from camoxpert.inference.references import Target
 from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
 from camoxpert.inference.video import VIDEO_KINDS, VideoOptions, VideoRun, plan_videos
@@ -233,6 +234,7 @@ class PhotoSpec:
         model: its hash, so that all workers have the same one.
         precision, max_pixels, zoom: see ``load_predictor``.
         output, kinds, threshold, views: see ``PhotoStages``.
+        target: what to search for; None: any object.
     """
 
     checkpoint: str
@@ -244,6 +246,7 @@ class PhotoSpec:
     threshold: float
     views: ViewOptions = ONE_VIEW
     zoom: bool = False
+    target: Target | None = None
 
     def build(self, device: str) -> PhotoStages:
         """Load the model on a device.
@@ -260,6 +263,7 @@ class PhotoSpec:
         )
         if model_digest(predictor.checkpoint) != self.model:
             raise CheckpointError(f"{self.checkpoint} changed while the run started. Start again.")
+        predictor.search_for(self.target)
         return PhotoStages(predictor, Path(self.output), self.kinds, self.threshold, self.views)
 
     def failed(self, photo: Photo, reason: str) -> Row:
@@ -301,6 +305,7 @@ def predict_photos(
         precision=predictor.precision.name,
         threshold=options.threshold,
         zoom=predictor.zoom or None,
+        reference=None if predictor.target is None else predictor.target.name,
         **asdict(options.views),
     )
     views = predictor.views(options.views)
@@ -373,6 +378,7 @@ def _choose_engine(
         threshold=options.threshold,
         views=options.views,
         zoom=predictor.zoom,
+        target=predictor.target,
     )
     if options.ray:
         console.decide(

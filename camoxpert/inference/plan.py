@@ -28,7 +28,7 @@ from camoxpert.text import bullet_list, count
 
 COMPARED = {"model": "model", "img_size": "image size", "precision": "precision",
             "threshold": "threshold", "tile": "--tile", "overlap": "--overlap",
-            "tta": "--tta", "zoom": "--zoom"}  # fmt: skip
+            "tta": "--tta", "zoom": "--zoom", "reference": "reference"}  # fmt: skip
 """Settings that change pictures or table, and their names in messages."""
 TEMPORARY = re.compile(r"\.\w+\.tmp")
 """Names of files that are not written to the end: see ``files.write_whole``."""
@@ -75,6 +75,7 @@ class Settings:
         threshold: probability above which a pixel is object.
         tile, overlap, tta: see ``views.ViewOptions``; None, and absent in an older head: off.
         zoom: whether images are looked at in two sizes; None: no.
+        reference: name of what is searched for, see ``references.Target``; None: any object.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Settings:
     overlap: float | None = None
     tta: str | None = None
     zoom: bool | None = None
+    reference: str | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return the head of the ledger."""

@@ -19,6 +19,7 @@ from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
 from camoxpert.metrics.scoring import Row
+from camoxpert.models.guidance import Reference
 from camoxpert.models.router import Routing, first_choices
 from camoxpert.runtime.device import Precision
 
@@ -52,6 +53,9 @@ Seen = Callable[[Item, Callable[[], NDArray[np.uint8]], Row], None]
 Routed = Callable[[Sequence[Item], Tensor], None]
 """Called with images and the experts that they use most, (levels, images), on the device."""
 
+References = Callable[[Sequence[Item]], Reference]
+"""Called with the images of a forward pass."""
+
 
 @torch.inference_mode()
 def probability_maps(
@@ -60,6 +64,7 @@ def probability_maps(
     sizes: Sequence[tuple[int, int]],
     *,
     precision: Precision | None = None,
+    reference: Reference | None = None,
 ) -> tuple[list[Tensor], tuple[Routing, ...]]:
     """Return one probability map per image at its own size, and the routing.
 
@@ -70,12 +75,13 @@ def probability_maps(
         images_BCHW: uint8 images on the model's device.
         sizes: (height, width) of every original image.
         precision: number format of the forward pass; None: the format of the weights.
+        reference: what each image is searched for; None: what the model was told, if anything.
 
     Returns:
         float32 tensors (H, W) in 0..1 on the device; routing records.
     """
     with nullcontext() if precision is None else precision.autocast(images_BCHW.device):
-        output = model(images_BCHW)
+        output = model(images_BCHW) if reference is None else model(images_BCHW, reference)
     logits = output.logits_B1HW.float()
     maps = [enlarged(logits[i], size) for i, size in enumerate(sizes)]
     return maps, output.routing
@@ -103,6 +109,7 @@ def score(
     seen: Seen | None = None,
     routed: Routed | None = None,
     on_device: bool | None = None,
+    references: References | None = None,
 ) -> None:
     """Score a model on evaluation batches into ``evaluator``.
 
@@ -122,6 +129,7 @@ def score(
         precision: number format of the forward pass; None: the format of the weights.
         seen: called for every image, in order.
         routed: called for every forward pass, before ``seen``.
+        references: gives the images of a forward pass what they are searched for.
         on_device: score the maps with the torch path; None: only on CUDA devices.
 
     Raises:
@@ -154,7 +162,10 @@ def score(
             filled = [*items, *[items[-1]] * (size - len(items))]
             images = torch.stack([item.image for item in filled]).to(device)
             sizes = [item.size for item in items]
-            maps, routing = probability_maps(model, images, sizes, precision=precision)
+            told = None if references is None else references(filled)
+            maps, routing = probability_maps(
+                model, images, sizes, precision=precision, reference=told
+            )
             if routed is not None:
                 chosen = torch.stack([first_choices(level, size) for level in routing])
                 routed(items, chosen[:, : len(items)])

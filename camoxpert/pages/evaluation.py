@@ -12,6 +12,7 @@ from camoxpert.pages import charts
 from camoxpert.pages.experts import expert_cells
 from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, p_value, write_page
 from camoxpert.pages.retention import retention_cells, retention_curves
+from camoxpert.pages.shots import shot_cells, shot_title
 from camoxpert.pages.tables import best_values, format_value
 from camoxpert.text import count
 
@@ -87,6 +88,14 @@ class RetentionPart:
     examples: str
 
 
+class ShotPart(NamedTuple):
+    """Scores by the number of references."""
+
+    title: str
+    head: list[str]
+    lines: list[list[str]]
+
+
 class ExpertPart(NamedTuple):
     """What each expert was chosen for."""
 
@@ -109,6 +118,7 @@ class DatasetPart:
     galleries: list[tuple[str, list[Picture]]]
     experts: list[tuple[str, ExpertPart]]
     retention: list[tuple[str, RetentionPart]]
+    shots: list[ShotPart]
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,11 @@ def _dataset(
             (result["method"], _retention(folder, result))
             for result in results
             if result.get("robustness")
+        ],
+        shots=[
+            ShotPart(shot_title(result), *shot_cells(result))
+            for result in results
+            if result.get("shots")
         ],
     )
 

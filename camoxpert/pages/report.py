@@ -163,6 +163,13 @@ def _facts(info: RunInfo) -> list[str]:
             f"{real} real and {made} of {images['synthetic']} made training images an epoch "
             f"({made / max(real + made, 1):.0%} made); validation and tests are real"
         )
+    guided = info.get("guidance")
+    if guided:
+        encoder = guided.get("encoder", {})
+        facts.append(
+            f"guided by {guided.get('references', '?')} references that {encoder.get('encoder')} "
+            f"describes at {encoder.get('side')} px; support cache: {guided.get('cache_text')}"
+        )
     return [*facts, f"started {info.get('started', '?')}"]
 
 

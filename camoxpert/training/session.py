@@ -245,7 +245,7 @@ def open_log(
                     "parameters": run.parameters,
                     "gmacs": run.gmacs,
                     "batch": dataclasses.asdict(run.batching),
-                    **({} if run.guide is None else {"guidance": run.guide.facts}),
+                    "guidance": {} if run.guide is None else dict(run.guide.facts),
                 },
             )
             run.log = RunLog(folder, tensorboard=config.run.tensorboard, resume_step=step)

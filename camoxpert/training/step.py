@@ -137,7 +137,8 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
         with nullcontext() if batch is parts[-1] else no_sync(run.forward):
             # Also where no image of the batch has one: with several processes every parameter
             # takes part in every pass.
-            shown = () if run.guide is None else (run.guide.reference(batch, run.state.epoch),)
+            with region("references") if run.guide is not None else nullcontext():
+                shown = () if run.guide is None else (run.guide.reference(batch, run.state.epoch),)
             with run.precision.autocast(run.device):
                 output = run.forward(batch.images, *shown)
             counts_LE = counts.add(output.routing)

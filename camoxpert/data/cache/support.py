@@ -104,11 +104,11 @@ class SupportStats:
             reasons = [
                 f"{n} {why.removeprefix('miss: ')}" for why, n in sorted(self.misses.items())
             ]
-            text += f" ({', '.join(reasons)}), encoded in {self.encoded_seconds:.2f} s"
+            text += f" ({', '.join(reasons)}), encoded in {_time(self.encoded_seconds)}"
         if self.hits:
             text += (
-                f"; looked up in {self.found_seconds:.2f} s, which saved "
-                f"{max(self.saved_seconds - self.found_seconds, 0):.2f} s"
+                f"; looked up in {_time(self.found_seconds)}, which saved "
+                f"{_time(max(self.saved_seconds - self.found_seconds, 0))}"
             )
         return text
 
@@ -220,6 +220,10 @@ class SupportCache:
         encoder = hashlib.sha256(named.encode()).hexdigest()[:16]
         device = next((weight.device.type for weight in self.encoder.parameters()), "cpu")
         return f"{mask[:32]}.{encoder}.{facts.side}.{facts.version}.{device}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def _contents(reference: Reference) -> tuple[str, str]:
