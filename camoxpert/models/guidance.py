@@ -177,9 +177,10 @@ class Guidance(nn.Module):
             features: class -> features (N, D) of its references.
         """
         every = F.normalize(torch.cat([features[name] for name in sorted(features)]).float(), dim=1)
-        smallest = 1e-3 * len(self.centre_D) ** -0.5
+        spread_D = every.std(0, correction=0)
         self.centre_D.copy_(every.mean(0))
-        self.spread_D.copy_(every.std(0, correction=0).clamp_min(smallest))
+        # A feature that hardly differs between these references must not outweigh all others.
+        self.spread_D.copy_(spread_D.clamp_min(max(0.1 * float(spread_D.mean()), 1e-6)))
 
     def trial(self, batch_size: int) -> Reference:
         """Return made-up references for a step whose cost is to be measured."""

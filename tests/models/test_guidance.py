@@ -141,16 +141,26 @@ class TestEncoder:
     def test_the_mean_of_covered_tokens_by_hand(self, tokens: bool) -> None:
         encoder = SupportEncoder(SupportConfig(TINY, side=48))
         encoder.net, encoder.prefix = Blocks(tokens), int(tokens)
-        # The window around 32 pixels has 48, as the side: nothing is resized, and the object covers
-        # whole blocks.
-        image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        # The window around 40 pixels has 48, as the side: nothing is resized. What is outside of
+        # the object does not count.
+        image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
         mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
-        image[0, 16:48, 16:48], mask[:, 16:48, 16:48] = 255, 255
-        image[1, 16:48, 16:24] = 255
+        image[:, 12:52, 12:52], mask[:, 12:52, 12:52] = 0, 255
+        image[0, 12:52, 12:52] = 255
+        image[1, 12:52, 12:22] = 255
         found = encoder.encode(image[None], mask[None])
-        colour = torch.tensor([1.0, 0.25, 0.0])
-        expected = (colour - encoder.mean.flatten()) / encoder.std.flatten()
-        torch.testing.assert_close(found, expected[None], rtol=1e-5, atol=1e-5)
+        # Blocks at the border are covered in half, or in a quarter in the corners, and filled with
+        # the mean colour, 0: they are weighted by that share once more.
+        line = torch.tensor([0.5, 1, 1, 1, 1, 0.5])
+        cover = line[:, None] * line
+        green = torch.tensor([0.5, 0.75, 0, 0, 0, 0])[None] * line[:, None]
+        red = (1 - encoder.mean[0, 0]) / encoder.std[0, 0] * cover
+        zero = -encoder.mean[0, 1] / encoder.std[0, 1]
+        one = (1 - encoder.mean[0, 1]) / encoder.std[0, 1]
+        expected = [(red * cover).sum(), ((one * green + zero * (cover - green)) * cover).sum()]
+        torch.testing.assert_close(
+            found[0, :2], torch.stack([value.flatten()[0] for value in expected]) / cover.sum()
+        )
 
     def test_a_small_object_is_enlarged(self) -> None:
         image = images_of(1)[0]

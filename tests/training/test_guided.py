@@ -71,11 +71,13 @@ def test_classes_by_names_folders_and_tables(tmp_path: Path) -> None:
         pair("crab/1", "Crab", "folders"),
         pair("fish/1", "Fish", "folders"),
         pair("7", "", "folders"),
+        pair("train_102061", "train", "folders"),
+        pair("img_3", "img", "folders"),
         # What all images of a data set are called is no class.
         pair("camourflage_00001", "camourflage", "CAMO"),
         pair("camourflage_00002", "camourflage", "CAMO"),
     ]
-    assert object_classes(pairs) == ["Crab", "", "", "Crab", "Fish", "", "", ""]
+    assert object_classes(pairs) == ["Crab", "", "", "Crab", "Fish", *[""] * 5]
 
 
 class TestEpisodes:
