@@ -97,3 +97,33 @@ def tiny_run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = ["train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(out), *TINY]
     assert main([*base, *words]) == 0
     return out / "tiny"
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return 24 training and 6 test pairs of scenes with two hidden objects, 32 px."""
+    from camoxpert.synthesis.toy_scenes import generate_scenes
+
+    root = tmp_path_factory.mktemp("scenes")
+    generate_scenes(root, num_train=24, num_test=6, size=32, difficulty=0.2, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def guided_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run of a tiny guided model whose weights make references matter."""
+    out = tmp_path_factory.mktemp("guided")
+    words = ["--run-name", "guided", "--epochs", "1", "--stage1-epochs", "0", "--no-test"]
+    words += ["--support-encoder", "tiny_test", "model.support.pretrained=false"]
+    base = ["train", "--dataset-path", str(scenes), "--checkpoint-dir", str(out), *TINY]
+    assert main([*base, *words]) == 0
+    # Three steps teach nothing: what a long training would make large is drawn.
+    file = out / "guided" / "checkpoints" / "best.pt"
+    values = torch.load(file, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in values["model"].items():
+        if name.startswith("guidance.steering") and "film.weight" in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    torch.save(values, file)
+    (file.parent / "index.json").unlink()
+    return out / "guided"

@@ -16,6 +16,7 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import why_missing
 
 if TYPE_CHECKING:
+    from camoxpert.evaluation.options import ShotOptions
     from camoxpert.evaluation.results import EvaluationResult
 
 EXAMPLES = """A method's folder holds maps, or one folder of maps per data set. Nothing is matched
@@ -67,6 +68,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="severities of the corruptions, 1 (mild) to 5 [all five]",
+    )
+    model.add_argument(
+        "--shots",
+        nargs="+",
+        type=int,
+        metavar="K",
+        help="of a model trained with --support-encoder: also score with K references, training "
+        "images of the same class, and with those of another class [none]",
+    )
+    model.add_argument(
+        "--reference-data",
+        nargs="+",
+        metavar="DIR",
+        help="data whose training images are the references of --shots [the run's]",
+    )
+    model.add_argument(
+        "--support-weights",
+        metavar="FILE",
+        help="weights of the support encoder, where the file of the training is not",
     )
     maps = parser.add_argument_group("scoring prediction maps")
     maps.add_argument(
@@ -174,6 +194,7 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
     from camoxpert.evaluation.results import by_method
     from camoxpert.pages.presence import presence_table, with_presence
     from camoxpert.pages.retention import RETENTION_FORMATS
+    from camoxpert.pages.shots import SHOT_FORMATS
     from camoxpert.pages.tables import FORMATS
 
     rows = [result.to_dict() for result in results]
@@ -181,9 +202,12 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
     keys = tuple(results[0].scores)
     if form == "json":
         scores: dict[str, Any] = dict(by_method(results))
-        if corrupted:
-            found = {row["dataset"]: row["robustness"] for row in corrupted}
-            scores = {"scores": scores, "robustness": found}
+        parts = {
+            key: {row["dataset"]: row[key] for row in rows if row.get(key)}
+            for key in ("robustness", "shots")
+        }
+        if any(parts.values()):
+            scores = {"scores": scores, **{key: part for key, part in parts.items() if part}}
         console.say(json.dumps(scores, indent=1))
         return
     if form == "csv" and not corrupted:
@@ -202,6 +226,11 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
         from camoxpert.pages.experts import expert_text
 
         tables.append(expert_text(chosen[0]))
+    guided = [row for row in rows if row.get("shots")]
+    if guided and form in SHOT_FORMATS:
+        tables.append(SHOT_FORMATS[form](guided))
+    elif guided:
+        console.note("the scores with references are in scores.json")
     console.say("\n\n".join(text.rstrip("\n") for text in tables))
 
 
@@ -219,6 +248,9 @@ OF_CHECKPOINTS = (
     "--zoom",
     "--corruptions",
     "--severity",
+    "--shots",
+    "--reference-data",
+    "--support-weights",
 )
 OF_MAPS = (
     *("--images", "--allow-missing", "--allow-extra", "--gt-threshold", "--measures"),
@@ -262,10 +294,19 @@ def _check(options: argparse.Namespace, typed: Sequence[str]) -> None:
         from camoxpert.evaluation.options import choose_corruptions
 
         choose_corruptions(options.corruptions or (), options.severity or ())
+    _shots(options)
     for path in options.data or ():
         # Here, before torch is imported and a model is built.
         if not Path(path).exists():
             raise DataError(f"--data: {why_missing(path)}")
+
+
+def _shots(options: argparse.Namespace) -> ShotOptions | None:
+    from camoxpert.evaluation.options import choose_shots
+
+    return choose_shots(
+        options.shots or (), options.reference_data or (), options.support_weights or ""
+    )
 
 
 def _maps(options: argparse.Namespace, typed: Sequence[str]) -> tuple[list[EvaluationResult], Path]:
@@ -353,6 +394,7 @@ def _checkpoint(
             num_workers=options.num_workers or 0,
             unreadable=options.unreadable,
             corruptions=choose_corruptions(options.corruptions or (), options.severity or ()),
+            shots=_shots(options),
             output=folder,
             command=typed,
         )

@@ -11,10 +11,13 @@ from camoxpert import console, stop
 from camoxpert.cli import no_overrides, print_paragraph
 from camoxpert.cli.outputs import check_folder
 from camoxpert.config.flags import add_flags
-from camoxpert.errors import ConfigError
+from camoxpert.errors import ConfigError, DataError
+from camoxpert.files import why_missing
 from camoxpert.text import count
 
 if TYPE_CHECKING:
+    from camoxpert.inference.photos import BatchResult
+    from camoxpert.inference.predictor import Predictor
     from camoxpert.inference.sources import Photo
 
 PICTURES = ("map", "mask", "cutout", "overlay")
@@ -23,6 +26,7 @@ EXAMPLES = """examples:
   camoxpert predict runs/NAME photos/ -o out
   camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4
   camoxpert predict runs/NAME large/ -o out --tile 1024 --overlap 0.25 --tta flip,scales
+  camoxpert predict runs/NAME photos/ -o out --reference crab.jpg crab_mask.png
   camoxpert predict runs/NAME clip.mp4 -o out --save video --smooth 0.5
   find photos -name '*.jpg' -print0 | camoxpert predict runs/NAME - -o out"""
 
@@ -102,6 +106,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="look at each image at 1 and about 1.5 times the model's size and join both; takes "
         "3.1 to 3.3 times the multiply-adds",
     )
+    guidance = parser.add_argument_group("guidance, of models trained with --support-encoder")
+    guidance.add_argument(
+        "--reference",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("IMG", "MASK"),
+        help="an image and the mask of what to look for in it; repeat it for up to five",
+    )
+    guidance.add_argument(
+        "--reference-class",
+        metavar="NAME",
+        help="look for a class of the training instead; needs no reference",
+    )
+    guidance.add_argument(
+        "--support-weights",
+        default="",
+        metavar="FILE",
+        help="weights of the support encoder, where the file of the training is not",
+    )
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="of a video, predict every N-th frame [1]"
     )
@@ -175,6 +199,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError(
             f"--min-presence must be between 0 and 1; {options.min_presence:g} is not."
         )
+    _check_references(options)
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
     check_folder("-o", options.output)
@@ -184,7 +209,6 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     from camoxpert.inference.predictor import load_for
     from camoxpert.inference.shards import choose_shard
     from camoxpert.inference.sources import look_for_photos
-    from camoxpert.inference.timing import describe
     from camoxpert.inference.video import VIDEO_KINDS, VideoOptions
     from camoxpert.inference.views import choose_views
     from camoxpert.models.zoom import describe_zoom
@@ -248,12 +272,19 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             )
         if options.zoom:
             console.note(describe_zoom(predictor.config.data.img_size))
+        _set_references(predictor, options)
         result = predict_photos(predictor, photos, output, wanted, found.videos)
+    return _tell(result, options.output, "inputs" if found.videos else "images")
+
+
+def _tell(result: BatchResult, output: str, what: str) -> int:
+    """Print what was done and what was not; return the exit code."""
+    from camoxpert.inference.timing import describe
+
     there = f", {result.skipped} were there already" if result.skipped else ""
     if result.replaced:
         there += f"; {result.replaced} photos had changed since"
-    what = "inputs" if found.videos else "images"
-    console.say(f"{result.done} {what} predicted{there}; results in {options.output}")
+    console.say(f"{result.done} {what} predicted{there}; results in {output}")
     if result.summary:
         console.say(describe(result.summary))
     if "videos" in result.summary:
@@ -262,6 +293,30 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         _print_failed(result.failed)
         return 3
     return 0
+
+
+def _check_references(options: argparse.Namespace) -> None:
+    """Refuse references that are not there, before a model is loaded."""
+    if options.reference and options.reference_class:
+        raise ConfigError("--reference and --reference-class: give one of them.")
+    if options.support_weights and not options.reference:
+        raise ConfigError("--support-weights is of the encoder of --reference: give both.")
+    for path in (path for pair in options.reference for path in pair):
+        if not Path(path).is_file():
+            raise DataError(f"--reference: {why_missing(path, 'file')}")
+
+
+def _set_references(predictor: Predictor, options: argparse.Namespace) -> None:
+    """Let a predictor search for what the references show, and say so."""
+    from camoxpert.inference.references import decide_target
+
+    if options.reference:
+        images, masks = zip(*options.reference, strict=True)
+        predictor.set_references(list(images), list(masks), weights=options.support_weights)
+    elif options.reference_class:
+        predictor.set_reference_class(options.reference_class)
+    if predictor.target is not None:
+        decide_target(predictor.target, predictor.support_cache)
 
 
 def _check_ray(options: argparse.Namespace) -> None:

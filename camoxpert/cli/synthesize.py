@@ -13,6 +13,7 @@ from camoxpert.errors import ConfigError, DataError
 KINDS = ("toy", "relight", "compose", "counterfactual")
 EXAMPLES = """examples:
   camoxpert synthesize toy data/toy
+  camoxpert synthesize toy data/scenes --referring --train 800
   camoxpert synthesize toy data/tiny --train 1000 --size 160 --object-size 0.002 0.01 --seed 1"""
 
 
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the image that the object covers, for example 0.002 0.01 for 0.2 to 1 %%; "
         "unset: one or two objects of 3 to 20 %%",
     )
+    parser.add_argument(
+        "--referring",
+        action="store_true",
+        help="two objects of different kinds in every image, and a pair for each of them with the "
+        "kind in its name: for models that are told by references which one to find",
+    )
     parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal data [0]")
 
 
@@ -64,7 +71,12 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
     if not 0 <= options.difficulty <= 1:
         raise ConfigError(f"--difficulty must be between 0 and 1; got {options.difficulty:g}.")
+    if options.referring and (options.object_size or options.negatives):
+        raise ConfigError(
+            "--object-size and --negatives are of scenes with one object; --referring draws two."
+        )
     from camoxpert.synthesis.toy import check_object_size, generate_toy
+    from camoxpert.synthesis.toy_scenes import generate_scenes
 
     object_size = tuple(options.object_size) if options.object_size else None
     if object_size is not None:
@@ -78,16 +90,17 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise DataError(
             f"{output} exists and is not empty; nothing is overwritten. Name a new folder."
         )
-    generate_toy(
-        output,
-        num_train=options.train,
-        num_test=options.test,
-        size=options.size,
-        difficulty=options.difficulty,
-        object_size=object_size,
-        num_negatives=options.negatives,
-        seed=options.seed,
-    )
+    common = {
+        "num_train": options.train,
+        "num_test": options.test,
+        "size": options.size,
+        "difficulty": options.difficulty,
+        "seed": options.seed,
+    }
+    if options.referring:
+        generate_scenes(output, **common)
+    else:
+        generate_toy(output, object_size=object_size, num_negatives=options.negatives, **common)
     empty = f", {options.negatives} scenes without an object" if options.negatives else ""
     console.say(f"{options.train} training and {options.test} test pairs{empty} in {output}")
     return 0

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+from camoxpert.config.guidance import EpisodeConfig, SupportConfig
 from camoxpert.config.schema import Leaf
 from camoxpert.config.tree import EXPERT_KINDS, Config, DataConfig, ModelConfig, TrainConfig
 from camoxpert.errors import ConfigError
@@ -27,6 +28,7 @@ PATHS = frozenset(
         *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
         *("data.teacher", "data.unlabeled", "data.synthetic", "data.negatives"),
         *("model.weights", "model.init_from", "train.resume", "run.dir"),
+        "model.support.weights",
     )
 )
 """Settings in which a leading ``~`` is the home folder: no shell expands it in a file."""
@@ -114,6 +116,11 @@ def check_conflicts(config: Config) -> None:
     _check_data(config.data)
     _check_model(config.model)
     _check_batches(train)
+    if config.data.episodes != EpisodeConfig() and not config.model.support.encoder:
+        raise ConfigError(
+            "data.episodes is about reference images, and no encoder of them is named. Add "
+            "--support-encoder NAME, or leave it out."
+        )
     if train.stage1_epochs is not None and train.stage1_epochs > train.epochs:
         raise ConfigError(
             f"--stage1-epochs {train.stage1_epochs} is more than --epochs {train.epochs}; "
@@ -209,6 +216,13 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"--weights {model.weights} starts the backbone and --init-from {model.init_from} the "
             f"whole model. Give one of them."
+        )
+    support = model.support
+    if not support.encoder and support != SupportConfig():
+        changed = "--support-weights" if support.weights else "model.support"
+        raise ConfigError(
+            f"{changed} is for the encoder of reference images, and none is named. Add "
+            f"--support-encoder NAME, or leave it out."
         )
     if model.upcycle_noise and not model.init_from:
         raise ConfigError(

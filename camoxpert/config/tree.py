@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from camoxpert.config.augment import AugmentConfig
+from camoxpert.config.guidance import EpisodeConfig, SupportConfig
 from camoxpert.config.loss import LossConfig
 from camoxpert.config.run import RunConfig
 from camoxpert.config.schema import Leaf, get_setting, setting, walk
@@ -197,6 +198,7 @@ class DataConfig:
         minimum=1,
     )
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    episodes: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,7 @@ class ModelConfig:
         "channels of the stride-2 detail branch that sharpens outlines, a multiple of 8; 0: none",
         minimum=0,
     )
+    support: SupportConfig = dataclasses.field(default_factory=SupportConfig)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from camoxpert.errors import DataError
 from camoxpert.evaluation.chosen import expert_meter
 from camoxpert.evaluation.corrupted import note_corruptions, score_corrupted
 from camoxpert.evaluation.gallery import Gallery
-from camoxpert.evaluation.options import CorruptionOptions, ScoringOptions
+from camoxpert.evaluation.guided import find_pool, score_shots
+from camoxpert.evaluation.options import CorruptionOptions, ScoringOptions, ShotOptions
 from camoxpert.evaluation.output import OutputFolder, write_evaluation
 from camoxpert.evaluation.presence import PresenceMeter
 from camoxpert.evaluation.results import (
@@ -132,6 +133,7 @@ def evaluate_model(
     num_workers: int = 0,
     unreadable: str = "error",
     corruptions: CorruptionOptions | None = None,
+    shots: ShotOptions | None = None,
     output: OutputFolder | None = None,
     command: Sequence[str] = (),
 ) -> list[EvaluationResult]:
@@ -147,6 +149,7 @@ def evaluate_model(
         unreadable: images that cannot be read: ``error``, or ``skip``: left out of the scores,
             named in a warning and in the result. A data set without a readable image is an error.
         corruptions: also score corrupted images; see ``EvaluationResult.robustness``.
+        shots: also score with references; see ``EvaluationResult.shots``.
         output: see ``evaluation.output``; None writes nothing.
         command: the command line, for the page.
 
@@ -160,6 +163,8 @@ def evaluate_model(
     method = method or method_name(predictor)
     if corruptions is not None:
         note_corruptions(corruptions, sets)
+    # First of all: references that cannot be had are not looked for after an hour of scoring.
+    pool = None if shots is None else find_pool(predictor, shots)
     files = file_names(sets)
     scored = []
     gallery: list[GalleryEntry] = []
@@ -195,6 +200,19 @@ def evaluate_model(
                 place = path.relative_to(output.unfinished).as_posix()
                 robustness = replace(robustness, picture=place)
             item = replace(item, result=replace(item.result, robustness=robustness))
+        if shots is not None and pool is not None:
+            table = score_shots(
+                predictor,
+                name,
+                manifest,
+                data,
+                shots,
+                pool,
+                options,
+                batch_size=batch_size,
+                num_workers=num_workers,
+            )
+            item = replace(item, result=replace(item.result, shots=table))
         scored.append(item)
         if output is not None:
             gallery += pictures.write(output.unfinished, name, method)

@@ -50,6 +50,49 @@ class CorruptionOptions:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class ShotOptions:
+    """With how many references a guided model is scored.
+
+    Attributes:
+        numbers: of references, ascending.
+        roots: data whose training images are drawn; empty: that of the run.
+        weights: file of the support encoder's weights, where the one of the training is not.
+        seed: of the draws.
+    """
+
+    numbers: tuple[int, ...]
+    roots: tuple[str, ...] = ()
+    weights: str = ""
+    seed: int = 0
+
+
+def choose_shots(
+    numbers: Iterable[int], roots: Iterable[str] = (), weights: str = ""
+) -> ShotOptions | None:
+    """Return the numbers of references to score with; None if none is named.
+
+    Args:
+        numbers: of references; 0, which is always scored, may be named.
+        roots, weights: see ``ShotOptions``.
+
+    Raises:
+        ConfigError: a negative number, no other than 0, or data without numbers.
+    """
+    asked, places = sorted(set(numbers)), tuple(roots)
+    if not asked:
+        if places or weights:
+            flag = "--reference-data" if places else "--support-weights"
+            raise ConfigError(f"{flag} belongs to --shots. Name numbers of references.")
+        return None
+    if asked[0] < 0 or asked[-1] < 1:
+        raise ConfigError(
+            f"--shots are numbers of references, at least 1; got {', '.join(map(str, asked))}. No "
+            "reference is always scored beside them."
+        )
+    return ShotOptions(tuple(number for number in asked if number), places, weights)
+
+
 def choose_corruptions(
     asked: Iterable[str], severities: Iterable[int] = ()
 ) -> CorruptionOptions | None:

@@ -14,6 +14,7 @@ from camoxpert.errors import DataError
 from camoxpert.evaluation.experts import ExpertTable
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.robustness import Robustness
+from camoxpert.evaluation.shots import ShotTable
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.groups import count_label, size_label
 from camoxpert.metrics.presence import PresenceScores, presence_scores
@@ -86,6 +87,7 @@ class EvaluationResult:
         robustness: scores under corruptions; None: not asked for.
         experts: what each expert was chosen for; None: the model has no choice of experts.
         presence: how well images with an object are told from those without; None: all have one.
+        shots: scores by the number of references; None: not asked for.
     """
 
     dataset: str
@@ -105,12 +107,13 @@ class EvaluationResult:
     robustness: Robustness | None = None
     experts: ExpertTable | None = None
     presence: PresenceScores | None = None
+    shots: ShotTable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         source = asdict(values.pop("source"))
-        for name in ("robustness", "experts", "presence"):
+        for name in ("robustness", "experts", "presence", "shots"):
             part = values.pop(name)
             if part is not None:
                 values[name] = asdict(part)

@@ -45,6 +45,7 @@ from camoxpert.inference.plan import (
 )
 from camoxpert.inference.prediction import KINDS, PICTURES, Prediction, emptied
 from camoxpert.inference.predictor import Predictor, load_predictor
+from camoxpert.inference.references import Target
 from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
 from camoxpert.inference.tta import Looked
@@ -242,6 +243,7 @@ class PhotoSpec:
         model: its hash, so that all workers have the same one.
         precision, max_pixels, zoom: see ``load_predictor``.
         output, kinds, threshold, views, min_presence: see ``PhotoStages``.
+        target: what to search for; None: any object.
     """
 
     checkpoint: str
@@ -254,6 +256,7 @@ class PhotoSpec:
     views: ViewOptions = ONE_VIEW
     zoom: bool = False
     min_presence: float | None = None
+    target: Target | None = None
 
     def build(self, device: str) -> PhotoStages:
         """Load the model on a device.
@@ -270,6 +273,7 @@ class PhotoSpec:
         )
         if model_digest(predictor.checkpoint) != self.model:
             raise CheckpointError(f"{self.checkpoint} changed while the run started. Start again.")
+        predictor.search_for(self.target)
         return PhotoStages(
             predictor,
             Path(self.output),
@@ -321,6 +325,7 @@ def predict_photos(
         zoom=predictor.zoom or None,
         presence=predictor.has_presence or None,
         min_presence=options.min_presence,
+        reference=None if predictor.target is None else predictor.target.name,
         **asdict(options.views),
     )
     views = predictor.views(options.views)
@@ -396,6 +401,7 @@ def _choose_engine(
         views=options.views,
         zoom=predictor.zoom,
         min_presence=options.min_presence,
+        target=predictor.target,
     )
     if options.ray:
         console.decide(

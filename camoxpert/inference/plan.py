@@ -28,7 +28,8 @@ from camoxpert.text import bullet_list, count
 
 COMPARED = {"model": "model", "img_size": "image size", "precision": "precision",
             "threshold": "threshold", "tile": "--tile", "overlap": "--overlap",
-            "tta": "--tta", "zoom": "--zoom", "min_presence": "--min-presence"}  # fmt: skip
+            "tta": "--tta", "zoom": "--zoom", "min_presence": "--min-presence",
+            "reference": "reference"}  # fmt: skip
 """Settings that change pictures or table, and their names in messages."""
 TEMPORARY = re.compile(r"\.\w+\.tmp")
 """Names of files that are not written to the end: see ``files.write_whole``."""
@@ -77,6 +78,7 @@ class Settings:
         zoom: whether images are looked at in two sizes; None: no.
         presence: whether the model has the presence head; None: no.
         min_presence: maps of images whose presence is lower are empty; None: every map stays.
+        reference: name of what is searched for, see ``references.Target``; None: any object.
     """
 
     model: str
@@ -90,6 +92,7 @@ class Settings:
     zoom: bool | None = None
     presence: bool | None = None
     min_presence: float | None = None
+    reference: str | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return the head of the ledger."""
@@ -135,8 +138,9 @@ def model_digest(checkpoint: Checkpoint) -> str:
         key: value
         for key, value in to_dict(checkpoint.config)["model"].items()
         # At its default a setting that was added later changes nothing.
-        # Whether there is a presence head is seen by its weights.
-        if key not in ("pretrained", "weights", "upcycle_noise", "presence")
+        # Whether there is a presence head is seen by its weights; they also hold the hash of the
+        # support encoder.
+        if key not in ("pretrained", "weights", "upcycle_noise", "presence", "support")
         and (key, value) != ("routing_grid", 1)
     }
     digest = hashlib.sha256(json.dumps(network, sort_keys=True, default=str).encode())

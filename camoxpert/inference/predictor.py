@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count, islice
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,13 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert.config import TrainConfig
+from camoxpert.data.cache.choice import default_folder
+from camoxpert.data.cache.support import SupportCache
 from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.inference.batching import BatchSize
-from camoxpert.inference.engine import Chunk, Pipeline, Row
-from camoxpert.inference.prediction import Prediction, emptied
+from camoxpert.inference.engine import Pipeline
+from camoxpert.inference.prediction import Prediction
+from camoxpert.inference.references import (
+    KnownEncoder,
+    MaskInput,
+    Target,
+    target_of_class,
+    target_of_references,
+)
 from camoxpert.inference.score import presence_of
-from camoxpert.inference.sources import ImageInput, find_photos, name_of, read_pixels
+from camoxpert.inference.sources import ImageInput, find_photos, name_of
+from camoxpert.inference.stream import Iterated, StreamStages, or_raise
 from camoxpert.inference.timing import Timing
 from camoxpert.inference.tta import Looked
 from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
@@ -38,6 +46,7 @@ from camoxpert.runtime.device import (
 )
 
 Input = TypeVar("Input", bound=ImageInput)
+Marked = TypeVar("Marked", bound=MaskInput)
 
 
 class Predictor:
@@ -49,6 +58,11 @@ class Predictor:
         precision: number format of the forward pass.
         max_pixels: larger images are refused; None: as in training.
         zoom: look at every image at two sizes; see ``models.zoom``.
+
+    Attributes:
+        network: the model for one size.
+        target: what images are searched for; None: any hidden object.
+        support_cache: keeps the features of references; None before the first.
     """
 
     def __init__(
@@ -86,6 +100,9 @@ class Predictor:
             # Images are read at the larger size.
             self.model, self.img_size = Zoomed(built, self.img_size), sides[-1]
         self.model.to(device).eval()
+        self.network = built
+        self.target: Target | None = None
+        self.support_cache: SupportCache | None = None
 
     @property
     def has_presence(self) -> bool:
@@ -224,7 +241,7 @@ class Predictor:
             views=self.views(choose_views(tile, overlap, tta)),
             min_presence=min_presence,
         )
-        return (_or_raise(found) for _, found in attempts)
+        return (or_raise(found) for _, found in attempts)
 
     def attempts(
         self,
@@ -241,8 +258,14 @@ class Predictor:
             images, threshold, batch_size, min_presence: see ``stream``.
             views: tiles and augmentation; None: none.
         """
-        source = _Iterated(images, batch_size)
-        stages = _StreamStages(self, threshold, views or self.views(ONE_VIEW), min_presence)
+        source = Iterated(images, batch_size)
+        stages = StreamStages(
+            self.device,
+            threshold,
+            views or self.views(ONE_VIEW),
+            min_presence,
+            max_pixels=self.max_pixels,
+        )
         with Pipeline(
             stages,
             source,
@@ -257,6 +280,61 @@ class Predictor:
                     if isinstance(found, Prediction):
                         found = dataclasses.replace(found, seconds=row["seconds"]["forward"])
                     yield row["image"], found
+
+    def set_references(
+        self,
+        images: ImageInput | list[Input] | tuple[Input, ...],
+        masks: MaskInput | list[Marked] | tuple[Marked, ...],
+        *,
+        weights: str | Path = "",
+    ) -> None:
+        """Search all images from now on for what references show.
+
+        Features of files are kept in the cache folder, so that the next call with the same
+        references does not run the encoder.
+
+        Args:
+            images: one to five references: paths, uint8 RGB pixels or Pillow images.
+            masks: of what to look for, one for each: paths, or arrays (H, W) of 0 and 1 or 0 and
+                255.
+            weights: file of the support encoder's weights, where the one of the training is not.
+
+        Raises:
+            ConfigError: the model was trained without guidance; or its encoder cannot be had.
+            CheckpointError: the encoder's weights are not those of the training.
+            DataError: a reference cannot be read, or its mask marks nothing.
+        """
+        given = list(images) if isinstance(images, (list, tuple)) else [images]
+        marked = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+        cache = self.open_support_cache(str(weights))
+        self.search_for(target_of_references(cache, given, marked))
+
+    def open_support_cache(self, weights: str = "") -> SupportCache:
+        """Return the cache of reference features, opened once; raises as ``set_references``."""
+        if self.support_cache is None:
+            encoder = KnownEncoder(self.network, weights)
+            folder = default_folder() / "stages"
+            self.support_cache = SupportCache(encoder, folder, max_pixels=self.max_pixels)
+        return self.support_cache
+
+    def set_reference_class(self, name: str) -> None:
+        """Search all images from now on for a class of the training; needs no reference.
+
+        Raises:
+            ConfigError: the model was trained without guidance, or does not know the class.
+        """
+        self.search_for(target_of_class(self.network, name))
+
+    def clear_references(self) -> None:
+        """Search for any hidden object again: the model without guidance, bit for bit."""
+        self.search_for(None)
+
+    def search_for(self, target: Target | None) -> None:
+        """Search all images from now on for a target; None: any hidden object."""
+        self.target = target
+        if self.network.guidance is not None or target is not None:
+            self.network.require_guidance()
+            self.network.reference_D = None if target is None else target.tensor().to(self.device)
 
     def prepare(self, image_HWC: NDArray[np.uint8]) -> Tensor:
         """Return an RGB uint8 image (H, W, 3) resized to the training size, uint8 (3, S, S)."""
@@ -295,94 +373,6 @@ class Predictor:
                     f"{self.img_size} px ({reason}). Use --tta flip."
                 ) from error
         return views
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """An image that a caller gave, with the name of its outputs."""
-
-    image: Any
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Read:
-    """An image that was read: see ``engine.Sample``."""
-
-    inputs: tuple[Tensor, ...]
-    pixels: NDArray[np.uint8]
-    seconds: dict[str, float]
-    view_bytes: int
-
-    @property
-    def held_bytes(self) -> int:
-        """Memory until it is finished: pixels, inputs, logits, and the map at the pixels' size."""
-        return self.pixels.nbytes + self.view_bytes
-
-
-class _Iterated:
-    """Images of an iterable as chunks, taken as they are needed."""
-
-    def __init__(self, images: Iterable[ImageInput], size: int) -> None:
-        self._images = iter(images)
-        self._size = size
-        self._number = 0
-        self._unnamed = count(1)
-
-    def take(self, *, wait: bool) -> Chunk | None:
-        """Return the next chunk, or None after the last."""
-        images = list(islice(self._images, self._size))
-        if not images:
-            return None
-        self._number += 1
-        items = [_Given(image, name_of(image, f"image-{next(self._unnamed)}")) for image in images]
-        return Chunk(self._number, tuple(items))
-
-
-class _StreamStages:
-    """Reads images and returns predictions in the rows."""
-
-    def __init__(
-        self, predictor: Predictor, threshold: float, views: Views, min_presence: float | None
-    ) -> None:
-        self.predictor, self.threshold, self.views = predictor, threshold, views
-        self.min_presence = min_presence
-        self.device = predictor.device
-        self.models = 1
-
-    def read(self, given: _Given) -> _Read:
-        started = time.monotonic()
-        pixels = read_pixels(given.image, max_pixels=self.predictor.max_pixels)
-        inputs = self.views.inputs(pixels)
-        needed = self.views.held_bytes(inputs, (pixels.shape[0], pixels.shape[1]))
-        return _Read(inputs, pixels, {"read": time.monotonic() - started}, needed)
-
-    def forward(self, inputs: Tensor, samples: Sequence[_Read] = ()) -> Looked:
-        return self.views.logits(inputs)
-
-    def finish(self, given: _Given, sample: _Read, outputs: list[Any]) -> Row:
-        started = time.monotonic()
-        height, width = sample.pixels.shape[:2]
-        with torch.inference_mode():
-            map_HW = self.views.probability(outputs, (height, width)).numpy()
-        presence = self.views.presence(outputs)
-        map_HW = emptied(map_HW, presence, self.min_presence)
-        found = Prediction(given.name, sample.pixels, map_HW, 0.0, self.threshold, presence)
-        seconds = {"enlarge": time.monotonic() - started}
-        return {"image": given.image, "found": found, "seconds": seconds}
-
-    def failed(self, given: _Given, reason: str) -> Row:
-        return {"image": given.image, "found": DataError(reason)}
-
-    def example(self) -> Tensor:
-        side = max(self.views.sides)
-        return torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
-
-
-def _or_raise(found: Prediction | DataError) -> Prediction:
-    if isinstance(found, DataError):
-        raise found
-    return found
 
 
 def load_predictor(

@@ -21,6 +21,7 @@ from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
 from camoxpert.metrics.scoring import Row
 from camoxpert.models.camoxpert import ModelOutput
+from camoxpert.models.guidance import Reference
 from camoxpert.models.router import Routing, first_choices
 from camoxpert.runtime.device import Precision
 
@@ -72,6 +73,10 @@ class Maps(NamedTuple):
     presence_B: Tensor | None
 
 
+References = Callable[[Sequence[Item]], Reference]
+"""Called with the images of a forward pass."""
+
+
 @torch.inference_mode()
 def probability_maps(
     model: nn.Module,
@@ -79,6 +84,7 @@ def probability_maps(
     sizes: Sequence[tuple[int, int]],
     *,
     precision: Precision | None = None,
+    reference: Reference | None = None,
 ) -> Maps:
     """Return one probability map per image at its own size, the routing, and the presence.
 
@@ -89,12 +95,13 @@ def probability_maps(
         images_BCHW: uint8 images on the model's device.
         sizes: (height, width) of every original image.
         precision: number format of the forward pass; None: the format of the weights.
+        reference: what each image is searched for; None: what the model was told, if anything.
 
     Returns:
         Tensors on the device.
     """
     with nullcontext() if precision is None else precision.autocast(images_BCHW.device):
-        output = model(images_BCHW)
+        output = model(images_BCHW) if reference is None else model(images_BCHW, reference)
     logits = output.logits_B1HW.float()
     maps = [enlarged(logits[i], size) for i, size in enumerate(sizes)]
     return Maps(maps, output.routing, presence_of(model, output))
@@ -131,6 +138,7 @@ def score(
     routed: Routed | None = None,
     judged: Judged | None = None,
     on_device: bool | None = None,
+    references: References | None = None,
 ) -> None:
     """Score a model on evaluation batches into ``evaluator``.
 
@@ -151,6 +159,7 @@ def score(
         seen: called for every image, in order.
         routed: called for every forward pass, before ``seen``.
         judged: called for every forward pass of a model with a presence head, before ``seen``.
+        references: gives the images of a forward pass what they are searched for.
         on_device: score the maps with the torch path; None: only on CUDA devices.
 
     Raises:
@@ -183,7 +192,10 @@ def score(
             filled = [*items, *[items[-1]] * (size - len(items))]
             images = torch.stack([item.image for item in filled]).to(device)
             sizes = [item.size for item in items]
-            maps, routing, presence = probability_maps(model, images, sizes, precision=precision)
+            told = None if references is None else references(filled)
+            maps, routing, presence = probability_maps(
+                model, images, sizes, precision=precision, reference=told
+            )
             if routed is not None:
                 chosen = torch.stack([first_choices(level, size) for level in routing])
                 routed(items, chosen[:, : len(items)])

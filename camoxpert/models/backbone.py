@@ -238,6 +238,20 @@ def _after_norm(module: nn.Module, inputs: object, output: object) -> None:
         module.single_value = False  # type: ignore[assignment]
 
 
+def require_name(name: str, *, option: str) -> None:
+    """Raise ConfigError for a name that timm does not know.
+
+    Args:
+        name: of a network.
+        option: that names it, for the message.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        near = did_you_mean(name, timm.list_models())
+        raise ConfigError(f"{option}: timm has no network {name!r}.{near}")
+
+
 def _check_name(name: str) -> None:
     """Raise ConfigError for a name that timm does not know."""
     import timm
@@ -292,7 +306,7 @@ def _on_meta(name: str, options: Mapping[str, Any]) -> Any:
     """Build a network without memory for its weights."""
     import timm
 
-    with torch.device("meta"), _quiet_timm():
+    with torch.device("meta"), quiet_timm():
         return timm.create_model(name, pretrained=False, features_only=True, **options)
 
 
@@ -328,7 +342,7 @@ def _is_channels_last(net: Any) -> bool:
 
 
 @contextmanager
-def _quiet_timm() -> Iterator[None]:
+def quiet_timm() -> Iterator[None]:
     """Silence timm's log: our own errors report what it tried once, with what to do."""
     logger = logging.getLogger("timm")
     level = logger.level
@@ -345,7 +359,7 @@ def _build_timm(config: ModelConfig, options: Mapping[str, Any]) -> Any:
 
     pretrained = config.pretrained and not config.weights
     try:
-        with _quiet_timm(), offline_if_unreachable() if pretrained else nullcontext():
+        with quiet_timm(), offline_if_unreachable() if pretrained else nullcontext():
             net: Any = timm.create_model(
                 config.backbone, pretrained=pretrained, features_only=True, **options
             )

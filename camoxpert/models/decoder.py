@@ -60,18 +60,19 @@ class Level(nn.Module):
         above_BCHW: Tensor | None,
         routing: Routing | None = None,
         counts: Counts = None,
+        added_BR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Routing]:
         """Return this level's features, side logits (B, 1, H, W) and routing.
 
         Args:
             lateral_BCHW: the backbone's features after ``lateral``.
             above_BCHW: features of the level above; None at the top.
-            routing, counts: as ``MoE.forward`` takes them.
+            routing, counts, added_BR: as ``MoE.forward`` takes them.
         """
         x = lateral_BCHW
         if self.fuse is not None and above_BCHW is not None:
             x = self.fuse(x, above_BCHW)
-        x, routing = self.moe(x, routing, counts)
+        x, routing = self.moe(x, routing, counts, added_BR)
         return x, self.head(x), routing
 
 
@@ -122,13 +123,15 @@ class Decoder(nn.Module):
         self.checkpointing = False
 
     def forward(
-        self, images_BCHW: Tensor, features: Sequence[Tensor]
+        self, images_BCHW: Tensor, features: Sequence[Tensor], added: Sequence[Tensor] = ()
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Routing, ...]]:
         """Decode.
 
         Args:
             images_BCHW: normalised images (B, 3, H, W), for the detail branch.
             features: maps at strides 4, 8, 16, 32.
+            added: what the routers get beside their level's features, (B, R) each, in the same
+                order; empty: nothing.
 
         Returns:
             logits (B, 1, H, W); side logits from stride 32 to stride 4, each at its own size;
@@ -140,17 +143,18 @@ class Decoder(nn.Module):
             level.lateral(feature)
             for level, feature in zip(levels, reversed(features), strict=True)
         ]
-        decided, counts = self._route(levels, laterals)
+        guided: list[Tensor | None] = [*reversed(added)] if added else [None] * len(levels)
+        decided, counts = self._route(levels, laterals, guided)
         above: Tensor | None = None
         side_logits, routings = [], []
-        for level, *inputs in zip(levels, laterals, decided, counts, strict=True):
-            lateral, routing, number = inputs
+        for level, *inputs in zip(levels, laterals, decided, counts, guided, strict=True):
+            lateral, routing, number, target = inputs
             if self.checkpointing and torch.is_grad_enabled():
                 above, side, routing = checkpoint(
-                    level, lateral, above, routing, number, use_reentrant=False
+                    level, lateral, above, routing, number, target, use_reentrant=False
                 )
             else:
-                above, side, routing = level(lateral, above, routing, number)
+                above, side, routing = level(lateral, above, routing, number, target)
             side_logits.append(side)
             routings.append(routing)
         assert above is not None
@@ -158,7 +162,10 @@ class Decoder(nn.Module):
         return resize(logits, images_BCHW.shape[-2:]), tuple(side_logits), tuple(routings)
 
     def _route(
-        self, levels: Sequence[Level], laterals: Sequence[Tensor]
+        self,
+        levels: Sequence[Level],
+        laterals: Sequence[Tensor],
+        guided: Sequence[Tensor | None],
     ) -> tuple[list[Routing | None], list[Counts]]:
         """Route all levels at once if they route on lateral features; read all counts in one sync.
 
@@ -169,7 +176,8 @@ class Decoder(nn.Module):
         if self.routing != "lateral":
             return list(nothing), list(nothing)
         decided: list[Routing] = [
-            level.moe.route(x) for level, x in zip(levels, laterals, strict=True)
+            level.moe.route(x, added_BR)
+            for level, x, added_BR in zip(levels, laterals, guided, strict=True)
         ]
         if any(level.moe.dispatch != "sorted" for level in levels):
             return list(decided), list(nothing)

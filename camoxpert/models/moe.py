@@ -232,14 +232,25 @@ class MoE(nn.Module):
     def dispatch(self, name: str) -> None:
         self.asked = name
 
-    def route(self, x_BCHW: Tensor) -> Routing:
-        """Decide for every image, or every region of it, from its features (B, C, H, W)."""
+    def route(self, x_BCHW: Tensor, added_BR: Tensor | None = None) -> Routing:
+        """Decide for every image, or every region of it, from its features (B, C, H, W).
+
+        Args:
+            x_BCHW: the features.
+            added_BR: as ``Router.forward`` takes it, for every image.
+        """
         grid = grid_of(self.grid, *x_BCHW.shape[-2:])
-        decided: Routing = self.router(cut(x_BCHW, grid))
+        if added_BR is not None and grid > 1:
+            added_BR = added_BR.repeat_interleave(grid * grid, 0)
+        decided: Routing = self.router(cut(x_BCHW, grid), added_BR)
         return decided
 
     def forward(
-        self, x_BCHW: Tensor, routing: Routing | None = None, counts: Counts = None
+        self,
+        x_BCHW: Tensor,
+        routing: Routing | None = None,
+        counts: Counts = None,
+        added_BR: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Mix.
 
@@ -247,13 +258,14 @@ class MoE(nn.Module):
             x_BCHW: features (B, C, H, W).
             routing: the decision if it was made before; None routes on ``x_BCHW``.
             counts: images (regions) per expert, if the caller has read them.
+            added_BR: as ``route`` takes it.
 
         Returns:
             x + mixture, (B, C, H, W); the routing.
         """
         if routing is None:
             # Routed on the raw features: the norm would hide how strongly they respond.
-            routing = self.route(x_BCHW)
+            routing = self.route(x_BCHW, added_BR)
         h = self.norm(x_BCHW)
         size = x_BCHW.shape[-2:]
         grid = grid_of(self.grid, *size)

@@ -57,14 +57,23 @@ class Router(nn.Module):
         # with ``optim.router_bias_rate`` (Wang et al., Auxiliary-Loss-Free Load Balancing, 2024).
         self.register_buffer("bias_E", torch.zeros(num_experts))
 
-    def forward(self, x_BCHW: Tensor) -> Routing:
-        """Route a batch of feature maps (B, C, H, W), one decision per image."""
+    def forward(self, x_BCHW: Tensor, added_BR: Tensor | None = None) -> Routing:
+        """Route a batch of feature maps (B, C, H, W), one decision per image.
+
+        Args:
+            x_BCHW: the maps.
+            added_BR: added to the hidden features before their activation, so that the choice
+                follows what is searched for as well; None: nothing.
+        """
         with torch.autocast(x_BCHW.device.type, enabled=False):
             x = x_BCHW.float()
             mean_BC = x.mean((2, 3))
             spread_BC = (x - mean_BC[..., None, None]).square().mean((2, 3)).add(1e-6).sqrt()
             summary = self.norm(torch.cat([mean_BC, spread_BC], 1))
-            logits_BE = self.gate(torch.nn.functional.gelu(self.hidden(summary)))
+            hidden_BR = self.hidden(summary)
+            if added_BR is not None:
+                hidden_BR = hidden_BR + added_BR.float()
+            logits_BE = self.gate(torch.nn.functional.gelu(hidden_BR))
             hidden_BE = None
             if self.training and self.dropout and self.top_k < logits_BE.shape[1]:
                 hidden_BE = hide_one(logits_BE, self.dropout)

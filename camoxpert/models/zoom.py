@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camoxpert.models.camoxpert import CamoXpert, ModelOutput
+from camoxpert.models.guidance import Reference
 from camoxpert.models.layers import resize
 
 ZOOM = 1.5
@@ -42,8 +43,13 @@ class Zoomed(nn.Module):
         self.model = model
         self.side = side
 
-    def forward(self, images_BCHW: Tensor) -> ModelOutput:
-        """Segment a batch of uint8 images; routing and presence are those of the smaller size."""
+    def forward(self, images_BCHW: Tensor, reference: Reference | None = None) -> ModelOutput:
+        """Segment a batch of uint8 images; routing and presence are those of the smaller size.
+
+        Args:
+            images_BCHW: the larger images.
+            reference: what each of them is searched for, at both sizes.
+        """
         small = F.interpolate(
             images_BCHW.float(),
             size=(self.side, self.side),
@@ -51,8 +57,8 @@ class Zoomed(nn.Module):
             align_corners=False,
             antialias=True,
         )
-        near: ModelOutput = self.model(images_BCHW)
-        far: ModelOutput = self.model(small.round().clamp(0, 255).to(torch.uint8))
+        near: ModelOutput = self.model(images_BCHW, reference)
+        far: ModelOutput = self.model(small.round().clamp(0, 255).to(torch.uint8), reference)
         logits = resize(far.logits_B1HW.float(), near.logits_B1HW.shape[-2:])
         joined = join_logits(logits, near.logits_B1HW.float())
         # Presence was calibrated at the size of training.

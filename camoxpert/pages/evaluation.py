@@ -13,6 +13,7 @@ from camoxpert.pages.experts import expert_cells
 from camoxpert.pages.presence import PresencePart, presence_part
 from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, p_value, write_page
 from camoxpert.pages.retention import retention_cells, retention_curves
+from camoxpert.pages.shots import shot_cells, shot_title
 from camoxpert.pages.tables import best_values, format_value
 from camoxpert.text import count
 
@@ -90,6 +91,14 @@ class RetentionPart:
     examples: str
 
 
+class ShotPart(NamedTuple):
+    """Scores by the number of references."""
+
+    title: str
+    head: list[str]
+    lines: list[list[str]]
+
+
 class ExpertPart(NamedTuple):
     """What each expert was chosen for."""
 
@@ -113,6 +122,7 @@ class DatasetPart:
     presence: PresencePart | None
     experts: list[tuple[str, ExpertPart]]
     retention: list[tuple[str, RetentionPart]]
+    shots: list[ShotPart]
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,11 @@ def _dataset(
             (result["method"], _retention(folder, result))
             for result in results
             if result.get("robustness")
+        ],
+        shots=[
+            ShotPart(shot_title(result), *shot_cells(result))
+            for result in results
+            if result.get("shots")
         ],
     )
 

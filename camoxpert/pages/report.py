@@ -184,6 +184,13 @@ def _facts(info: RunInfo) -> list[str]:
             f"presence calibrated on {fit['objects']:.0f} images with and {fit['empty']:.0f} "
             f"without an object"
         )
+    guided = info.get("guidance")
+    if guided:
+        encoder = guided.get("encoder", {})
+        facts.append(
+            f"guided by {guided.get('references', '?')} references that {encoder.get('encoder')} "
+            f"describes at {encoder.get('side')} px; support cache: {guided.get('cache_text')}"
+        )
     return [*facts, f"started {info.get('started', '?')}"]
 
 

@@ -152,6 +152,8 @@ def watched(model: CamoXpert, timer: ComponentTimer) -> Iterator[None]:
     """Charge the forward pass of every part of the model to its component inside the block."""
     timer.watch(model.backbone, "backbone")
     timer.watch(model.decoder, "decoder")
+    if model.guidance is not None:
+        timer.watch(model.guidance, "guidance")
     if isinstance(model.decoder, Decoder):
         _watch_levels(model, model.decoder, timer)
     try:

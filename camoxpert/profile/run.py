@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from camoxpert.benchmark.common import Report, heading, show_table
 from camoxpert.data.loader import Batches, finish
 from camoxpert.data.samples.batches import Batch, RawBatch
 from camoxpert.profile.diagnose import Advice, Conditions, Workload, advice, diagnose
+from camoxpert.profile.guidance import REFERENCES, show_support, support_rows
 from camoxpert.profile.regions import ComponentTimer, watched
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.device import device_name, wait_for
@@ -25,7 +26,7 @@ from camoxpert.training.run import Run
 from camoxpert.training.stages import set_trainable, training_loader
 from camoxpert.training.step import train_step
 
-FIRST = ("data wait", "copy", "augment", "backbone", "router")
+FIRST = ("data wait", "copy", "augment", REFERENCES, "backbone", "guidance", "router")
 LAST = ("decoder", "heads", "loss", "backward", "backward: recomputed", "clip", "optimizer", "EMA",
         "other")  # fmt: skip
 
@@ -105,6 +106,7 @@ class Profile:
         interventions_milliseconds: mean step as it is, median steps with preloaded data and with
             twice the images.
         timer_cost: share of a step that the timer adds.
+        support_milliseconds: of a guided run, see ``guidance.support_rows``; else empty.
     """
 
     milliseconds: dict[str, float]
@@ -123,6 +125,7 @@ class Profile:
     interventions_milliseconds: dict[str, float]
     advice: list[Advice]
     timer_cost: float
+    support_milliseconds: dict[str, float] = field(default_factory=dict)
 
 
 def run(prepared: Run, *, steps: int = 10, trace: Path | None = None) -> Report:
@@ -210,6 +213,15 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
         step.fetch, step.take, _doubled, step.wait, step.drain, burst=loading.num_workers
     )
     diagnosis = diagnose(workload, rounds=rounds, syncs=counter.syncs, utilisation=use)
+    support: dict[str, float] = {}
+    if run.guide is not None:
+        support = support_rows(
+            run.guide,
+            step=1e3 * sum(times.components.values()),
+            references=1e3 * times.components.get(REFERENCES, 0.0),
+            images=step.images,
+            steps=run.plan.steps,
+        )
     return Profile(
         milliseconds={name: 1e3 * times.components[name] for name in _ordered(times.components)},
         step_milliseconds=1e3 * sum(times.components.values()),
@@ -242,6 +254,7 @@ def judge(step: TrainingStep, times: Times, counter: SyncCounter, *, rounds: int
             ),
         ),
         timer_cost=times.cost,
+        support_milliseconds=support,
     )
 
 
@@ -252,6 +265,8 @@ def show(profile: Profile, step: TrainingStep) -> None:
     total = profile.step_milliseconds
     rows = [[n, f"{ms:.2f} ms", f"{ms / total:.1%}"] for n, ms in profile.milliseconds.items()]
     show_table([*rows, ["step", f"{total:.2f} ms"]])
+    if profile.support_milliseconds:
+        show_support(profile.support_milliseconds)
     console.say(
         f"{profile.parameters / 1e6:.2f} M parameters, {profile.gmacs:.2f} GMACs an image; "
         f"{profile.images_per_second:.1f} images/s; {profile.model_flops_utilisation:.1%} of the "

@@ -85,6 +85,8 @@ ADDED = (
     *("data.teacher", "data.unlabeled", "data.unlabeled_share", "loss.teacher"),
     *("data.test_roots", "loss.size_balance", "loss.uncertainty", "model.decoder"),
     *("model.init_from", "model.upcycle_noise", "model.routing_grid", "model.presence"),
+    *("model.support.encoder", "model.support.weights", "model.support.side"),
+    *("model.support.pretrained", "data.episodes.dropout", "data.episodes.shots"),
     *("train.expert_dropout", "train.preset"),
 )
 

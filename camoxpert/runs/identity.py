@@ -38,7 +38,7 @@ NEGATIVES = "data.negatives"
 PLACES = frozenset((ROOTS, SYNTHETIC, NEGATIVES, UNLABELED))
 """Settings that name training data: moved data is the same, and the caller compares it."""
 TEACHER = "data.teacher"
-FILES = ("data.clean_list", TEACHER, "model.weights", "model.init_from")
+FILES = ("data.clean_list", TEACHER, "model.weights", "model.init_from", "model.support.weights")
 """Settings that name a file, a model or a folder of maps; its content counts."""
 
 

@@ -120,6 +120,7 @@ class RunInfo(TypedDict, total=False):
     precision: str
     parameters: int
     gmacs: float
+    guidance: dict[str, Any]  # encoder, references, what the cache did; {}: none
     batch: dict[str, Any]  # the batching that was chosen, read back when the run continues
 
 

@@ -20,7 +20,7 @@ from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
 PRIVATE = (
     *("data.roots", "data.negatives", "data.cache_dir", "data.clean_list"),
     *("model.weights", "model.init_from"),
-    *("run.dir", "run.name", "train.resume"),
+    *("run.dir", "run.name", "train.resume", "model.support.weights"),
 )
 
 
@@ -39,9 +39,12 @@ def write_shared(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     settings = to_dict(checkpoint.config)
     for path in PRIVATE:
-        group, name = path.split(".")
-        kept = settings[group][name]
-        settings[group][name] = [] if isinstance(kept, list) else "auto" if name == "resume" else ""
+        *groups, name = path.split(".")
+        holder = settings
+        for group in groups:
+            holder = holder[group]
+        kept = holder[name]
+        holder[name] = [] if isinstance(kept, list) else "auto" if name == "resume" else ""
     state = checkpoint.values.get("state", {})
     about = {
         "format": checkpoint.values["format"],

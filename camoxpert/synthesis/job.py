@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from camoxpert import console, stop
+from camoxpert.data.cache.stages import HIT
 from camoxpert.data.files.listing import is_side_file
 from camoxpert.errors import ConfigError
 from camoxpert.files import write_json
@@ -20,7 +21,6 @@ from camoxpert.inference.local import LocalEngine
 from camoxpert.inference.plan import Made, make_plan, remove_unfinished
 from camoxpert.inference.products import Product
 from camoxpert.synthesis.records import KINDS, PROVENANCE, TABLE, Head, write_provenance
-from camoxpert.synthesis.stagecache import HIT
 from camoxpert.text import count
 
 

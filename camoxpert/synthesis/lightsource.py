@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from camoxpert.data.cache.stages import OFF, StageCache, content_key, settings_key
 from camoxpert.data.files.image_io import read_levels, read_pair
 from camoxpert.errors import DataError
 from camoxpert.inference.ledger import as_fields
@@ -21,7 +22,6 @@ from camoxpert.inference.plan import joined_digest, state_of
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.synthesis.compose.difficulty import difficulty
 from camoxpert.synthesis.relight.albedo import FLOOR, NOMINAL, SIGMAS
-from camoxpert.synthesis.stagecache import OFF, StageCache, content_key, settings_key
 
 ALBEDO = {"version": 1, "sigmas": SIGMAS, "nominal": NOMINAL, "floor": FLOOR}
 HEIGHT = {"version": 1}

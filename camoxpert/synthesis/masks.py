@@ -17,6 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from camoxpert import console
+from camoxpert.data.cache.stages import (
+    CORRUPT,
+    HIT,
+    NOT_MADE,
+    content_key,
+    require_hits,
+    settings_key,
+)
 from camoxpert.data.files.image_io import probe, read_map, write_png
 from camoxpert.data.files.listing import list_files
 from camoxpert.data.files.names import match_names
@@ -31,14 +39,6 @@ from camoxpert.inference.sources import Photo
 from camoxpert.runs.checkpoint import file_digest, resolve_checkpoint
 from camoxpert.synthesis.job import say_outcomes
 from camoxpert.synthesis.sources import GROUND_TRUTH
-from camoxpert.synthesis.stagecache import (
-    CORRUPT,
-    HIT,
-    NOT_MADE,
-    content_key,
-    require_hits,
-    settings_key,
-)
 from camoxpert.text import shorten
 
 THRESHOLD = 0.5

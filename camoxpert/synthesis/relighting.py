@@ -2,8 +2,8 @@
 
 The stages are ``mask -> albedo -> height -> light -> recombine``. The mask is a file here (see
 ``masks.py``). Albedo and height are the same for all lights of a source: they are computed once,
-and kept by content (``stagecache.py``). They are rounded to half precision before they are used, so
-that an image is the same whether they were computed or found.
+and kept by content (``data.cache.stages``). They are rounded to half precision before they are
+used, so that an image is the same whether they were computed or found.
 """
 
 from __future__ import annotations

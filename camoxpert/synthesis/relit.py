@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from camoxpert import console
+from camoxpert.data.cache.stages import HIT, choose_folder, require_hits
 from camoxpert.data.files.image_io import probe
 from camoxpert.data.files.listing import list_files
 from camoxpert.data.files.names import match_names
@@ -24,7 +25,6 @@ from camoxpert.synthesis.records import Head, product_of
 from camoxpert.synthesis.relight.draw import RelightSettings
 from camoxpert.synthesis.relighting import RelightSpec, relight_head
 from camoxpert.synthesis.sources import SourceOptions, Sources, find_sources
-from camoxpert.synthesis.stagecache import HIT, choose_folder, require_hits
 from camoxpert.text import count, shorten
 
 MODEL_FILES = (".json", ".safetensors", ".bin")

@@ -238,11 +238,11 @@ def object_alpha(rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw the outline of one creature, sometimes two; returns coverage in 0..1, (S, S)."""
     outlines = []
     for _ in range(2 if rng.random() < 0.2 else 1):
-        shape = SHAPES[rng.integers(len(SHAPES))]
+        shape = drawn_shape(rng)
         radius = size * rng.uniform(0.14, 0.26)
         centre = rng.uniform(radius * 1.1, size - radius * 1.1, 2)
-        outlines += [part * radius + centre for part in _pose(shape, rng)]
-    return _coverage(outlines, size)
+        outlines += [part * radius + centre for part in pose_parts(shape, rng)]
+    return coverage(outlines, size)
 
 
 def check_object_size(object_size: tuple[float, float], size: int) -> None:
@@ -274,14 +274,14 @@ def sized_alpha(
     """
     low, high = object_size
     share = float(np.exp(rng.uniform(np.log(low), np.log(high))))
-    parts = _pose(SHAPES[rng.integers(len(SHAPES))], rng)
+    parts = pose_parts(drawn_shape(rng), rng)
     place = rng.random(2)
     extent = float(max(np.abs(part).max() for part in parts))
     radius, best, error = size * (share / 2) ** 0.5, np.zeros((size, size)), np.inf
     for _ in range(12):
         reach = min(radius * extent, size / 2)
         centre = reach + place * (size - 2 * reach)
-        alpha = _coverage([part * radius + centre for part in parts], size)
+        alpha = coverage([part * radius + centre for part in parts], size)
         drawn = float((alpha > 0.5).mean())
         # Outside of the limits is worse than anything within.
         missed = abs(drawn - share) + (not low <= drawn <= high)
@@ -291,7 +291,7 @@ def sized_alpha(
     return best
 
 
-def _pose(
+def pose_parts(
     shape: Callable[[np.random.Generator], list[np.ndarray]], rng: np.random.Generator
 ) -> list[np.ndarray]:
     """Return the polygons of a shape, turned and squeezed, of radius about 1."""
@@ -300,7 +300,7 @@ def _pose(
     return [(part * [1, stretch]) @ rotation.T for part in shape(rng)]
 
 
-def _coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
+def coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
     """Fill polygons in pixel coordinates; returns coverage in 0..1, (S, S), slightly smoothed."""
     fine = 4
     canvas = np.zeros((size * fine, size * fine), np.uint8)
@@ -373,11 +373,16 @@ def _star(rng: np.random.Generator) -> list[np.ndarray]:
     return [_ring(0.72 + 0.42 * np.cos(arms * angle)) * 1.05]
 
 
-SHAPES: tuple[Callable[[np.random.Generator], list[np.ndarray]], ...] = (
-    _blob,
-    _leaf,
-    _fish,
-    _quadruped,
-    _insect,
-    _star,
-)
+SHAPES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
+    "blob": _blob,
+    "leaf": _leaf,
+    "fish": _fish,
+    "quadruped": _quadruped,
+    "insect": _insect,
+    "star": _star,
+}
+
+
+def drawn_shape(rng: np.random.Generator) -> Callable[[np.random.Generator], list[np.ndarray]]:
+    """Draw one of the shapes."""
+    return list(SHAPES.values())[rng.integers(len(SHAPES))]

@@ -104,6 +104,10 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
             # An EMA that was off before starts at the current weights.
             fresh = {"weights": values["model"], "updates": 0}
             run.ema.load_state_dict(values["ema"] or fresh)
+        if run.guide is not None:
+            # Other data has other classes: their memory is that of the references of now.
+            for model in {run.model, run.evaluated_model}:
+                run.guide.teach(model.require_guidance(), restored=True)
         run.state = TrainState.from_dict(values["state"])
         if restart_epoch:
             run.state.position = 0

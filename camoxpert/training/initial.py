@@ -14,6 +14,7 @@ from camoxpert.config import Config, ModelConfig
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.experts import expert_kinds
+from camoxpert.models.guidance import RESIZED
 from camoxpert.models.stacked import FIELDS
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.text import count, shorten
@@ -72,7 +73,9 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
     console.decide("init", f"{len(taken)} of {len(own)} tensors from {source.path}")
     if copies:
         _decide_copies(_kinds(old)[0], new)
-    fresh = _parts(name for name in own if name not in taken)
+    # The class memory is made of a run's own references.
+    memory = {f"guidance.{name}" for name in RESIZED}
+    fresh = _parts(name for name in own if name not in taken and name not in memory)
     if fresh:
         console.decide("", f"not in it, or of another kind or size, and new here: {shorten(fresh)}")
     if any(name.startswith("backbone.net.") for name in own.keys() - taken.keys()):

@@ -25,7 +25,9 @@ def lr_scales(
     """Return the parts of the model with a learning rate of their own, as multiples of the
     decoder's."""
     backbone = (model.backbone, backbone_scale(config, has_weights=has_weights))
-    return [backbone, *((moe.router, config.router_lr_scale) for moe in model.moe_levels)]
+    routers = [moe.router for moe in model.moe_levels]
+    guided = [] if model.guidance is None else [model.guidance.routers]
+    return [backbone, *((part, config.router_lr_scale) for part in (*routers, *guided))]
 
 
 def backbone_scale(config: OptimConfig, *, has_weights: bool) -> float:

@@ -34,6 +34,7 @@ from camoxpert.training.batching import Batching, agree_on_batching
 from camoxpert.training.compiling import compile_model
 from camoxpert.training.data import find_data
 from camoxpert.training.ema import ModelEma
+from camoxpert.training.guide import prepare_guide
 from camoxpert.training.initial import read_initial, start_from
 from camoxpert.training.optim import backbone_scale, build_optimizer, lr_scales, starts_with_weights
 from camoxpert.training.plan import Plan, make_plan
@@ -103,6 +104,8 @@ def prepare(
     console.decide("precision", f"{precision.reason}; TF32 {tf32}")
     model, gmacs = _build_network(config, device, world, restored=restored)
     world.check_stop()
+    # Before the average is made of the model, which then has the same memory.
+    guide = prepare_guide(config, data, model, world, write=write)
     has_weights = starts_with_weights(config.model)
     scale = backbone_scale(config.optim, has_weights=has_weights)
     scales = lr_scales(model, config.optim, has_weights=has_weights)
@@ -140,6 +143,7 @@ def prepare(
         forward=model,
         loss=total_loss,
         files=files,
+        guide=guide,
     )
 
 

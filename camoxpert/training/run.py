@@ -21,6 +21,7 @@ from camoxpert.runtime.processes import World
 from camoxpert.stop import Stop
 from camoxpert.training.batching import Batching
 from camoxpert.training.ema import ModelEma
+from camoxpert.training.guide import Guide
 from camoxpert.training.plan import Plan
 from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.rundata import RunData
@@ -87,6 +88,7 @@ class Run:
         path, log: its folder and its records; without a folder nothing is written.
         files: sha256 of the files that settings name, by dotted path.
         split: parts into which each micro-batch is split after the device ran out of memory.
+        guide: the references that images are shown with, or None.
     """
 
     asked: Config
@@ -112,6 +114,7 @@ class Run:
     log: RunLog = field(default_factory=RunLog)
     split: int = 1
     files: dict[str, str] = field(default_factory=dict)
+    guide: Guide | None = None
 
     @property
     def evaluated_model(self) -> CamoXpert:

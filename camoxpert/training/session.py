@@ -247,6 +247,7 @@ def open_log(
                     "parameters": run.parameters,
                     "gmacs": run.gmacs,
                     "batch": dataclasses.asdict(run.batching),
+                    "guidance": {} if run.guide is None else dict(run.guide.facts),
                 },
             )
             run.log = RunLog(folder, tensorboard=config.run.tensorboard, resume_step=step)

@@ -151,8 +151,12 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
         share = len(batch.names) / images
         # Gradients are exchanged once per step, with the last part.
         with nullcontext() if batch is parts[-1] else no_sync(run.forward):
+            # Also where no image of the batch has one: with several processes every parameter
+            # takes part in every pass.
+            with region("references") if run.guide is not None else nullcontext():
+                shown = () if run.guide is None else (run.guide.reference(batch, run.state.epoch),)
             with run.precision.autocast(run.device):
-                output = run.forward(batch.images)
+                output = run.forward(batch.images, *shown)
             counts_LE = counts.add(output.routing)
             target = batch.target()
             taught: dict[str, Tensor | None] = {}

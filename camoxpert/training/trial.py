@@ -50,7 +50,8 @@ def trial_step(
     model.set_active_experts(config.model.num_experts if warm else config.model.top_k)
     try:
         with precision.autocast(device):
-            output = model(images)
+            shown = () if model.guidance is None else (model.guidance.trial(batch_size),)
+            output = model(images, *shown)
         loss, _ = total_loss(
             output, masks, config.loss, teacher_B1HW=masks if config.data.teacher else None
         )

@@ -19,6 +19,7 @@ VALUES = ("8", "64", "3", "0.25", "0.75", "0.00001", "cpu", "other")
 NEEDED = {
     "--unlabeled": ("--teacher", "other"),
     "--synthetic-share": ("--synthetic", "other"),
+    "--support-weights": ("--support-encoder", "other"),
 }
 
 

@@ -49,3 +49,26 @@ def test_profile_refuses_what_it_cannot_do(toy_data: Path, tmp_path: Path) -> No
     assert main(["profile", "--dataset-path", str(tmp_path / "none")]) == 3
     assert main(["profile", "--dataset-path", str(toy_data), "--steps", "0"]) == 2
     assert main(["profile", "--dataset-path", str(toy_data), "-o", str(tmp_path)]) == 2
+
+
+def test_what_references_cost_and_save_adds_up(scenes: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "profile.json"
+    words = [
+        "profile", "--dataset-path", str(scenes), "--backbone", "tiny_test", "--no-pretrained",
+        "--img-size", "32", "--batch-size", "4", "--num-workers", "0", "--num-experts", "3",
+        "model.width=16", "--steps", "2", "-o", str(file), "--support-encoder", "tiny_test",
+        "model.support.pretrained=false",
+    ]  # fmt: skip
+    assert main(words) == 0
+    result = json.loads(file.read_text())
+    assert {"references", "guidance"} <= set(result["milliseconds"])
+    rows = result["support_milliseconds"]
+    assert list(rows) == ["step without references", "support encoder", "support cache", "saved"]
+    spent = sum(rows.values()) - rows["saved"]
+    # The rows up to what was saved are a step, and what was done before it.
+    assert spent >= result["step_milliseconds"]
+    out = capsys.readouterr().out.split("a step that encoded")[1]
+    lines = [line.split() for line in out.splitlines()[1:6]]
+    assert [line[-1] for line in lines if line[0] == "sum"] == ["100.0%"]
+    shares = [float(line[-1].rstrip("%")) for line in lines if line[0] != "sum"]
+    assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=0.3)

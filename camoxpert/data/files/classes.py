@@ -1,0 +1,33 @@
+"""Classes of objects, as far as names, folders and tables tell them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from camoxpert.data.files.layouts import IMAGE_FOLDERS, split_of
+from camoxpert.data.files.pairing import Pair
+
+NO_CLASS = ("NonCAM", "Other")
+"""Words of COD10K for images without an object, and for objects that have nothing in common."""
+
+
+def object_classes(pairs: Sequence[Pair]) -> list[str]:
+    """Return the class of the object in each image, "" where it is not known.
+
+    It is the last part of ``Pair.group``: ``Aquatic/Crab`` in the names of COD10K and a folder
+    ``Crab`` mean the same. A word that all images of a data set share, such as ``camourflage`` in
+    ``camourflage_00001``, tells nothing, and neither does the name of a split or ``image``.
+    """
+    words: dict[str, set[str]] = defaultdict(set)
+    for pair in pairs:
+        words[pair.dataset].add(pair.group)
+    return [
+        "" if len(words[pair.dataset] - {""}) < 2 or _says_nothing(name) else name
+        for pair in pairs
+        for name in (pair.group.rpartition("/")[2],)
+    ]
+
+
+def _says_nothing(name: str) -> bool:
+    return name in NO_CLASS or bool(split_of(name)) or name.lower() in IMAGE_FOLDERS

@@ -1,0 +1,177 @@
+"""What a predictor searches for: references that show it, or a class that the model remembers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from camoxpert import console
+from camoxpert.data.cache.support import Reference, SupportCache
+from camoxpert.data.files.image_io import read_mask
+from camoxpert.errors import ConfigError, DataError
+from camoxpert.inference.sources import ImageInput, read_pixels
+from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.models.guidance import combine
+from camoxpert.models.support import Facts, SupportEncoder
+from camoxpert.text import count
+
+MaskInput = str | Path | NDArray[np.uint8] | NDArray[np.bool_]
+"""A file, or an array (H, W): bool, 0 and 1, or 0 and 255."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to search for.
+
+    Attributes:
+        name: for messages and the head of a ledger: by the content of the references, in any
+            order, or the class.
+        values: the features, as ``models.guidance.combine`` joins them.
+    """
+
+    name: str
+    values: tuple[float, ...]
+
+    def tensor(self) -> Tensor:
+        """Return the features, float32 (D,)."""
+        return torch.tensor(self.values, dtype=torch.float32)
+
+
+class KnownEncoder:
+    """The support encoder of a model, built when a reference is not in the cache.
+
+    A checkpoint holds the digest under which features are kept, so that known references need
+    neither the encoder nor its weights.
+
+    Args:
+        network: trained with guidance.
+        weights: file of the encoder's weights, where the one of the training is not.
+
+    Raises:
+        ConfigError: the model takes no references.
+    """
+
+    frozen = True
+
+    def __init__(self, network: CamoXpert, weights: str = "") -> None:
+        guidance = network.require_guidance()
+        self._network, self._weights = network, weights
+        self.width = guidance.features
+        self.digest = guidance.encoder_digest or self.built.digest
+
+    @property
+    def built(self) -> SupportEncoder:
+        """The encoder.
+
+        Raises:
+            ConfigError: its weights cannot be had.
+            CheckpointError: they are not those of the training.
+        """
+        return self._network.support_encoder(self._weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._network.mean.device
+
+    @property
+    def facts(self) -> Facts:
+        """What its features depend on."""
+        return self.built.facts
+
+    def encode(self, images_NCHW: Sequence[Tensor], masks_N1HW: Sequence[Tensor]) -> Tensor:
+        """Return the features (N, D) of references."""
+        return self.built.encode(images_NCHW, masks_N1HW)
+
+
+def target_of_references(
+    cache: SupportCache, images: Sequence[ImageInput], masks: Sequence[MaskInput]
+) -> Target:
+    """Return what references show; their order changes nothing.
+
+    Args:
+        cache: of the model's support encoder; it keeps the features of files.
+        images, masks: one mask for each image.
+
+    Raises:
+        ConfigError: no reference, or not one mask for each.
+        DataError: one cannot be read, or a mask marks nothing or has another size.
+    """
+    if not images or len(images) != len(masks):
+        raise ConfigError(
+            f"Every reference is an image with the mask of what to look for in it; "
+            f"{count(len(images), 'image')} and {count(len(masks), 'mask')} were given."
+        )
+    files = [
+        Reference(Path(image), Path(mask))
+        for image, mask in zip(images, masks, strict=True)
+        if isinstance(image, (str, Path)) and isinstance(mask, (str, Path))
+    ]
+    if len(files) == len(images):
+        features_ND = cache.features(files)
+        contents = cache.digests(files)
+    else:
+        pixels = [read_pixels(image, max_pixels=cache.max_pixels) for image in images]
+        marked = [_mask_pixels(mask, cache.max_pixels) for mask in masks]
+        # One at a time, as the cache does: see there.
+        features_ND = torch.cat(
+            [
+                cache.encoder.encode([_channels_first(image)], [torch.from_numpy(mask)[None]])
+                for image, mask in zip(pixels, marked, strict=True)
+            ]
+        )
+        contents = [
+            hashlib.sha256(image.tobytes() + mask.tobytes()).hexdigest()
+            for image, mask in zip(pixels, marked, strict=True)
+        ]
+    digest = hashlib.sha256("\n".join(sorted(contents)).encode()).hexdigest()
+    shown = f"{count(len(images), 'image')} (sha256 {digest[:16]})"
+    return Target(shown, tuple(combine(features_ND).cpu().tolist()))
+
+
+def target_of_class(network: CamoXpert, name: str) -> Target:
+    """Return a class of the training as what to search for.
+
+    Raises:
+        ConfigError: the model takes no references, or does not remember the class.
+    """
+    values = network.require_guidance().prototype(name)
+    return Target(f"class {name}", tuple(values.cpu().tolist()))
+
+
+def decide_target(target: Target, cache: SupportCache | None) -> None:
+    """Print what is searched for, and what the cache did."""
+    console.decide(
+        "guidance",
+        f"search for what is in {target.name}"
+        if cache is not None
+        else f"search for {target.name}",
+    )
+    if cache is not None:
+        console.decide("", f"support cache: {cache.stats.describe()}")
+
+
+def _mask_pixels(mask: MaskInput, max_pixels: int) -> NDArray[np.bool_]:
+    """Return where a mask marks the object, bool (H, W)."""
+    if isinstance(mask, (str, Path)):
+        marked: NDArray[np.bool_] = read_mask(mask, max_pixels=max_pixels) == 255
+        return marked
+    array = np.asarray(mask)
+    if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
+        raise DataError(
+            f"An array of {array.dtype} and shape {array.shape} is not a mask. Give bool or uint8 "
+            "of shape (H, W): 0 and 1, or 0 and 255."
+        )
+    levels = array.astype(np.uint8)
+    return np.ascontiguousarray(levels > (127 if levels.max(initial=0) > 1 else 0))
+
+
+def _channels_first(image_HWC: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))

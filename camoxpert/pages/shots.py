@@ -1,0 +1,79 @@
+"""The table of scores by the number of references, from the results in ``scores.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from camoxpert.pages.render import p_value
+from camoxpert.pages.tables import format_value
+from camoxpert.text import count, table
+
+Result = Mapping[str, Any]
+"""An entry of ``results`` in ``scores.json`` with ``shots``."""
+
+SHOWN = ("IoU", "wFmeasure", "Smeasure", "MAE")
+COMPARED = ("IoU", "wFmeasure")
+"""The first of these that was computed is compared with the scores without a reference."""
+
+
+def shot_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Return head and lines: what is shown, measures, difference to no reference, interval, p."""
+    found = result["shots"]
+    first = found["rows"][0]["scores"]
+    keys = [key for key in SHOWN if key in first] or list(first)[:4]
+    compared = next((key for key in COMPARED if key in first), keys[0])
+    head = ["shown", *keys]
+    tested = any(row["differences"] for row in found["rows"])
+    if tested:
+        head += [f"{compared} - none", "95 % interval", "p"]
+    lines = []
+    for row in found["rows"]:
+        line = [row["shown"], *(format_value(key, row["scores"].get(key)) for key in keys)]
+        difference = row["differences"].get(compared)
+        if tested and difference:
+            low, high = difference["low"], difference["high"]
+            line += [f"{difference['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+            line.append(p_value(difference["p_value"]))
+        elif tested:
+            line += ["", "", ""]
+        lines.append(line)
+    return head, lines
+
+
+def shot_title(result: Result) -> str:
+    """Return what the table is of."""
+    found = result["shots"]
+    left = found["left_out"]
+    without = f"; {count(left, 'image')} without a class to refer to left out" if left else ""
+    return (
+        f"{result['method']} on {result['dataset']} by what the model is shown: "
+        f"{count(found['images'], 'image')} of {found['classes']} classes{without}"
+    )
+
+
+def shot_text(results: Sequence[Result]) -> str:
+    """Lay the table of every data set out in aligned columns."""
+    parts = []
+    for result in results:
+        head, lines = shot_cells(result)
+        first, *rest = table([head, *lines]).splitlines()
+        parts.append("\n".join([shot_title(result), first, "-" * len(first), *rest]))
+    return "\n\n".join(parts)
+
+
+def shot_markdown(results: Sequence[Result]) -> str:
+    """Lay the table of every data set out in Markdown."""
+    parts = []
+    for result in results:
+        head, lines = shot_cells(result)
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+        parts.append(f"{shot_title(result)}\n\n{rows}\n")
+    return "\n".join(parts)
+
+
+SHOT_FORMATS: Mapping[str, Callable[[Sequence[Result]], str]] = {
+    "text": shot_text,
+    "markdown": shot_markdown,
+}

@@ -1,0 +1,215 @@
+"""What a guided run shows its images: features of references, made once by the frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camoxpert import console, stop
+from camoxpert.config import Config
+from camoxpert.data.cache.choice import cache_root
+from camoxpert.data.cache.support import Reference as Shown
+from camoxpert.data.cache.support import SupportCache
+from camoxpert.data.files.classes import object_classes
+from camoxpert.data.files.image_io import read_mask
+from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.pairing import Pair
+from camoxpert.data.samples.batches import Batch
+from camoxpert.data.samples.episodes import Episodes, episodes_of
+from camoxpert.errors import CheckpointError, DataError
+from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.models.guidance import Guidance, Reference, combine
+from camoxpert.models.support import load_support_encoder
+from camoxpert.runtime.device import upload
+from camoxpert.runtime.processes import World
+from camoxpert.text import count
+from camoxpert.training.data import RunData
+
+HINT = (
+    "Classes are read from names (COD10K-CAM-1-Aquatic-3-Crab-32, crab_12), from folders of images "
+    "by class, or from the column class of a CSV."
+)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The references of a run.
+
+    Attributes:
+        episodes: which of them an image is shown with.
+        names: of the training images, by index.
+        features_ND: of the references, on the CPU.
+        digest: of the encoder.
+        facts: for ``run.json``.
+    """
+
+    episodes: Episodes
+    names: tuple[str, ...]
+    features_ND: Tensor
+    digest: str
+    facts: Mapping[str, Any]
+
+    def reference(self, batch: Batch, epoch: int) -> Reference:
+        """Return what the images of a batch are shown with.
+
+        An image that replaces an unreadable one is shown with nothing: it may be of another class.
+        """
+        drawn = [
+            self.episodes.draw(epoch=epoch, index=index) if self.names[index] == name else []
+            for index, name in zip(batch.indices, batch.names, strict=True)
+        ]
+        # Put together on the host and copied once; the last column says whether there is one.
+        table = torch.zeros(len(drawn), self.features_ND.shape[1] + 1)
+        for line, rows in zip(table, drawn, strict=True):
+            if rows:
+                line[:-1] = combine(self.features_ND[rows])
+                line[-1] = 1
+        sent = upload(table.numpy(), batch.images)
+        return Reference(sent[:, :-1], sent[:, -1] > 0)
+
+    def by_class(self) -> dict[str, Tensor]:
+        """Return class -> features (N, D) of its references."""
+        members = self.episodes.members
+        return {name: self.features_ND[list(rows)] for name, rows in members.items()}
+
+    def teach(self, guidance: Guidance, *, restored: bool = False) -> None:
+        """Let a model remember the classes.
+
+        Args:
+            guidance: of the model.
+            restored: its weights were trained with these references, or with earlier ones.
+
+        Raises:
+            CheckpointError: they were trained with another encoder.
+        """
+        known = guidance.encoder_digest
+        if restored and known and known != self.digest:
+            raise CheckpointError(
+                f"The stopped run described its references with another support encoder (sha256 "
+                f"{known[:12]}, now {self.digest[:12]}). Use the weights it was started with, or "
+                f"--resume never for a new run."
+            )
+        features = self.by_class()
+        if known != self.digest:
+            guidance.standardise(features)
+        guidance.remember(features, self.digest)
+
+
+def prepare_guide(
+    config: Config, data: RunData, model: CamoXpert, world: World, *, write: bool = True
+) -> Guide | None:
+    """Describe the references of a run, and let its model remember their classes.
+
+    Prints the encoder, the classes and what the cache did.
+
+    Args:
+        config: settings with nothing left open.
+        data: of the run.
+        model: on the device of the step.
+        world: the processes that train together; rank 0 describes for all.
+        write: False describes nothing.
+
+    Returns:
+        The guide; None without guidance, or if ``write`` is False.
+
+    Raises:
+        ConfigError, CheckpointError: the encoder cannot be had.
+        DataError: no class has two images, or a reference cannot be read.
+    """
+    if model.guidance is None:
+        return None
+    trained = data.trained
+    classes = object_classes(trained.pairs)
+    rows = [row for row, name in enumerate(classes) if name]
+    references = [trained.pairs[row] for row in rows]
+    if not references:
+        raise DataError(
+            f"--support-encoder {config.model.support.encoder}: no training image tells the class "
+            f"of its object, so none can be shown another of its kind. {HINT}"
+        )
+    if not write:
+        console.decide(
+            "guidance", f"training would describe {count(len(references), 'reference')} first"
+        )
+        return None
+    features_ND, facts, digest = world.from_first(lambda: _describe(config, references, model))
+    usable = features_ND.isfinite().all(1).tolist()
+    own = [-1] * len(trained)
+    for number, row in enumerate(rows):
+        own[row] = number
+    shown = [classes[row] if usable[number] else "" for number, row in enumerate(rows)]
+    asked = [
+        name if own[index] >= 0 and usable[own[index]] else "" for index, name in enumerate(classes)
+    ]
+    episodes = episodes_of(asked, shown, own, config.data.episodes, seed=config.train.seed)
+    if not episodes.shown:
+        raise DataError(
+            f"--support-encoder {config.model.support.encoder}: no class has two training images, "
+            f"so none can be shown another of its kind. {HINT}"
+        )
+    _decide(config, trained, episodes, facts)
+    names = tuple(pair.name for pair in trained.pairs)
+    guide = Guide(episodes, names, features_ND, digest, facts)
+    guide.teach(model.guidance)
+    return guide
+
+
+def _describe(
+    config: Config, references: Sequence[Pair], model: CamoXpert
+) -> tuple[Tensor, dict[str, Any], str]:
+    """Return the features (N, D) of references, NaN for those that show nothing; what the cache
+    did; and the digest of the encoder."""
+    data = config.data
+    encoder = load_support_encoder(config.model, device=str(model.mean.device))
+    folder = None if data.cache == "none" else cache_root(data) / "stages"
+    cache = SupportCache(encoder, folder, max_pixels=data.max_pixels)
+    features = torch.full((len(references), encoder.width), torch.nan)
+    with console.progress("describing references", total=len(references)) as bar:
+        for features_D, pair in zip(features, references, strict=True):
+            stop.check()
+            try:
+                with console.muted():
+                    features_D.copy_(cache.features([Shown(pair.image, pair.mask)])[0])
+            except DataError:
+                if not _is_left_out(pair, config):
+                    raise
+            bar.set_postfix_str(cache.stats.short(), refresh=False)
+            bar.update()
+    facts = {
+        "encoder": encoder.facts._asdict(),
+        "width": encoder.width,
+        "references": int(features.isfinite().all(1).sum()),
+        "cache": cache.stats.to_dict(),
+        "cache_text": cache.stats.describe(),
+    }
+    return features, facts, encoder.digest
+
+
+def _is_left_out(pair: Pair, config: Config) -> bool:
+    """Return whether an image that cannot be described is no reference: its mask is empty, or it is
+    unreadable and may be skipped."""
+    if config.data.unreadable == "skip":
+        return True
+    return not (read_mask(pair.mask, max_pixels=config.data.max_pixels) == 255).any()
+
+
+def _decide(
+    config: Config, trained: Manifest, episodes: Episodes, facts: Mapping[str, Any]
+) -> None:
+    support, drawn = config.model.support, config.data.episodes
+    side, classes = facts["encoder"]["side"], len(episodes.members)
+    console.decide(
+        "guidance",
+        f"{support.encoder} describes references ({facts['width']} features, {side} px); "
+        f"{episodes.shown} of {count(len(trained), 'training image')} have others of their class, "
+        f"in {classes} class{'' if classes == 1 else 'es'}",
+    )
+    console.decide(
+        "",
+        f"shown with 1 to {drawn.shots} of them, {drawn.dropout:.0%} of the time with none; "
+        f"support cache: {facts['cache_text']}",
+    )
