@@ -173,6 +173,17 @@ def _facts(info: RunInfo) -> list[str]:
             f"{real} real and {made} of {images['synthetic']} made training images an epoch "
             f"({made / max(real + made, 1):.0%} made); validation and tests are real"
         )
+    if images.get("negatives"):
+        facts.append(
+            f"{images.get('negatives_per_epoch', 0)} of {images['negatives']} images without an "
+            f"object an epoch"
+        )
+    fit = info.get("presence")
+    if fit:
+        facts.append(
+            f"presence calibrated on {fit['objects']:.0f} images with and {fit['empty']:.0f} "
+            f"without an object"
+        )
     return [*facts, f"started {info.get('started', '?')}"]
 
 

@@ -16,8 +16,8 @@ from camoxpert.runs.checkpoint import Checkpoint
 from camoxpert.runs.identity import PLACES, setting_differences
 from camoxpert.training.batching import Batching
 from camoxpert.training.checkpoints import images_per_step
-from camoxpert.training.data import RunData
 from camoxpert.training.run import Run
+from camoxpert.training.rundata import RunData
 from camoxpert.training.split import SAMPLES
 
 # Settings that decide what the weights mean or which samples are used.

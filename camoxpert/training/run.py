@@ -20,10 +20,10 @@ from camoxpert.runtime.device import Precision
 from camoxpert.runtime.processes import World
 from camoxpert.stop import Stop
 from camoxpert.training.batching import Batching
-from camoxpert.training.data import RunData
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.plan import Plan
 from camoxpert.training.routing import RoutingMeter, StepCounts
+from camoxpert.training.rundata import RunData
 
 
 @dataclass

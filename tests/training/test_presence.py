@@ -144,7 +144,7 @@ class TestRun:
         # Stopped, and continued with its data elsewhere, in other workers.
         assert stopped(*words, str(negatives), steps=3, out=tmp_path / "parts") == 75
         other = shutil.copytree(negatives, tmp_path / "elsewhere" / "Negatives")
-        more = ("--cache", "ram", "--augment-on", "device")
+        more = ("--cache", "ram")
         assert train(*words, str(other), *more, out=tmp_path / "parts") == 0
         assert ending(run) == ending(tmp_path / "parts" / "r")
         assert read_json(tmp_path / "parts" / "r" / "run.json")["presence"] == fit
