@@ -15,6 +15,7 @@ from camoxpert.errors import ConfigError
 from camoxpert.text import count
 
 if TYPE_CHECKING:
+    from camoxpert.inference.predictor import Predictor
     from camoxpert.inference.sources import Photo
 
 PICTURES = ("map", "mask", "cutout", "overlay")
@@ -169,14 +170,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     if options.checkpoint is None or not options.inputs:
         raise ConfigError("The model and at least one input are required: predict MODEL INPUT ...")
     batch_size = _batch_size(options.batch_size)
-    if not 0 <= options.threshold <= 1:
-        raise ConfigError(f"--threshold must be between 0 and 1; {options.threshold:g} is not.")
-    if options.min_presence is not None and not 0 <= options.min_presence <= 1:
-        raise ConfigError(
-            f"--min-presence must be between 0 and 1; {options.min_presence:g} is not."
-        )
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
+    _check_values(options)
     check_folder("-o", options.output)
     from camoxpert.inference.devices import choose_devices
     from camoxpert.inference.frames import load_av, smoothing_weight
@@ -197,8 +191,6 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
     shard = None if options.shard is None else choose_shard(options.shard)
     _check_ray(options)
-    if options.every < 1:
-        raise ConfigError(f"--every must be at least 1; {options.every} is not.")
     video = VideoOptions(options.every, smoothing_weight(options.smooth), options.video_shows)
     output = Path(options.output)
     found = look_for_photos(
@@ -241,11 +233,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             max_pixels=options.max_pixels,
             zoom=options.zoom,
         )
-        if options.min_presence is not None and not predictor.presence_is_calibrated:
-            console.warn(
-                "--min-presence: no images were set aside to calibrate the presence of this model, "
-                "so its probabilities are those of the training data"
-            )
+        if options.min_presence is not None and predictor.has_presence:
+            _note_calibration(predictor)
         if options.zoom:
             console.note(describe_zoom(predictor.config.data.img_size))
         result = predict_photos(predictor, photos, output, wanted, found.videos)
@@ -262,6 +251,26 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         _print_failed(result.failed)
         return 3
     return 0
+
+
+def _check_values(options: argparse.Namespace) -> None:
+    """Raise ConfigError for a number out of its range."""
+    for flag, value in (("threshold", options.threshold), ("min-presence", options.min_presence)):
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"--{flag} must be between 0 and 1; {value:g} is not.")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
+    if options.every < 1:
+        raise ConfigError(f"--every must be at least 1; {options.every} is not.")
+
+
+def _note_calibration(predictor: Predictor) -> None:
+    """Warn of a least presence where the presence was not calibrated."""
+    if not predictor.presence_is_calibrated:
+        console.warn(
+            "--min-presence: no images were set aside to calibrate the presence of this model, so "
+            "its probabilities are those of the training data"
+        )
 
 
 def _check_ray(options: argparse.Namespace) -> None:
