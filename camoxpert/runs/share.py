@@ -18,7 +18,8 @@ from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
 
 # Settings with paths on the author's machine, which are not shared.
 PRIVATE = (
-    *("data.roots", "data.negatives", "data.cache_dir", "data.clean_list"),
+    *("data.roots", "data.test_roots", "data.synthetic", "data.negatives", "data.unlabeled"),
+    *("data.teacher", "data.cache_dir", "data.clean_list"),
     *("model.weights", "model.init_from"),
     *("run.dir", "run.name", "train.resume"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -113,7 +113,8 @@ def presence_logits(run: Run, predictor: Predictor) -> tuple[list[float], list[b
     """
     loader = build_eval_loader(
         run.data.calibration,
-        run.config.data,
+        # A broken image must not keep a trained run from finishing.
+        replace(run.config.data, unreadable="skip"),
         batch_size=run.plan.stages[-1].batch_size,
         num_workers=run.data.loading.num_workers,
     )

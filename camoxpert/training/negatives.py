@@ -88,6 +88,7 @@ def find_kinds(
     Raises:
         DataError: the head was asked for, and there is no image without an object.
     """
+    # What its weights have: whoever changes the setting is refused later, with all other changes.
     asked = kept or config.model.presence
     own = bool(config.data.negatives)
     if asked == "off" and not own:
@@ -98,7 +99,7 @@ def find_kinds(
     words = f"{len(empty)} of {count(len(pairs), 'training image')} have no object"
     head, reason = asked == "on", f"{words}{', as asked' if asked != 'auto' else ''}"
     if asked == "auto":
-        head = len(empty) >= ENOUGH and share >= ENOUGH_SHARE
+        head = len(empty) >= ENOUGH and ENOUGH_SHARE <= share < 1
         if not head:
             reason = f"{words}; --presence auto needs {ENOUGH_SHARE:.0%} of them" if empty else ""
     elif asked == "on" and not empty:
@@ -109,7 +110,7 @@ def find_kinds(
         )
     if kept is not None:
         reason = "as the stopped run had it"
-    if len(empty) == len(pairs):
+    if len(empty) == len(pairs) and (head or own):
         raise DataError(
             f"None of {count(len(pairs), 'training image')} has an object: there is nothing to "
             f"learn to find."

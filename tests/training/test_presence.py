@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from helpers.runs import ending
 
 from camoxpert.config import DataConfig, build_config, check_conflicts
 from camoxpert.data.files.image_io import write_jpeg, write_png
-from camoxpert.data.files.manifest import Search, load_train
+from camoxpert.data.files.made import NO_MADE
+from camoxpert.data.files.manifest import Search, TrainingData, load_train
 from camoxpert.data.files.mixing import mix_of
 from camoxpert.data.files.negatives import empty_pairs, find_negatives, marked
 from camoxpert.data.files.unlabeled import joined
@@ -26,6 +28,13 @@ from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import load_checkpoint
 from camoxpert.synthesis.toy import generate_toy, toy_pair
 from camoxpert.training.calibrate import fit_calibration
+from camoxpert.training.negatives import (
+    Kinds,
+    find_kinds,
+    set_calibration_aside,
+    with_negatives,
+)
+from camoxpert.training.split import decide_split
 from camoxpert.training.step import clip
 
 SHORT = ("--epochs", "1", "--no-test", "--no-report", "--run-name", "r")
@@ -192,6 +201,46 @@ class TestRun:
             assert train(*SHORT, "--dry-run", "--negatives", str(folder)) == 3
             said = " ".join(capsys.readouterr().err.split())
             assert f"other_name.jpg: the same file is {text}" in said
+
+
+class TestKinds:
+    def test_a_given_validation_split_gets_its_share(self, toy_data, negatives) -> None:
+        whole = load_train([toy_data])
+        given = replace(whole, pairs=whole.pairs[:6], split="validation")
+        config = build_config({"data.negatives": [str(negatives)], "data.val_fraction": 0.25})
+        found = with_negatives(TrainingData(whole, given), config)
+        assert len(found.whole) == 72 and found.given is not None
+        assert sum(pair.empty for pair in found.given.pairs) == 8
+        train, validation = decide_split(found, config, {})
+        assert (len(train), len(validation)) == (72 - 14, 14)
+
+    def test_auto_needs_some_and_the_stopped_run_decides(self, toy_data) -> None:
+        whole = load_train([toy_data])
+
+        def kinds(black: int, presence: str = "auto", kept: str | None = None) -> Kinds:
+            config = build_config({"model.presence": presence})
+            known = marked(whole, frozenset(whole.pairs[:black]))
+            return find_kinds(TrainingData(known), NO_MADE, config, kept)
+
+        assert [kinds(n).head for n in (0, 3, 8, 20, 40)] == [False, False, True, True, False]
+        assert not kinds(3).apart and "needs" in kinds(3).reason
+        assert kinds(3, "on").head and not kinds(20, "off").apart
+        assert not kinds(20, kept="off").head and kinds(3, kept="on").head
+        with pytest.raises(DataError, match="there is nothing to learn to find"):
+            kinds(40, "on")
+
+    def test_both_kinds_are_set_aside_and_stay_so(self, toy_data, negatives) -> None:
+        config = build_config({"data.negatives": [str(negatives)]})
+        found = with_negatives(TrainingData(load_train([toy_data])), config)
+        rest, aside = set_calibration_aside(found.whole, found.whole, NO_MADE, config, {})
+        assert Counter(pair.empty for pair in aside.pairs) == {False: 10, True: 8}
+        assert not set(rest.pairs) & set(aside.pairs)
+        kept = {(p.dataset, p.name): "calibration" for p in aside.pairs}
+        kept |= {(p.dataset, p.name): "training" for p in rest.pairs}
+        again = set_calibration_aside(found.whole, found.whole, NO_MADE, config, kept)
+        assert [part.pairs for part in again] == [rest.pairs, aside.pairs]
+        off = build_config({"data.calibration_fraction": 0.0})
+        assert not len(set_calibration_aside(found.whole, found.whole, NO_MADE, off, {})[1])
 
 
 class TestFit:
