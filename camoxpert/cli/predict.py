@@ -193,15 +193,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     if options.checkpoint is None or not options.inputs:
         raise ConfigError("The model and at least one input are required: predict MODEL INPUT ...")
     batch_size = _batch_size(options.batch_size)
-    if not 0 <= options.threshold <= 1:
-        raise ConfigError(f"--threshold must be between 0 and 1; {options.threshold:g} is not.")
-    if options.min_presence is not None and not 0 <= options.min_presence <= 1:
-        raise ConfigError(
-            f"--min-presence must be between 0 and 1; {options.min_presence:g} is not."
-        )
+    _check_values(options)
     _check_references(options)
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
     check_folder("-o", options.output)
     from camoxpert.inference.devices import choose_devices
     from camoxpert.inference.frames import load_av, smoothing_weight
@@ -221,8 +214,6 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
     shard = None if options.shard is None else choose_shard(options.shard)
     _check_ray(options)
-    if options.every < 1:
-        raise ConfigError(f"--every must be at least 1; {options.every} is not.")
     video = VideoOptions(options.every, smoothing_weight(options.smooth), options.video_shows)
     output = Path(options.output)
     found = look_for_photos(
@@ -265,11 +256,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             max_pixels=options.max_pixels,
             zoom=options.zoom,
         )
-        if options.min_presence is not None and not predictor.presence_is_calibrated:
-            console.warn(
-                "--min-presence: no images were set aside to calibrate the presence of this model, "
-                "so its probabilities are those of the training data"
-            )
+        if options.min_presence is not None and predictor.has_presence:
+            _note_calibration(predictor)
         if options.zoom:
             console.note(describe_zoom(predictor.config.data.img_size))
         _set_references(predictor, options)
@@ -317,6 +305,26 @@ def _set_references(predictor: Predictor, options: argparse.Namespace) -> None:
         predictor.set_reference_class(options.reference_class)
     if predictor.target is not None:
         decide_target(predictor.target, predictor.support_cache)
+
+
+def _check_values(options: argparse.Namespace) -> None:
+    """Raise ConfigError for a number out of its range."""
+    for flag, value in (("threshold", options.threshold), ("min-presence", options.min_presence)):
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"--{flag} must be between 0 and 1; {value:g} is not.")
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit must be at least 1; {options.limit} is not.")
+    if options.every < 1:
+        raise ConfigError(f"--every must be at least 1; {options.every} is not.")
+
+
+def _note_calibration(predictor: Predictor) -> None:
+    """Warn of a least presence where the presence was not calibrated."""
+    if not predictor.presence_is_calibrated:
+        console.warn(
+            "--min-presence: no images were set aside to calibrate the presence of this model, so "
+            "its probabilities are those of the training data"
+        )
 
 
 def _check_ray(options: argparse.Namespace) -> None:

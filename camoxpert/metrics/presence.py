@@ -63,6 +63,8 @@ class PresenceScores:
             masks.
         intervals: 95 %; empty where they were not asked for.
         bins: reliability curve; empty without probabilities.
+        calibrated_ece: the mean ECE of these probabilities if they were perfectly calibrated: what
+            so few images show by chance; None without probabilities.
         stretched: the maps of the images without an object had been stretched to black and white
             when they were saved, so their masks say nothing and MASK_KEYS are missing.
     """
@@ -72,6 +74,7 @@ class PresenceScores:
     scores: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     bins: tuple[ReliabilityBin, ...]
+    calibrated_ece: float | None = None
     stretched: bool = False
 
 
@@ -103,10 +106,12 @@ def presence_scores(
     scores: dict[str, float] = {}
     ends: dict[str, tuple[float, float]] = {}
     bins: tuple[ReliabilityBin, ...] = ()
+    by_chance: float | None = None
     if probabilities is not None and num_present:
         probability_N = np.array([probabilities[name] for name in names], np.float64)
         scores |= probability_measures(probability_N, present_N)
         bins = reliability(probability_N, present_N)
+        by_chance = calibrated_ece(probability_N, seed=seed)
         if intervals:
             found = bootstrap(probability_N, present_N, seed=seed)
             ends |= {key: (end.low, end.high) for key, end in found.items()}
@@ -128,6 +133,7 @@ def presence_scores(
         {key: scores[key] for key in PRESENCE_KEYS if key in scores},
         {key: ends[key] for key in PRESENCE_KEYS if key in ends},
         bins,
+        by_chance,
         stretched,
     )
 
@@ -170,13 +176,15 @@ def bootstrap(
 ) -> dict[str, Interval]:
     """Return the percentile bootstrap interval over images of each of PROBABILITY_KEYS.
 
-    Resamples with one kind of image alone have no value and are left out.
+    Resamples with one kind of image alone have no value and are left out. That of ECE is moved by
+    the difference between the value and the median of the resamples: an error of which chance is a
+    part grows with every resampling, and the interval might lie above the value.
     """
     rng = np.random.default_rng(seed)
     level_G, group_N = np.unique(probability_N, return_inverse=True)
     order_N = np.argsort(group_N, kind="stable")
     starts_G = np.searchsorted(group_N[order_N], np.arange(len(level_G)))
-    present_N = present_N[order_N]
+    probability_N, present_N = probability_N[order_N], present_N[order_N]
     parts = []
     for weights_RN in resampled_weights(rng, len(probability_N), resamples):
         counts_RN = np.rint(weights_RN * len(probability_N))
@@ -187,11 +195,26 @@ def bootstrap(
     values_RK = values_RK[np.isfinite(values_RK).all(1)]
     if not len(values_RK):
         return {}
+    ece_R = values_RK[:, PROBABILITY_KEYS.index("ECE")]
+    ece_R += probability_measures(probability_N, present_N)["ECE"] - np.median(ece_R)
+    np.maximum(ece_R, 0, out=ece_R)
     low_K, high_K = np.quantile(values_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {
         key: Interval(float(low), float(high))
         for key, low, high in zip(PROBABILITY_KEYS, low_K, high_K, strict=True)
     }
+
+
+def calibrated_ece(probability_N: Floats, *, draws: int = 200, seed: int = 0) -> float:
+    """Return the mean ECE of probabilities that are true, from images drawn by them."""
+    rng = np.random.default_rng(seed)
+    level_G, count_G = np.unique(probability_N, return_counts=True)
+    found = []
+    for _ in range(draws):
+        positive_G = rng.binomial(count_G, np.clip(level_G, 0, 1)).astype(np.float64)
+        _, predicted_B, observed_B = _binned(level_G, positive_G, count_G - positive_G, BINS)
+        found.append(np.abs(predicted_B - observed_B).mean())
+    return float(np.mean(found))
 
 
 def reliability(

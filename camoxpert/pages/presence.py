@@ -103,6 +103,12 @@ def presence_part(results: Sequence[Result], names: Sequence[str]) -> PresencePa
         rows=rows,
         chart=draw(lambda: charts.plot_reliability(curves), "reliability") if curves else None,
         remarks=[
+            f"{name}: of so few images a perfectly calibrated presence shows an ECE of about "
+            f"{part['calibrated_ece']:.3f}."
+            for name, part in found
+            if part["calibrated_ece"] is not None
+        ]
+        + [
             f"{name}: the maps were stretched to their full range before they were saved, so every "
             "image without an object has a mask; that says nothing and is not counted."
             for name, part in found

@@ -202,7 +202,7 @@ def test_smoothing_is_the_average_over_time_whatever_the_batches(tmp_path: Path,
     stages = FrameStages(GreyModel(), tmp_path, ["mask"], 0.5, options)
     values = torch.rand(20) * 255
     images = values.to(torch.uint8)[:, None, None, None].expand(20, 3, 16, 16)
-    plain = GreyModel().logits(images)
+    plain = GreyModel().look(images)
     for _ in range(2):
         # A second video begins without the past of the first.
         stages.restart()

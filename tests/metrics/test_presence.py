@@ -9,6 +9,7 @@ from camoxpert.metrics.presence import (
     BINS,
     PROBABILITY_KEYS,
     bootstrap,
+    calibrated_ece,
     presence_scores,
     probability_measures,
     reliability,
@@ -89,11 +90,22 @@ def test_intervals_equal_a_resampling_image_by_image():
         chosen = rng.integers(0, 80, 80)
         for key, value in probability_measures(probability[chosen], present[chosen]).items():
             values[key].append(value)
+    # A resampled ECE has the chance of two draws in it: the interval is moved to the value.
+    moved = probability_measures(probability, present)["ECE"] - np.median(values["ECE"])
+    values["ECE"] = [value + moved for value in values["ECE"]]
     for key, (low, high) in ours.items():
         spread = high - low
         assert low == pytest.approx(np.quantile(values[key], 0.025), abs=0.15 * spread), key
         assert high == pytest.approx(np.quantile(values[key], 0.975), abs=0.15 * spread), key
     assert bootstrap(probability, present, resamples=600) == ours
+
+
+def test_what_chance_adds_to_the_calibration_error():
+    probability = np.full(45, 0.5)
+    # Bins of one level share their labels: the error is that of the whole, sqrt(2 / pi) * sd.
+    expected = np.sqrt(2 / np.pi) * 0.5 / np.sqrt(45)
+    assert calibrated_ece(probability, draws=2000) == pytest.approx(expected, rel=0.05)
+    assert calibrated_ece(np.repeat([0.0, 1.0], 20)) < 1e-12
 
 
 def test_wilson():
