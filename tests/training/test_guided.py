@@ -23,6 +23,7 @@ from camoxpert.files import read_json
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.models.guidance import combine
 from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.runs.identity import file_hashes
 from camoxpert.synthesis.toy_scenes import generate_scenes
 from camoxpert.training.guide import Guide
 from camoxpert.training.prepare import prepare
@@ -162,6 +163,31 @@ class TestGuide:
         assert run.guide is not None
         assert run.guide.episodes.shown == 39 and run.guide.facts["references"] == 39
         assert run.guide.features_ND.isfinite().all(1).sum() == 39
+
+    def test_references_of_other_data(self, scenes: Path, tmp_path: Path) -> None:
+        other = tmp_path / "open"
+        for folder in ("Imgs", "GT"):
+            place = other / folder / "fish"
+            place.mkdir(parents=True)
+            for path in sorted((scenes / "TrainDataset" / folder).glob("fish_*"))[:3]:
+                shutil.copy(path, place)
+        (other / "Imgs" / "leaf").mkdir()
+        (other / "GT" / "leaf").mkdir()
+        for folder in ("Imgs", "GT"):
+            path = next((scenes / "TrainDataset" / folder).glob("leaf_*"))
+            shutil.copy(path, other / folder / "leaf")
+        plain, more = guided_run(scenes), guided_run(scenes, data__episodes__references=str(other))
+        assert plain.guide is not None and more.guide is not None
+        assert len(more.guide.features_ND) == len(plain.guide.features_ND) + 4
+        added = {
+            name: len(rows) - len(plain.guide.episodes.members[name])
+            for name, rows in more.guide.episodes.members.items()
+        }
+        assert (added["fish"], added["leaf"], sum(added.values())) == (3, 1, 4)
+        # Another content of the folder is another run.
+        before = more.files["data.episodes.references"]
+        next((other / "Imgs" / "leaf").iterdir()).write_bytes(b"changed")
+        assert file_hashes(more.asked)["data.episodes.references"] != before
 
     def test_data_without_classes_is_refused(self, scenes: Path, tmp_path: Path) -> None:
         for pair in load_train([scenes]).pairs[:8]:
