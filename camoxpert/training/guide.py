@@ -131,8 +131,14 @@ def prepare_guide(
     if model.guidance is None:
         return None
     trained = data.trained
-    every = [*trained.pairs, *_more_references(config)]
+    more = _more_references(config)
+    every = [*trained.pairs, *more]
     classes = object_classes(every)
+    if more and not set(classes[len(trained) :]) & set(classes[: len(trained)]) - {""}:
+        raise DataError(
+            f"--reference-data {config.data.episodes.references}: none of its "
+            f"{count(len(more), 'image')} is of a class of the training images. {HINT}"
+        )
     rows = [row for row, name in enumerate(classes) if name]
     references = [every[row] for row in rows]
     if not references:

@@ -77,8 +77,10 @@ def test_classes_by_names_folders_and_tables(tmp_path: Path) -> None:
         # What all images of a data set are called is no class.
         pair("camourflage_00001", "camourflage", "CAMO"),
         pair("camourflage_00002", "camourflage", "CAMO"),
+        # Unless it is a class elsewhere.
+        pair("crab_1", "Crab", "crabs"),
     ]
-    assert object_classes(pairs) == ["Crab", "", "", "Crab", "Fish", *[""] * 5]
+    assert object_classes(pairs) == ["Crab", "", "", "Crab", "Fish", *[""] * 5, "Crab"]
 
 
 class TestEpisodes:
@@ -171,23 +173,21 @@ class TestGuide:
             place.mkdir(parents=True)
             for path in sorted((scenes / "TrainDataset" / folder).glob("fish_*"))[:3]:
                 shutil.copy(path, place)
-        (other / "Imgs" / "leaf").mkdir()
-        (other / "GT" / "leaf").mkdir()
-        for folder in ("Imgs", "GT"):
-            path = next((scenes / "TrainDataset" / folder).glob("leaf_*"))
-            shutil.copy(path, other / folder / "leaf")
         plain, more = guided_run(scenes), guided_run(scenes, data__episodes__references=str(other))
         assert plain.guide is not None and more.guide is not None
-        assert len(more.guide.features_ND) == len(plain.guide.features_ND) + 4
+        assert len(more.guide.features_ND) == len(plain.guide.features_ND) + 3
         added = {
             name: len(rows) - len(plain.guide.episodes.members[name])
             for name, rows in more.guide.episodes.members.items()
         }
-        assert (added["fish"], added["leaf"], sum(added.values())) == (3, 1, 4)
+        assert added["fish"] == sum(added.values()) == 3
         # Another content of the folder is another run.
         before = more.files["data.episodes.references"]
-        next((other / "Imgs" / "leaf").iterdir()).write_bytes(b"changed")
+        for path in [*other.rglob("fish_*.*")]:
+            path.rename(path.with_name(path.name.replace("fish", "cow")))
         assert file_hashes(more.asked)["data.episodes.references"] != before
+        with pytest.raises(DataError, match=r"--reference-data .* of a class of the training"):
+            guided_run(scenes, data__episodes__references=str(other))
 
     def test_data_without_classes_is_refused(self, scenes: Path, tmp_path: Path) -> None:
         for pair in load_train([scenes]).pairs[:8]:
