@@ -47,6 +47,7 @@ class ValidationRecord(_Validation, total=False):
 
     unreadable: list[str]
     presence: dict[str, Any]
+    guided: dict[str, float]  # with references
 
 
 class LevelRouting(TypedDict):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from camoxpert.data.cache.support import Reference as Shown
 from camoxpert.data.cache.support import SupportCache
 from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.image_io import read_mask
-from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.manifest import load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.samples.batches import Batch
 from camoxpert.data.samples.episodes import Episodes, episodes_of
@@ -27,7 +28,7 @@ from camoxpert.models.support import load_support_encoder
 from camoxpert.runtime.device import upload
 from camoxpert.runtime.processes import World
 from camoxpert.text import count
-from camoxpert.training.data import RunData
+from camoxpert.training.data import RunData, search_of
 
 HINT = (
     "Classes are read from names (COD10K-CAM-1-Aquatic-3-Crab-32, crab_12), from folders of images "
@@ -45,6 +46,7 @@ class Guide:
         features_ND: of the references, on the CPU.
         digest: of the encoder.
         facts: for ``run.json``.
+        validation: name of a validation image -> its class, where training knows it.
     """
 
     episodes: Episodes
@@ -52,6 +54,12 @@ class Guide:
     features_ND: Tensor
     digest: str
     facts: Mapping[str, Any]
+    validation: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation scores the model with references as well."""
+        return bool(self.validation)
 
     def reference(self, batch: Batch, epoch: int) -> Reference:
         """Return what the images of a batch are shown with.
@@ -123,9 +131,16 @@ def prepare_guide(
     if model.guidance is None:
         return None
     trained = data.trained
-    classes = object_classes(trained.pairs)
+    more = _more_references(config)
+    every = [*trained.pairs, *more]
+    classes = object_classes(every)
+    if more and not set(classes[len(trained) :]) & set(classes[: len(trained)]) - {""}:
+        raise DataError(
+            f"--reference-data {config.data.episodes.references}: none of its "
+            f"{count(len(more), 'image')} is of a class of the training images. {HINT}"
+        )
     rows = [row for row, name in enumerate(classes) if name]
-    references = [trained.pairs[row] for row in rows]
+    references = [every[row] for row in rows]
     if not references:
         raise DataError(
             f"--support-encoder {config.model.support.encoder}: no training image tells the class "
@@ -138,24 +153,39 @@ def prepare_guide(
         return None
     features_ND, facts, digest = world.from_first(lambda: _describe(config, references, model))
     usable = features_ND.isfinite().all(1).tolist()
-    own = [-1] * len(trained)
+    own = [-1] * len(every)
     for number, row in enumerate(rows):
         own[row] = number
     shown = [classes[row] if usable[number] else "" for number, row in enumerate(rows)]
     asked = [
-        name if own[index] >= 0 and usable[own[index]] else "" for index, name in enumerate(classes)
+        name if own[index] >= 0 and usable[own[index]] else ""
+        for index, name in enumerate(classes[: len(trained)])
     ]
-    episodes = episodes_of(asked, shown, own, config.data.episodes, seed=config.train.seed)
+    episodes = episodes_of(
+        asked, shown, own[: len(trained)], config.data.episodes, seed=config.train.seed
+    )
     if not episodes.shown:
         raise DataError(
-            f"--support-encoder {config.model.support.encoder}: no class has two training images, "
-            f"so none can be shown another of its kind. {HINT}"
+            f"--support-encoder {config.model.support.encoder}: no class has two images, so no "
+            f"image can be shown another of its kind. {HINT}"
         )
-    _decide(config, trained, episodes, facts)
+    known = _validation_classes(data, episodes)
+    _decide(config, data, episodes, facts, len(known))
     names = tuple(pair.name for pair in trained.pairs)
-    guide = Guide(episodes, names, features_ND, digest, facts)
+    guide = Guide(episodes, names, features_ND, digest, facts, known)
     guide.teach(model.guidance)
     return guide
+
+
+def _more_references(config: Config) -> tuple[Pair, ...]:
+    """Return the references beside the training images."""
+    folder = config.data.episodes.references
+    if not folder:
+        return ()
+    try:
+        return load_train([folder], search_of(config.data, {})).pairs
+    except DataError as error:
+        raise DataError(f"--reference-data: {error}") from error
 
 
 def _describe(
@@ -197,19 +227,41 @@ def _is_left_out(pair: Pair, config: Config) -> bool:
     return not (read_mask(pair.mask, max_pixels=config.data.max_pixels) == 255).any()
 
 
+def _validation_classes(data: RunData, episodes: Episodes) -> dict[str, str]:
+    """Return name -> class of the validation images whose class has references.
+
+    Together with the training images, as they were before they were set aside: what a data set
+    calls all of its images is no class. Two images of one name are left out.
+    """
+    pairs = data.validation.pairs
+    classes = object_classes([*pairs, *data.trained.pairs])[: len(pairs)]
+    names = Counter(pair.name for pair in pairs)
+    return {
+        pair.name: name
+        for pair, name in zip(pairs, classes, strict=True)
+        if name in episodes.members and names[pair.name] == 1
+    }
+
+
 def _decide(
-    config: Config, trained: Manifest, episodes: Episodes, facts: Mapping[str, Any]
+    config: Config, data: RunData, episodes: Episodes, facts: Mapping[str, Any], validated: int
 ) -> None:
     support, drawn = config.model.support, config.data.episodes
     side, classes = facts["encoder"]["side"], len(episodes.members)
     console.decide(
         "guidance",
         f"{support.encoder} describes references ({facts['width']} features, {side} px); "
-        f"{episodes.shown} of {count(len(trained), 'training image')} have others of their class, "
-        f"in {classes} class{'' if classes == 1 else 'es'}",
+        f"{episodes.shown} of {count(len(data.trained), 'training image')} have others of their "
+        f"class, in {classes} class{'' if classes == 1 else 'es'}",
     )
     console.decide(
         "",
         f"shown with 1 to {drawn.shots} of them, {drawn.dropout:.0%} of the time with none; "
         f"support cache: {facts['cache_text']}",
     )
+    if validated:
+        console.decide(
+            "",
+            f"validation also shows {validated} of {count(len(data.validation), 'image')} the mean "
+            f"of the training references of their class, and this score chooses the best weights",
+        )

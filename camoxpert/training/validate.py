@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +19,12 @@ from camoxpert.evaluation.presence import PresenceMeter
 from camoxpert.inference.score import Item, forward_batch, score
 from camoxpert.metrics import Evaluator, is_better
 from camoxpert.metrics.presence import PresenceScores, presence_scores
+from camoxpert.models.guidance import Reference
 from camoxpert.pages.pictures import panel
 from camoxpert.runs.records import ValidationRecord
 from camoxpert.runtime.processes import World
 from camoxpert.training.checkpoints import Saver, require_finite
+from camoxpert.training.guide import Guide
 from camoxpert.training.run import Run
 
 
@@ -38,11 +41,14 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     try:
         with run.log.phase("validation"):
             scores, left_out, presence = validate(run)
+            guided = validate(run, run.guide).scores if run.guide and run.guide.validates else None
     except Stopped:
         run.log.truncate_after(state.step, epoch_done=False)
         raise saver.saved_and_stopped() from None
     state.epoch, state.position = epoch + 1, 0
-    measure = scores[config.select]
+    # Without references a guided model must find everything that is hidden: half of its training.
+    # What it does with them is what it is for.
+    measure = (guided or scores)[config.select]
     better = state.best is None or is_better(config.select, measure, state.best)
     if better:
         state.best, state.best_epoch, state.stale = measure, state.epoch, 0
@@ -58,6 +64,8 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         "best": better,
         "weights": "ema" if run.ema else "model",
     }
+    if guided:
+        record["guided"] = guided
     if left_out:
         record["unreadable"] = left_out
     if presence is not None:
@@ -69,11 +77,14 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         run.note_event(text, epoch_end=True)
         console.note(f"warning     {text}")
     judged = {} if presence is None else presence.scores
-    run.log.scalars(state.step, {f"validation/{k}": v for k, v in {**scores, **judged}.items()})
+    every = {"validation": {**scores, **judged}, "validation_guided": guided or {}}
+    for name, values in every.items():
+        run.log.scalars(state.step, {f"{name}/{k}": v for k, v in values.items()})
     console.say(
         f"epoch {state.epoch:>3}/{run.plan.epochs}  S {scores['Smeasure']:.3f}  wF "
         f"{scores['wFmeasure']:.3f}  E {scores['meanEm']:.3f}  IoU {scores['IoU']:.3f}  MAE "
-        f"{scores['MAE']:.3f}{_presence_words(judged)}{'  best so far' if better else ''}"
+        f"{scores['MAE']:.3f}{_presence_words(judged)}{_guided_words(guided)}"
+        f"{'  best so far' if better else ''}"
     )
 
 
@@ -81,6 +92,12 @@ def _presence_words(judged: Mapping[str, float]) -> str:
     words = [f"AUROC {judged['AUROC']:.3f}"] if "AUROC" in judged else []
     words += [f"false masks {judged['FalseMasks']:.0%}"] if "FalseMasks" in judged else []
     return f"  {'  '.join(words)}" if words else ""
+
+
+def _guided_words(scores: dict[str, float] | None) -> str:
+    if not scores:
+        return ""
+    return f"  with references wF {scores['wFmeasure']:.3f}  IoU {scores['IoU']:.3f}"
 
 
 def own_share(pairs: tuple[Pair, ...], world: World, size: int) -> tuple[Pair, ...]:
@@ -112,11 +129,15 @@ class Validated(NamedTuple):
     presence: PresenceScores | None
 
 
-def validate(run: Run) -> Validated:
+def validate(run: Run, guide: Guide | None = None) -> Validated:
     """Score the evaluated weights on the validation split at original size.
 
     Every rank scores its share of the images, in the forward passes of one process: the scores are
     exactly those of one process.
+
+    Args:
+        run: what is trained.
+        guide: shows every image what the model remembers of its class; None shows nothing.
 
     Raises:
         Stopped: any rank was asked to stop; raised on all of them.
@@ -128,7 +149,7 @@ def validate(run: Run) -> Validated:
         run.config.data,
         batch_size=run.plan.stages[0].batch_size,
         num_workers=run.data.loading.num_workers,
-        keep_images=count > 0 and run.config.run.tensorboard and world.first,
+        keep_images=count > 0 and run.config.run.tensorboard and world.first and guide is None,
     )
     left_out: list[str] = []
     meter = PresenceMeter()
@@ -159,6 +180,7 @@ def validate(run: Run) -> Validated:
                 precision=run.precision,
                 seen=show,
                 judged=meter.add,
+                references=None if guide is None else partial(remembered, run, guide),
             )
             found = evaluator.state_dict()
     except Stopped:
@@ -179,3 +201,9 @@ def validate(run: Run) -> Validated:
     presence = presence_scores(merged.claims(), probabilities or None, intervals=False)
     texts = [text for _, _, left, _ in parts for text in left]
     return Validated(merged.results(), texts, presence)
+
+
+def remembered(run: Run, guide: Guide, items: Sequence[Item]) -> Reference:
+    """Return what the evaluated weights remember of the classes of images; nothing of others."""
+    classes = [guide.validation.get(item.name, "") for item in items]
+    return run.evaluated_model.require_guidance().recall(classes)
