@@ -203,6 +203,14 @@ class Guidance(nn.Module):
             )
         return self.prototypes_KD[known.index(name)]
 
+    def recall(self, names: Sequence[str]) -> Reference:
+        """Return what it remembers of classes, one for each image; nothing of unknown ones."""
+        rows = {name: row for row, name in enumerate(self.classes)}
+        known = [rows.get(name, -1) for name in names]
+        # Row -1 is another class, which is not used.
+        place = torch.tensor(known, device=self.prototypes_KD.device)
+        return Reference(self.prototypes_KD[place], place >= 0)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:

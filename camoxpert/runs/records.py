@@ -43,6 +43,7 @@ class ValidationRecord(_Validation, total=False):
     """The scores of an epoch."""
 
     unreadable: list[str]
+    guided: dict[str, float]  # with references
 
 
 class LevelRouting(TypedDict):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from camoxpert.data.cache.support import Reference as Shown
 from camoxpert.data.cache.support import SupportCache
 from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.image_io import read_mask
-from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.samples.batches import Batch
 from camoxpert.data.samples.episodes import Episodes, episodes_of
@@ -45,6 +45,7 @@ class Guide:
         features_ND: of the references, on the CPU.
         digest: of the encoder.
         facts: for ``run.json``.
+        validation: name of a validation image -> its class, where training knows it.
     """
 
     episodes: Episodes
@@ -52,6 +53,12 @@ class Guide:
     features_ND: Tensor
     digest: str
     facts: Mapping[str, Any]
+    validation: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation scores the model with references as well."""
+        return bool(self.validation)
 
     def reference(self, batch: Batch, epoch: int) -> Reference:
         """Return what the images of a batch are shown with.
@@ -151,9 +158,10 @@ def prepare_guide(
             f"--support-encoder {config.model.support.encoder}: no class has two training images, "
             f"so none can be shown another of its kind. {HINT}"
         )
-    _decide(config, trained, episodes, facts)
+    known = _validation_classes(data, episodes)
+    _decide(config, data, episodes, facts, len(known))
     names = tuple(pair.name for pair in trained.pairs)
-    guide = Guide(episodes, names, features_ND, digest, facts)
+    guide = Guide(episodes, names, features_ND, digest, facts, known)
     guide.teach(model.guidance)
     return guide
 
@@ -197,15 +205,31 @@ def _is_left_out(pair: Pair, config: Config) -> bool:
     return not (read_mask(pair.mask, max_pixels=config.data.max_pixels) == 255).any()
 
 
+def _validation_classes(data: RunData, episodes: Episodes) -> dict[str, str]:
+    """Return name -> class of the validation images whose class has references.
+
+    Together with the training images, as they were before they were set aside: what a data set
+    calls all of its images is no class. Two images of one name are left out.
+    """
+    pairs = data.validation.pairs
+    classes = object_classes([*pairs, *data.trained.pairs])[: len(pairs)]
+    names = Counter(pair.name for pair in pairs)
+    return {
+        pair.name: name
+        for pair, name in zip(pairs, classes, strict=True)
+        if name in episodes.members and names[pair.name] == 1
+    }
+
+
 def _decide(
-    config: Config, trained: Manifest, episodes: Episodes, facts: Mapping[str, Any]
+    config: Config, data: RunData, episodes: Episodes, facts: Mapping[str, Any], validated: int
 ) -> None:
     support, drawn = config.model.support, config.data.episodes
     side, classes = facts["encoder"]["side"], len(episodes.members)
     console.decide(
         "guidance",
         f"{support.encoder} describes references ({facts['width']} features, {side} px); "
-        f"{episodes.shown} of {count(len(trained), 'training image')} have others of their class, "
+        f"{episodes.shown} of {count(len(data.trained), 'training image')} have others of their class, "
         f"in {classes} class{'' if classes == 1 else 'es'}",
     )
     console.decide(
@@ -213,3 +237,9 @@ def _decide(
         f"shown with 1 to {drawn.shots} of them, {drawn.dropout:.0%} of the time with none; "
         f"support cache: {facts['cache_text']}",
     )
+    if validated:
+        console.decide(
+            "",
+            f"validation also shows {validated} of {count(len(data.validation), 'image')} the mean "
+            f"of the training references of their class, and this score chooses the best weights",
+        )

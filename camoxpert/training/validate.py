@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import Stopped
 from camoxpert.inference.score import Item, forward_batch, score
 from camoxpert.metrics import Evaluator, is_better
+from camoxpert.models.guidance import Reference
 from camoxpert.pages.pictures import panel
 from camoxpert.runs.records import ValidationRecord
 from camoxpert.runtime.processes import World
 from camoxpert.training.checkpoints import Saver, require_finite
+from camoxpert.training.guide import Guide
 from camoxpert.training.run import Run
 
 
@@ -36,11 +39,14 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     try:
         with run.log.phase("validation"):
             scores, left_out = validate(run)
+            guided = validate(run, run.guide)[0] if run.guide and run.guide.validates else None
     except Stopped:
         run.log.truncate_after(state.step, epoch_done=False)
         raise saver.saved_and_stopped() from None
     state.epoch, state.position = epoch + 1, 0
-    measure = scores[config.select]
+    # Without references a guided model must find everything that is hidden: half of its training.
+    # What it does with them is what it is for.
+    measure = (guided or scores)[config.select]
     better = state.best is None or is_better(config.select, measure, state.best)
     if better:
         state.best, state.best_epoch, state.stale = measure, state.epoch, 0
@@ -56,6 +62,8 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         "best": better,
         "weights": "ema" if run.ema else "model",
     }
+    if guided:
+        record["guided"] = guided
     if left_out:
         record["unreadable"] = left_out
     run.log.write(record)
@@ -64,12 +72,19 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         text = f"{len(left_out)} validation images are left out, for example {left_out[0]}"
         run.note_event(text, epoch_end=True)
         console.note(f"warning     {text}")
-    run.log.scalars(state.step, {f"validation/{k}": v for k, v in scores.items()})
+    for name, values in {"validation": scores, "validation_guided": guided or {}}.items():
+        run.log.scalars(state.step, {f"{name}/{k}": v for k, v in values.items()})
     console.say(
         f"epoch {state.epoch:>3}/{run.plan.epochs}  S {scores['Smeasure']:.3f}  wF "
         f"{scores['wFmeasure']:.3f}  E {scores['meanEm']:.3f}  IoU {scores['IoU']:.3f}  MAE "
-        f"{scores['MAE']:.3f}{'  best so far' if better else ''}"
+        f"{scores['MAE']:.3f}{_of_guided(guided)}{'  best so far' if better else ''}"
     )
+
+
+def _of_guided(scores: dict[str, float] | None) -> str:
+    if not scores:
+        return ""
+    return f"  with references wF {scores['wFmeasure']:.3f}  IoU {scores['IoU']:.3f}"
 
 
 def own_share(pairs: tuple[Pair, ...], world: World, size: int) -> tuple[Pair, ...]:
@@ -78,11 +93,15 @@ def own_share(pairs: tuple[Pair, ...], world: World, size: int) -> tuple[Pair, .
     return tuple(pair for start in blocks for pair in pairs[start : start + size])
 
 
-def validate(run: Run) -> tuple[dict[str, float], list[str]]:
+def validate(run: Run, guide: Guide | None = None) -> tuple[dict[str, float], list[str]]:
     """Score the evaluated weights on the validation split at original size.
 
     Every rank scores its share of the images, in the forward passes of one process: the scores are
     exactly those of one process.
+
+    Args:
+        run: what is trained.
+        guide: shows every image what the model remembers of its class; None shows nothing.
 
     Returns:
         The scores, and the images left out as unreadable (``--unreadable skip``).
@@ -97,7 +116,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
         run.config.data,
         batch_size=run.plan.stages[0].batch_size,
         num_workers=run.data.loading.num_workers,
-        keep_images=count > 0 and run.config.run.tensorboard and world.first,
+        keep_images=count > 0 and run.config.run.tensorboard and world.first and guide is None,
     )
     left_out: list[str] = []
 
@@ -126,6 +145,7 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
                 evaluator=evaluator,
                 precision=run.precision,
                 seen=show,
+                references=None if guide is None else partial(remembered, run, guide),
             )
             found = evaluator.state_dict()
     except Stopped:
@@ -141,3 +161,9 @@ def validate(run: Run) -> tuple[dict[str, float], list[str]]:
         one.load_state_dict(part or {})
         merged.merge(one)
     return merged.results(), [text for _, _, texts in parts for text in texts]
+
+
+def remembered(run: Run, guide: Guide, items: Sequence[Item]) -> Reference:
+    """Return what the evaluated weights remember of the classes of images; nothing of others."""
+    classes = [guide.validation.get(item.name, "") for item in items]
+    return run.evaluated_model.require_guidance().recall(classes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import TINY_SETTINGS, ending
+from helpers.runs import TINY_SETTINGS, ending, records
 
 from camoxpert.config import build_config
 from camoxpert.config.guidance import EpisodeConfig
@@ -184,6 +184,12 @@ class TestCommand:
         said = capsys.readouterr().out
         assert "tiny_test describes references (24 features, 32 px); 36 of 36" in said
         assert "shown with 1 to 5 of them, 50% of the time with none" in said
+        assert (
+            "validation also shows 4 of 4 images the mean" in said and "with references wF" in said
+        )
+        (scored,) = records(tmp_path / "r", "validation")
+        assert scored["guided"].keys() == scored["scores"].keys()
+        assert scored["guided"] != scored["scores"]
         info = read_json(tmp_path / "r" / "run.json")["guidance"]
         assert info["encoder"]["encoder"] == "tiny_test" and info["references"] == 36
         assert info["cache"]["hits"] == 0
