@@ -24,7 +24,10 @@ EVIL = "'\"><script>alert(1)</script>"
 def test_no_template_switches_escaping_off(name: str) -> None:
     assert ENVIRONMENT.loader is not None
     source, _, _ = ENVIRONMENT.loader.get_source(ENVIRONMENT, name)
-    assert "safe" not in source and "autoescape" not in source and "<script" not in source
+    assert "safe" not in source and "autoescape" not in source
+    # The page of `serve` has one, in a file of its own server.
+    script = '<script src="/page.js" defer></script>' if name == "serve.html.j2" else ""
+    assert "<script" not in source.replace(script, "")
 
 
 @pytest.mark.parametrize("call", ["chart(x)", "gallery([x])", "tiles([(e, e)])", "pairs([(e, e)])"])
