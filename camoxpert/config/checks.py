@@ -28,7 +28,7 @@ PATHS = frozenset(
         *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
         *("data.teacher", "data.unlabeled", "data.synthetic"),
         *("model.weights", "model.init_from", "train.resume", "run.dir"),
-        "model.support.weights",
+        *("model.support.weights", "data.episodes.references"),
     )
 )
 """Settings in which a leading ``~`` is the home folder: no shell expands it in a file."""
@@ -117,9 +117,10 @@ def check_conflicts(config: Config) -> None:
     _check_model(config.model)
     _check_batches(train)
     if config.data.episodes != EpisodeConfig() and not config.model.support.encoder:
+        changed = "--reference-data" if config.data.episodes.references else "data.episodes"
         raise ConfigError(
-            "data.episodes is about reference images, and no encoder of them is named. Add "
-            "--support-encoder NAME, or leave it out."
+            f"{changed} is about reference images, and no encoder of them is named. Add "
+            f"--support-encoder NAME, or leave it out."
         )
     if train.stage1_epochs is not None and train.stage1_epochs > train.epochs:
         raise ConfigError(

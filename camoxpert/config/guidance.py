@@ -39,6 +39,12 @@ class SupportConfig:
 class EpisodeConfig:
     """Which references a training image is shown with: others of its class."""
 
+    references: str = setting(
+        "",
+        "more references, beside the training images: a data set folder or a CSV with the same "
+        "classes",
+        flag="--reference-data",
+    )
     dropout: float = setting(
         0.5,
         "share of the images that are shown without references, so that the model also works "

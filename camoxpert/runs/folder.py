@@ -86,6 +86,7 @@ ADDED = (
     *("model.init_from", "model.upcycle_noise", "model.routing_grid"),
     *("model.support.encoder", "model.support.weights", "model.support.side"),
     *("model.support.pretrained", "data.episodes.dropout", "data.episodes.shots"),
+    "data.episodes.references",
     *("train.expert_dropout", "train.preset"),
 )
 

@@ -37,7 +37,11 @@ ROOTS, SYNTHETIC, UNLABELED = "data.roots", "data.synthetic", "data.unlabeled"
 PLACES = frozenset((ROOTS, SYNTHETIC, UNLABELED))
 """Settings that name training data: moved data is the same, and the caller compares it."""
 TEACHER = "data.teacher"
-FILES = ("data.clean_list", TEACHER, "model.weights", "model.init_from", "model.support.weights")
+REFERENCES = "data.episodes.references"
+FILES = (
+    *("data.clean_list", TEACHER, "model.weights", "model.init_from"),
+    *("model.support.weights", REFERENCES),
+)
 """Settings that name a file, a model or a folder of maps; its content counts."""
 
 
@@ -79,6 +83,8 @@ def file_hashes(config: Config, before: Mapping[str, str] | None = None) -> dict
         if file is not None and path == TEACHER:
             model = model_file(file)
             found[path] = folder_digest(file) if model is None else file_digest(model)
+        elif file is not None and path == REFERENCES and file.is_dir():
+            found[path] = folder_digest(file)
         elif file is not None and file.is_file():
             found[path] = file_digest(file)
         elif value and before and path in before:

@@ -20,6 +20,7 @@ from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
 PRIVATE = (
     *("data.roots", "data.cache_dir", "data.clean_list", "model.weights", "model.init_from"),
     *("run.dir", "run.name", "train.resume", "model.support.weights"),
+    "data.episodes.references",
 )
 
 

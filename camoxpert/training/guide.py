@@ -17,6 +17,7 @@ from camoxpert.data.cache.support import Reference as Shown
 from camoxpert.data.cache.support import SupportCache
 from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.image_io import read_mask
+from camoxpert.data.files.manifest import load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.samples.batches import Batch
 from camoxpert.data.samples.episodes import Episodes, episodes_of
@@ -27,7 +28,7 @@ from camoxpert.models.support import load_support_encoder
 from camoxpert.runtime.device import upload
 from camoxpert.runtime.processes import World
 from camoxpert.text import count
-from camoxpert.training.data import RunData
+from camoxpert.training.data import RunData, search_of
 
 HINT = (
     "Classes are read from names (COD10K-CAM-1-Aquatic-3-Crab-32, crab_12), from folders of images "
@@ -130,9 +131,16 @@ def prepare_guide(
     if model.guidance is None:
         return None
     trained = data.trained
-    classes = object_classes(trained.pairs)
+    more = _more_references(config)
+    every = [*trained.pairs, *more]
+    classes = object_classes(every)
+    if more and not set(classes[len(trained) :]) & set(classes[: len(trained)]) - {""}:
+        raise DataError(
+            f"--reference-data {config.data.episodes.references}: none of its "
+            f"{count(len(more), 'image')} is of a class of the training images. {HINT}"
+        )
     rows = [row for row, name in enumerate(classes) if name]
-    references = [trained.pairs[row] for row in rows]
+    references = [every[row] for row in rows]
     if not references:
         raise DataError(
             f"--support-encoder {config.model.support.encoder}: no training image tells the class "
@@ -145,18 +153,21 @@ def prepare_guide(
         return None
     features_ND, facts, digest = world.from_first(lambda: _describe(config, references, model))
     usable = features_ND.isfinite().all(1).tolist()
-    own = [-1] * len(trained)
+    own = [-1] * len(every)
     for number, row in enumerate(rows):
         own[row] = number
     shown = [classes[row] if usable[number] else "" for number, row in enumerate(rows)]
     asked = [
-        name if own[index] >= 0 and usable[own[index]] else "" for index, name in enumerate(classes)
+        name if own[index] >= 0 and usable[own[index]] else ""
+        for index, name in enumerate(classes[: len(trained)])
     ]
-    episodes = episodes_of(asked, shown, own, config.data.episodes, seed=config.train.seed)
+    episodes = episodes_of(
+        asked, shown, own[: len(trained)], config.data.episodes, seed=config.train.seed
+    )
     if not episodes.shown:
         raise DataError(
-            f"--support-encoder {config.model.support.encoder}: no class has two training images, "
-            f"so none can be shown another of its kind. {HINT}"
+            f"--support-encoder {config.model.support.encoder}: no class has two images, so no "
+            f"image can be shown another of its kind. {HINT}"
         )
     known = _validation_classes(data, episodes)
     _decide(config, data, episodes, facts, len(known))
@@ -164,6 +175,17 @@ def prepare_guide(
     guide = Guide(episodes, names, features_ND, digest, facts, known)
     guide.teach(model.guidance)
     return guide
+
+
+def _more_references(config: Config) -> tuple[Pair, ...]:
+    """Return the references beside the training images."""
+    folder = config.data.episodes.references
+    if not folder:
+        return ()
+    try:
+        return load_train([folder], search_of(config.data, {})).pairs
+    except DataError as error:
+        raise DataError(f"--reference-data: {error}") from error
 
 
 def _describe(
@@ -229,8 +251,8 @@ def _decide(
     console.decide(
         "guidance",
         f"{support.encoder} describes references ({facts['width']} features, {side} px); "
-        f"{episodes.shown} of {count(len(data.trained), 'training image')} have others of their class, "
-        f"in {classes} class{'' if classes == 1 else 'es'}",
+        f"{episodes.shown} of {count(len(data.trained), 'training image')} have others of their "
+        f"class, in {classes} class{'' if classes == 1 else 'es'}",
     )
     console.decide(
         "",

@@ -294,3 +294,26 @@ class TestOtherSizes:
         assert main([*words, "--resize", "bilinear"]) == 0
         captured = capsys.readouterr()
         assert "nc4k: 1 mask of another size" in captured.err and "b (9x8" in captured.err
+
+
+class TestReferring:
+    """R2C7K: classes are in the names or in sub-folders; its open images are references."""
+
+    def test_hidden_objects_by_split(self, tmp_path: Path) -> None:
+        camo = tmp_path / "R2C7K" / "Camo"
+        for split, stems in (("train", ("COD10K-CAM-1-Aquatic-3-Crab-32", "b")), ("test", ("c",))):
+            add(camo / split / "Imgs" / "Crab", camo / split / "GT" / "Crab", *stems)
+        reference = tmp_path / "R2C7K" / "Ref"
+        add(reference / "Images" / "Crab", reference / "Saliency_ICON-R" / "Crab", "1", "2")
+        train = load_train([tmp_path / "R2C7K"])
+        assert (train.layout, train.dataset) == ("R2C7K", "R2C7K")
+        assert names(train) == ["Crab/COD10K-CAM-1-Aquatic-3-Crab-32", "Crab/b"]
+        assert [pair.group for pair in train.pairs] == ["Aquatic/Crab", "Crab"]
+        assert names(find_test_sets([tmp_path / "R2C7K"])["R2C7K"]) == ["Crab/c"]
+        assert any("not read: Ref" in note for note in train.notes) or len(train.notes) == 0
+        shown = load_train([reference])
+        assert shown.layout == "R2C7K references"
+        assert [(pair.name, pair.group) for pair in shown.pairs] == [
+            ("Crab/1", "Crab"),
+            ("Crab/2", "Crab"),
+        ]

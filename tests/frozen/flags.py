@@ -20,6 +20,7 @@ NEEDED = {
     "--unlabeled": ("--teacher", "other"),
     "--synthetic-share": ("--synthetic", "other"),
     "--support-weights": ("--support-encoder", "other"),
+    "--reference-data": ("--support-encoder", "other"),
 }
 
 

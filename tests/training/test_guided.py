@@ -23,6 +23,7 @@ from camoxpert.files import read_json
 from camoxpert.inference.predictor import load_predictor
 from camoxpert.models.guidance import combine
 from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.runs.identity import file_hashes
 from camoxpert.synthesis.toy_scenes import generate_scenes
 from camoxpert.training.guide import Guide
 from camoxpert.training.prepare import prepare
@@ -76,8 +77,10 @@ def test_classes_by_names_folders_and_tables(tmp_path: Path) -> None:
         # What all images of a data set are called is no class.
         pair("camourflage_00001", "camourflage", "CAMO"),
         pair("camourflage_00002", "camourflage", "CAMO"),
+        # Unless it is a class elsewhere.
+        pair("crab_1", "Crab", "crabs"),
     ]
-    assert object_classes(pairs) == ["Crab", "", "", "Crab", "Fish", *[""] * 5]
+    assert object_classes(pairs) == ["Crab", "", "", "Crab", "Fish", *[""] * 5, "Crab"]
 
 
 class TestEpisodes:
@@ -162,6 +165,29 @@ class TestGuide:
         assert run.guide is not None
         assert run.guide.episodes.shown == 39 and run.guide.facts["references"] == 39
         assert run.guide.features_ND.isfinite().all(1).sum() == 39
+
+    def test_references_of_other_data(self, scenes: Path, tmp_path: Path) -> None:
+        other = tmp_path / "open"
+        for folder in ("Imgs", "GT"):
+            place = other / folder / "fish"
+            place.mkdir(parents=True)
+            for path in sorted((scenes / "TrainDataset" / folder).glob("fish_*"))[:3]:
+                shutil.copy(path, place)
+        plain, more = guided_run(scenes), guided_run(scenes, data__episodes__references=str(other))
+        assert plain.guide is not None and more.guide is not None
+        assert len(more.guide.features_ND) == len(plain.guide.features_ND) + 3
+        added = {
+            name: len(rows) - len(plain.guide.episodes.members[name])
+            for name, rows in more.guide.episodes.members.items()
+        }
+        assert added["fish"] == sum(added.values()) == 3
+        # Another content of the folder is another run.
+        before = more.files["data.episodes.references"]
+        for path in [*other.rglob("fish_*.*")]:
+            path.rename(path.with_name(path.name.replace("fish", "cow")))
+        assert file_hashes(more.asked)["data.episodes.references"] != before
+        with pytest.raises(DataError, match=r"--reference-data .* of a class of the training"):
+            guided_run(scenes, data__episodes__references=str(other))
 
     def test_data_without_classes_is_refused(self, scenes: Path, tmp_path: Path) -> None:
         for pair in load_train([scenes]).pairs[:8]:

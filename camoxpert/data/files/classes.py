@@ -17,16 +17,19 @@ def object_classes(pairs: Sequence[Pair]) -> list[str]:
 
     It is the last part of ``Pair.group``: ``Aquatic/Crab`` in the names of COD10K and a folder
     ``Crab`` mean the same. A word that all images of a data set share, such as ``camourflage`` in
-    ``camourflage_00001``, tells nothing, and neither does the name of a split or ``image``.
+    ``camourflage_00001``, tells nothing unless it is a class in another data set; neither does
+    the name of a split, or ``image``.
     """
     words: dict[str, set[str]] = defaultdict(set)
     for pair in pairs:
         words[pair.dataset].add(pair.group)
-    return [
-        "" if len(words[pair.dataset] - {""}) < 2 or _says_nothing(name) else name
-        for pair in pairs
-        for name in (pair.group.rpartition("/")[2],)
-    ]
+    names = [pair.group.rpartition("/")[2] for pair in pairs]
+    known = {
+        name
+        for pair, name in zip(pairs, names, strict=True)
+        if len(words[pair.dataset] - {""}) > 1 and not _says_nothing(name)
+    }
+    return [name if name in known else "" for name in names]
 
 
 def _says_nothing(name: str) -> bool:

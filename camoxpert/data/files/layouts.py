@@ -120,6 +120,13 @@ def _split_sources(images: tuple[str, ...], masks: tuple[str, ...]) -> tuple[Sou
     )
 
 
+def _camo_sources() -> tuple[Source, ...]:
+    """Return the sources of R2C7K: hidden objects of 64 classes, by split."""
+    images = tuple(f"Camo/{{}}/{name}" for name in IMAGE_FOLDERS)
+    masks = tuple(f"Camo/{{}}/{name}" for name in MASK_FOLDERS)
+    return tuple(replace(source, dataset="R2C7K") for source in _split_sources(images, masks))
+
+
 ANY_SPLIT = tuple(f"<{split}>" for split in SPLITS)
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
@@ -149,6 +156,14 @@ LAYOUTS: tuple[Layout, ...] = (
             )
             for split in ("Train", "Test")
         ),
+        exact=True,
+    ),
+    Layout("R2C7K", tuple(f"Camo/{split}" for split in ANY_SPLIT), _camo_sources()),
+    # Its images that show the classes openly, with the maps that a saliency network made of them.
+    Layout(
+        "R2C7K references",
+        ("Saliency_ICON-R",),
+        (Source("all", ("Images",), ("Saliency_ICON-R",)),),
         exact=True,
     ),
     Layout(
