@@ -229,6 +229,7 @@ def evaluate(
     num_workers: int = 0,
     corruptions: Sequence[str] = (),
     severities: Sequence[int] = (),
+    shots: Sequence[int] = (),
 ) -> list[EvaluationResult]:
     """Score a model on data sets, as ``camoxpert evaluate`` does.
 
@@ -247,6 +248,8 @@ def evaluate(
         batch_size, num_workers: how the data is read; they do not change the scores.
         corruptions: also score corrupted images: names, or ``all``; see ``result.robustness``.
         severities: of the corruptions, 1 to 5; empty: all five.
+        shots: also score a guided model with these numbers of references, training images of the
+            run; see ``result.shots``.
 
     Returns:
         One result per data set; ``result.scores["Smeasure"]`` is a fraction.
@@ -258,7 +261,7 @@ def evaluate(
 
     from camoxpert.data.files.manifest import Search
     from camoxpert.evaluation.model import evaluate_model, find_sets
-    from camoxpert.evaluation.options import ScoringOptions, choose_corruptions
+    from camoxpert.evaluation.options import ScoringOptions, choose_corruptions, choose_shots
     from camoxpert.evaluation.output import written_to
 
     asked = choose_corruptions(
@@ -281,6 +284,7 @@ def evaluate(
             batch_size=batch_size,
             num_workers=num_workers,
             corruptions=asked,
+            shots=choose_shots(shots),
             output=folder,
             command=("evaluate",),
         )

@@ -116,7 +116,7 @@ def score_shots(
     cache = predictor.support_cache
     assert cache is not None
     return ShotTable(
-        images=len(shots.pairs),
+        images=evaluators[NONE].num_images,
         classes=len({shots.class_of(pair) for pair in shots.pairs}),
         left_out=len(manifest) - len(shots.pairs),
         seed=asked.seed,

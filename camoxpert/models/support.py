@@ -129,6 +129,11 @@ class SupportEncoder(nn.Module):
         return not any(parameter.requires_grad for parameter in self.parameters())
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.mean.device
+
+    @property
     def facts(self) -> Facts:
         """What its features depend on; the weights are hashed once."""
         if self._facts is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from camoxpert.data.files.image_io import write_png
 from camoxpert.errors import DataError
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     encoder: str = "fake"
     weights: str = "aa"
     side: int = 32
@@ -28,11 +28,19 @@ class Fake(nn.Module):
 
     width = 3
 
-    def __init__(self, facts: Facts = Facts()) -> None:
+    def __init__(self, facts: Facts | None = None) -> None:
         super().__init__()
-        self.facts = facts
+        self.facts = facts or Facts()
         self.calls = 0
         self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(str(self.facts).encode()).hexdigest()
 
     @property
     def frozen(self) -> bool:
@@ -93,10 +101,10 @@ def test_whatever_features_depend_on_misses_and_says_why(
         return reason
 
     facts = Facts()
-    assert why(Fake(replace(facts, weights="bb"))) == "miss: another encoder or other weights"
-    assert why(Fake(replace(facts, encoder="it"))) == "miss: another encoder or other weights"
-    assert why(Fake(replace(facts, side=64))) == "miss: another image size"
-    assert why(Fake(replace(facts, version=2))) == "miss: another version of the code"
+    assert why(Fake(facts._replace(weights="bb"))) == "miss: other weights of the encoder"
+    assert why(Fake(facts._replace(encoder="it"))) == "miss: another encoder"
+    assert why(Fake(facts._replace(side=64))) == "miss: another image size"
+    assert why(Fake(facts._replace(version=2))) == "miss: another version of the code"
     write_png(one.mask, np.full((20, 24), 255, np.uint8))
     assert why() == "miss: another mask"
     # Another crop is another image.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from camoxpert import load
+from camoxpert import evaluate, load
 from camoxpert.cli import main
 from camoxpert.data.files.manifest import load_eval, load_train
 from camoxpert.errors import ConfigError
@@ -80,6 +80,22 @@ def test_the_table_by_shots(guided_run: Path, scenes: Path, tmp_path: Path, caps
     assert "By reference" in (tmp_path / "index.html").read_text()
     markdown = SHOT_FORMATS["markdown"]([result])
     assert "| 3 of another class |" in markdown and markdown.count("\n|") == 7
+
+
+def test_the_api_scores_with_references_and_leaves_the_models_own_alone(
+    guided_run: Path, scenes: Path
+) -> None:
+    predictor = load(guided_run, device="cpu")
+    predictor.set_reference_class("fish")
+    options = {"intervals": False, "shots": [1], "noncam": "include"}
+    (told,) = evaluate(predictor, [scenes], **options)
+    assert predictor.target is not None and predictor.target.name == "class fish"
+    predictor.clear_references()
+    (result,) = evaluate(predictor, [scenes], **options)
+    assert result.shots is not None and told.shots is not None
+    # What the model was told before counts in its own scores, and in no row of the table.
+    assert [row.scores for row in told.shots.rows] == [row.scores for row in result.shots.rows]
+    assert result.shots.rows[0].scores == result.scores != told.scores
 
 
 def test_shots_that_cannot_be_had_are_refused(

@@ -17,6 +17,7 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.photos import PhotoSpec
 from camoxpert.inference.plan import model_digest
 from camoxpert.inference.predictor import Predictor
+from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.support import SupportEncoder
 
 
@@ -123,6 +124,10 @@ def test_the_ledger_knows_references_by_content(
     said = capsys.readouterr().out
     assert "2 hits, 0 misses" in said and "saved" in said and sum(encoded) == 2
     assert "1 were there already" in said
+    # Known references need neither the encoder nor its weights: the checkpoint has their digest.
+    monkeypatch.setattr(CamoXpert, "support_encoder", None)
+    assert main([*base, *again]) == 0
+    monkeypatch.undo()
     # Another reference, or none, is another search.
     assert main([*base, *two[:3]]) == 2
     assert "reference 2 images" in " ".join(capsys.readouterr().err.split())

@@ -1,15 +1,16 @@
 """Features of reference images, kept on disk by what they depend on.
 
-An entry is ``DIR/support/IMAGE[:2]/IMAGE-MASK.ENCODER.SIDE.VERSION.DEVICE.bin``: hashes of the
-contents of image and mask and of the encoder's name and weights. It holds the seconds that
-computing took and the features. Renaming or moving files changes nothing; another crop, mask or
-encoder is another entry. The features of a file never change while the encoder is frozen; while
-any of its weights is trained the cache is not used.
+An entry is ``DIR/support/IMAGE[:2]/IMAGE-MASK.ENCODER.DEVICE.bin``: hashes of the contents of image
+and mask, and of all that the encoder's features depend on (name, weights, image size, version of
+the code; ``encoders/ENCODER.json`` holds them, to say why an entry does not fit). It holds the
+seconds that computing took and the features. Renaming or moving files changes nothing; another
+crop, mask or encoder is another entry. The features of a file never change while the encoder is
+frozen; while any of its weights is trained the cache is not used.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,29 +27,39 @@ from camoxpert import console, stop
 from camoxpert.data.cache.stages import CORRUPT, NOT_MADE, OTHER_SETTINGS, StageCache
 from camoxpert.data.files.image_io import MAX_PIXELS, read_pair
 from camoxpert.errors import DataError
+from camoxpert.files import read_json, write_json
 from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count
 
 STAGE = "support"
 TRAINED = "miss: weights of the encoder are being trained"
-PARTS = (
-    "another mask",
-    "another encoder or other weights",
-    "another image size",
-    "another version of the code",
-    "another kind of device",
-)
-"""What differs from an entry of the same image, for each part of its name."""
+FACTS = {
+    "encoder": "another encoder",
+    "weights": "other weights of the encoder",
+    "side": "another image size",
+    "version": "another version of the code",
+}
+"""What features depend on besides the reference, and what a miss is called that differs in it."""
 
 
 class Encoder(Protocol):
     """The part of ``models.support.SupportEncoder`` that the cache uses."""
 
-    width: int
+    @property
+    def width(self) -> int:
+        """Number of features D."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of ``facts``, hexadecimal."""
 
     @property
     def facts(self) -> Any:
-        """What its features depend on: encoder, weights, side, version."""
+        """What its features depend on: a named tuple of ``FACTS``."""
 
     @property
     def frozen(self) -> bool:
@@ -56,9 +67,6 @@ class Encoder(Protocol):
 
     def encode(self, images_NCHW: Sequence[Tensor], masks_N1HW: Sequence[Tensor]) -> Tensor:
         """Return the features (N, D) of references."""
-
-    def parameters(self) -> Any:
-        """Return its weights."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,7 @@ class SupportCache:
         self.stats.encoded_seconds += seconds
         if cache is not None:
             cache.keep(key, np.insert(feature, 0, seconds))
+            self._keep_facts()
         return feature
 
     def _find(self, cache: StageCache, key: str) -> tuple[NDArray[np.float32] | None, str]:
@@ -197,8 +206,37 @@ class SupportCache:
             return None, CORRUPT
         if why == OTHER_SETTINGS and self.folder is not None:
             names = [path.stem for path in cache.path(key).parent.glob(f"{key}-*.bin")]
-            why = _difference(cache.settings, [name.partition("-")[2] for name in names])
+            why = self._difference(cache.settings, [name.partition("-")[2] for name in names])
         return entry, why
+
+    def _difference(self, settings: str, others: Sequence[str]) -> str:
+        """Return in what the most similar entry of the same image differs."""
+        own = settings.split(".")
+        kept = [parts for parts in (other.split(".") for other in others) if len(parts) == 3]
+        if not kept:
+            return NOT_MADE
+        nearest = min(kept, key=lambda parts: sum(map(str.__ne__, own, parts)))
+        differs = ["another mask"] if own[0] != nearest[0] else []
+        if own[1] != nearest[1]:
+            facts, then = self.encoder.facts._asdict(), read_json(self._facts_file(nearest[1]))
+            differs += [
+                text for key, text in FACTS.items() if facts[key] != then.get(key, facts[key])
+            ]
+            differs = differs or ["another encoder or other weights"]
+        if own[2] != nearest[2]:
+            differs.append("another kind of device")
+        return f"miss: {' and '.join(differs)}"
+
+    def _facts_file(self, encoder: str) -> Path:
+        assert self.folder is not None
+        return self.folder / STAGE / "encoders" / f"{encoder}.json"
+
+    def _keep_facts(self) -> None:
+        """Write what the encoder's digest stands for, once; only messages are made of it."""
+        if self.folder is None or self._facts_file(self._encoder).is_file():
+            return
+        with contextlib.suppress(OSError):
+            write_json(self._facts_file(self._encoder), self.encoder.facts._asdict(), durable=False)
 
     def _encoded(self, reference: Reference) -> NDArray[np.float32]:
         image_HWC, mask_HW = read_pair(reference.image, reference.mask, max_pixels=self.max_pixels)
@@ -213,13 +251,13 @@ class SupportCache:
         feature: NDArray[np.float32] = self.encoder.encode([image], [mask])[0].float().cpu().numpy()
         return feature
 
+    @property
+    def _encoder(self) -> str:
+        return self.encoder.digest[:24]
+
     def _settings(self, mask: str) -> str:
-        """Return what an entry depends on besides the image, a part for each of ``PARTS``."""
-        facts = self.encoder.facts
-        named = f"{facts.encoder}\n{facts.weights}"
-        encoder = hashlib.sha256(named.encode()).hexdigest()[:16]
-        device = next((weight.device.type for weight in self.encoder.parameters()), "cpu")
-        return f"{mask[:32]}.{encoder}.{facts.side}.{facts.version}.{device}"
+        """Return what an entry depends on besides the image."""
+        return f"{mask[:32]}.{self._encoder}.{self.encoder.device.type}"
 
 
 def _time(seconds: float) -> str:
@@ -246,15 +284,3 @@ def _is_entry(entry: NDArray[Any], width: int) -> bool:
     return (
         entry.shape == (1 + width,) and entry.dtype == np.float32 and bool(np.isfinite(entry).all())
     )
-
-
-def _difference(settings: str, others: Sequence[str]) -> str:
-    """Return in what the most similar entry of the same image differs."""
-    own = settings.split(".")
-    kept = [other.split(".") for other in others]
-    kept = [parts for parts in kept if len(parts) == len(own)]
-    if not kept:
-        return NOT_MADE
-    nearest = min(kept, key=lambda parts: sum(a != b for a, b in zip(own, parts, strict=True)))
-    differs = [name for name, a, b in zip(PARTS, own, nearest, strict=True) if a != b]
-    return f"miss: {' and '.join(differs)}" if differs else NOT_MADE
