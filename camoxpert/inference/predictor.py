@@ -14,20 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert.config import TrainConfig
-from camoxpert.data.cache.choice import default_folder
-from camoxpert.data.cache.support import SupportCache
 from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.inference.batching import BatchSize
 from camoxpert.inference.engine import Pipeline
 from camoxpert.inference.prediction import Prediction
-from camoxpert.inference.references import (
-    KnownEncoder,
-    MaskInput,
-    Target,
-    target_of_class,
-    target_of_references,
-)
+from camoxpert.inference.references import Searching
 from camoxpert.inference.score import presence_of
 from camoxpert.inference.sources import ImageInput, find_photos, name_of
 from camoxpert.inference.stream import Iterated, StreamStages, or_raise
@@ -46,10 +38,9 @@ from camoxpert.runtime.device import (
 )
 
 Input = TypeVar("Input", bound=ImageInput)
-Marked = TypeVar("Marked", bound=MaskInput)
 
 
-class Predictor:
+class Predictor(Searching):
     """A model in evaluation mode with its preprocessing; ``camoxpert.load`` makes one.
 
     Args:
@@ -58,11 +49,6 @@ class Predictor:
         precision: number format of the forward pass.
         max_pixels: larger images are refused; None: as in training.
         zoom: look at every image at two sizes; see ``models.zoom``.
-
-    Attributes:
-        network: the model for one size.
-        target: what images are searched for; None: any hidden object.
-        support_cache: keeps the features of references; None before the first.
     """
 
     def __init__(
@@ -100,9 +86,7 @@ class Predictor:
             # Images are read at the larger size.
             self.model, self.img_size = Zoomed(built, self.img_size), sides[-1]
         self.model.to(device).eval()
-        self.network = built
-        self.target: Target | None = None
-        self.support_cache: SupportCache | None = None
+        super().__init__(built, max_pixels=self.max_pixels)
 
     @property
     def has_presence(self) -> bool:
@@ -280,61 +264,6 @@ class Predictor:
                     if isinstance(found, Prediction):
                         found = dataclasses.replace(found, seconds=row["seconds"]["forward"])
                     yield row["image"], found
-
-    def set_references(
-        self,
-        images: ImageInput | list[Input] | tuple[Input, ...],
-        masks: MaskInput | list[Marked] | tuple[Marked, ...],
-        *,
-        weights: str | Path = "",
-    ) -> None:
-        """Search all images from now on for what references show.
-
-        Features of files are kept in the cache folder, so that the next call with the same
-        references does not run the encoder.
-
-        Args:
-            images: one to five references: paths, uint8 RGB pixels or Pillow images.
-            masks: of what to look for, one for each: paths, or arrays (H, W) of 0 and 1 or 0 and
-                255.
-            weights: file of the support encoder's weights, where the one of the training is not.
-
-        Raises:
-            ConfigError: the model was trained without guidance; or its encoder cannot be had.
-            CheckpointError: the encoder's weights are not those of the training.
-            DataError: a reference cannot be read, or its mask marks nothing.
-        """
-        given = list(images) if isinstance(images, (list, tuple)) else [images]
-        marked = list(masks) if isinstance(masks, (list, tuple)) else [masks]
-        cache = self.open_support_cache(str(weights))
-        self.search_for(target_of_references(cache, given, marked))
-
-    def open_support_cache(self, weights: str = "") -> SupportCache:
-        """Return the cache of reference features, opened once; raises as ``set_references``."""
-        if self.support_cache is None:
-            encoder = KnownEncoder(self.network, weights)
-            folder = default_folder() / "stages"
-            self.support_cache = SupportCache(encoder, folder, max_pixels=self.max_pixels)
-        return self.support_cache
-
-    def set_reference_class(self, name: str) -> None:
-        """Search all images from now on for a class of the training; needs no reference.
-
-        Raises:
-            ConfigError: the model was trained without guidance, or does not know the class.
-        """
-        self.search_for(target_of_class(self.network, name))
-
-    def clear_references(self) -> None:
-        """Search for any hidden object again: the model without guidance, bit for bit."""
-        self.search_for(None)
-
-    def search_for(self, target: Target | None) -> None:
-        """Search all images from now on for a target; None: any hidden object."""
-        self.target = target
-        if self.network.guidance is not None or target is not None:
-            self.network.require_guidance()
-            self.network.reference_D = None if target is None else target.tensor().to(self.device)
 
     def prepare(self, image_HWC: NDArray[np.uint8]) -> Tensor:
         """Return an RGB uint8 image (H, W, 3) resized to the training size, uint8 (3, S, S)."""

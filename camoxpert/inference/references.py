@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert import console
+from camoxpert.data.cache.choice import default_folder
 from camoxpert.data.cache.support import Reference, SupportCache
 from camoxpert.data.files.image_io import read_mask
 from camoxpert.errors import ConfigError, DataError
@@ -24,6 +26,8 @@ from camoxpert.text import count
 
 MaskInput = str | Path | NDArray[np.uint8] | NDArray[np.bool_]
 """A file, or an array (H, W): bool, 0 and 1, or 0 and 255."""
+Shown = TypeVar("Shown", bound=ImageInput)
+Marked = TypeVar("Marked", bound=MaskInput)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,82 @@ class KnownEncoder:
     def encode(self, images_NCHW: Sequence[Tensor], masks_N1HW: Sequence[Tensor]) -> Tensor:
         """Return the features (N, D) of references."""
         return self.built.encode(images_NCHW, masks_N1HW)
+
+
+class Searching:
+    """What a model can be told to search for; the part of ``Predictor`` about references.
+
+    Args:
+        network: the model.
+        max_pixels: larger references are refused.
+
+    Attributes:
+        network: the model.
+        target: what images are searched for; None: any hidden object.
+        support_cache: keeps the features of references; None before the first.
+    """
+
+    def __init__(self, network: CamoXpert, *, max_pixels: int) -> None:
+        self.network, self.max_pixels = network, max_pixels
+        self.target: Target | None = None
+        self.support_cache: SupportCache | None = None
+
+    def set_references(
+        self,
+        images: ImageInput | list[Shown] | tuple[Shown, ...],
+        masks: MaskInput | list[Marked] | tuple[Marked, ...],
+        *,
+        weights: str | Path = "",
+    ) -> None:
+        """Search all images from now on for what references show.
+
+        Features of files are kept in the cache folder, so that the next call with the same
+        references does not run the encoder.
+
+        Args:
+            images: one to five references: paths, uint8 RGB pixels or Pillow images.
+            masks: of what to look for, one for each: paths, or arrays (H, W) of 0 and 1 or 0 and
+                255.
+            weights: file of the support encoder's weights, where the one of the training is not.
+
+        Raises:
+            ConfigError: the model was trained without guidance; or its encoder cannot be had.
+            CheckpointError: the encoder's weights are not those of the training.
+            DataError: a reference cannot be read, or its mask marks nothing.
+        """
+        given = list(images) if isinstance(images, (list, tuple)) else [images]
+        marked = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+        cache = self.open_support_cache(str(weights))
+        self.search_for(target_of_references(cache, given, marked))
+
+    def open_support_cache(self, weights: str = "") -> SupportCache:
+        """Return the cache of reference features, opened once; raises as ``set_references``."""
+        if self.support_cache is None:
+            encoder = KnownEncoder(self.network, weights)
+            folder = default_folder() / "stages"
+            self.support_cache = SupportCache(encoder, folder, max_pixels=self.max_pixels)
+        return self.support_cache
+
+    def set_reference_class(self, name: str) -> None:
+        """Search all images from now on for a class of the training; needs no reference.
+
+        Raises:
+            ConfigError: the model was trained without guidance, or does not know the class.
+        """
+        self.search_for(target_of_class(self.network, name))
+
+    def clear_references(self) -> None:
+        """Search for any hidden object again: the model without guidance, bit for bit."""
+        self.search_for(None)
+
+    def search_for(self, target: Target | None) -> None:
+        """Search all images from now on for a target; None: any hidden object."""
+        self.target = target
+        if self.network.guidance is not None or target is not None:
+            self.network.require_guidance()
+            self.network.reference_D = (
+                None if target is None else target.tensor().to(self.network.mean.device)
+            )
 
 
 def target_of_references(

@@ -107,9 +107,7 @@ class TestEvaluate:
         assert "Is anything hidden?" in page and "reliability" in page
         assert "without an object that look most as if they had one" in page
 
-    def test_neither_protocol_nor_skipping_changes_it(
-        self, model: Path, both: Path
-    ) -> None:
+    def test_neither_protocol_nor_skipping_changes_it(self, model: Path, both: Path) -> None:
         found = [
             camoxpert.evaluate(model, both, protocol=protocol, empty_gt=empty_gt, intervals=False)[
                 0

@@ -88,7 +88,7 @@ class TestEpisodes:
     def episodes(seed: int = 3, dropout: float = 0.5, shots: int = 5) -> Episodes:
         # Images 0 to 8 are references themselves; 9 is not, and 10 has no class.
         classes = ["a"] * 6 + ["b"] * 2 + ["c", "a", ""]
-        config = EpisodeConfig(dropout, shots)
+        config = EpisodeConfig(dropout=dropout, shots=shots)
         return episodes_of(classes, classes[:9], [*range(9), -1, -1], config, seed=seed)
 
     def test_a_pure_function(self) -> None:
