@@ -131,10 +131,10 @@ class Handler(BaseHTTPRequestHandler):
         raise Fault(404, "There is nothing here. The page is at /.")
 
     def _post(self) -> Answer:
-        path, _, query = self.path.partition("?")
-        if path in self.server.assets:
+        place, _, query = self.path.partition("?")
+        if place in self.server.assets:
             return self._refuse_method()
-        if path not in POSTS:
+        if place not in POSTS:
             raise Fault(404, f"There is nothing here. Images go to {', '.join(POSTS)}.")
         check_same_site(self.headers)
         check_type(self.headers)
@@ -148,11 +148,15 @@ class Handler(BaseHTTPRequestHandler):
         self._limits.allow(length, self.server.patience.body)
         try:
             # In a folder that only this process's user can enter, under a name that nobody sent.
-            with NamedTemporaryFile(dir=self.server.folder) as file:
-                receive(self.rfile, length, file)  # type: ignore[arg-type]
-                file.flush()
+            file = NamedTemporaryFile(dir=self.server.folder, delete=False)  # noqa: SIM115
+            path = Path(file.name)
+            try:
+                with file:
+                    receive(self.rfile, length, file)  # type: ignore[arg-type]
                 self._unread = False
-                return self._worked_on(Path(file.name), POSTS[path], threshold)
+                return self._worked_on(path, POSTS[place], threshold)
+            finally:
+                path.unlink(missing_ok=True)
         except OSError as error:
             if error.errno not in FULL:
                 raise

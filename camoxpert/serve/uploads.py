@@ -3,6 +3,7 @@ message."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MOST_SCANS = 64
 """Scans of a progressive JPEG: cameras and editors write about ten. A decoder goes over the whole
 picture for each, and a few bytes are enough for one: 20 MB of them take hours."""
-SCAN = b"\xff\xda"
+MOST_SEGMENTS = 10_000
+"""Markers of a JPEG; those that restart the decoder within a scan do not count."""
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+START, END, SCAN, LONE = 0xD8, 0xD9, 0xDA, 0x01
 
 
 def read_upload(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
@@ -34,7 +38,7 @@ def read_upload(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
         header = probe(path, max_pixels=max_pixels)
         if header.format not in FORMATS:
             raise Fault(422, f"The file is not one of {', '.join(FORMATS)}. Convert it.")
-        if header.format in ("JPEG", "MPO") and path.read_bytes().count(SCAN) > MOST_SCANS:
+        if header.format in ("JPEG", "MPO") and has_many_scans(path.read_bytes()):
             raise Fault(
                 422, f"The JPEG has more than {MOST_SCANS} scans. Save it again in an editor."
             )
@@ -49,3 +53,23 @@ def read_upload(path: Path, *, max_pixels: int) -> NDArray[np.uint8]:
         # Decoders meet files made to break them, and raise all kinds of errors.
         raise Fault(422, "The file is damaged: it cannot be decoded.") from None
     return pixels
+
+
+def has_many_scans(data: bytes) -> bool:
+    """Return whether a JPEG has more than MOST_SCANS scans, or parts without end.
+
+    What lies inside a segment is skipped, such as a thumbnail with an end of its own; phones append
+    videos behind the end of the picture, which hold any bytes.
+    """
+    scans, place = 0, 2
+    for _ in range(MOST_SEGMENTS):
+        found = MARKER.search(data, place)
+        if found is None or data[found.start() + 1] == END:
+            return False
+        kind, place = data[found.start() + 1], found.end()
+        if kind not in (START, LONE):
+            place += max(2, int.from_bytes(data[place : place + 2], "big"))
+        scans += kind == SCAN
+        if scans > MOST_SCANS:
+            return True
+    return True

@@ -17,6 +17,7 @@ from camoxpert.errors import ConfigError
 from camoxpert.serve.handler import POLICY, threshold_of
 from camoxpert.serve.reading import Patience
 from camoxpert.serve.server import MOST_CONNECTIONS, Address, Server
+from camoxpert.serve.uploads import has_many_scans
 
 MARK = "Zq7marker"
 
@@ -246,11 +247,11 @@ def other_format(name: str) -> bytes:
     return file.getvalue()
 
 
-def many_scans() -> bytes:
+def many_scans(between: bytes = b"") -> bytes:
     """Return a progressive JPEG whose last scan is there a hundred times."""
     data = jpeg(np.zeros((64, 64, 3), np.uint8), progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
-    return data[:-2] + last * 100 + b"\xff\xd9"
+    return data[:-2] + between + last * 100 + b"\xff\xd9"
 
 
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
@@ -260,6 +261,7 @@ FILES = {
     "zeros": (bytes(5000), "not an image"),
     "a JPEG cut short": (jpeg(NOISE)[:-300], "damaged"),
     "a progressive JPEG of many scans": (many_scans(), "scans"),
+    "... behind a comment with an end": (many_scans(b"\xff\xfe\x00\x04\xff\xd9"), "scans"),
     "PostScript": (other_format("EPS"), "not one of JPEG"),
     "an icon": (other_format("ICO"), "not one of JPEG"),
 }
@@ -276,7 +278,12 @@ def test_files_that_are_refused(asked, name: str) -> None:
 
 
 def test_sound_progressive_jpegs_are_taken(asked) -> None:
-    assert asked.post("/api/view", jpeg(NOISE, progressive=True)).status == 200
+    sound = jpeg(NOISE, progressive=True)
+    assert asked.post("/api/view", sound).status == 200
+    # A phone's moving picture: a video behind the end, which holds any bytes.
+    assert not has_many_scans(sound + b"\xff\xda" * 500)
+    # Markers without end, which would keep this count busy.
+    assert has_many_scans(sound[:2] + b"\xff\x01" * 20_000 + sound[2:])
 
 
 def test_a_bomb_is_refused_from_its_header(asked, monkeypatch) -> None:
