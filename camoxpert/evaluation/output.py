@@ -347,7 +347,7 @@ def write_evaluation(
     pictures = [entry for entry in kept.gallery if output.keep(str(entry["panel"]))]
     for item in scored:
         name = table_of(item.result.method, item.result.dataset)
-        write_rows(folder / name, item.rows())
+        write_rows(folder / name, item.table())
     write_curves(folder / "curves", kept.results, datasets)
     # Tables group rows by data set; a method that came later has its rows behind all others.
     order = list(datasets)

@@ -129,8 +129,19 @@ class Scored:
     columns: Mapping[str, Row] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
-        """Return the per-image table, sorted by name."""
+        """Return the scored images with their columns, sorted by name."""
         return [{**row, **self.columns.get(row["name"], {})} for row in self.evaluator.rows()]
+
+    def table(self) -> list[Row]:
+        """Return the per-image table: ``rows``, and images without an object that were left out of
+        the scores, for what is known of them."""
+        rows = {row["name"]: row for row in self.rows()}
+        for name, own in self.columns.items() if rows else ():
+            if name not in rows:
+                nothing = dict.fromkeys(next(iter(rows.values())), "")
+                rows[name] = {**nothing, "name": name, "object_fraction": 0.0, "num_objects": 0}
+                rows[name] |= own
+        return [rows[name] for name in sorted(rows)]
 
 
 class ComparisonEntry(TypedDict):

@@ -107,7 +107,9 @@ class TestEvaluate:
         assert "Is anything hidden?" in page and "reliability" in page
         assert "without an object that look most as if they had one" in page
 
-    def test_neither_protocol_nor_skipping_changes_it(self, model: Path, both: Path) -> None:
+    def test_neither_protocol_nor_skipping_changes_it(
+        self, model: Path, both: Path, tmp_path: Path
+    ) -> None:
         found = [
             camoxpert.evaluate(model, both, protocol=protocol, empty_gt=empty_gt, intervals=False)[
                 0
@@ -117,6 +119,13 @@ class TestEvaluate:
         assert found[0].presence is not None
         assert found[0].presence == found[1].presence == found[2].presence
         assert found[2].num_images == 6 and found[2].num_skipped == 5
+        # What is left out of the scores keeps its line of the table.
+        words = ("-o", str(tmp_path), "--empty-gt", "skip", "--no-intervals", "--gallery", "0")
+        assert evaluate(str(model), "--data", str(both), *words) == 0
+        with next((tmp_path / "per_image").rglob("*.csv")).open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 11 and all(row["presence"] for row in rows)
+        assert sum(row["Smeasure"] == "" for row in rows) == 5
 
     def test_a_model_without_it_has_its_masks_counted(
         self, plain: Path, both: Path, tmp_path: Path, capsys
