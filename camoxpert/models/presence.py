@@ -76,6 +76,8 @@ class PresenceHead(nn.Module):
         """Return presence logits (B,), float32.
 
         Nothing flows back from here: with the head the network learns the same masks as without.
+        A gradient into the features cost .023 of the S-measure on generated scenes and gained
+        nothing (AUROC .955 instead of .960; one seed).
 
         Args:
             features_BCHW: the backbone's last level.
