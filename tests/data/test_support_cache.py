@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from camoxpert.data.cache.stages import StageCache
 from camoxpert.data.cache.support import Reference, SupportCache
 from camoxpert.data.files.image_io import write_png
 from camoxpert.errors import DataError
@@ -115,6 +116,25 @@ def test_whatever_features_depend_on_misses_and_says_why(
     cache = opened(folder)
     cache.features([one, *references[1:]])
     assert cache.stats.hits == 3 and cache.encoder.calls == 0
+
+
+def test_the_same_reference_again_is_read_once(
+    references: list[Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "c"
+    opened(folder).features(references)
+    cache = opened(folder)
+    first = cache.features(references)
+    hashed: list[Path] = []
+    monkeypatch.setattr("camoxpert.data.cache.support.file_digest", hashed.append)
+    monkeypatch.setattr(StageCache, "find", None)
+    assert torch.equal(cache.features(references), first) and not hashed
+    assert cache.stats.hits == 6
+    # A file that changes is another reference.
+    write_png(references[0].mask, np.full((20, 24), 255, np.uint8))
+    with pytest.raises(TypeError):
+        cache.features(references[:1])
+    assert hashed == [references[0].mask]
 
 
 def test_a_damaged_entry_is_made_again(references: list[Reference], tmp_path: Path) -> None:

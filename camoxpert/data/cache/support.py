@@ -148,6 +148,10 @@ class SupportCache:
     ) -> None:
         self.encoder, self.folder, self.max_pixels = encoder, folder, max_pixels
         self.stats = SupportStats()
+        # Hashes of files as they were, and entries that were found: a caller may search for one
+        # thing after another.
+        self._hashes: dict[tuple[object, ...], str] = {}
+        self._entries: dict[str, NDArray[np.float32]] = {}
 
     def features(self, references: Sequence[Reference], *, title: str = "references") -> Tensor:
         """Return the features of references, float32 (N, D) on the CPU.
@@ -174,16 +178,18 @@ class SupportCache:
 
     def digests(self, references: Sequence[Reference]) -> list[str]:
         """Return a hash of the contents of each reference: what its features are kept under."""
-        return ["-".join(_contents(reference)) for reference in references]
+        return ["-".join(self._contents(reference)) for reference in references]
 
     def _feature(self, reference: Reference) -> NDArray[np.float32]:
         started = time.perf_counter()
         entry, why, cache, key = None, TRAINED, None, ""
         if self.encoder.frozen:
-            image, mask = _contents(reference)
+            image, mask = self._contents(reference)
             cache = StageCache(self.folder, STAGE, settings=self._settings(mask))
             key = image[:32]
-            entry, why = self._find(cache, key)
+            entry, why = self._entries.get(f"{key}-{cache.settings}"), ""
+            if entry is None:
+                entry, why = self._find(cache, key)
         looked_up = time.perf_counter()
         if entry is not None:
             self.stats.hits += 1
@@ -204,6 +210,8 @@ class SupportCache:
         entry, why = cache.find(key)
         if entry is not None and not _is_entry(entry, self.encoder.width):
             return None, CORRUPT
+        if entry is not None:
+            self._entries[f"{key}-{cache.settings}"] = entry
         if why == OTHER_SETTINGS and self.folder is not None:
             names = [path.stem for path in cache.path(key).parent.glob(f"{key}-*.bin")]
             why = self._difference(cache.settings, [name.partition("-")[2] for name in names])
@@ -251,6 +259,27 @@ class SupportCache:
         feature: NDArray[np.float32] = self.encoder.encode([image], [mask])[0].float().cpu().numpy()
         return feature
 
+    def _contents(self, reference: Reference) -> tuple[str, str]:
+        """Return the hashes of a reference's files.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        try:
+            return self._hash(reference.image), self._hash(reference.mask)
+        except OSError as error:
+            raise DataError(
+                f"The reference {reference.image} with the mask {reference.mask} cannot be read: "
+                f"{error.strerror or error}."
+            ) from error
+
+    def _hash(self, path: Path) -> str:
+        found = path.stat()
+        state = (path, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if state not in self._hashes:
+            self._hashes[state] = file_digest(path)
+        return self._hashes[state]
+
     @property
     def _encoder(self) -> str:
         return self.encoder.digest[:24]
@@ -262,21 +291,6 @@ class SupportCache:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
-
-
-def _contents(reference: Reference) -> tuple[str, str]:
-    """Return the hashes of a reference's files.
-
-    Raises:
-        DataError: one cannot be read.
-    """
-    try:
-        return file_digest(reference.image), file_digest(reference.mask)
-    except OSError as error:
-        raise DataError(
-            f"The reference {reference.image} with the mask {reference.mask} cannot be read: "
-            f"{error.strerror or error}."
-        ) from error
 
 
 def _is_entry(entry: NDArray[Any], width: int) -> bool:
