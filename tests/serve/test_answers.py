@@ -257,3 +257,14 @@ def test_a_server_that_hoards_is_noticed(start: Callable, predictor, photo: Path
 
     analyst.answer = hoard
     assert growth(start(analyst), 12, [photo.read_bytes()], first=5)[0] > 100
+
+
+def test_freed_memory_is_returned_now_and_then(predictor, photo: Path, monkeypatch) -> None:
+    analysis.trim_memory()
+    trimmed: list[int] = []
+    analyst = Analyst(predictor, 0.5)
+    monkeypatch.setattr(analysis, "trim_memory", lambda: trimmed.append(analyst.done))
+    analyst.done = analysis.TRIM_EVERY - 2
+    for _ in range(3):
+        analyst.answer(photo, "predict", None)
+    assert trimmed == [analysis.TRIM_EVERY]
