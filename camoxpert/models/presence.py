@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HIDDEN = 64
-TOP_SHARE = 0.01
-"""Share of the mask's logits whose mean says how sure the most certain pixels are."""
+TOP_PART = 100
+"""One in so many of the mask's logits is among the highest, whose mean says how sure the most
+certain pixels are."""
 CELL = 4
 """Logits are averaged over cells of this many pixels a side before they are sorted: a single pixel
 is no evidence, and a sixteenth of the values are left to sort."""
@@ -100,7 +101,8 @@ def mask_evidence(logits_B1HW: Tensor) -> Tensor:
     """
     logits = logits_B1HW.float()
     cells_BN = F.avg_pool2d(logits, CELL).flatten(1)
-    number = max(1, round(TOP_SHARE * cells_BN.shape[1]))
+    # In whole numbers, which a graph of any size can hold.
+    number = torch.sym_max(1, (cells_BN.shape[1] + TOP_PART // 2) // TOP_PART)
     top_B = cells_BN.topk(number, 1).values.mean(1)
     area_B = logits.sigmoid().mean((1, 2, 3))
     return torch.stack([top_B / 4, ((area_B + SMALLEST_AREA).log() + 4) / 3], 1)
