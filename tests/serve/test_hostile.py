@@ -193,14 +193,14 @@ def test_a_body_that_ends_early(asked, photo: Path) -> None:
 @pytest.mark.parametrize("part", ["head", "body"])
 def test_a_byte_at_a_time_is_not_waited_for(asked, part: str) -> None:
     """A timeout of the socket alone would start again with every byte."""
-    asked.server.patience = Patience(head=0.4, body=0.4, rest=0.1)
+    asked.server.patience = Patience(head=0.4, body=0.4, rest=1.0)
     head = (
         b"POST /api/map HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
         b"Content-Length: 5000\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", asked.server.port), 30) as connection:
         connection.sendall(head if part == "body" else head[:30])
-        sent, ended = 0, threading.Event()
+        sent, ended, answer = 0, threading.Event(), b""
         connection.settimeout(0.05)
         while sent < 400 and not ended.is_set():
             try:
@@ -208,13 +208,14 @@ def test_a_byte_at_a_time_is_not_waited_for(asked, part: str) -> None:
                 sent += 1
                 if not (got := connection.recv(65536)):
                     ended.set()
-                elif part == "body":
-                    assert got.startswith(b"HTTP/1.1 408 ")
+                answer += got
             except TimeoutError:
                 continue
             except OSError:
                 ended.set()
     assert ended.is_set() and sent < 400
+    # A sender that writes on after the end may lose the answer.
+    assert not answer or (part == "body" and answer.startswith(b"HTTP/1.1 408 "))
     assert not list(asked.server.folder.iterdir())
 
 
