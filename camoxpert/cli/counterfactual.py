@@ -10,6 +10,7 @@ from camoxpert.errors import ConfigError
 
 EXAMPLES = """examples:
   camoxpert synthesize counterfactual --dataset-path data/animals -o data/counterfactual
+  camoxpert synthesize counterfactual --dataset-path COD10K-v3 -o out --size 512 --limit 500
   camoxpert train --dataset-path data/animals --synthetic data/counterfactual"""
 
 

@@ -25,13 +25,19 @@ def batch_of(*pixels: int) -> Batch:
     )
 
 
-def options_of(settings: dict[str, float], *parts: Batch, world: World | None = None) -> dict:
+def options_of(
+    settings: dict[str, float],
+    *parts: Batch,
+    world: World | None = None,
+    negatives: tuple[str, ...] = (),
+) -> dict:
     plan = Plan((Stage(2, 0, 2, 0, 4, 4, 4, 1e-3),))
     run = SimpleNamespace(
         config=build_config(settings),
         plan=plan,
         world=world or World(),
         state=SimpleNamespace(step=2),
+        data=SimpleNamespace(negatives=negatives),
     )
     return loss_options(run, list(parts))
 
@@ -39,6 +45,7 @@ def options_of(settings: dict[str, float], *parts: Batch, world: World | None = 
 def test_the_loss_gets_what_settings_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = batch_of(1, 50), batch_of(90, 50, 50, 0)
     assert options_of({}, *parts) == {}
+    assert options_of({}, *parts, negatives=("sky.jpg",)) == {"empty_alone": True}
     assert options_of({"loss.uncertainty": 0.1}, *parts) == {"progress": 2 / 8}
     # 2, 1; 2, 1, 1, 1: the mean of the step, not of its parts.
     balanced = options_of({"loss.size_balance": 1.0}, *parts)
