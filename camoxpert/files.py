@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import errno
+import hashlib
 import io
 import json
 import math
@@ -276,3 +277,12 @@ def lock(path: Path, *, waiting: Callable[[], object] = lambda: None) -> Iterato
         yield
     finally:
         held.release()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

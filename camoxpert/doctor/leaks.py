@@ -18,8 +18,7 @@ from camoxpert.data.files.layouts import split_of
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair, path_stem
 from camoxpert.doctor.copies import find_copies_between, fingerprints
-from camoxpert.files import read_json, write_json
-from camoxpert.runs.checkpoint import file_digest
+from camoxpert.files import file_digest, read_json, write_json
 from camoxpert.text import count
 
 VERSION = 1

@@ -36,13 +36,12 @@ from camoxpert.evaluation.results import (
     summarise,
 )
 from camoxpert.evaluation.tables import file_names
-from camoxpert.files import leads_outside, why_missing
+from camoxpert.files import file_digest, leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel, side_by_side
-from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import count, shorten
 
 

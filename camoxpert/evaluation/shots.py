@@ -21,7 +21,7 @@ import numpy as np
 from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair
-from camoxpert.runs.checkpoint import file_digest
+from camoxpert.files import file_digest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from camoxpert import console, stop
 from camoxpert.errors import CheckpointError, ConfigError
-from camoxpert.files import write_json
+from camoxpert.files import file_digest, write_json
 from camoxpert.inference.annotations import (
     begin_coco,
     join_coco,
@@ -51,7 +51,6 @@ from camoxpert.inference.sources import Photo, read_pixels
 from camoxpert.inference.tta import Looked
 from camoxpert.inference.video import VIDEO_KINDS, VideoOptions, VideoRun, plan_videos
 from camoxpert.inference.views import ONE_VIEW, ViewOptions
-from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import did_you_mean
 
 SUMMARY = "predict.json"

@@ -19,11 +19,12 @@ import torch
 from camoxpert import console
 from camoxpert.config import to_dict
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.files import file_digest
 from camoxpert.inference.ledger import FAILED, Ledger, Source, source_of
 from camoxpert.inference.prediction import KINDS, PREDICTIONS
 from camoxpert.inference.products import Product
 from camoxpert.inference.sources import Photo
-from camoxpert.runs.checkpoint import Checkpoint, file_digest
+from camoxpert.runs.checkpoint import Checkpoint
 from camoxpert.text import bullet_list, count
 
 COMPARED = {"model": "model", "img_size": "image size", "precision": "precision",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from camoxpert import console, stop
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.files import UMASK, leads_outside, write_whole
+from camoxpert.files import UMASK, file_digest, leads_outside, write_whole
 from camoxpert.inference.engine import Row
 from camoxpert.inference.frames import BadVideo, Frame, FrameChunks, VideoFile, VideoWriter
 from camoxpert.inference.ledger import FAILED, Ledger, as_fields, source_of
@@ -38,7 +38,6 @@ from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo
 from camoxpert.inference.timing import Timing
 from camoxpert.inference.tta import Looked
-from camoxpert.runs.checkpoint import file_digest
 from camoxpert.text import bullet_list
 
 COLUMNS = ("frame", "pts", "seconds", "object_fraction", "confidence")

@@ -6,7 +6,6 @@ code. ``runs/store.py`` writes them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 
 from camoxpert.config import Config, ModelConfig, config_from_dict
 from camoxpert.errors import CheckpointError, ConfigError
-from camoxpert.files import no_path
+from camoxpert.files import file_digest, no_path
 
 FORMAT = 1
 BEST = "best.pt"
@@ -143,12 +142,3 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(entries, list):
         return []
     return [e for e in entries if isinstance(e, dict) and {"file", "step", "sha256"} <= e.keys()]
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

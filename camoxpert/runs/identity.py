@@ -10,7 +10,8 @@ from typing import Any
 
 from camoxpert.config import Config, get_setting, leaves
 from camoxpert.errors import CheckpointError
-from camoxpert.runs.checkpoint import file_digest, resolve_checkpoint
+from camoxpert.files import file_digest
+from camoxpert.runs.checkpoint import resolve_checkpoint
 
 # Settings that say how long, how fast or where, not what is trained.
 FREE = (

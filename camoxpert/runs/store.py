@@ -18,15 +18,8 @@ from typing import Any
 import torch
 
 from camoxpert.errors import CheckpointError
-from camoxpert.files import write_bytes
-from camoxpert.runs.checkpoint import (
-    BEST,
-    INDEX,
-    Checkpoint,
-    file_digest,
-    load_checkpoint,
-    read_index,
-)
+from camoxpert.files import file_digest, write_bytes
+from camoxpert.runs.checkpoint import BEST, INDEX, Checkpoint, load_checkpoint, read_index
 
 
 class CheckpointFolder:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from camoxpert import console
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.files import file_digest
 from camoxpert.inference.job import BatchResult
-from camoxpert.runs.checkpoint import file_digest
 from camoxpert.runtime.host import usable_cores
 from camoxpert.synthesis.compose.cached import Source, backgrounds_of, objects_of
 from camoxpert.synthesis.compose.draw import draw_composition

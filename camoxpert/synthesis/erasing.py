@@ -22,11 +22,11 @@ from torch import Tensor
 
 from camoxpert.data.files.image_io import read_pair
 from camoxpert.errors import DataError
+from camoxpert.files import file_digest
 from camoxpert.inference.engine import Row
 from camoxpert.inference.ledger import as_fields
 from camoxpert.inference.plan import joined_digest, state_of
 from camoxpert.inference.products import Product
-from camoxpert.runs.checkpoint import file_digest
 from camoxpert.runtime.host import usable_cores
 from camoxpert.synthesis.erase import Erased, erase, moved_away
 from camoxpert.synthesis.lightsource import SMALLEST_SIDE, difficulty_of, fitted

@@ -17,9 +17,9 @@ from torch import Tensor
 from camoxpert.data.cache.stages import OFF, StageCache, content_key, settings_key
 from camoxpert.data.files.image_io import read_levels, read_pair
 from camoxpert.errors import DataError
+from camoxpert.files import file_digest
 from camoxpert.inference.ledger import as_fields
 from camoxpert.inference.plan import joined_digest, state_of
-from camoxpert.runs.checkpoint import file_digest
 from camoxpert.synthesis.compose.difficulty import difficulty
 from camoxpert.synthesis.relight.albedo import FLOOR, NOMINAL, SIGMAS
 

@@ -31,12 +31,12 @@ from camoxpert.data.files.names import match_names
 from camoxpert.data.files.pairing import Pair, by_name
 from camoxpert.data.files.png import require_checksums
 from camoxpert.errors import CheckpointError, ConfigError, DataError
-from camoxpert.files import why_missing
+from camoxpert.files import file_digest, why_missing
 from camoxpert.inference.photos import PhotoOptions, predict_photos
 from camoxpert.inference.plan import model_digest
 from camoxpert.inference.predictor import load_for
 from camoxpert.inference.sources import Photo
-from camoxpert.runs.checkpoint import file_digest, resolve_checkpoint
+from camoxpert.runs.checkpoint import resolve_checkpoint
 from camoxpert.synthesis.job import say_outcomes
 from camoxpert.synthesis.sources import GROUND_TRUTH
 from camoxpert.text import shorten

@@ -34,11 +34,11 @@ from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.evaluation.maps.find import map_folder
 from camoxpert.evaluation.maps.masks import named
-from camoxpert.files import lock, why_missing
+from camoxpert.files import file_digest, lock, why_missing
 from camoxpert.inference.score import forward_batch, probability_maps
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.models.zoom import ZOOM, zoomed_side
-from camoxpert.runs.checkpoint import Checkpoint, file_digest, load_checkpoint
+from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
 from camoxpert.runs.identity import model_file
 from camoxpert.runtime.device import Precision, choose_device, choose_precision
 from camoxpert.runtime.host import usable_cores

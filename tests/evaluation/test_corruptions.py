@@ -204,12 +204,12 @@ class TestCommand:
     ) -> None:
         """Images are decoded once per corruption, and clean scores are those without the flag."""
         loads, reads = [], []
-        honest, reader = loading.load_predictor, datasets.read_pair
+        honest, reader = loading.load_predictor, datasets.read_files
         monkeypatch.setattr(
             loading, "load_predictor", lambda *w, **k: loads.append(1) or honest(*w, **k)
         )
         monkeypatch.setattr(
-            datasets, "read_pair", lambda *w, **k: reads.append(1) or reader(*w, **k)
+            datasets, "read_files", lambda *w, **k: reads.append(1) or reader(*w, **k)
         )
         (result,) = camoxpert.evaluate(
             str(tiny_run), toy_data, corruptions="noise,fog", severities=[1, 5], intervals=False

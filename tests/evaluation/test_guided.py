@@ -13,8 +13,8 @@ from camoxpert.data.files.manifest import load_eval, load_train
 from camoxpert.errors import ConfigError
 from camoxpert.evaluation.options import choose_shots
 from camoxpert.evaluation.shots import Shots
+from camoxpert.files import file_digest
 from camoxpert.pages.shots import SHOT_FORMATS
-from camoxpert.runs.checkpoint import file_digest
 
 
 @pytest.fixture(scope="module")

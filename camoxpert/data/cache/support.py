@@ -27,8 +27,7 @@ from camoxpert import console, stop
 from camoxpert.data.cache.stages import CORRUPT, NOT_MADE, OTHER_SETTINGS, StageCache
 from camoxpert.data.files.image_io import MAX_PIXELS, read_pair
 from camoxpert.errors import DataError
-from camoxpert.files import read_json, write_json
-from camoxpert.runs.checkpoint import file_digest
+from camoxpert.files import file_digest, read_json, write_json
 from camoxpert.text import count
 
 STAGE = "support"
