@@ -81,6 +81,9 @@ def test_classes_by_names_folders_and_tables(tmp_path: Path) -> None:
         pair("crab_1", "Crab", "crabs"),
     ]
     assert object_classes(pairs) == ["Crab", "", "", "Crab", "Fish", *[""] * 5, "Crab"]
+    # A table may have one class only, and it may be called as people like.
+    told = [replace(pair(str(n), "polyp", "table"), told=True) for n in range(2)]
+    assert object_classes(told) == ["polyp"] * 2
 
 
 class TestEpisodes:

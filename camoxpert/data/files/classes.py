@@ -18,7 +18,7 @@ def object_classes(pairs: Sequence[Pair]) -> list[str]:
     It is the last part of ``Pair.group``: ``Aquatic/Crab`` in the names of COD10K and a folder
     ``Crab`` mean the same. A word that all images of a data set share, such as ``camourflage`` in
     ``camourflage_00001``, tells nothing unless it is a class in another data set; neither does
-    the name of a split, or ``image``.
+    the name of a split, or ``image``. The column ``class`` of a CSV is always believed.
     """
     words: dict[str, set[str]] = defaultdict(set)
     for pair in pairs:
@@ -27,7 +27,7 @@ def object_classes(pairs: Sequence[Pair]) -> list[str]:
     known = {
         name
         for pair, name in zip(pairs, names, strict=True)
-        if len(words[pair.dataset] - {""}) > 1 and not _says_nothing(name)
+        if pair.told or (len(words[pair.dataset] - {""}) > 1 and not _says_nothing(name))
     }
     return [name if name in known else "" for name in names]
 

@@ -29,6 +29,7 @@ class Pair:
         made: True for a made image: it is trained on and never measured with.
         empty: True for an image that is known to have no object and is treated as such; without a
             mask of its own, ``mask`` is the image itself.
+        told: True where a table says the class, which a name only suggests.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Pair:
     labeled: bool = True
     made: bool = False
     empty: bool = False
+    told: bool = False
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,9 @@ def _read_csv(path: Path, allow_outside: bool) -> list[Pairing]:
             )
         lines[split, name] = number
         dataset = path.stem + ("-val" if split == "val" else "")
-        group = row.get("class") or class_of(image.stem)
-        splits[split][name] = Pair(name, image, mask, dataset, group)
+        told = row.get("class", "")
+        group = told or class_of(image.stem)
+        splits[split][name] = Pair(name, image, mask, dataset, group, told=bool(told))
     if not lines:
         raise DataError(f"{path} has no rows.")
     order = [split for split in (*SPLITS, "all") if split in splits]
