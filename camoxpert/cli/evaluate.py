@@ -305,7 +305,10 @@ def _shots(options: argparse.Namespace) -> ShotOptions | None:
     from camoxpert.evaluation.options import choose_shots
 
     return choose_shots(
-        options.shots or (), options.reference_data or (), options.support_weights or ""
+        options.shots or (),
+        options.reference_data or (),
+        options.support_weights or "",
+        allow_outside=options.allow_outside,
     )
 
 

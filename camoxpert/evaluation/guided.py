@@ -39,9 +39,12 @@ def find_pool(predictor: Predictor, asked: ShotOptions) -> tuple[Pair, ...]:
     predictor.network.require_guidance()
     data = predictor.config.data
     roots: Sequence[str] = asked.roots or data.roots
-    search = Search(data.layout, any_size=data.resize == "bilinear")
-    if asked.roots:
-        search = Search(any_size=True)
+    # What may be read is the user's choice of now, not one of the checkpoint.
+    search = Search(
+        "auto" if asked.roots else data.layout,
+        allow_outside=asked.allow_outside,
+        any_size=bool(asked.roots) or data.resize == "bilinear",
+    )
     pairs = load_train(roots, search).pairs if roots else ()
     if not any(object_classes(pairs)):
         raise DataError(

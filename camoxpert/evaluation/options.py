@@ -58,23 +58,29 @@ class ShotOptions:
         numbers: of references, ascending.
         roots: data whose training images are drawn; empty: that of the run.
         weights: file of the support encoder's weights, where the one of the training is not.
+        allow_outside: a table of that data may name files outside its folder.
         seed: of the draws.
     """
 
     numbers: tuple[int, ...]
     roots: tuple[str, ...] = ()
     weights: str = ""
+    allow_outside: bool = False
     seed: int = 0
 
 
 def choose_shots(
-    numbers: Iterable[int], roots: Iterable[str] = (), weights: str = ""
+    numbers: Iterable[int],
+    roots: Iterable[str] = (),
+    weights: str = "",
+    *,
+    allow_outside: bool = False,
 ) -> ShotOptions | None:
     """Return the numbers of references to score with; None if none is named.
 
     Args:
         numbers: of references; 0, which is always scored, may be named.
-        roots, weights: see ``ShotOptions``.
+        roots, weights, allow_outside: see ``ShotOptions``.
 
     Raises:
         ConfigError: a negative number, no other than 0, or data without numbers.
@@ -90,7 +96,8 @@ def choose_shots(
             f"--shots are numbers of references, at least 1; got {', '.join(map(str, asked))}. No "
             "reference is always scored beside them."
         )
-    return ShotOptions(tuple(number for number in asked if number), places, weights)
+    kept = tuple(number for number in asked if number)
+    return ShotOptions(kept, places, weights, allow_outside)
 
 
 def choose_corruptions(

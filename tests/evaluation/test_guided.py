@@ -116,6 +116,20 @@ def test_shots_that_cannot_be_had_are_refused(
     assert choose_shots([]) is None
 
 
+def test_a_table_beside_its_images_needs_leave_for_references_too(
+    guided_run: Path, scenes: Path, tmp_path: Path, capsys
+) -> None:
+    pairs = load_train([scenes]).pairs
+    rows = [f"{pair.image},{pair.mask},train,{pair.group}" for pair in pairs]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["image,mask,split,class", *rows]))
+    words = ["evaluate", str(guided_run), "--data", str(scenes), "-o", str(tmp_path / "o")]
+    words += ["--shots", "1", "--reference-data", str(table), "--gallery", "0", "--no-intervals"]
+    assert main(words) == 3
+    assert "--allow-outside" in capsys.readouterr().err
+    assert main([*words, "--allow-outside"]) == 0
+
+
 def test_the_report_says_what_the_cache_did(guided_run: Path) -> None:
     report = (guided_run / "report.html").read_text()
     assert "support cache: " in report and "tiny_test" in report
