@@ -32,8 +32,9 @@ def did_you_mean(name: str, known: Iterable[str], *, otherwise: str = "") -> str
 
 
 def count(number: int, noun: str) -> str:
-    """Return ``1 image``, ``2 images``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """Return ``1 image``, ``2 images``, ``2 classes``."""
+    ending = "es" if noun.endswith("ss") else "s"
+    return f"{number} {noun}{'' if number == 1 else ending}"
 
 
 def free_name(name: str, taken: Collection[str]) -> str:

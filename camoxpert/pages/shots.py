@@ -48,7 +48,7 @@ def shot_title(result: Result) -> str:
     without = f"; {count(left, 'image')} without a class to refer to left out" if left else ""
     return (
         f"{result['method']} on {result['dataset']} by what the model is shown: "
-        f"{count(found['images'], 'image')} of {found['classes']} classes{without}"
+        f"{count(found['images'], 'image')} of {count(found['classes'], 'class')}{without}"
     )
 
 

@@ -252,7 +252,7 @@ def _decide(
         "guidance",
         f"{support.encoder} describes references ({facts['width']} features, {side} px); "
         f"{episodes.shown} of {count(len(data.trained), 'training image')} have others of their "
-        f"class, in {classes} class{'' if classes == 1 else 'es'}",
+        f"class, in {count(classes, 'class')}",
     )
     console.decide(
         "",

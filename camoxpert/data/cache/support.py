@@ -106,7 +106,7 @@ class SupportStats:
     def describe(self) -> str:
         """Return counts, reasons and times, for the user."""
         missed = self.misses.total()
-        text = f"{count(self.hits, 'hit')}, {missed} miss{'' if missed == 1 else 'es'}"
+        text = f"{count(self.hits, 'hit')}, {count(missed, 'miss')}"
         if missed:
             reasons = [
                 f"{n} {why.removeprefix('miss: ')}" for why, n in sorted(self.misses.items())
