@@ -21,7 +21,7 @@ from camoxpert.synthesis.compose.reading import read_masked
 from camoxpert.synthesis.compose.records import ComposeSettings
 from camoxpert.synthesis.composing import ComposeItem, ComposeSpec, SourceFile, compose_head
 from camoxpert.synthesis.job import Job, Work, make_images
-from camoxpert.synthesis.masks import MaskOptions, require_masks, with_masks
+from camoxpert.synthesis.masks import MaskOptions, with_masks
 from camoxpert.synthesis.page import write_page
 from camoxpert.synthesis.records import Head, product_of
 from camoxpert.synthesis.sources import SourceOptions, find_sources
@@ -171,8 +171,6 @@ def _pictures(options: SourceOptions, masks: MaskOptions) -> _Pictures:
     """Return the pictures of data sets, with masks."""
     found = find_sources(options, what="source")
     masked = with_masks(found.pairs, masks)
-    if masked.failed:
-        require_masks(masked, masks.source)
     pictures = _Pictures(
         tests=found.tests,
         compared=found.compared,

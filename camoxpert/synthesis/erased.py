@@ -11,7 +11,7 @@ from camoxpert.inference.job import BatchResult
 from camoxpert.synthesis.erasing import MADE, EraseItem, EraseSpec, erase_head
 from camoxpert.synthesis.job import Job, Work, make_images
 from camoxpert.synthesis.lightsource import index_of
-from camoxpert.synthesis.masks import Masked, MaskOptions, require_masks, with_masks
+from camoxpert.synthesis.masks import Masked, MaskOptions, with_masks
 from camoxpert.synthesis.page import write_page
 from camoxpert.synthesis.records import Head, product_of
 from camoxpert.synthesis.relit import notes_of
@@ -55,8 +55,6 @@ def erase_sources(
     """
     found = find_sources(sources)
     masked = with_masks(found.pairs, masks)
-    if masked.failed:
-        require_masks(masked, masks.source)
     items = items_of(found, masked)
     product = product_of(options.image_format)
     spec = EraseSpec(

@@ -31,6 +31,7 @@ from camoxpert.runtime.host import usable_cores
 from camoxpert.synthesis.erase import Erased, erase, moved_away
 from camoxpert.synthesis.lightsource import SMALLEST_SIDE, difficulty_of, fitted
 from camoxpert.synthesis.records import failed_row, write_pair
+from camoxpert.synthesis.sources import SourceItem
 
 VERSION = 1
 """Of the images: increased when the same settings give other pixels."""
@@ -40,37 +41,15 @@ MADE = (REMOVED, CONTROL)
 BYTES_A_PIXEL = 40
 
 
-@dataclass(frozen=True, slots=True)
-class EraseItem:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EraseItem(SourceItem):
     """An image to make.
 
     Attributes:
-        name: of the image.
         made: one of MADE.
-        path, mask: files of the source.
-        any_size: the mask may have another size than the image.
-        group: class of the source.
-        index: of the draw.
-        leak: why the source counts as a test image, "" if it does not.
-        derived: how the mask came about, where it is not the ground truth.
-        fault: why there is no mask, "" if there is one.
     """
 
-    name: str
     made: str
-    path: Path
-    mask: Path
-    any_size: bool
-    group: str
-    index: int
-    leak: str = ""
-    derived: str = ""
-    fault: str = ""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What the image is made from."""
-        return self.path, self.mask
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from camoxpert.inference.ledger import as_fields
 from camoxpert.inference.plan import joined_digest, state_of
 from camoxpert.synthesis.compose.difficulty import difficulty
 from camoxpert.synthesis.relight.albedo import FLOOR, NOMINAL, SIGMAS
+from camoxpert.synthesis.sources import SourceItem
 
 ALBEDO = {"version": 1, "sigmas": SIGMAS, "nominal": NOMINAL, "floor": FLOOR}
 HEIGHT = {"version": 1}
@@ -31,32 +32,15 @@ ROLES = ("image", "mask", "depth")
 """Of the files of an item, in the provenance."""
 
 
-@dataclass(frozen=True, slots=True)
-class RelightItem:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelightItem(SourceItem):
     """A source in one light.
 
     Attributes:
-        name: of the image.
-        path, mask: files of the source.
         depth: file of its depth map, or None.
-        any_size: the mask may have another size than the image.
-        group: class of the source.
-        index: of the draw.
-        leak: why the source counts as a test image, "" if it does not.
-        derived: how the mask came about, where it is not the ground truth.
-        fault: why there is no mask, "" if there is one.
     """
 
-    name: str
-    path: Path
-    mask: Path
     depth: Path | None
-    any_size: bool
-    group: str
-    index: int
-    leak: str = ""
-    derived: str = ""
-    fault: str = ""
 
     @property
     def files(self) -> tuple[Path, ...]:

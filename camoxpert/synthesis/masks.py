@@ -110,14 +110,18 @@ def with_masks(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
     """Return the sources with masks from where the options say; say what the cache had.
 
     Raises:
-        ConfigError: a mask is not cached, under ``--strict-cache``.
+        ConfigError: a mask is not cached, under ``--strict-cache``; or no source got a mask.
         DataError: there are no maps, or they do not fit the images.
         CheckpointError: no usable model.
     """
     kind = kind_of(options.source)
     if kind == GROUND_TRUTH:
         return Masked(tuple(pairs))
-    return (_from_maps if kind == "maps" else _from_model)(pairs, options)
+    masked = (_from_maps if kind == "maps" else _from_model)(pairs, options)
+    if masked.failed and len(masked.failed) == len(masked.pairs):
+        reason = next(iter(masked.failed.values()))
+        raise ConfigError(f"--mask-source {options.source} gave no mask: {reason}")
+    return masked
 
 
 def _from_maps(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
@@ -224,10 +228,3 @@ def _state(mask: Path) -> str:
     except (DataError, OSError, ValueError, SyntaxError):
         return CORRUPT
     return HIT
-
-
-def require_masks(masked: Masked, source: str) -> None:
-    """Raise ConfigError where no source got a mask."""
-    if len(masked.failed) == len(masked.pairs):
-        reason = next(iter(masked.failed.values()))
-        raise ConfigError(f"--mask-source {source} gave no mask: {reason}")

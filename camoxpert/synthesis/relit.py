@@ -19,7 +19,7 @@ from camoxpert.inference.job import BatchResult
 from camoxpert.inference.plan import digest_of
 from camoxpert.synthesis.job import Job, Work, describe_caches, make_images
 from camoxpert.synthesis.lightsource import Reading, RelightItem, index_of, read_source
-from camoxpert.synthesis.masks import Masked, MaskOptions, require_masks, with_masks
+from camoxpert.synthesis.masks import Masked, MaskOptions, with_masks
 from camoxpert.synthesis.page import write_page
 from camoxpert.synthesis.records import Head, product_of
 from camoxpert.synthesis.relight.draw import RelightSettings
@@ -86,8 +86,6 @@ def relight_sources(
     """
     found = find_sources(sources)
     masked = with_masks(found.pairs, masks)
-    if masked.failed:
-        require_masks(masked, masks.source)
     depth = _depth_maps(options.depth_maps, found)
     items = items_of(found, masked, options, depth)
     product = product_of(options.image_format)

@@ -256,3 +256,34 @@ def _names(pairs: Sequence[Pair]) -> tuple[str, ...]:
             )
         seen[name] = pair.image
     return names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceItem:
+    """An image that is made from one source.
+
+    Attributes:
+        name: of the image.
+        path, mask: files of the source.
+        any_size: the mask may have another size than the image.
+        group: class of the source.
+        index: of the draw.
+        leak: why the source counts as a test image, "" if it does not.
+        derived: how the mask came about, where it is not the ground truth.
+        fault: why there is no mask, "" if there is one.
+    """
+
+    name: str
+    path: Path
+    mask: Path
+    any_size: bool
+    group: str
+    index: int
+    leak: str = ""
+    derived: str = ""
+    fault: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the image is made from."""
+        return self.path, self.mask
