@@ -134,7 +134,13 @@ def test_skipped_step_leaves_weights_and_ema_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "allowed"), [({}, 1), ({"model.expert_family": "uniform"}, 0)]
+    ("settings", "allowed"),
+    [
+        ({}, 1),
+        ({"model.expert_family": "uniform"}, 0),
+        ({"model.presence": "on"}, 1),
+        ({"model.support.encoder": "tiny_test", "model.support.pretrained": False}, 1),
+    ],
 )
 def test_host_syncs_of_the_forward_and_backward_pass(settings, allowed) -> None:
     """Counted by torch, which warns at every synchronising call."""
@@ -144,9 +150,11 @@ def test_host_syncs_of_the_forward_and_backward_pass(settings, allowed) -> None:
     model = build_model(config.model).cuda().train()
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
     masks = torch.zeros(4, 1, 64, 64, device="cuda")
+    shown = () if model.guidance is None else (model.guidance.trial(len(images)),)
+    alone = model.presence is not None
 
     def step() -> None:
-        loss, _ = total_loss(model(images), masks, config.loss)
+        loss, _ = total_loss(model(images, *shown), masks, config.loss, empty_alone=alone)
         loss.backward()
 
     step()
