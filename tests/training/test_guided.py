@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import TINY_SETTINGS, ending, records
@@ -14,6 +15,7 @@ from helpers.runs import TINY_SETTINGS, ending, records
 from camoxpert.config import build_config
 from camoxpert.config.guidance import EpisodeConfig
 from camoxpert.data.files.classes import object_classes
+from camoxpert.data.files.image_io import read_image, write_png
 from camoxpert.data.files.manifest import load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.samples.batches import Batch
@@ -84,6 +86,21 @@ def test_classes_by_names_folders_and_tables(tmp_path: Path) -> None:
     # A table may have one class only, and it may be called as people like.
     told = [replace(pair(str(n), "polyp", "table"), told=True) for n in range(2)]
     assert object_classes(told) == ["polyp"] * 2
+
+
+def test_images_that_show_no_object_are_of_no_class() -> None:
+    """Their masks are the images themselves, or black; and a word that only they bring in does not
+    make a class of what all others are called."""
+    barks = [pair(f"bark_{n}", "bark") for n in range(2)]
+    crabs = [pair(f"crab_{n}", "crab") for n in range(2)]
+    for without in (
+        [replace(one, empty=True, told=True) for one in barks],
+        [replace(one, labeled=False) for one in barks],
+    ):
+        assert object_classes([*crabs, *without]) == [""] * 4
+        fish = pair("fish_1", "fish")
+        assert object_classes([*crabs, *without, fish]) == ["crab", "crab", "", "", "fish"]
+    assert object_classes([*crabs, *barks]) == ["crab", "crab", "bark", "bark"], "the control"
 
 
 class TestEpisodes:
@@ -161,13 +178,34 @@ class TestGuide:
     def test_empty_masks_are_no_references(self, scenes: Path, tmp_path: Path) -> None:
         data = Path(shutil.copytree(scenes, tmp_path / "data"))
         empty = load_train([data]).pairs[0]
-        from camoxpert.data.files.image_io import write_png
-
-        write_png(empty.mask, torch.zeros(32, 32, dtype=torch.uint8).numpy())
+        write_png(empty.mask, np.zeros((32, 32), np.uint8))
         run = guided_run(data)
         assert run.guide is not None
         assert run.guide.episodes.shown == 39 and run.guide.facts["references"] == 39
         assert run.guide.features_ND.isfinite().all(1).sum() == 39
+
+    @pytest.mark.parametrize("setting", ["data__negatives", "data__unlabeled"])
+    def test_images_without_a_mask_are_neither_references_nor_shown_any(
+        self, scenes: Path, tmp_path: Path, setting: str
+    ) -> None:
+        """Their names may well end in a number, or say a class."""
+        more = tmp_path / "more"
+        more.mkdir()
+        images = sorted((scenes / "TrainDataset" / "Imgs").iterdir())
+        for number, name in enumerate(("bark_90", "bark_91", "fish_92")):
+            image = read_image(images[number])
+            write_png(more / f"{name}.png", np.ascontiguousarray(image[::-1]))
+        settings: dict[str, object] = {setting: [str(more)]}
+        if setting == "data__unlabeled":
+            soft = tmp_path / "soft"
+            soft.mkdir()
+            for path in [*images, *more.iterdir()]:
+                write_png(soft / f"{path.stem}.png", np.full((32, 32), 128, np.uint8))
+            settings = {setting: str(more), "data__teacher": str(soft)}
+        run = guided_run(scenes, **settings)
+        assert run.guide is not None and len(run.data.trained) == 43
+        assert run.guide.episodes.shown == run.guide.facts["references"] == 40
+        assert run.guide.episodes.classes[40:] == ("", "", "")
 
     def test_references_of_other_data(self, scenes: Path, tmp_path: Path) -> None:
         other = tmp_path / "open"

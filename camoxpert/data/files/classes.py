@@ -18,12 +18,18 @@ def object_classes(pairs: Sequence[Pair]) -> list[str]:
     It is the last part of ``Pair.group``: ``Aquatic/Crab`` in the names of COD10K and a folder
     ``Crab`` mean the same. A word that all images of a data set share, such as ``camourflage`` in
     ``camourflage_00001``, tells nothing unless it is a class in another data set; neither does
-    the name of a split, or ``image``. The column ``class`` of a CSV is always believed.
+    the name of a split, or ``image``. The column ``class`` of a CSV is always believed. Images
+    that are known to have no object, and those without a mask, which cannot show theirs, are of
+    none, whatever their names say.
     """
+    shows = [pair.labeled and not pair.empty for pair in pairs]
     words: dict[str, set[str]] = defaultdict(set)
-    for pair in pairs:
-        words[pair.dataset].add(pair.group)
-    names = [pair.group.rpartition("/")[2] for pair in pairs]
+    for pair, one in zip(pairs, shows, strict=True):
+        if one:
+            words[pair.dataset].add(pair.group)
+    names = [
+        pair.group.rpartition("/")[2] if one else "" for pair, one in zip(pairs, shows, strict=True)
+    ]
     known = {
         name
         for pair, name in zip(pairs, names, strict=True)
