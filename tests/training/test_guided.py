@@ -88,6 +88,18 @@ def test_classes_by_names_folders_and_tables(tmp_path: Path) -> None:
     assert object_classes(told) == ["polyp"] * 2
 
 
+def test_camo_and_cod10k_in_one_folder() -> None:
+    """As the training set of the field is distributed."""
+    pairs = [
+        *(pair(f"{word}_00012", word, "TrainDataset") for word in ("camourflage", "Camouflage")),
+        *(pair(f"COD10K-CAM-1-Aquatic-3-Crab-{n}", "Aquatic/Crab", "TrainDataset") for n in "12"),
+        pair("COD10K-CAM-2-Terrestrial-30-Grasshopper-1903", "Terrestrial/Grasshopper"),
+    ]
+    assert object_classes(pairs) == ["", "", "Crab", "Crab", ""]
+    pairs[-1] = replace(pairs[-1], dataset="TrainDataset")
+    assert object_classes(pairs) == ["", "", "Crab", "Crab", "Grasshopper"]
+
+
 def test_images_that_show_no_object_are_of_no_class() -> None:
     """Their masks are the images themselves, or black; and a word that only they bring in does not
     make a class of what all others are called."""
