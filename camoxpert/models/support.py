@@ -353,24 +353,22 @@ def _build(config: SupportConfig, side: int) -> Any:
         except Exception as error:  # timm and the hub raise a dozen unrelated types
             raise ConfigError(_no_weights(config.encoder, error)) from error
         if config.weights:
-            _load(net, config, {"num_classes": 0, **way})
+            # Its decision line is about the backbone.
+            with console.muted(), console.remembering():
+                load_weights(
+                    net,
+                    Path(config.weights),
+                    name=config.encoder,
+                    options={"num_classes": 0, **way},
+                    option="--support-weights",
+                    what="support encoder",
+                )
         return net
     raise ConfigError(
         f"--support-encoder {config.encoder} cannot describe references of {side} px"
         f"{f': {reasons[-1]}' if reasons else ''}. Leave model.support.side unset, or choose a ViT "
         f"or a pyramid, for example vit_small_patch16_dinov3 or tf_efficientnet_lite0."
     )
-
-
-def _load(net: Any, config: SupportConfig, options: dict[str, Any]) -> None:
-    try:
-        # Its decision line is about the backbone.
-        with console.muted(), console.remembering():
-            load_weights(net, Path(config.weights), name=config.encoder, options=options)
-    except CheckpointError as error:
-        text = str(error).replace("--weights:", "--support-weights:", 1)
-        text = text.replace("this backbone", "the support encoder")
-        raise CheckpointError(text.replace("another backbone", "another network")) from error
 
 
 def _takes(name: str, side: int, options: dict[str, Any]) -> bool:

@@ -234,10 +234,18 @@ class TestEncoder:
         with pytest.raises(ConfigError, match=r"--support-encoder: .* mean edgenext_xx_small"):
             SupportEncoder(SupportConfig("edgenext_xx_smal"))
         torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-        with pytest.raises(CheckpointError, match=r"--support-weights: .* the support encoder"):
-            SupportEncoder(SupportConfig("edgenext_xx_small", str(tmp_path / "other.pth")))
-        with pytest.raises(CheckpointError, match="--support-weights: "):
-            SupportEncoder(SupportConfig("edgenext_xx_small", str(tmp_path / "none.pth")))
+        (tmp_path / "torn.pth").write_bytes(b"PK")
+        torch.save({}, tmp_path / "empty.pth")
+        for file, words in (
+            ("other.pth", r"does not fit this support encoder .* of another support encoder\?"),
+            ("none.pth", "There is no file"),
+            ("torn.pth", "cannot be read as weights"),
+            ("empty.pth", "holds no state dict"),
+        ):
+            with pytest.raises(CheckpointError, match=f"^--support-weights: .*{words}") as refused:
+                SupportEncoder(SupportConfig("edgenext_xx_small", str(tmp_path / file)))
+            for other in (" --weights", "backbone"):
+                assert other not in str(refused.value), "of the network that was asked for"
 
 
 class TestModel:
