@@ -11,6 +11,7 @@ from torch import Tensor
 from camoxpert import console
 from camoxpert.config import DataConfig
 from camoxpert.data.cache.support import Reference as ReferenceFile
+from camoxpert.data.cache.support import SupportCache
 from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.manifest import Manifest, Search, load_train
 from camoxpert.data.files.pairing import Pair
@@ -94,7 +95,8 @@ def score_shots(
     if not shots.pairs:
         console.warn(f"{name}: no image has a class of which there are training images: no shots")
         return None
-    targets = _targets(predictor, shots, asked, guidance.classes)
+    cache = predictor.support_cache_with(asked.weights)
+    targets = _targets(predictor, cache, shots, asked, guidance.classes)
     evaluators = {shown: options.evaluator() for shown in targets}
     whole = forward_batch(predictor.device)
     loader = build_eval_loader(
@@ -116,8 +118,6 @@ def score_shots(
                 precision=predictor.precision,
                 references=_lookup(features, guidance.features, predictor.device),
             )
-    cache = predictor.support_cache
-    assert cache is not None
     return ShotTable(
         images=evaluators[NONE].num_images,
         classes=len({shots.class_of(pair) for pair in shots.pairs}),
@@ -129,7 +129,11 @@ def score_shots(
 
 
 def _targets(
-    predictor: Predictor, shots: Shots, asked: ShotOptions, known: Sequence[str]
+    predictor: Predictor,
+    cache: SupportCache,
+    shots: Shots,
+    asked: ShotOptions,
+    known: Sequence[str],
 ) -> dict[str, dict[str, Tensor]]:
     """Return what is shown -> image name -> features (D,); without an entry: no reference."""
     numbers = sorted(set(asked.numbers))
@@ -143,7 +147,6 @@ def _targets(
         drawn[f"{most} of another class"] = wrong
     used = {(p.image, p.mask): p for t in drawn.values() for pairs in t.values() for p in pairs}
     files = [ReferenceFile(pair.image, pair.mask) for pair in used.values()]
-    cache = predictor.open_support_cache(asked.weights)
     features = dict(zip(used, cache.features(files), strict=True))
     console.note(f"support cache: {cache.stats.describe()}")
     targets: dict[str, dict[str, Tensor]] = {NONE: {}}

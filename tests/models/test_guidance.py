@@ -77,13 +77,13 @@ class TestWithoutReferences:
         images = images_of()
         expected = small(guided=False, routing=routing)(images).logits_B1HW
         model = small(routing=routing)
-        model.set_reference_features(features(2))
+        model.search_for(combine(features(2)))
         assert torch.equal(model(images).logits_B1HW, expected), "every part starts at zero"
         model = taught(routing=routing)
         assert torch.equal(model(images).logits_B1HW, expected)
-        model.set_reference_features(features(2))
+        model.search_for(combine(features(2)))
         assert not torch.equal(model(images).logits_B1HW, expected), "the control"
-        model.clear_references()
+        model.search_for(None)
         assert torch.equal(model(images).logits_B1HW, expected)
 
     def test_images_of_a_batch_without_one(self) -> None:
@@ -116,7 +116,7 @@ class TestCombine:
         model, images, shown = taught(), images_of(), features(5)
         logits = []
         for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [0, 1, 2, 3]):
-            model.set_reference_features(shown[order])
+            model.search_for(combine(shown[order]))
             logits.append(model(images).logits_B1HW)
         assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
@@ -202,15 +202,11 @@ class TestEncoder:
     def test_it_is_frozen_and_no_part_of_the_model(self) -> None:
         model = small()
         names = list(model.state_dict())
-        number = sum(p.numel() for p in model.parameters())
-        encoder = model.support_encoder()
-        assert model.support_encoder() is encoder, "built once"
-        model.train()
+        encoder = SupportEncoder(SupportConfig(TINY))
         assert encoder.frozen and not encoder.training and not encoder.train().training
-        assert list(model.state_dict()) == names
-        assert sum(p.numel() for p in model.parameters()) == number
-        model.set_references(images_of(), masks_of())
-        assert not encoder.encode(images_of(), masks_of()).requires_grad
+        shown = encoder.encode(images_of(), masks_of())
+        assert not shown.requires_grad
+        model.search_for(combine(shown))
         assert list(model.state_dict()) == names, "what is searched for is not saved"
 
     def test_tokens_of_a_vit_at_another_size(self) -> None:
@@ -252,17 +248,19 @@ class TestModel:
     def test_a_model_without_guidance_takes_no_references(self) -> None:
         model = small(guided=False)
         with pytest.raises(ConfigError, match="--support-encoder NAME"):
-            model.set_references(images_of(), masks_of())
-        with pytest.raises(ConfigError, match="--support-encoder NAME"):
-            model.set_reference_features(features(1))
-        with pytest.raises(ConfigError, match=r"\(N, 24\)"):
-            small().set_reference_features(torch.zeros(0, 24))
+            model.search_for(combine(features(1)))
+        model.search_for(None)
+        for shape in ((0,), (25,), (1, 24), (0, 24)):
+            guided = small()
+            with pytest.raises(ConfigError, match=r"has 24 features.* got \("):
+                guided.search_for(torch.zeros(shape))
+            assert guided.reference_D is None
 
     def test_classes_are_remembered_in_the_weights(self) -> None:
         model = taught()
         assert model.guidance is not None
         shown = {"Crab": features(3), "Fish": features(2, 2)}
-        digest = model.support_encoder().digest
+        digest = SupportEncoder(SupportConfig(TINY)).digest
         model.guidance.standardise(shown)
         model.guidance.remember(shown, digest)
         other = small()
@@ -270,19 +268,12 @@ class TestModel:
         assert other.guidance is not None
         assert other.guidance.classes == ("Crab", "Fish")
         assert other.guidance.encoder_digest == digest
-        other.set_reference_class("Fish")
-        model.set_reference_features(shown["Fish"])
+        other.search_for(other.guidance.prototype("Fish"))
+        model.search_for(combine(shown["Fish"]))
         images = images_of()
         assert torch.equal(other(images).logits_B1HW, model(images).logits_B1HW)
         with pytest.raises(ConfigError, match=r"'Crabb'\. Did you mean Crab"):
-            other.set_reference_class("Crabb")
-
-    def test_another_encoder_is_refused(self) -> None:
-        model = small()
-        assert model.guidance is not None
-        model.guidance.remember({"Crab": features(2)}, "ab" * 32)
-        with pytest.raises(CheckpointError, match="--support-weights"):
-            model.set_references(images_of(), masks_of())
+            other.guidance.prototype("Crabb")
 
     def test_regions_of_an_image_share_its_reference(self) -> None:
         images = images_of(2)
@@ -297,7 +288,7 @@ class TestModel:
         model = taught(decoder="unet")
         plain = model(images).logits_B1HW
         assert torch.equal(plain, small(guided=False, decoder="unet")(images).logits_B1HW)
-        model.set_reference_features(features(1))
+        model.search_for(combine(features(1)))
         assert not torch.equal(model(images).logits_B1HW, plain)
 
     def test_recomputed_activations_give_the_same_gradients(self) -> None:
@@ -337,7 +328,7 @@ class TestModel:
 
     def test_half_precision(self) -> None:
         model = taught()
-        model.set_reference_features(features(3))
+        model.search_for(combine(features(3)))
         with torch.autocast("cpu", torch.bfloat16):
             output = model(images_of())
         assert output.logits_B1HW.isfinite().all()

@@ -283,12 +283,12 @@ class TestCommand:
         self, train: Callable[..., int], scenes: Path, tmp_path: Path
     ) -> None:
         assert train(*SHORT, *GUIDED, "--run-name", "r", data=scenes) == 0
-        model = load_predictor(tmp_path / "r" / "model", device="cpu").model
-        known = load_predictor(tmp_path / "r", device="cpu").model
+        model = load_predictor(tmp_path / "r" / "model", device="cpu")
+        known = load_predictor(tmp_path / "r", device="cpu")
         image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
         for one in (model, known):
             one.set_reference_class("fish")
-        assert torch.equal(model(image).logits_B1HW, known(image).logits_B1HW)
+        assert torch.equal(model.logits(image), known.logits(image))
         settings = load_checkpoint(tmp_path / "r" / "model" / "model.safetensors").config
         assert settings.model.support.weights == "" and settings.model.support.encoder
 
