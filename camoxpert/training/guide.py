@@ -19,8 +19,10 @@ from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.image_io import read_mask
 from camoxpert.data.files.manifest import load_train
 from camoxpert.data.files.pairing import Pair
+from camoxpert.data.files.unlabeled import joined
 from camoxpert.data.samples.batches import Batch
 from camoxpert.data.samples.episodes import Episodes, episodes_of
+from camoxpert.doctor.inspect import copies_among
 from camoxpert.errors import CheckpointError, DataError
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.guidance import Guidance, Reference, combine
@@ -131,7 +133,7 @@ def prepare_guide(
     if model.guidance is None:
         return None
     trained = data.trained
-    more = _more_references(config)
+    more = world.from_first(lambda: _more_references(config, data))
     every = [*trained.pairs, *more]
     classes = object_classes(every)
     if more and not set(classes[len(trained) :]) & set(classes[: len(trained)]) - {""}:
@@ -177,15 +179,33 @@ def prepare_guide(
     return guide
 
 
-def _more_references(config: Config) -> tuple[Pair, ...]:
-    """Return the references beside the training images."""
+def _more_references(config: Config, data: RunData) -> tuple[Pair, ...]:
+    """Return the references beside the training images.
+
+    Without those that the run has anyway, by their content: a training image would be shown with
+    itself, and what the run is measured with would teach it.
+    """
     folder = config.data.episodes.references
     if not folder:
         return ()
     try:
-        return load_train([folder], search_of(config.data, {})).pairs
+        pairs = load_train([folder], search_of(config.data, {})).pairs
     except DataError as error:
         raise DataError(f"--reference-data: {error}") from error
+    held_out = joined(data.validation, data.calibration, *data.tests.values()).pairs
+    copies = copies_among(pairs, [*held_out, *data.trained.pairs])
+    if copies:
+        measured = sum(copy < len(held_out) for copy in copies.values())
+        reasons = {
+            "trained on anyway": len(copies) - measured,
+            "images for validation, calibration or tests": measured,
+        }
+        console.decide(
+            "guidance",
+            f"{len(copies)} of {count(len(pairs), 'reference')} in {folder} are not used: "
+            + ", ".join(f"{number} {what}" for what, number in reasons.items() if number),
+        )
+    return tuple(pair for number, pair in enumerate(pairs) if number not in copies)
 
 
 def _describe(

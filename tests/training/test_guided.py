@@ -15,7 +15,7 @@ from helpers.runs import TINY_SETTINGS, ending, records
 from camoxpert.config import build_config
 from camoxpert.config.guidance import EpisodeConfig
 from camoxpert.data.files.classes import object_classes
-from camoxpert.data.files.image_io import read_image, write_png
+from camoxpert.data.files.image_io import read_image, read_mask, write_png
 from camoxpert.data.files.manifest import load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.samples.batches import Batch
@@ -225,7 +225,9 @@ class TestGuide:
             place = other / folder / "fish"
             place.mkdir(parents=True)
             for path in sorted((scenes / "TrainDataset" / folder).glob("fish_*"))[:3]:
-                shutil.copy(path, place)
+                # Mirrored: copies of training images are no more references.
+                pixels = (read_image if folder == "Imgs" else read_mask)(path)
+                write_png(place / f"{path.stem}.png", np.ascontiguousarray(pixels[:, ::-1]))
         plain, more = guided_run(scenes), guided_run(scenes, data__episodes__references=str(other))
         assert plain.guide is not None and more.guide is not None
         assert len(more.guide.features_ND) == len(plain.guide.features_ND) + 3
@@ -241,6 +243,40 @@ class TestGuide:
         assert file_hashes(more.asked)["data.episodes.references"] != before
         with pytest.raises(DataError, match=r"--reference-data .* of a class of the training"):
             guided_run(scenes, data__episodes__references=str(other))
+
+    def test_other_data_that_holds_images_of_the_run(
+        self, scenes: Path, tmp_path: Path, capsys
+    ) -> None:
+        """Nothing is shown with itself, and nothing that measures the run teaches it."""
+        plain = guided_run(scenes, data__val_fraction=0.2)
+        train, validation, tests = plain.data.train, plain.data.validation, plain.data.tests["toy"]
+        pairs = [*train.pairs[:3], *validation.pairs[:2], tests.pairs[0]]
+        other = tmp_path / "open"
+        for pair in pairs:
+            kind = pair.name.split("_")[0]
+            for path, folder in ((pair.image, "Imgs"), (pair.mask, "GT")):
+                (other / folder).mkdir(parents=True, exist_ok=True)
+                # Under names that tell nothing of where they are from.
+                name = f"{kind}_{9000 + len(list((other / folder).iterdir()))}{path.suffix}"
+                shutil.copy(path, other / folder / name)
+        settings = {"data__val_fraction": 0.2, "data__episodes__references": str(other)}
+        capsys.readouterr()
+        run = guided_run(scenes, **settings)
+        assert (
+            f"6 of 6 references in {other} are not used: 3 trained on anyway, 3 images for "
+            "validation, calibration or tests"
+        ) in capsys.readouterr().out
+        assert plain.guide is not None and run.guide is not None
+        assert torch.equal(run.guide.features_ND, plain.guide.features_ND)
+        assert run.guide.by_class().keys() == plain.guide.by_class().keys()
+        # The control: any other image is used.
+        image = next((other / "Imgs").iterdir())
+        write_png(image.with_suffix(".png"), np.ascontiguousarray(read_image(image)[::-1]))
+        if image.suffix != ".png":
+            image.unlink()
+        run = guided_run(scenes, **settings)
+        assert run.guide is not None
+        assert len(run.guide.features_ND) == len(plain.guide.features_ND) + 1
 
     def test_data_without_classes_is_refused(self, scenes: Path, tmp_path: Path) -> None:
         for pair in load_train([scenes]).pairs[:8]:
