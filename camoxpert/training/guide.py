@@ -16,7 +16,6 @@ from camoxpert.data.cache.choice import cache_root
 from camoxpert.data.cache.support import Reference as Shown
 from camoxpert.data.cache.support import SupportCache
 from camoxpert.data.files.classes import object_classes
-from camoxpert.data.files.image_io import read_mask
 from camoxpert.data.files.manifest import load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.unlabeled import joined
@@ -221,12 +220,9 @@ def _describe(
     with console.progress("describing references", total=len(references)) as bar:
         for features_D, pair in zip(features, references, strict=True):
             stop.check()
-            try:
-                with console.muted():
-                    features_D.copy_(cache.features([Shown(pair.image, pair.mask)])[0])
-            except DataError:
-                if not _is_left_out(pair, config):
-                    raise
+            found_D = cache.drawn(Shown(pair.image, pair.mask), unreadable=data.unreadable)
+            if found_D is not None:
+                features_D.copy_(found_D)
             bar.set_postfix_str(cache.stats.short(), refresh=False)
             bar.update()
     facts = {
@@ -237,14 +233,6 @@ def _describe(
         "cache_text": cache.stats.describe(),
     }
     return features, facts, encoder.digest
-
-
-def _is_left_out(pair: Pair, config: Config) -> bool:
-    """Return whether an image that cannot be described is no reference: its mask is empty, or it is
-    unreadable and may be skipped."""
-    if config.data.unreadable == "skip":
-        return True
-    return not (read_mask(pair.mask, max_pixels=config.data.max_pixels) == 255).any()
 
 
 def _validation_classes(data: RunData, episodes: Episodes) -> dict[str, str]:
