@@ -16,6 +16,7 @@ from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.manifest import Manifest, Search, load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_eval_loader
+from camoxpert.doctor.inspect import copies_among
 from camoxpert.errors import DataError
 from camoxpert.evaluation.options import ScoringOptions, ShotOptions
 from camoxpert.evaluation.shots import Shots, ShotScore, ShotTable
@@ -105,7 +106,8 @@ def prepare_shots(
 
 
 def find_pool(predictor: Predictor, asked: ShotOptions) -> tuple[Pair, ...]:
-    """Return the training images from which references are drawn.
+    """Return the images from which references are drawn: those that ``asked`` names, or those of
+    the training.
 
     Raises:
         ConfigError: the model takes no references.
@@ -121,6 +123,12 @@ def find_pool(predictor: Predictor, asked: ShotOptions) -> tuple[Pair, ...]:
         any_size=bool(asked.roots) or data.resize == "bilinear",
     )
     pairs = load_train(roots, search).pairs if roots else ()
+    beside = "" if asked.roots else data.episodes.references
+    if beside:
+        more = _read_beside(beside, search)
+        # A copy would be drawn twice.
+        copies = copies_among(more, pairs)
+        pairs += tuple(pair for number, pair in enumerate(more) if number not in copies)
     if not any(object_classes(pairs)):
         raise DataError(
             f"--shots draws references from training images of the same class, and "
@@ -129,6 +137,17 @@ def find_pool(predictor: Predictor, asked: ShotOptions) -> tuple[Pair, ...]:
             "column class. Name other data with --reference-data DIR."
         )
     return pairs
+
+
+def _read_beside(folder: str, search: Search) -> tuple[Pair, ...]:
+    """Return the references that training had beside its images."""
+    try:
+        return load_train([folder], search).pairs
+    except DataError as error:
+        raise DataError(
+            f"--shots also draws from the --reference-data of the training, {folder}: {error} Name "
+            "data with --reference-data DIR to draw from that alone."
+        ) from error
 
 
 def score_shots(

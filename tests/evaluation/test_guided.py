@@ -12,9 +12,10 @@ import pytest
 
 from camoxpert import evaluate, load
 from camoxpert.cli import main
-from camoxpert.data.files.image_io import write_png
+from camoxpert.data.files.image_io import read_image, read_mask, write_png
 from camoxpert.data.files.manifest import load_eval, load_train
 from camoxpert.errors import ConfigError, DataError
+from camoxpert.evaluation.guided import find_pool
 from camoxpert.evaluation.model import evaluate_model
 from camoxpert.evaluation.options import ScoringOptions, ShotOptions, choose_shots
 from camoxpert.evaluation.shots import Shots, ShotTable
@@ -160,6 +161,39 @@ def test_references_are_described_before_anything_is_scored(
     for pair in manifest.pairs:
         every = [one for one in whole.right(pair, 50) if one != bad]
         assert instead.right(pair, 50) == every and instead.right(pair, 1) == every[:1]
+
+
+def test_what_training_had_beside_its_images_is_in_the_pool(
+    guided_run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    beside = tmp_path / "beside"
+    mirrored: list[str] = []
+    for pair in load_train([scenes]).pairs[:4]:
+        (beside / "Imgs").mkdir(parents=True, exist_ok=True)
+        (beside / "GT").mkdir(exist_ok=True)
+        if mirrored:
+            name = f"{pair.group}_{9000 + len(mirrored)}"
+            write_png(beside / "Imgs" / f"{name}.png", read_image(pair.image)[:, ::-1].copy())
+            write_png(beside / "GT" / f"{name}.png", read_mask(pair.mask)[:, ::-1].copy())
+        else:
+            name = f"{pair.group}_9000"  # A copy: the training leaves it out as well.
+            shutil.copy(pair.image, beside / "Imgs" / f"{name}{pair.image.suffix}")
+            shutil.copy(pair.mask, beside / "GT" / f"{name}{pair.mask.suffix}")
+        mirrored.append(name)
+    predictor = load(guided_run, device="cpu")
+    own = find_pool(predictor, ShotOptions((1,)))
+    config = predictor.config
+    episodes = replace(config.data.episodes, references=str(beside))
+    predictor.config = replace(config, data=replace(config.data, episodes=episodes))
+    pool = find_pool(predictor, ShotOptions((1,)))
+    assert pool[: len(own)] == own
+    assert sorted(pair.name for pair in pool[len(own) :]) == sorted(mirrored[1:])
+    # Named data is all that is drawn from.
+    named = find_pool(predictor, ShotOptions((1,), (str(scenes),)))
+    assert len(named) == len(own)
+    shutil.rmtree(beside)
+    with pytest.raises(DataError, match=r"--reference-data of the training, .*with --reference-d"):
+        find_pool(predictor, ShotOptions((1,)))
 
 
 def test_shots_that_cannot_be_had_are_refused(
