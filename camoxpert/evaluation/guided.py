@@ -206,7 +206,7 @@ def score_shots(
         classes=len({shots.class_of(pair) for pair in shots.pairs}),
         left_out=len(manifest) - len(shots.pairs),
         seed=shots.seed,
-        rows=_rows(evaluators, intervals=options.intervals),
+        rows=_rows(evaluators, targets, intervals=options.intervals),
         cache=prepared.cache,
     )
 
@@ -274,7 +274,12 @@ def _lookup(
     return references
 
 
-def _rows(evaluators: Mapping[str, Evaluator], *, intervals: bool) -> tuple[ShotScore, ...]:
+def _rows(
+    evaluators: Mapping[str, Evaluator],
+    targets: Mapping[str, Mapping[str, Tensor]],
+    *,
+    intervals: bool,
+) -> tuple[ShotScore, ...]:
     base = evaluators[NONE]
     enough = intervals and base.num_images > 1
     rows = []
@@ -283,5 +288,6 @@ def _rows(evaluators: Mapping[str, Evaluator], *, intervals: bool) -> tuple[Shot
         if enough and shown != NONE:
             found = compare(Scores(evaluator), Scores(base))
         differences = {key: value._asdict() for key, value in found.items()}
-        rows.append(ShotScore(shown, evaluator.results(), differences))
+        images = sum(row["name"] in targets[shown] for row in evaluator.rows())
+        rows.append(ShotScore(shown, evaluator.results(), differences, images))
     return tuple(rows)

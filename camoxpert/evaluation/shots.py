@@ -33,11 +33,13 @@ class ShotScore:
         scores: measure -> value.
         differences: measure -> ``metrics.statistics.Comparison`` with no reference; empty where it
             was not asked for.
+        images: how many were shown something; the others are scored with no reference.
     """
 
     shown: str
     scores: dict[str, float]
     differences: dict[str, dict[str, float]]
+    images: int
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,35 @@ def test_what_training_had_beside_its_images_is_in_the_pool(
         find_pool(predictor, ShotOptions((1,)))
 
 
+def test_rows_say_how_many_images_were_shown_something(
+    guided_run: Path, scenes: Path, tmp_path: Path, capsys
+) -> None:
+    place = copied(scenes, tmp_path / "data")
+    # Cows, which the model does not remember, for one kind; no other kind may replace theirs.
+    test = tmp_path / "test"
+    for folder in ("Imgs", "GT"):
+        shutil.copytree(scenes / "TestDataset" / "toy" / folder, test / folder)
+    for path in [*place.rglob("fish_*"), *test.rglob("fish_*")]:
+        path.rename(path.with_name(path.name.replace("fish", "cow")))
+    cows = len(list((test / "Imgs").glob("cow_*")))
+    number = len(list((test / "Imgs").iterdir()))
+    assert 0 < cows < number
+    words = ["evaluate", str(guided_run), "--data", str(test), "-o", str(tmp_path / "o")]
+    words += ["--shots", "1", "--reference-data", str(place), "--gallery", "0", "--no-intervals"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"class memory ({number - cows} of {number} images)" in said
+    (result,) = json.loads((tmp_path / "o" / "scores.json").read_text())["results"]
+    images = {row["shown"]: row["images"] for row in result["shots"]["rows"]}
+    expected = {"no reference": 0, "class memory": number - cows}
+    expected |= {"1 reference": number, "1 of another class": number}
+    assert images == expected
+    for shown in ("no reference", "1 reference", "1 of another class"):
+        assert f"{shown} (" not in said, "all of them"
+    page = (tmp_path / "o" / "index.html").read_text()
+    assert f"class memory ({number - cows} of {number} images)" in page
+
+
 def test_shots_that_cannot_be_had_are_refused(
     guided_run: Path, tiny_run: Path, scenes: Path, toy_data: Path, tmp_path: Path, capsys
 ) -> None:
