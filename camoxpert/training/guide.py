@@ -98,9 +98,9 @@ class Guide:
         known = guidance.encoder_digest
         if restored and known and known != self.digest:
             raise CheckpointError(
-                f"The stopped run described its references with another support encoder (sha256 "
-                f"{known[:12]}, now {self.digest[:12]}). Use the weights it was started with, or "
-                f"--resume never for a new run."
+                f"The stopped run described its references with another support encoder, or "
+                f"another version of it (sha256 {known[:12]}, now {self.digest[:12]}). Use the "
+                f"weights it was started with, or --resume never for a new run."
             )
         features = self.by_class()
         if known != self.digest:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +138,22 @@ class Blocks(nn.Module):
         return torch.cat([torch.full_like(tokens[:, :1], 1e6), tokens], 1)
 
 
+@pytest.fixture
+def reduced_precision() -> Iterator[Callable[[], list[str]]]:
+    """Allow TF32 everywhere; return the function that reads the settings."""
+    backends: Any = torch.backends
+    places = [
+        *(backends.cuda.matmul, backends.cudnn.conv),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv),
+    ]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "tf32"
+    yield lambda: [place.fp32_precision for place in places]
+    for place, mode in zip(places, before, strict=True):
+        place.fp32_precision = mode
+
+
 class TestEncoder:
     @pytest.mark.parametrize("tokens", [False, True])
     def test_the_mean_of_covered_tokens_by_hand(self, tokens: bool) -> None:
@@ -189,6 +207,28 @@ class TestEncoder:
             encoder.encode(images_of(), torch.zeros(2, 1, 64, 64))
         with pytest.raises(DataError, match=r"of its size"):
             encoder.encode(images_of(), masks_of(side=32))
+
+    def test_it_computes_in_full_precision_whatever_the_settings_are(
+        self, reduced_precision: Callable[[], list[str]]
+    ) -> None:
+        """Features are kept and compared: TF32 of a training run, or of cuDNN's default, and bf16
+        of a CPU must not be in them."""
+        seen: list[list[str]] = []
+
+        class Asked(Blocks):
+            def forward_features(self, images_NCHW: Tensor) -> Tensor:
+                seen.append(reduced_precision())
+                if len(seen) == 2:
+                    raise ArithmeticError
+                return super().forward_features(images_NCHW)
+
+        encoder = SupportEncoder(SupportConfig(TINY))
+        encoder.net = Asked(tokens=False)
+        encoder.encode(images_of(), masks_of())
+        assert seen == [["ieee"] * 4] and reduced_precision() == ["tf32"] * 4
+        with pytest.raises(ArithmeticError):
+            encoder.encode(images_of(), masks_of())
+        assert reduced_precision() == ["tf32"] * 4
 
     def test_the_digest_is_that_of_all_that_features_depend_on(self) -> None:
         first = SupportEncoder(SupportConfig(TINY))
