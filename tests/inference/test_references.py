@@ -72,6 +72,23 @@ def test_order_changes_nothing_and_pixels_are_as_good_as_files(
     assert np.array_equal(predictor.predict(photo).probability_HW, found[0][1])
 
 
+def test_any_number_of_references_is_taken_and_nothing_says_otherwise(
+    predictor: Predictor, scenes: Path, capsys
+) -> None:
+    """Training shows up to ``data.episodes.shots`` at a time, which is a setting and no limit."""
+    pairs = [
+        pair_of(scenes, "star", number % 2)
+        for number in range(predictor.config.data.episodes.shots + 2)
+    ]
+    predictor.set_references([image for image, _ in pairs], [mask for _, mask in pairs])
+    assert predictor.target is not None and predictor.target.name.startswith(f"{len(pairs)} images")
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data.episodes.shots" in said and "up to five" not in said
+    assert "one to five" not in str(Predictor.set_references.__doc__)
+
+
 def test_a_remembered_class_needs_no_reference(
     predictor: Predictor, scenes: Path, photo: Path
 ) -> None:
