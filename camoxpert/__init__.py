@@ -252,8 +252,8 @@ def evaluate(
         batch_size, num_workers: how the data is read; they do not change the scores.
         corruptions: also score corrupted images: names, or ``all``; see ``result.robustness``.
         severities: of the corruptions, 1 to 5; empty: all five.
-        shots: also score a guided model with these numbers of references, training images of the
-            run; see ``result.shots``.
+        shots: also score a guided model with these numbers of references, those of the run's
+            training; see ``result.shots``.
 
     Returns:
         One result per data set; ``result.scores["Smeasure"]`` is a fraction.

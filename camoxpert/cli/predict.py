@@ -113,7 +113,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("IMG", "MASK"),
-        help="an image and the mask of what to look for in it; repeat it for up to five",
+        help="an image and the mask of what to look for in it; repeat it for more: training shows "
+        "up to data.episodes.shots (5) at a time",
     )
     guidance.add_argument(
         "--reference-class",

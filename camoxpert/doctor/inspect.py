@@ -217,3 +217,15 @@ def identical_files(paths: Sequence[Path]) -> list[list[int]]:
             digest = hashlib.sha256(paths[index].read_bytes()).digest()
             groups.setdefault(digest, []).append(index)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def copies_among(pairs: Sequence[Pair], others: Sequence[Pair]) -> dict[int, int]:
+    """Return position of a pair -> that of the first of the others whose image has the same
+    bytes."""
+    first = len(pairs)
+    found: dict[int, int] = {}
+    for group in identical_files([pair.image for pair in (*pairs, *others)]):
+        known = [index - first for index in group if index >= first]
+        if known:
+            found |= dict.fromkeys([index for index in group if index < first], min(known))
+    return found

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from camoxpert import console
+from camoxpert import console, stop
 from camoxpert.config import DataConfig
 from camoxpert.data.cache.support import Reference as ReferenceFile
 from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.manifest import Manifest, Search, load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_eval_loader
+from camoxpert.doctor.inspect import copies_among
 from camoxpert.errors import DataError
 from camoxpert.evaluation.options import ScoringOptions, ShotOptions
 from camoxpert.evaluation.shots import Shots, ShotScore, ShotTable
@@ -29,8 +31,83 @@ NONE, MEMORY = "no reference", "class memory"
 """What the first two rows of the table are called."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What the images of a data set are shown, described before anything is scored.
+
+    Attributes:
+        shots: the images that have references, and which.
+        targets: what is shown -> image name -> features (D,); without an entry: no reference.
+        cache: what the support cache did up to here.
+    """
+
+    shots: Shots
+    targets: dict[str, dict[str, Tensor]]
+    cache: dict[str, Any]
+
+
+def prepare_shots(
+    predictor: Predictor,
+    sets: Mapping[str, Manifest],
+    asked: ShotOptions,
+    *,
+    unreadable: str = "error",
+) -> dict[str, Prepared]:
+    """Draw the references of all data sets and describe them.
+
+    Those with an empty mask are left out, and with ``unreadable`` ``skip`` those that cannot be
+    read; others are drawn for them.
+
+    Args:
+        predictor: of a model with guidance.
+        sets: data sets by name.
+        asked: numbers of references, and where they are drawn from.
+        unreadable: ``error`` or ``skip``.
+
+    Returns:
+        By the names of the data sets, without those of which no image has a reference, with a
+        warning.
+
+    Raises:
+        ConfigError, CheckpointError: the model takes no references, or its encoder cannot be had.
+        DataError: there are no training images with classes, or one cannot be read.
+        Stopped: the command was asked to stop.
+    """
+    pool = find_pool(predictor, asked)
+    cache = predictor.support_cache_with(asked.weights)
+    described: dict[Pair, Tensor | None] = {}
+
+    def usable(pair: Pair) -> bool:
+        if pair not in described:
+            reference = ReferenceFile(pair.image, pair.mask)
+            described[pair] = cache.drawn(reference, unreadable=unreadable)
+        return described[pair] is not None
+
+    prepared = {}
+    for name, manifest in sets.items():
+        shots = Shots(manifest, pool, usable=usable, seed=asked.seed)
+        drawn = _draw(name, shots, asked)
+        if not shots.pairs:
+            console.warn(
+                f"{name}: no image has a class of which there are training images: no shots"
+            )
+            continue
+        features = {pair: found for pair, found in described.items() if found is not None}
+        targets = _targets(predictor, shots, drawn, features)
+        prepared[name] = Prepared(shots, targets, cache.stats.to_dict())
+    left_out = [pair.name for pair, found in described.items() if found is None]
+    if left_out:
+        console.note(
+            f"{count(len(left_out), 'training image')} cannot be a reference, because the mask is "
+            f"empty or a file cannot be read: {shorten(left_out)}"
+        )
+    console.note(f"support cache: {cache.stats.describe()}")
+    return prepared
+
+
 def find_pool(predictor: Predictor, asked: ShotOptions) -> tuple[Pair, ...]:
-    """Return the training images from which references are drawn.
+    """Return the images from which references are drawn: those that ``asked`` names, or those of
+    the training.
 
     Raises:
         ConfigError: the model takes no references.
@@ -46,6 +123,12 @@ def find_pool(predictor: Predictor, asked: ShotOptions) -> tuple[Pair, ...]:
         any_size=bool(asked.roots) or data.resize == "bilinear",
     )
     pairs = load_train(roots, search).pairs if roots else ()
+    beside = "" if asked.roots else data.episodes.references
+    if beside:
+        more = _read_beside(beside, search)
+        # A copy would be drawn twice.
+        copies = copies_among(more, pairs)
+        pairs += tuple(pair for number, pair in enumerate(more) if number not in copies)
     if not any(object_classes(pairs)):
         raise DataError(
             f"--shots draws references from training images of the same class, and "
@@ -56,18 +139,28 @@ def find_pool(predictor: Predictor, asked: ShotOptions) -> tuple[Pair, ...]:
     return pairs
 
 
+def _read_beside(folder: str, search: Search) -> tuple[Pair, ...]:
+    """Return the references that training had beside its images."""
+    try:
+        return load_train([folder], search).pairs
+    except DataError as error:
+        raise DataError(
+            f"--shots also draws from the --reference-data of the training, {folder}: {error} Name "
+            "data with --reference-data DIR to draw from that alone."
+        ) from error
+
+
 def score_shots(
     predictor: Predictor,
     name: str,
     manifest: Manifest,
     data: DataConfig,
-    asked: ShotOptions,
-    pool: Sequence[Pair],
+    prepared: Prepared,
     options: ScoringOptions,
     *,
     batch_size: int,
     num_workers: int,
-) -> ShotTable | None:
+) -> ShotTable:
     """Score a model on a data set with references of several kinds.
 
     Each image is decoded once.
@@ -76,25 +169,17 @@ def score_shots(
         predictor: of a model with guidance.
         name, manifest: the data set.
         data: how images are read, as in the pass without references.
-        asked: numbers of references.
-        pool: training images.
+        prepared: the references of its images.
         options: how to score.
         batch_size, num_workers: of the loader; they change no number.
 
-    Returns:
-        The table; None, with a warning, if no image has a reference.
-
     Raises:
         ConfigError: the model takes no references.
-        DataError: an image or reference cannot be read.
+        DataError: an image cannot be read.
         Stopped: the command was asked to stop.
     """
     guidance = predictor.network.require_guidance()
-    shots = Shots(manifest, pool, seed=asked.seed)
-    if not shots.pairs:
-        console.warn(f"{name}: no image has a class of which there are training images: no shots")
-        return None
-    targets = _targets(predictor, shots, asked, guidance.classes)
+    shots, targets = prepared.shots, prepared.targets
     evaluators = {shown: options.evaluator() for shown in targets}
     whole = forward_batch(predictor.device)
     loader = build_eval_loader(
@@ -116,39 +201,51 @@ def score_shots(
                 precision=predictor.precision,
                 references=_lookup(features, guidance.features, predictor.device),
             )
-    cache = predictor.support_cache
-    assert cache is not None
     return ShotTable(
         images=evaluators[NONE].num_images,
         classes=len({shots.class_of(pair) for pair in shots.pairs}),
         left_out=len(manifest) - len(shots.pairs),
-        seed=asked.seed,
-        rows=_rows(evaluators, intervals=options.intervals),
-        cache=cache.stats.to_dict(),
+        seed=shots.seed,
+        rows=_rows(evaluators, targets, intervals=options.intervals),
+        cache=prepared.cache,
     )
 
 
-def _targets(
-    predictor: Predictor, shots: Shots, asked: ShotOptions, known: Sequence[str]
-) -> dict[str, dict[str, Tensor]]:
-    """Return what is shown -> image name -> features (D,); without an entry: no reference."""
+Drawn = dict[str, dict[str, list[Pair]]]
+"""What is shown -> image name -> references."""
+
+
+def _draw(name: str, shots: Shots, asked: ShotOptions) -> Drawn:
+    """Return the references of the images of a data set; drawing describes them."""
     numbers = sorted(set(asked.numbers))
     most = numbers[-1]
-    drawn: dict[str, dict[str, list[Pair]]] = {
-        count(number, "reference"): {pair.name: shots.right(pair, number) for pair in shots.pairs}
+    right: dict[str, list[Pair]] = {}
+    wrong: dict[str, list[Pair]] = {}
+    images = shots.manifest.pairs
+    with console.progress(f"draw references, {name}", total=len(images)) as bar:
+        for pair in images:
+            stop.check()
+            right[pair.name] = shots.right(pair, most)
+            wrong[pair.name] = shots.wrong(pair, most) if right[pair.name] else []
+            bar.update()
+    # Those of a larger number begin with those of a smaller one.
+    drawn = {
+        count(number, "reference"): {image: pairs[:number] for image, pairs in right.items()}
         for number in numbers
     }
-    wrong = {pair.name: shots.wrong(pair, most) for pair in shots.pairs}
     if any(wrong.values()):
         drawn[f"{most} of another class"] = wrong
-    used = {(p.image, p.mask): p for t in drawn.values() for pairs in t.values() for p in pairs}
-    files = [ReferenceFile(pair.image, pair.mask) for pair in used.values()]
-    cache = predictor.open_support_cache(asked.weights)
-    features = dict(zip(used, cache.features(files), strict=True))
-    console.note(f"support cache: {cache.stats.describe()}")
+    return drawn
+
+
+def _targets(
+    predictor: Predictor, shots: Shots, drawn: Drawn, features: Mapping[Pair, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Return what is shown -> image name -> features (D,); without an entry: no reference."""
     targets: dict[str, dict[str, Tensor]] = {NONE: {}}
+    guidance = predictor.network.require_guidance()
+    known = guidance.classes
     if known:
-        guidance = predictor.network.require_guidance()
         targets[MEMORY] = {
             pair.name: guidance.prototype(shots.class_of(pair)).cpu()
             for pair in shots.pairs
@@ -156,7 +253,7 @@ def _targets(
         }
     for shown, table in drawn.items():
         targets[shown] = {
-            image: combine(torch.stack([features[p.image, p.mask] for p in pairs]))
+            image: combine(torch.stack([features[pair] for pair in pairs]))
             for image, pairs in table.items()
             if pairs
         }
@@ -177,7 +274,12 @@ def _lookup(
     return references
 
 
-def _rows(evaluators: Mapping[str, Evaluator], *, intervals: bool) -> tuple[ShotScore, ...]:
+def _rows(
+    evaluators: Mapping[str, Evaluator],
+    targets: Mapping[str, Mapping[str, Tensor]],
+    *,
+    intervals: bool,
+) -> tuple[ShotScore, ...]:
     base = evaluators[NONE]
     enough = intervals and base.num_images > 1
     rows = []
@@ -186,5 +288,6 @@ def _rows(evaluators: Mapping[str, Evaluator], *, intervals: bool) -> tuple[Shot
         if enough and shown != NONE:
             found = compare(Scores(evaluator), Scores(base))
         differences = {key: value._asdict() for key, value in found.items()}
-        rows.append(ShotScore(shown, evaluator.results(), differences))
+        images = sum(row["name"] in targets[shown] for row in evaluator.rows())
+        rows.append(ShotScore(shown, evaluator.results(), differences, images))
     return tuple(rows)

@@ -23,7 +23,7 @@ from camoxpert.errors import DataError
 from camoxpert.evaluation.chosen import expert_meter
 from camoxpert.evaluation.corrupted import note_corruptions, score_corrupted
 from camoxpert.evaluation.gallery import Gallery
-from camoxpert.evaluation.guided import find_pool, score_shots
+from camoxpert.evaluation.guided import prepare_shots, score_shots
 from camoxpert.evaluation.options import CorruptionOptions, ScoringOptions, ShotOptions
 from camoxpert.evaluation.output import OutputFolder, write_evaluation
 from camoxpert.evaluation.presence import PresenceMeter
@@ -163,7 +163,9 @@ def evaluate_model(
     if corruptions is not None:
         note_corruptions(corruptions, sets)
     # First of all: references that cannot be had are not looked for after an hour of scoring.
-    pool = None if shots is None else find_pool(predictor, shots)
+    prepared = {}
+    if shots is not None:
+        prepared = prepare_shots(predictor, sets, shots, unreadable=unreadable)
     files = file_names(sets)
     scored = []
     gallery: list[GalleryEntry] = []
@@ -199,14 +201,13 @@ def evaluate_model(
                 place = path.relative_to(output.unfinished).as_posix()
                 robustness = replace(robustness, picture=place)
             item = replace(item, result=replace(item.result, robustness=robustness))
-        if shots is not None and pool is not None:
+        if name in prepared:
             table = score_shots(
                 predictor,
                 name,
                 manifest,
                 data,
-                shots,
-                pool,
+                prepared[name],
                 options,
                 batch_size=batch_size,
                 num_workers=num_workers,

@@ -33,11 +33,13 @@ class ShotScore:
         scores: measure -> value.
         differences: measure -> ``metrics.statistics.Comparison`` with no reference; empty where it
             was not asked for.
+        images: how many were shown something; the others are scored with no reference.
     """
 
     shown: str
     scores: dict[str, float]
     differences: dict[str, dict[str, float]]
+    images: int
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,19 @@ class Shots:
     Args:
         manifest: the images.
         pool: training images.
+        usable: whether one of them can be a reference; asked of those that are drawn, and another
+            is drawn for one that cannot.
         seed: of the draws.
     """
 
-    def __init__(self, manifest: Manifest, pool: Sequence[Pair], *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        pool: Sequence[Pair],
+        *,
+        usable: Callable[[Pair], bool] = lambda _: True,
+        seed: int = 0,
+    ) -> None:
         self.manifest, self.seed = manifest, seed
         self._pool: dict[str, list[Pair]] = defaultdict(list)
         for pair, kind in zip(pool, object_classes(pool), strict=True):
@@ -79,7 +90,8 @@ class Shots:
         self.classes = {
             (pair.dataset, pair.name): pair.group.rpartition("/")[2] for pair in manifest.pairs
         }
-        self._digest: Callable[[Path], str] = lru_cache(maxsize=None)(file_digest)
+        self._usable = usable
+        self._digest: Callable[[Path], str] = lru_cache(maxsize=None)(_digest)
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
@@ -124,10 +136,19 @@ class Shots:
         for index in order:
             if len(chosen) == number:
                 break
-            if self._digest(known[index].image) != self._digest(pair.image):
+            other = self._digest(known[index].image) != self._digest(pair.image)
+            if other and self._usable(known[index]):
                 chosen.append(known[index])
         return chosen
 
     def _rng(self, pair: Pair, what: str) -> np.random.Generator:
         text = f"{pair.dataset}/{pair.name}/{what}".encode(errors="surrogateescape")
         return np.random.default_rng([self.seed, zlib.crc32(text)])
+
+
+def _digest(path: Path) -> str:
+    """Return the hash of a file; one that cannot be read, which is said elsewhere, is no copy."""
+    try:
+        return file_digest(path)
+    except OSError:
+        return str(path)

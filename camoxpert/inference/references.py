@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.sources import ImageInput, read_pixels
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.guidance import combine
-from camoxpert.models.support import Facts, SupportEncoder
+from camoxpert.models.support import Facts, SupportEncoder, load_support_encoder
 from camoxpert.text import count
 
 MaskInput = str | Path | NDArray[np.uint8] | NDArray[np.bool_]
@@ -70,15 +71,20 @@ class KnownEncoder:
         self.width = guidance.features
         self.digest = guidance.encoder_digest or self.built.digest
 
+    @cached_property
+    def _loaded(self) -> SupportEncoder:
+        expected = self._network.require_guidance().encoder_digest
+        return load_support_encoder(self._network.config, weights=self._weights, expected=expected)
+
     @property
     def built(self) -> SupportEncoder:
-        """The encoder.
+        """The encoder, on the device of the model; built once.
 
         Raises:
             ConfigError: its weights cannot be had.
             CheckpointError: they are not those of the training.
         """
-        return self._network.support_encoder(self._weights)
+        return self._loaded.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +118,7 @@ class Searching:
         self.network, self.max_pixels = network, max_pixels
         self.target: Target | None = None
         self.support_cache: SupportCache | None = None
+        self._weights = ""
 
     def set_references(
         self,
@@ -126,10 +133,12 @@ class Searching:
         references does not run the encoder.
 
         Args:
-            images: one to five references: paths, uint8 RGB pixels or Pillow images.
+            images: one or more references: paths, uint8 RGB pixels or Pillow images. Training
+                showed up to ``data.episodes.shots`` at a time.
             masks: of what to look for, one for each: paths, or arrays (H, W) of 0 and 1 or 0 and
                 255.
-            weights: file of the support encoder's weights, where the one of the training is not.
+            weights: file of the support encoder's weights, where the one of the training is not;
+                "": the one that was named last, if any.
 
         Raises:
             ConfigError: the model was trained without guidance; or its encoder cannot be had.
@@ -138,16 +147,23 @@ class Searching:
         """
         given = list(images) if isinstance(images, (list, tuple)) else [images]
         marked = list(masks) if isinstance(masks, (list, tuple)) else [masks]
-        cache = self.open_support_cache(str(weights))
-        self.search_for(target_of_references(cache, given, marked))
+        file = str(weights) or self._weights
+        cache = self.support_cache_with(file)
+        target = target_of_references(cache, given, marked)
+        # Kept only now: weights that are refused must not be tried again.
+        self.support_cache, self._weights = cache, file
+        self.search_for(target)
 
-    def open_support_cache(self, weights: str = "") -> SupportCache:
-        """Return the cache of reference features, opened once; raises as ``set_references``."""
-        if self.support_cache is None:
-            encoder = KnownEncoder(self.network, weights)
-            folder = default_folder() / "stages"
-            self.support_cache = SupportCache(encoder, folder, max_pixels=self.max_pixels)
-        return self.support_cache
+    def support_cache_with(self, weights: str = "") -> SupportCache:
+        """Return a cache of reference features: the open one, unless it is of another weights file.
+
+        Raises:
+            ConfigError, CheckpointError: as ``set_references``.
+        """
+        if self.support_cache is not None and weights in ("", self._weights):
+            return self.support_cache
+        encoder = KnownEncoder(self.network, weights)
+        return SupportCache(encoder, default_folder() / "stages", max_pixels=self.max_pixels)
 
     def set_reference_class(self, name: str) -> None:
         """Search all images from now on for a class of the training; needs no reference.
@@ -162,13 +178,13 @@ class Searching:
         self.search_for(None)
 
     def search_for(self, target: Target | None) -> None:
-        """Search all images from now on for a target; None: any hidden object."""
+        """Search all images from now on for a target; None: any hidden object.
+
+        Raises:
+            ConfigError: the model takes no references, or these are not of its encoder.
+        """
+        self.network.search_for(None if target is None else target.tensor())
         self.target = target
-        if self.network.guidance is not None or target is not None:
-            self.network.require_guidance()
-            self.network.reference_D = (
-                None if target is None else target.tensor().to(self.network.mean.device)
-            )
 
 
 def target_of_references(

@@ -10,17 +10,12 @@ from camoxpert.config import ModelConfig
 from camoxpert.errors import ConfigError
 from camoxpert.models.backbone import STRIDES, Backbone
 from camoxpert.models.decoder import Decoder
-from camoxpert.models.guidance import Guidance, Reference, combine
+from camoxpert.models.guidance import Guidance, Reference
 from camoxpert.models.moe import MoE
 from camoxpert.models.peers import DILATED, PeerDecoder
 from camoxpert.models.presence import PresenceHead
 from camoxpert.models.router import Routing
-from camoxpert.models.support import (
-    NOT_GUIDED,
-    SupportEncoder,
-    load_support_encoder,
-    support_width,
-)
+from camoxpert.models.support import NOT_GUIDED, support_width
 
 
 class ModelOutput(NamedTuple):
@@ -77,10 +72,8 @@ class CamoXpert(nn.Module):
             # Without moving the generator: everything else is drawn as it is without the head.
             with torch.random.fork_rng(devices=[]):
                 self.presence = PresenceHead(self.backbone.channels[-1])
-        # What all images are searched for until it is cleared: set by a caller, never saved.
+        # What all images are searched for until it is cleared: see search_for; never saved.
         self.register_buffer("reference_D", None, persistent=False)
-        # In a list, so that the frozen encoder is no part of the model's weights.
-        self._encoders: list[SupportEncoder] = []
         self.guidance = self._build_guidance(config) if config.support.encoder else None
 
     def forward(self, images_BCHW: Tensor, reference: Reference | None = None) -> ModelOutput:
@@ -88,7 +81,7 @@ class CamoXpert(nn.Module):
 
         Args:
             images_BCHW: RGB, uint8 in 0..255 or float in 0..1; H and W multiples of 32.
-            reference: what each image is searched for; None: what ``set_references`` set, if
+            reference: what each image is searched for; None: what ``search_for`` set, if
                 anything.
         """
         # Normalised in float32 even under autocast; the first convolution casts on its own.
@@ -136,67 +129,24 @@ class CamoXpert(nn.Module):
             raise ConfigError(NOT_GUIDED)
         return self.guidance
 
-    def support_encoder(self, weights: str = "") -> SupportEncoder:
-        """Return the frozen encoder of references; built once.
+    def search_for(self, features_D: Tensor | None) -> None:
+        """Search all images from now on for what references show; None: any hidden object.
 
         Args:
-            weights: its weights file, where the one in the settings is not.
-
-        Raises:
-            ConfigError: the model takes no references, or the weights cannot be had.
-            CheckpointError: they are not those of the training.
-        """
-        guidance = self.require_guidance()
-        if not self._encoders:
-            expected = guidance.encoder_digest
-            self._encoders.append(
-                load_support_encoder(self.config, weights=weights, expected=expected)
-            )
-        return self._encoders[0].to(self.mean.device)
-
-    def set_references(
-        self, images: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor]
-    ) -> None:
-        """Search all images from now on for what references show.
-
-        Args:
-            images: one to five references, (3, H, W) each, RGB, uint8 or float in 0..1.
-            masks: of what is searched for in them, (1, H, W) each, 0 and 1 or 0 and 255.
-
-        Raises:
-            ConfigError, CheckpointError: see ``support_encoder``.
-            DataError: a mask does not fit its image, or is empty.
-        """
-        self.set_reference_features(self.support_encoder().encode(images, masks))
-
-    def set_reference_features(self, features_ND: Tensor) -> None:
-        """Search all images from now on for what references show.
-
-        Args:
-            features_ND: of one or more references, as the support encoder gives them, in any order.
+            features_D: of the references, as ``guidance.combine`` joins them.
 
         Raises:
             ConfigError: the model takes no references, or these are not of its encoder.
         """
-        width = self.require_guidance().features
-        if features_ND.ndim != 2 or features_ND.shape[1] != width or not len(features_ND):
-            raise ConfigError(
-                f"References have features (N, {width}) for one or more references; got "
-                f"{tuple(features_ND.shape)}."
-            )
-        self.reference_D = combine(features_ND.to(self.mean.device))
-
-    def set_reference_class(self, name: str) -> None:
-        """Search all images from now on for a class of the training, without references.
-
-        Raises:
-            ConfigError: the model takes no references, or does not remember this class.
-        """
-        self.reference_D = self.require_guidance().prototype(name)
-
-    def clear_references(self) -> None:
-        """Search for any hidden object again."""
-        self.reference_D = None
+        if features_D is not None:
+            width = self.require_guidance().features
+            if features_D.shape != (width,):
+                raise ConfigError(
+                    f"What references show has {width} features, joined, in this model; got "
+                    f"{tuple(features_D.shape)}."
+                )
+            features_D = features_D.to(self.mean.device)
+        self.reference_D = features_D
 
     def set_gradient_checkpointing(self, enabled: bool) -> str:
         """Recompute activations in the backward pass; returns what it covers, in words."""

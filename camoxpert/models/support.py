@@ -32,8 +32,9 @@ from camoxpert.models.backbone import (
     require_name,
 )
 from camoxpert.models.weights import load_weights, offline_if_unreachable
+from camoxpert.runtime.device import full_precision
 
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 """Increased when the same file and weights give other features."""
 CONTEXT = 1.2
 """Side of the window around an object, as a multiple of the longer side of its box."""
@@ -174,7 +175,7 @@ class SupportEncoder(nn.Module):
         images = torch.stack([image for image, _ in cut])
         masks = torch.stack([mask for _, mask in cut])
         # Full precision whatever surrounds this: features are kept and compared.
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), full_precision():
             tokens_NDHW = self._tokens((images - self.mean) / self.std * masks)
             grid = (tokens_NDHW.shape[2], tokens_NDHW.shape[3])
             weights_N1HW = F.adaptive_avg_pool2d(masks, grid)
@@ -314,9 +315,10 @@ def load_support_encoder(
     encoder = SupportEncoder(support)
     if expected and encoder.digest != expected:
         raise CheckpointError(
-            f"The support encoder {support.encoder} has other weights than the one this model was "
-            f"trained with (sha256 of both: {encoder.digest[:12]} and {expected[:12]}), so its "
-            f"features would mean nothing. Name the file of the training with --support-weights."
+            f"The support encoder {support.encoder} does not give the features that this model was "
+            f"trained with (sha256 of both: {encoder.digest[:12]} and {expected[:12]}): it has "
+            f"other weights, or this version describes references differently. Name the file of "
+            f"the training with --support-weights; if it is that file, train the model again."
         )
     return encoder.to(device)
 
@@ -353,24 +355,22 @@ def _build(config: SupportConfig, side: int) -> Any:
         except Exception as error:  # timm and the hub raise a dozen unrelated types
             raise ConfigError(_no_weights(config.encoder, error)) from error
         if config.weights:
-            _load(net, config, {"num_classes": 0, **way})
+            # Its decision line is about the backbone.
+            with console.muted(), console.remembering():
+                load_weights(
+                    net,
+                    Path(config.weights),
+                    name=config.encoder,
+                    options={"num_classes": 0, **way},
+                    option="--support-weights",
+                    what="support encoder",
+                )
         return net
     raise ConfigError(
         f"--support-encoder {config.encoder} cannot describe references of {side} px"
         f"{f': {reasons[-1]}' if reasons else ''}. Leave model.support.side unset, or choose a ViT "
         f"or a pyramid, for example vit_small_patch16_dinov3 or tf_efficientnet_lite0."
     )
-
-
-def _load(net: Any, config: SupportConfig, options: dict[str, Any]) -> None:
-    try:
-        # Its decision line is about the backbone.
-        with console.muted(), console.remembering():
-            load_weights(net, Path(config.weights), name=config.encoder, options=options)
-    except CheckpointError as error:
-        text = str(error).replace("--weights:", "--support-weights:", 1)
-        text = text.replace("this backbone", "the support encoder")
-        raise CheckpointError(text.replace("another backbone", "another network")) from error
 
 
 def _takes(name: str, side: int, options: dict[str, Any]) -> bool:

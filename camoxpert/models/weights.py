@@ -57,8 +57,12 @@ class Fit:
         return not self.missing and not self.wrong
 
 
-def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
+def read_state_dicts(path: Path, *, option: str = "--weights") -> dict[str, dict[str, Tensor]]:
     """Read the state dicts of a .safetensors or torch file without running code from it.
+
+    Args:
+        path: the file.
+        option: that named it, for errors.
 
     Returns:
         Where in the file -> tensors by name; averaged weights come first.
@@ -67,7 +71,7 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
         CheckpointError: missing, damaged, without tensors, or a pickle with code inside.
     """
     if not path.is_file():
-        raise CheckpointError(f"--weights: {why_missing(path, 'file')}")
+        raise CheckpointError(f"{option}: {why_missing(path, 'file')}")
     try:
         if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
@@ -81,18 +85,18 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is not None:
             raise CheckpointError(
-                f"--weights: {path} cannot be read as weights: it holds a Python object "
+                f"{option}: {path} cannot be read as weights: it holds a Python object "
                 f"({code[1]}), and opening it could run code. Where you trust it, load it yourself "
                 f"and save its state_dict()."
             ) from error
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"--weights: {path} cannot be read as weights ({type(error).__name__}: {reason}). "
+            f"{option}: {path} cannot be read as weights ({type(error).__name__}: {reason}). "
             "Expected a .safetensors file or a torch state dict that loads with weights_only=True."
         ) from error
     found = dict(_state_dicts(loaded))
     if not found:
-        raise CheckpointError(f"--weights: {path} holds no state dict.")
+        raise CheckpointError(f"{option}: {path} holds no state dict.")
     averaged = {place: d for place, d in found.items() if set(place.split(".")) & {*AVERAGED}}
     return averaged | found
 
@@ -112,23 +116,31 @@ def _state_dicts(node: Any, place: str = "", depth: int = 0) -> Iterator[tuple[s
 
 
 def load_weights(
-    net: nn.Module, path: Path, *, name: str = "", options: Mapping[str, Any] | None = None
+    net: nn.Module,
+    path: Path,
+    *,
+    name: str = "",
+    options: Mapping[str, Any] | None = None,
+    option: str = "--weights",
+    what: str = "backbone",
 ) -> None:
-    """Load backbone weights from a file; every parameter of the backbone must be found in it.
+    """Load the weights of a network from a file; every parameter of it must be found there.
 
     The state dict may lie in other dictionaries, with any prefix; official names are translated by
-    timm's own functions. Parts that the backbone lacks, such as a classifier, are ignored.
+    timm's own functions. Parts that the network lacks, such as a classifier, are ignored.
 
     Args:
-        net: the backbone.
+        net: the network.
         path: the file.
         name, options: with which timm built ``net``; without a name nothing is translated.
+        option: that named the file, for errors.
+        what: the network is to its model, for errors.
 
     Raises:
         CheckpointError: unreadable, or of another network; the text has names of both sides.
     """
     best: tuple[str, Fit] | None = None
-    for place, tensors in read_state_dicts(path).items():
+    for place, tensors in read_state_dicts(path, option=option).items():
         fit = best_fit(net, tensors, name=name, options=options)
         if best is None or len(fit.found) > len(best[1].found):
             best = place, fit
@@ -138,7 +150,8 @@ def load_weights(
     assert best is not None
     place, fit = best
     if not fit.complete:
-        raise CheckpointError(f"--weights: {path} does not fit {_differences(net, fit, name)}")
+        differences = _differences(net, fit, name, what)
+        raise CheckpointError(f"{option}: {path} does not fit {differences}")
     net.load_state_dict(fit.found)
     inside = f" ({place})" if place else ""
     decoder = sum(key.startswith("decoder.") for key in fit.spare)
@@ -227,10 +240,10 @@ def _fit(net: nn.Module, tensors: Mapping[str, Tensor], outside: list[str]) -> F
     return Fit(found, [key for key in own if key not in source], wrong, spare)
 
 
-def _differences(net: nn.Module, fit: Fit, name: str) -> str:
+def _differences(net: nn.Module, fit: Fit, name: str, what: str) -> str:
     """Return what a file lacks and what it has, in words."""
     total = len(net.state_dict())
-    text = f"this backbone{f' ({name})' if name else ''}: of {total} tensors "
+    text = f"this {what}{f' ({name})' if name else ''}: of {total} tensors "
     parts = []
     if fit.missing:
         parts.append(f"{len(fit.missing)} are missing ({shorten(fit.missing, 3)})")
@@ -238,7 +251,7 @@ def _differences(net: nn.Module, fit: Fit, name: str) -> str:
         parts.append(f"{len(fit.wrong)} have another shape ({shorten(fit.wrong, 2)})")
     text += " and ".join(parts)
     spare = f" The file also has {shorten(fit.spare, 3)}." if fit.spare else ""
-    return f"{text}.{spare} Is it the file of another backbone?"
+    return f"{text}.{spare} Is it the file of another {what}?"
 
 
 def _spellings(key: str) -> list[str]:

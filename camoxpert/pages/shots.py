@@ -18,7 +18,8 @@ COMPARED = ("IoU", "wFmeasure")
 
 
 def shot_cells(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Return head and lines: what is shown, measures, difference to no reference, interval, p."""
+    """Return head and lines: what is shown, and to how many images where not to all, measures,
+    difference to no reference, interval, p."""
     found = result["shots"]
     first = found["rows"][0]["scores"]
     keys = [key for key in SHOWN if key in first] or list(first)[:4]
@@ -28,8 +29,14 @@ def shot_cells(result: Result) -> tuple[list[str], list[list[str]]]:
     if tested:
         head += [f"{compared} - none", "95 % interval", "p"]
     lines = []
-    for row in found["rows"]:
-        line = [row["shown"], *(format_value(key, row["scores"].get(key)) for key in keys)]
+    for number, row in enumerate(found["rows"]):
+        # The first is with no reference; older files do not say how many the others are of.
+        images = row.get("images", found["images"]) if number else found["images"]
+        few = f" ({images} of {found['images']} images)" if images < found["images"] else ""
+        line = [
+            f"{row['shown']}{few}",
+            *(format_value(key, row["scores"].get(key)) for key in keys),
+        ]
         difference = row["differences"].get(compared)
         if tested and difference:
             low, high = difference["low"], difference["high"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,6 +143,26 @@ def set_tf32(enabled: bool, device: torch.device) -> str:
         return "off"
     ampere = torch.cuda.get_device_capability(device)[0] >= 8
     return "on" if ampere else "no effect: this GPU has none"
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute matrix products and convolutions of float32 in float32 inside the block, on every
+    device: without TF32, which is the default of cuDNN, or bf16."""
+    # Most of these have no types.
+    backends: Any = torch.backends
+    places = (
+        *(backends.cuda.matmul, backends.cudnn.conv),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv),
+    )
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, mode in zip(places, before, strict=True):
+            place.fp32_precision = mode
 
 
 def upload(values: np.ndarray, like: Tensor) -> Tensor:

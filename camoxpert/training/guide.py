@@ -16,11 +16,12 @@ from camoxpert.data.cache.choice import cache_root
 from camoxpert.data.cache.support import Reference as Shown
 from camoxpert.data.cache.support import SupportCache
 from camoxpert.data.files.classes import object_classes
-from camoxpert.data.files.image_io import read_mask
 from camoxpert.data.files.manifest import load_train
 from camoxpert.data.files.pairing import Pair
+from camoxpert.data.files.unlabeled import joined
 from camoxpert.data.samples.batches import Batch
 from camoxpert.data.samples.episodes import Episodes, episodes_of
+from camoxpert.doctor.inspect import copies_among
 from camoxpert.errors import CheckpointError, DataError
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.guidance import Guidance, Reference, combine
@@ -97,9 +98,9 @@ class Guide:
         known = guidance.encoder_digest
         if restored and known and known != self.digest:
             raise CheckpointError(
-                f"The stopped run described its references with another support encoder (sha256 "
-                f"{known[:12]}, now {self.digest[:12]}). Use the weights it was started with, or "
-                f"--resume never for a new run."
+                f"The stopped run described its references with another support encoder, or "
+                f"another version of it (sha256 {known[:12]}, now {self.digest[:12]}). Use the "
+                f"weights it was started with, or --resume never for a new run."
             )
         features = self.by_class()
         if known != self.digest:
@@ -131,7 +132,7 @@ def prepare_guide(
     if model.guidance is None:
         return None
     trained = data.trained
-    more = _more_references(config)
+    more = world.from_first(lambda: _more_references(config, data))
     every = [*trained.pairs, *more]
     classes = object_classes(every)
     if more and not set(classes[len(trained) :]) & set(classes[: len(trained)]) - {""}:
@@ -177,15 +178,33 @@ def prepare_guide(
     return guide
 
 
-def _more_references(config: Config) -> tuple[Pair, ...]:
-    """Return the references beside the training images."""
+def _more_references(config: Config, data: RunData) -> tuple[Pair, ...]:
+    """Return the references beside the training images.
+
+    Without those that the run has anyway, by their content: a training image would be shown with
+    itself, and what the run is measured with would teach it.
+    """
     folder = config.data.episodes.references
     if not folder:
         return ()
     try:
-        return load_train([folder], search_of(config.data, {})).pairs
+        pairs = load_train([folder], search_of(config.data, {})).pairs
     except DataError as error:
         raise DataError(f"--reference-data: {error}") from error
+    held_out = joined(data.validation, data.calibration, *data.tests.values()).pairs
+    copies = copies_among(pairs, [*held_out, *data.trained.pairs])
+    if copies:
+        measured = sum(copy < len(held_out) for copy in copies.values())
+        reasons = {
+            "trained on anyway": len(copies) - measured,
+            "images for validation, calibration or tests": measured,
+        }
+        console.decide(
+            "guidance",
+            f"{len(copies)} of {count(len(pairs), 'reference')} in {folder} are not used: "
+            + ", ".join(f"{number} {what}" for what, number in reasons.items() if number),
+        )
+    return tuple(pair for number, pair in enumerate(pairs) if number not in copies)
 
 
 def _describe(
@@ -201,12 +220,9 @@ def _describe(
     with console.progress("describing references", total=len(references)) as bar:
         for features_D, pair in zip(features, references, strict=True):
             stop.check()
-            try:
-                with console.muted():
-                    features_D.copy_(cache.features([Shown(pair.image, pair.mask)])[0])
-            except DataError:
-                if not _is_left_out(pair, config):
-                    raise
+            found_D = cache.drawn(Shown(pair.image, pair.mask), unreadable=data.unreadable)
+            if found_D is not None:
+                features_D.copy_(found_D)
             bar.set_postfix_str(cache.stats.short(), refresh=False)
             bar.update()
     facts = {
@@ -217,14 +233,6 @@ def _describe(
         "cache_text": cache.stats.describe(),
     }
     return features, facts, encoder.digest
-
-
-def _is_left_out(pair: Pair, config: Config) -> bool:
-    """Return whether an image that cannot be described is no reference: its mask is empty, or it is
-    unreadable and may be skipped."""
-    if config.data.unreadable == "skip":
-        return True
-    return not (read_mask(pair.mask, max_pixels=config.data.max_pixels) == 255).any()
 
 
 def _validation_classes(data: RunData, episodes: Episodes) -> dict[str, str]:

@@ -12,12 +12,15 @@ import torch
 
 from camoxpert import load
 from camoxpert.cli import main
+from camoxpert.config import build_config
+from camoxpert.config.guidance import SupportConfig
 from camoxpert.data.files.image_io import read_image, read_mask
-from camoxpert.errors import ConfigError, DataError
+from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.inference.photos import PhotoSpec
 from camoxpert.inference.plan import model_digest
 from camoxpert.inference.predictor import Predictor
-from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.inference.references import Searching, Target
+from camoxpert.models.camoxpert import build_model
 from camoxpert.models.support import SupportEncoder
 
 
@@ -69,6 +72,23 @@ def test_order_changes_nothing_and_pixels_are_as_good_as_files(
     assert np.array_equal(predictor.predict(photo).probability_HW, found[0][1])
 
 
+def test_any_number_of_references_is_taken_and_nothing_says_otherwise(
+    predictor: Predictor, scenes: Path, capsys
+) -> None:
+    """Training shows up to ``data.episodes.shots`` at a time, which is a setting and no limit."""
+    pairs = [
+        pair_of(scenes, "star", number % 2)
+        for number in range(predictor.config.data.episodes.shots + 2)
+    ]
+    predictor.set_references([image for image, _ in pairs], [mask for _, mask in pairs])
+    assert predictor.target is not None and predictor.target.name.startswith(f"{len(pairs)} images")
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data.episodes.shots" in said and "up to five" not in said
+    assert "one to five" not in str(Predictor.set_references.__doc__)
+
+
 def test_a_remembered_class_needs_no_reference(
     predictor: Predictor, scenes: Path, photo: Path
 ) -> None:
@@ -93,6 +113,61 @@ def test_what_is_no_reference_is_refused(
     assert predictor.target is None
     with pytest.raises(ConfigError, match="trained without guidance"):
         load(tiny_run, device="cpu").set_references(image, mask)
+
+
+def test_what_the_model_refuses_is_not_searched_for(predictor: Predictor, tiny_run: Path) -> None:
+    predictor.set_reference_class("fish")
+    before, features = predictor.target, predictor.network.reference_D
+    with pytest.raises(ConfigError, match="has 24 features"):
+        predictor.search_for(Target("of another encoder", (0.5,) * 25))
+    assert predictor.target is before and predictor.network.reference_D is features
+    other = load(tiny_run, device="cpu")
+    with pytest.raises(ConfigError, match="trained without guidance"):
+        other.search_for(before)
+    assert other.target is None
+    other.clear_references()
+
+
+def test_another_encoder_than_that_of_the_training_is_refused(
+    predictor: Predictor, scenes: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("CAMOXPERT_CACHE", str(tmp_path))
+    assert predictor.network.guidance is not None
+    predictor.network.guidance.encoder_sha256.fill_(7)
+    with pytest.raises(CheckpointError, match="--support-weights"):
+        predictor.set_references(*pair_of(scenes, "fish"))
+    assert predictor.target is None and predictor.network.reference_D is None
+
+
+def test_a_weights_file_named_later_is_used(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    """The file of the training is on another machine, and the first one named is a wrong one."""
+    monkeypatch.setenv("CAMOXPERT_CACHE", str(tmp_path / "cache"))
+    name, gone = "edgenext_xx_small", str(tmp_path / "gone.pth")
+    encoder = SupportEncoder(SupportConfig(name, side=32, pretrained=False))
+    right, wrong = tmp_path / "right.pth", tmp_path / "wrong.pth"
+    torch.save(encoder.net.state_dict(), right)
+    torch.save({key: 2 * value for key, value in encoder.net.state_dict().items()}, wrong)
+    support = {"encoder": name, "side": 32, "weights": gone}
+    settings = {f"model.support.{key}": value for key, value in support.items()}
+    settings |= {"model.backbone": "tiny_test", "model.pretrained": False, "model.width": 16}
+    network = build_model(build_config(settings).model)
+    assert network.guidance is not None
+    network.guidance.remember({"fish": torch.ones(1, encoder.width)}, encoder.digest)
+    model = Searching(network, max_pixels=10**6)
+    pairs = [pair_of(scenes, "fish", number) for number in range(4)]
+    with pytest.raises(CheckpointError, match=r"--support-weights: There is no file .*gone\.pth"):
+        model.set_references(*pairs[0])
+    with pytest.raises(CheckpointError, match="with --support-weights"):
+        model.set_references(*pairs[0], weights=wrong)
+    model.set_references(*pairs[0], weights=right)
+    shown = model.target
+    # Named once, it is used from then on; one that is refused in between changes nothing.
+    model.set_references(*pairs[1])
+    with pytest.raises(CheckpointError, match="with --support-weights"):
+        model.set_references(*pairs[2], weights=wrong)
+    model.set_references(*pairs[2])
+    assert shown is not None and model.target != shown
+    assert model.support_cache is not None and model.support_cache.stats.total == 3
 
 
 def test_the_ledger_knows_references_by_content(
@@ -125,7 +200,7 @@ def test_the_ledger_knows_references_by_content(
     assert "2 hits, 0 misses" in said and "saved" in said and sum(encoded) == 2
     assert "1 were there already" in said
     # Known references need neither the encoder nor its weights: the checkpoint has their digest.
-    monkeypatch.setattr(CamoXpert, "support_encoder", None)
+    monkeypatch.setattr(SupportEncoder, "__init__", None)
     assert main([*base, *again]) == 0
     monkeypatch.undo()
     # Another reference, or none, is another search.

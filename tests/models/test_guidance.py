@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,13 +79,13 @@ class TestWithoutReferences:
         images = images_of()
         expected = small(guided=False, routing=routing)(images).logits_B1HW
         model = small(routing=routing)
-        model.set_reference_features(features(2))
+        model.search_for(combine(features(2)))
         assert torch.equal(model(images).logits_B1HW, expected), "every part starts at zero"
         model = taught(routing=routing)
         assert torch.equal(model(images).logits_B1HW, expected)
-        model.set_reference_features(features(2))
+        model.search_for(combine(features(2)))
         assert not torch.equal(model(images).logits_B1HW, expected), "the control"
-        model.clear_references()
+        model.search_for(None)
         assert torch.equal(model(images).logits_B1HW, expected)
 
     def test_images_of_a_batch_without_one(self) -> None:
@@ -116,7 +118,7 @@ class TestCombine:
         model, images, shown = taught(), images_of(), features(5)
         logits = []
         for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [0, 1, 2, 3]):
-            model.set_reference_features(shown[order])
+            model.search_for(combine(shown[order]))
             logits.append(model(images).logits_B1HW)
         assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
@@ -134,6 +136,22 @@ class Blocks(nn.Module):
             return blocks
         tokens = blocks.flatten(2).transpose(1, 2)
         return torch.cat([torch.full_like(tokens[:, :1], 1e6), tokens], 1)
+
+
+@pytest.fixture
+def reduced_precision() -> Iterator[Callable[[], list[str]]]:
+    """Allow TF32 everywhere; return the function that reads the settings."""
+    backends: Any = torch.backends
+    places = [
+        *(backends.cuda.matmul, backends.cudnn.conv),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv),
+    ]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "tf32"
+    yield lambda: [place.fp32_precision for place in places]
+    for place, mode in zip(places, before, strict=True):
+        place.fp32_precision = mode
 
 
 class TestEncoder:
@@ -190,6 +208,28 @@ class TestEncoder:
         with pytest.raises(DataError, match=r"of its size"):
             encoder.encode(images_of(), masks_of(side=32))
 
+    def test_it_computes_in_full_precision_whatever_the_settings_are(
+        self, reduced_precision: Callable[[], list[str]]
+    ) -> None:
+        """Features are kept and compared: TF32 of a training run, or of cuDNN's default, and bf16
+        of a CPU must not be in them."""
+        seen: list[list[str]] = []
+
+        class Asked(Blocks):
+            def forward_features(self, images_NCHW: Tensor) -> Tensor:
+                seen.append(reduced_precision())
+                if len(seen) == 2:
+                    raise ArithmeticError
+                return super().forward_features(images_NCHW)
+
+        encoder = SupportEncoder(SupportConfig(TINY))
+        encoder.net = Asked(tokens=False)
+        encoder.encode(images_of(), masks_of())
+        assert seen == [["ieee"] * 4] and reduced_precision() == ["tf32"] * 4
+        with pytest.raises(ArithmeticError):
+            encoder.encode(images_of(), masks_of())
+        assert reduced_precision() == ["tf32"] * 4
+
     def test_the_digest_is_that_of_all_that_features_depend_on(self) -> None:
         first = SupportEncoder(SupportConfig(TINY))
         assert first.digest == SupportEncoder(SupportConfig(TINY)).digest
@@ -202,15 +242,11 @@ class TestEncoder:
     def test_it_is_frozen_and_no_part_of_the_model(self) -> None:
         model = small()
         names = list(model.state_dict())
-        number = sum(p.numel() for p in model.parameters())
-        encoder = model.support_encoder()
-        assert model.support_encoder() is encoder, "built once"
-        model.train()
+        encoder = SupportEncoder(SupportConfig(TINY))
         assert encoder.frozen and not encoder.training and not encoder.train().training
-        assert list(model.state_dict()) == names
-        assert sum(p.numel() for p in model.parameters()) == number
-        model.set_references(images_of(), masks_of())
-        assert not encoder.encode(images_of(), masks_of()).requires_grad
+        shown = encoder.encode(images_of(), masks_of())
+        assert not shown.requires_grad
+        model.search_for(combine(shown))
         assert list(model.state_dict()) == names, "what is searched for is not saved"
 
     def test_tokens_of_a_vit_at_another_size(self) -> None:
@@ -234,27 +270,37 @@ class TestEncoder:
         with pytest.raises(ConfigError, match=r"--support-encoder: .* mean edgenext_xx_small"):
             SupportEncoder(SupportConfig("edgenext_xx_smal"))
         torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-        with pytest.raises(CheckpointError, match=r"--support-weights: .* the support encoder"):
-            SupportEncoder(SupportConfig("edgenext_xx_small", str(tmp_path / "other.pth")))
-        with pytest.raises(CheckpointError, match="--support-weights: "):
-            SupportEncoder(SupportConfig("edgenext_xx_small", str(tmp_path / "none.pth")))
+        (tmp_path / "torn.pth").write_bytes(b"PK")
+        torch.save({}, tmp_path / "empty.pth")
+        for file, words in (
+            ("other.pth", r"does not fit this support encoder .* of another support encoder\?"),
+            ("none.pth", "There is no file"),
+            ("torn.pth", "cannot be read as weights"),
+            ("empty.pth", "holds no state dict"),
+        ):
+            with pytest.raises(CheckpointError, match=f"^--support-weights: .*{words}") as refused:
+                SupportEncoder(SupportConfig("edgenext_xx_small", str(tmp_path / file)))
+            for other in (" --weights", "backbone"):
+                assert other not in str(refused.value), "of the network that was asked for"
 
 
 class TestModel:
     def test_a_model_without_guidance_takes_no_references(self) -> None:
         model = small(guided=False)
         with pytest.raises(ConfigError, match="--support-encoder NAME"):
-            model.set_references(images_of(), masks_of())
-        with pytest.raises(ConfigError, match="--support-encoder NAME"):
-            model.set_reference_features(features(1))
-        with pytest.raises(ConfigError, match=r"\(N, 24\)"):
-            small().set_reference_features(torch.zeros(0, 24))
+            model.search_for(combine(features(1)))
+        model.search_for(None)
+        for shape in ((0,), (25,), (1, 24), (0, 24)):
+            guided = small()
+            with pytest.raises(ConfigError, match=r"has 24 features.* got \("):
+                guided.search_for(torch.zeros(shape))
+            assert guided.reference_D is None
 
     def test_classes_are_remembered_in_the_weights(self) -> None:
         model = taught()
         assert model.guidance is not None
         shown = {"Crab": features(3), "Fish": features(2, 2)}
-        digest = model.support_encoder().digest
+        digest = SupportEncoder(SupportConfig(TINY)).digest
         model.guidance.standardise(shown)
         model.guidance.remember(shown, digest)
         other = small()
@@ -262,19 +308,12 @@ class TestModel:
         assert other.guidance is not None
         assert other.guidance.classes == ("Crab", "Fish")
         assert other.guidance.encoder_digest == digest
-        other.set_reference_class("Fish")
-        model.set_reference_features(shown["Fish"])
+        other.search_for(other.guidance.prototype("Fish"))
+        model.search_for(combine(shown["Fish"]))
         images = images_of()
         assert torch.equal(other(images).logits_B1HW, model(images).logits_B1HW)
         with pytest.raises(ConfigError, match=r"'Crabb'\. Did you mean Crab"):
-            other.set_reference_class("Crabb")
-
-    def test_another_encoder_is_refused(self) -> None:
-        model = small()
-        assert model.guidance is not None
-        model.guidance.remember({"Crab": features(2)}, "ab" * 32)
-        with pytest.raises(CheckpointError, match="--support-weights"):
-            model.set_references(images_of(), masks_of())
+            other.guidance.prototype("Crabb")
 
     def test_regions_of_an_image_share_its_reference(self) -> None:
         images = images_of(2)
@@ -289,7 +328,7 @@ class TestModel:
         model = taught(decoder="unet")
         plain = model(images).logits_B1HW
         assert torch.equal(plain, small(guided=False, decoder="unet")(images).logits_B1HW)
-        model.set_reference_features(features(1))
+        model.search_for(combine(features(1)))
         assert not torch.equal(model(images).logits_B1HW, plain)
 
     def test_recomputed_activations_give_the_same_gradients(self) -> None:
@@ -329,7 +368,7 @@ class TestModel:
 
     def test_half_precision(self) -> None:
         model = taught()
-        model.set_reference_features(features(3))
+        model.search_for(combine(features(3)))
         with torch.autocast("cpu", torch.bfloat16):
             output = model(images_of())
         assert output.logits_B1HW.isfinite().all()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import TINY_SETTINGS, ending, records
@@ -14,6 +15,7 @@ from helpers.runs import TINY_SETTINGS, ending, records
 from camoxpert.config import build_config
 from camoxpert.config.guidance import EpisodeConfig
 from camoxpert.data.files.classes import object_classes
+from camoxpert.data.files.image_io import read_image, read_mask, write_png
 from camoxpert.data.files.manifest import load_train
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.samples.batches import Batch
@@ -84,6 +86,33 @@ def test_classes_by_names_folders_and_tables(tmp_path: Path) -> None:
     # A table may have one class only, and it may be called as people like.
     told = [replace(pair(str(n), "polyp", "table"), told=True) for n in range(2)]
     assert object_classes(told) == ["polyp"] * 2
+
+
+def test_camo_and_cod10k_in_one_folder() -> None:
+    """As the training set of the field is distributed."""
+    pairs = [
+        *(pair(f"{word}_00012", word, "TrainDataset") for word in ("camourflage", "Camouflage")),
+        *(pair(f"COD10K-CAM-1-Aquatic-3-Crab-{n}", "Aquatic/Crab", "TrainDataset") for n in "12"),
+        pair("COD10K-CAM-2-Terrestrial-30-Grasshopper-1903", "Terrestrial/Grasshopper"),
+    ]
+    assert object_classes(pairs) == ["", "", "Crab", "Crab", ""]
+    pairs[-1] = replace(pairs[-1], dataset="TrainDataset")
+    assert object_classes(pairs) == ["", "", "Crab", "Crab", "Grasshopper"]
+
+
+def test_images_that_show_no_object_are_of_no_class() -> None:
+    """Their masks are the images themselves, or black; and a word that only they bring in does not
+    make a class of what all others are called."""
+    barks = [pair(f"bark_{n}", "bark") for n in range(2)]
+    crabs = [pair(f"crab_{n}", "crab") for n in range(2)]
+    for without in (
+        [replace(one, empty=True, told=True) for one in barks],
+        [replace(one, labeled=False) for one in barks],
+    ):
+        assert object_classes([*crabs, *without]) == [""] * 4
+        fish = pair("fish_1", "fish")
+        assert object_classes([*crabs, *without, fish]) == ["crab", "crab", "", "", "fish"]
+    assert object_classes([*crabs, *barks]) == ["crab", "crab", "bark", "bark"], "the control"
 
 
 class TestEpisodes:
@@ -161,13 +190,34 @@ class TestGuide:
     def test_empty_masks_are_no_references(self, scenes: Path, tmp_path: Path) -> None:
         data = Path(shutil.copytree(scenes, tmp_path / "data"))
         empty = load_train([data]).pairs[0]
-        from camoxpert.data.files.image_io import write_png
-
-        write_png(empty.mask, torch.zeros(32, 32, dtype=torch.uint8).numpy())
+        write_png(empty.mask, np.zeros((32, 32), np.uint8))
         run = guided_run(data)
         assert run.guide is not None
         assert run.guide.episodes.shown == 39 and run.guide.facts["references"] == 39
         assert run.guide.features_ND.isfinite().all(1).sum() == 39
+
+    @pytest.mark.parametrize("setting", ["data__negatives", "data__unlabeled"])
+    def test_images_without_a_mask_are_neither_references_nor_shown_any(
+        self, scenes: Path, tmp_path: Path, setting: str
+    ) -> None:
+        """Their names may well end in a number, or say a class."""
+        more = tmp_path / "more"
+        more.mkdir()
+        images = sorted((scenes / "TrainDataset" / "Imgs").iterdir())
+        for number, name in enumerate(("bark_90", "bark_91", "fish_92")):
+            image = read_image(images[number])
+            write_png(more / f"{name}.png", np.ascontiguousarray(image[::-1]))
+        settings: dict[str, object] = {setting: [str(more)]}
+        if setting == "data__unlabeled":
+            soft = tmp_path / "soft"
+            soft.mkdir()
+            for path in [*images, *more.iterdir()]:
+                write_png(soft / f"{path.stem}.png", np.full((32, 32), 128, np.uint8))
+            settings = {setting: str(more), "data__teacher": str(soft)}
+        run = guided_run(scenes, **settings)
+        assert run.guide is not None and len(run.data.trained) == 43
+        assert run.guide.episodes.shown == run.guide.facts["references"] == 40
+        assert run.guide.episodes.classes[40:] == ("", "", "")
 
     def test_references_of_other_data(self, scenes: Path, tmp_path: Path) -> None:
         other = tmp_path / "open"
@@ -175,7 +225,9 @@ class TestGuide:
             place = other / folder / "fish"
             place.mkdir(parents=True)
             for path in sorted((scenes / "TrainDataset" / folder).glob("fish_*"))[:3]:
-                shutil.copy(path, place)
+                # Mirrored: copies of training images are no more references.
+                pixels = (read_image if folder == "Imgs" else read_mask)(path)
+                write_png(place / f"{path.stem}.png", np.ascontiguousarray(pixels[:, ::-1]))
         plain, more = guided_run(scenes), guided_run(scenes, data__episodes__references=str(other))
         assert plain.guide is not None and more.guide is not None
         assert len(more.guide.features_ND) == len(plain.guide.features_ND) + 3
@@ -191,6 +243,40 @@ class TestGuide:
         assert file_hashes(more.asked)["data.episodes.references"] != before
         with pytest.raises(DataError, match=r"--reference-data .* of a class of the training"):
             guided_run(scenes, data__episodes__references=str(other))
+
+    def test_other_data_that_holds_images_of_the_run(
+        self, scenes: Path, tmp_path: Path, capsys
+    ) -> None:
+        """Nothing is shown with itself, and nothing that measures the run teaches it."""
+        plain = guided_run(scenes, data__val_fraction=0.2)
+        train, validation, tests = plain.data.train, plain.data.validation, plain.data.tests["toy"]
+        pairs = [*train.pairs[:3], *validation.pairs[:2], tests.pairs[0]]
+        other = tmp_path / "open"
+        for pair in pairs:
+            kind = pair.name.split("_")[0]
+            for path, folder in ((pair.image, "Imgs"), (pair.mask, "GT")):
+                (other / folder).mkdir(parents=True, exist_ok=True)
+                # Under names that tell nothing of where they are from.
+                name = f"{kind}_{9000 + len(list((other / folder).iterdir()))}{path.suffix}"
+                shutil.copy(path, other / folder / name)
+        settings = {"data__val_fraction": 0.2, "data__episodes__references": str(other)}
+        capsys.readouterr()
+        run = guided_run(scenes, **settings)
+        assert (
+            f"6 of 6 references in {other} are not used: 3 trained on anyway, 3 images for "
+            "validation, calibration or tests"
+        ) in capsys.readouterr().out
+        assert plain.guide is not None and run.guide is not None
+        assert torch.equal(run.guide.features_ND, plain.guide.features_ND)
+        assert run.guide.by_class().keys() == plain.guide.by_class().keys()
+        # The control: any other image is used.
+        image = next((other / "Imgs").iterdir())
+        write_png(image.with_suffix(".png"), np.ascontiguousarray(read_image(image)[::-1]))
+        if image.suffix != ".png":
+            image.unlink()
+        run = guided_run(scenes, **settings)
+        assert run.guide is not None
+        assert len(run.guide.features_ND) == len(plain.guide.features_ND) + 1
 
     def test_data_without_classes_is_refused(self, scenes: Path, tmp_path: Path) -> None:
         for pair in load_train([scenes]).pairs[:8]:
@@ -233,12 +319,12 @@ class TestCommand:
         self, train: Callable[..., int], scenes: Path, tmp_path: Path
     ) -> None:
         assert train(*SHORT, *GUIDED, "--run-name", "r", data=scenes) == 0
-        model = load_predictor(tmp_path / "r" / "model", device="cpu").model
-        known = load_predictor(tmp_path / "r", device="cpu").model
+        model = load_predictor(tmp_path / "r" / "model", device="cpu")
+        known = load_predictor(tmp_path / "r", device="cpu")
         image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
         for one in (model, known):
             one.set_reference_class("fish")
-        assert torch.equal(model(image).logits_B1HW, known(image).logits_B1HW)
+        assert torch.equal(model.logits(image), known.logits(image))
         settings = load_checkpoint(tmp_path / "r" / "model" / "model.safetensors").config
         assert settings.model.support.weights == "" and settings.model.support.encoder
 

@@ -76,6 +76,10 @@ class Reference:
     mask: Path
 
 
+class NothingMarked(DataError):
+    """The mask of a reference marks nothing as object."""
+
+
 @dataclass
 class SupportStats:
     """What the cache did.
@@ -163,7 +167,8 @@ class SupportCache:
             title: of the progress bar.
 
         Raises:
-            DataError: an image or mask cannot be read, or the mask marks nothing.
+            NothingMarked: a mask marks nothing.
+            DataError: an image or mask cannot be read.
             Stopped: the command was asked to stop.
         """
         found = torch.empty(len(references), self.encoder.width)
@@ -174,6 +179,29 @@ class SupportCache:
                 bar.update()
                 stop.check()
         return found
+
+    def drawn(self, reference: Reference, *, unreadable: str) -> Tensor | None:
+        """Return the features (D,) of a reference that nobody named, but that was drawn from data.
+
+        Args:
+            reference: of the data.
+            unreadable: ``error`` or ``skip``.
+
+        Returns:
+            None for one that is left out: its mask marks nothing, or it cannot be read and
+            ``unreadable`` is ``skip``.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            return torch.from_numpy(self._feature(reference))
+        except NothingMarked:
+            return None
+        except DataError:
+            if unreadable != "skip":
+                raise
+            return None
 
     def digests(self, references: Sequence[Reference]) -> list[str]:
         """Return a hash of the contents of each reference: what its features are kept under."""
@@ -251,7 +279,7 @@ class SupportCache:
         # Void pixels are not known to be the object.
         mask = torch.from_numpy(mask_HW == 255)[None]
         if not mask.any():
-            raise DataError(
+            raise NothingMarked(
                 f"The mask {reference.mask} of the reference {reference.image} marks nothing as "
                 "object. Name a reference that shows what to look for."
             )
