@@ -27,7 +27,8 @@ class Patience:
         send: for all of an answer to be taken.
         rest: for the rest of a body that was refused. A connection that is closed before is an
             error to a browser, which then shows no answer.
-        closing: for the image that is worked on when the server is stopped, and for its answer.
+        closing: for answers to be taken when the server is stopped; the image that is being
+            analysed is finished first, without a limit.
     """
 
     head: float = 10.0

@@ -159,10 +159,10 @@ class Server(ThreadingHTTPServer):
             console.warn(f"a request failed: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Close the port, finish the image that is worked on, and send its answer."""
-        deadline = time.monotonic() + self.patience.closing
+        """Close the port, finish the image that is being analysed, and send its answer."""
         self.server_close()
-        self.worker.close(self.patience.closing)
+        self.worker.close()
+        deadline = time.monotonic() + self.patience.closing
         with self._counting:
             while self._open and (left := deadline - time.monotonic()) > 0:
                 self._counting.wait(left)
@@ -205,7 +205,7 @@ def serve(server: Server, predictor: Predictor, *, threshold: float) -> None:
                 server.serve_forever(LOOK_SECONDS)
             finally:
                 server.close()
-                console.note(f"{count(analyst.done, 'image')} worked on.")
+                console.note(f"{count(analyst.done, 'image')} analysed.")
 
 
 def _is_loopback(address: str) -> bool:

@@ -56,8 +56,12 @@ class Worker:
             self._condition.notify()
         return future
 
-    def close(self, seconds: float) -> None:
-        """Turn away what waits, and wait for what is being worked on, at most this long."""
+    def close(self) -> None:
+        """Turn away what waits, and finish what is being worked on, however long it takes.
+
+        A thread that is still inside torch when the interpreter exits aborts the process (exit
+        code 134).
+        """
         with self._condition:
             self._closed = True
             turned_away = list(self._waiting)
@@ -66,7 +70,7 @@ class Worker:
         for future, _ in turned_away:
             if future.set_running_or_notify_cancel():
                 future.set_exception(_closing())
-        self._thread.join(seconds)
+        self._thread.join()
 
     def _check_free(self) -> None:
         if self._closed:

@@ -194,7 +194,7 @@ def test_a_server_that_closes_finishes_one_and_turns_the_others_away() -> None:
     assert begun.wait(30)
     second.cancel()
     threading.Timer(0.05, go.set).start()
-    worker.close(30)
+    worker.close()
     assert first.result(0).body == b"0" and order == [0]
     for future in (second, third):
         with pytest.raises(BaseException) as fault:

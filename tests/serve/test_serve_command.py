@@ -6,6 +6,8 @@ import http.client
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -56,6 +58,67 @@ def test_a_signal_ends_it_with_its_code(tiny_run: Path, number: int, code: int, 
     assert "warning" not in told.err
     # The port is free again.
     socket.create_server(("127.0.0.1", port)).close()
+
+
+SLOW = """
+import sys, time, torch
+from camoxpert.cli import main
+from camoxpert.serve import analysis, server
+from camoxpert.serve.reading import Patience
+
+server.Patience = lambda: Patience(closing={closing})
+honest = analysis.Analyst.answer
+
+def slow(*given):
+    print("begun", flush=True)
+    values, end = torch.rand(400, 400), time.monotonic() + 2
+    while time.monotonic() < end:
+        values = (values @ values).clamp(0, 1)
+    return honest(*given)
+
+analysis.Analyst.answer = slow
+sys.exit(main(["serve", *sys.argv[1:], "--device", "cpu"]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("closing", [0.1, 30])
+def test_a_signal_during_an_analysis_waits_for_it(
+    tiny_run: Path, photo: Path, number: int, code: int, closing: float
+) -> None:
+    """A thread that is inside torch when the interpreter exits aborts the process: code 134."""
+    port, statuses = free_port(), []
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(closing=closing), str(tiny_run), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def send() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/api/map", photo.read_bytes(), {"Content-Type": "image/jpeg"})
+        statuses.append(connection.getresponse().status)
+        connection.close()
+
+    sender = threading.Thread(target=send)
+    try:
+        for line in process.stdout:
+            if "is the page" in line:
+                sender.start()
+            if line == "begun\n":
+                break
+        process.send_signal(number)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+        if sender.ident:
+            sender.join()
+    assert process.returncode == code, told
+    assert "1 image analysed" in told and "terminate" not in told
+    # The image that is being analysed is also answered, where there is time to send it.
+    assert statuses == [200] or closing < 1
 
 
 def test_a_signal_waits_for_the_loop() -> None:
