@@ -8,7 +8,6 @@ of OpenCV, in no more time. Where it is not installed, the structure of the file
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +29,10 @@ REDUCED = {
 }
 START_OF_SCAN, HUFFMAN_TABLES = 0xDA, 0xC4
 BASELINE, PROGRESSIVE = (0xC0, 0xC1), 0xC2
-SCAN = re.compile(b"\xff\xda")
+END_OF_IMAGE = 0xD9
+# Markers without a length; those that restart the decoder within a scan are not segments.
+LONE = (0xD8, 0x01)
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # More zero or fill bytes in a row than any sound scan has: a hole in the file.
 HOLE = 32
 ZEROS, FILL = bytes(HOLE), b"\xff" * HOLE
@@ -125,7 +127,7 @@ def _require_whole_scans(data: bytes) -> None:
     table: int | None = None
     baseline = False
     components = b""
-    for kind, start, end in _segments(data):
+    for kind, start, end in segments(data):
         baseline |= kind in BASELINE
         if kind in (*BASELINE, PROGRESSIVE):
             components = data[start + 6 : end : 3]
@@ -136,7 +138,7 @@ def _require_whole_scans(data: bytes) -> None:
                 raise ValueError("its first scan has no header")
             place = end
             if not baseline or data[start] < len(components):
-                _require_all_scans(data[start - 4 :], components, progressive=not baseline)
+                _require_all_scans(data, components, progressive=not baseline)
             break
     if not place:
         return
@@ -156,39 +158,46 @@ def _require_all_scans(data: bytes, components: bytes, *, progressive: bool) -> 
     """Raise ValueError if a component or some of its bits are in no scan.
 
     Args:
-        data: from the first scan on.
+        data: the file; what lies behind the end of its image does not count.
         components: their identifiers.
         progressive: coefficients come in bands, and their low bits later.
     """
     # Component -> the lowest bit that arrived, of every coefficient.
     lowest = {component: [99] * (64 if progressive else 1) for component in components}
-    for scan in SCAN.finditer(data):
-        if len(data) < scan.end() + 3:
-            break
-        number = data[scan.end() + 2]
-        start = scan.end() + 3 + 2 * number
+    for kind, place, _ in segments(data):
+        if kind != START_OF_SCAN or len(data) <= place:
+            continue
+        number = data[place]
+        start = place + 1 + 2 * number
         if number > len(components) or len(data) < start + 3:
             continue
         first, last, bits = data[start], min(data[start + 1], 63), data[start + 2] & 15
         band = range(first, last + 1) if progressive else range(1)
-        for component in data[scan.end() + 3 : start : 2]:
-            for place in band if component in lowest else ():
-                lowest[component][place] = bits if progressive else 0
+        for component in data[place + 1 : start : 2]:
+            for coefficient in band if component in lowest else ():
+                lowest[component][coefficient] = bits if progressive else 0
     if any(bit for bits in lowest.values() for bit in bits):
         raise ValueError("its last scans are missing")
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield (marker, start, end) of the segments before the coded pixels."""
+def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, start, end) of every segment of a JPEG up to the end of its image.
+
+    ``start`` and ``end`` enclose what follows the length; the coded pixels of a scan lie between
+    its segment and the next. As a decoder does, the walk skips what lies inside a segment, such as
+    a thumbnail with an end of its own, and bytes between segments that are no marker. Behind the
+    end of the image anything may follow: phones append videos.
+    """
     place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        kind = data[place + 1]
-        if kind == 0xFF:
-            place += 1
-            continue
-        (length,) = struct.unpack_from(">H", data, place + 2)
-        yield kind, place + 4, place + 2 + length
-        place += 2 + length
+    while (found := MARKER.search(data, place)) is not None:
+        kind, place = data[found.start() + 1], found.end()
+        if kind == END_OF_IMAGE:
+            return
+        start = place
+        if kind not in LONE:
+            start += 2
+            place += max(2, int.from_bytes(data[place : place + 2], "big"))
+        yield kind, start, place
 
 
 def _first_symbol(tables: bytes) -> int | None:
