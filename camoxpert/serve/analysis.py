@@ -49,6 +49,13 @@ class Analyst:
         self.network = network_of(predictor.model)
         self.done = 0
 
+    @property
+    def presence(self) -> str | None:
+        """``calibrated`` or ``uncalibrated``; None: the model has no presence head."""
+        if not self.predictor.has_presence:
+            return None
+        return "calibrated" if self.predictor.presence_is_calibrated else "uncalibrated"
+
     def describe(self) -> dict[str, Any]:
         """Return what the server says of its model and its limits."""
         experts = expert_names(self.network.expert_kinds)
@@ -57,6 +64,7 @@ class Analyst:
             "img_size": self.predictor.img_size,
             "experts": experts,
             "levels": list(self.network.level_names()) if experts else [],
+            "presence": self.presence,
             "threshold": self.threshold,
             "limits": {"bytes": MOST_BYTES, "pixels": self.predictor.max_pixels},
         }
@@ -73,7 +81,7 @@ class Analyst:
         """Return what is asked for of an image file.
 
         Args:
-            path: the file.
+            path: the file, which is deleted as soon as it is decoded.
             kind: of KINDS.
             threshold: above which a pixel counts as object, 0..1; None: the server's.
 

@@ -17,12 +17,14 @@ class PageFacts:
 
     Attributes:
         facts: of the model, in words.
+        presence: ``calibrated`` or ``uncalibrated``; empty: the model has no presence head.
         threshold: at which the slider stands first, percent.
         bytes: of a file at most.
         megabytes, megapixels: limits in words.
     """
 
     facts: tuple[str, ...]
+    presence: str
     threshold: int
     bytes: int
     megabytes: str
@@ -44,6 +46,7 @@ def assets(model: Mapping[str, Any], *, device: str) -> dict[str, Answer]:
             *([mixture] if experts else []),
             device,
         ),
+        presence=model["presence"] or "",
         threshold=round(100 * model["threshold"]),
         bytes=limits["bytes"],
         megabytes=f"{limits['bytes'] / 1e6:g}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import io
 import json
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import camoxpert
+from camoxpert.models.camoxpert import build_model
 from camoxpert.serve.analysis import Analyst
 from camoxpert.serve.server import Address, Server
 
@@ -75,6 +78,28 @@ class Asked:
 @pytest.fixture(scope="package")
 def predictor(tiny_run: Path) -> camoxpert.Predictor:
     return camoxpert.load(tiny_run, device="cpu")
+
+
+@pytest.fixture
+def judging(predictor: camoxpert.Predictor, tmp_path: Path) -> Callable[[int], Any]:
+    """Return a function that loads the tiny model with a presence head of drawn weights.
+
+    It takes the number of images that calibrated the head; 0: none did.
+    """
+
+    def load(images: int) -> camoxpert.Predictor:
+        checkpoint = predictor.checkpoint
+        config = dataclasses.replace(checkpoint.model_config, presence="on")
+        torch.manual_seed(0)
+        head = build_model(config).presence
+        head.calibration.set(1.5 if images else 1.0, 0.2 if images else 0.0, images)
+        values = dict(checkpoint.values)
+        added = {f"presence.{name}": tensor for name, tensor in head.state_dict().items()}
+        values["model"] = {**checkpoint.evaluated_weights, **added}
+        torch.save(values, tmp_path / "judging.pt")
+        return camoxpert.load(tmp_path / "judging.pt", device="cpu")
+
+    return load
 
 
 @pytest.fixture(scope="package")

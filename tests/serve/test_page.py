@@ -19,7 +19,8 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 # Colour and opacity of every pixel over the image.
-OVERLAY = """() => {
+OVERLAY = """async () => {
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
   const canvas = document.getElementById("overlay"), {width, height} = canvas;
   return [height, width, [...canvas.getContext("2d").getImageData(0, 0, width, height).data]];
 }"""
@@ -86,6 +87,31 @@ def overlay(page: Any) -> np.ndarray:
     return np.array(values, np.uint8).reshape(height, width, 4)
 
 
+COUNT = """
+const honest = CanvasRenderingContext2D.prototype.putImageData;
+globalThis.redraws = 0;
+CanvasRenderingContext2D.prototype.putImageData = function (...given) {
+  globalThis.redraws++;
+  return honest.apply(this, given);
+};
+const decode = HTMLImageElement.prototype.decode;
+globalThis.decoded = 0;
+HTMLImageElement.prototype.decode = function () {
+  globalThis.decoded++;
+  return decode.apply(this);
+};
+"""
+MOVE = """async () => {
+  const slider = document.getElementById("threshold"), before = [redraws, decoded];
+  for (let value = 0; value <= 100; value++) {
+    slider.value = value;
+    slider.dispatchEvent(new Event("input"));
+  }
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  return [redraws - before[0], decoded - before[1]];
+}"""
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.{1 if share < 0.1 else 0}f} %"
 
@@ -118,7 +144,7 @@ def test_an_image_is_shown_as_the_api_says(visit, asked, photo: Path) -> None:
     }
     found = asked.post("/api/predict", body).json
     assert page.inner_text("#share") == percent(found["object_fraction"])
-    assert not page.is_visible("#presence-tile")
+    assert page.locator("#presence, #uncalibrated").count() == 0
     levels = page.locator("#experts .level").all()
     for shown, level in zip(levels, found["experts"], strict=True):
         text = shown.inner_text()
@@ -146,10 +172,11 @@ def test_the_slider_and_the_keyboard(visit, asked, photo: Path) -> None:
     masks = []
     for key, moved in (("ArrowLeft", -0.01), ("ArrowRight", 0), ("ArrowRight", 0.01)):
         page.keyboard.press(key)
+        drawn = overlay(page)[..., 3] > 0
         threshold = page.inner_text("#threshold-value")
         assert float(threshold) == pytest.approx(first + moved)
         masks.append(asked.post(f"/api/mask?threshold={threshold}", photo.read_bytes()).pixels > 0)
-        assert np.array_equal(overlay(page)[..., 3] > 0, masks[-1])
+        assert np.array_equal(drawn, masks[-1])
         assert page.inner_text("#share") == percent(masks[-1].mean())
     assert masks[0].sum() > masks[2].sum()
     page.keyboard.press("Home")
@@ -157,6 +184,30 @@ def test_the_slider_and_the_keyboard(visit, asked, photo: Path) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     assert page.is_checked("[value=probability]")
+
+
+def test_a_frame_has_one_redraw_and_decodes_nothing(visit, asked, photo: Path) -> None:
+    page = visit()
+    page.add_init_script(COUNT)
+    page.reload()
+    show(page, photo)
+    assert page.evaluate(MOVE) == [1, 0]
+    mask = asked.post("/api/mask?threshold=1", photo.read_bytes()).pixels > 0
+    assert page.inner_text("#threshold-value") == "1.00"
+    assert np.array_equal(overlay(page)[..., 3] > 0, mask)
+
+
+@pytest.mark.parametrize("images", [0, 40])
+def test_presence_is_shown_with_its_calibration(
+    browser, start: Callable[..., Any], judging: Any, photo: Path, images: int
+) -> None:
+    model = judging(images)
+    page = browser.new_page()
+    page.goto(start(Analyst(model, 0.5)).server.url)
+    show(page, photo)
+    assert page.inner_text("#presence") == percent(model.predict(photo).presence)
+    assert page.locator("#uncalibrated").is_visible() is (not images)
+    page.close()
 
 
 def test_bad_files_get_a_sentence_and_the_last_result_stays(visit, photo: Path, tmp_path) -> None:
@@ -196,6 +247,7 @@ def test_downloads_are_those_of_the_api(visit, asked, photo: Path, tmp_path: Pat
     show(page, named)
     page.focus("#threshold")
     page.keyboard.press("ArrowLeft")
+    overlay(page)
     threshold = page.inner_text("#threshold-value")
     for kind, query in (("map", ""), ("mask", f"?threshold={threshold}"), ("cutout", "")):
         with page.expect_download() as download:

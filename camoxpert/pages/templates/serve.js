@@ -3,10 +3,18 @@
 // text from files and from the server is only ever set as text.
 const TINT = [63, 185, 80], TINT_ALPHA = 115;
 const STEPS = 100, MOST_TRIES = 5;
+// A pixel as one number, in the byte order of this machine.
+const pixel = (...bytes) => new Uint32Array(new Uint8ClampedArray(bytes).buffer)[0];
+const INSIDE = pixel(...TINT, TINT_ALPHA), EDGE = pixel(...TINT, 255);
+const GREYS = Uint32Array.from({ length: 256 }, (_, level) => {
+  const grey = 2.55 * Math.min(level, STEPS);
+  return pixel(grey, grey, grey, 255);
+});
 const at = (id) => document.getElementById(id);
 const app = at("app"), slider = at("threshold");
 let shown = null;
 let running = null;
+let due = 0;
 
 class Told extends Error {}
 
@@ -77,7 +85,7 @@ async function open(file) {
     const found = await (await post("/api/view", file, own.signal)).json();
     const levels = await inflated(found.view.levels);
     if (running !== own) return;
-    shown = { file, found, levels };
+    shown = { file, found, ...prepared(levels, found.view) };
     await show();
     say(`${found.width} × ${found.height} pixels, done in ${seconds(found.seconds.total)}.`);
   } catch (error) {
@@ -106,8 +114,7 @@ async function show() {
   at("stage").style.setProperty("--ratio", view.width / view.height);
   at("overlay").width = view.width;
   at("overlay").height = view.height;
-  at("presence-tile").hidden = found.presence === null;
-  if (found.presence !== null) at("presence").textContent = percent(found.presence);
+  if (at("presence") && found.presence !== null) at("presence").textContent = percent(found.presence);
   at("forward").textContent = seconds(found.seconds.forward);
   at("experts-section").hidden = !found.experts.length;
   at("experts").replaceChildren(...found.experts.map(levelOf));
@@ -134,37 +141,55 @@ function levelOf({ level, experts }) {
   return made("div", "level", made("h3", "", level), ...rows);
 }
 
+// Returns what every redraw of an image needs, so that the slider only compares numbers:
+// lowest: the least of the four levels that decide about a pixel of the outline;
+// above: how many pixels lie above each threshold.
+function prepared(levels, { width, height }) {
+  // Pixels of the outline, as in the pictures that `predict` writes.
+  const wide = Math.max(1, Math.round(Math.max(width, height) / 300)), down = wide * width;
+  const lowest = new Uint8Array(levels.length), above = new Uint32Array(STEPS + 2);
+  for (let y = 0, i = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, i++) {
+      let least = levels[i];
+      above[Math.min(least, STEPS + 1)]++;
+      if (x >= wide && levels[i - wide] < least) least = levels[i - wide];
+      if (x < width - wide && levels[i + wide] < least) least = levels[i + wide];
+      if (y >= wide && levels[i - down] < least) least = levels[i - down];
+      if (y < height - wide && levels[i + down] < least) least = levels[i + down];
+      lowest[i] = least;
+    }
+  }
+  for (let cut = STEPS, sum = above[STEPS + 1]; cut >= 0; cut--) {
+    const at_cut = above[cut];
+    above[cut] = sum;
+    sum += at_cut;
+  }
+  const context = at("overlay").getContext("2d"), picture = context.createImageData(width, height);
+  return { levels, lowest, above, picture, pixels: new Uint32Array(picture.data.buffer) };
+}
+
+// Asks for a redraw with the next frame: a slider reports more movements than a screen can show.
+function redraw() {
+  due = due || requestAnimationFrame(draw);
+}
+
 // Draws over the image: the mask above the slider's threshold with its outline, or probabilities.
 function draw() {
+  cancelAnimationFrame(due);
+  due = 0;
   const cut = Number(slider.value);
   at("threshold-value").textContent = (cut / STEPS).toFixed(2);
   if (!shown) return;
-  const { levels, found: { view: { width, height } } } = shown;
+  const { levels, lowest, above, picture, pixels } = shown;
   const mode = document.querySelector("[name=show]:checked").value;
-  const context = at("overlay").getContext("2d"), picture = context.createImageData(width, height);
-  const data = picture.data;
-  // Pixels of the outline, as in the pictures that `predict` writes.
-  const wide = Math.max(1, Math.round(Math.max(width, height) / 300));
-  let inside = 0;
-  for (let y = 0, i = 0; y < height; y++) {
-    for (let x = 0; x < width; x++, i++) {
-      const object = levels[i] > cut, place = 4 * i;
-      inside += object;
-      if (mode === "probability") {
-        data[place] = data[place + 1] = data[place + 2] = 2.55 * Math.min(levels[i], STEPS);
-        data[place + 3] = 255;
-      } else if (mode === "mask" && object) {
-        const edge = (x >= wide && levels[i - wide] <= cut) ||
-          (x < width - wide && levels[i + wide] <= cut) ||
-          (y >= wide && levels[i - wide * width] <= cut) ||
-          (y < height - wide && levels[i + wide * width] <= cut);
-        data.set(TINT, place);
-        data[place + 3] = edge ? 255 : TINT_ALPHA;
-      }
-    }
-  }
-  context.putImageData(picture, 0, 0);
-  at("share").textContent = percent(inside / levels.length);
+  if (mode === "probability") {
+    for (let i = 0; i < levels.length; i++) pixels[i] = GREYS[levels[i]];
+  } else if (mode === "mask") {
+    for (let i = 0; i < levels.length; i++)
+      pixels[i] = levels[i] > cut ? (lowest[i] > cut ? INSIDE : EDGE) : 0;
+  } else pixels.fill(0);
+  at("overlay").getContext("2d").putImageData(picture, 0, 0);
+  at("share").textContent = percent(above[cut] / levels.length);
 }
 
 // Saves what `predict` would write for the image; the server makes it, at the image's own size.
@@ -217,8 +242,8 @@ document.addEventListener("drop", (event) => {
   take([...event.dataTransfer.files]);
 });
 document.addEventListener("paste", (event) => take([...event.clipboardData.files]));
-slider.addEventListener("input", draw);
-for (const radio of document.querySelectorAll("[name=show]")) radio.addEventListener("change", draw);
+slider.addEventListener("input", redraw);
+for (const radio of document.querySelectorAll("[name=show]")) radio.addEventListener("change", redraw);
 for (const button of document.querySelectorAll("[data-kind]"))
   button.addEventListener("click", () => download(button.dataset.kind));
 // Browsers restore a slider after a reload; the image is gone.
