@@ -5,21 +5,19 @@ from __future__ import annotations
 import errno
 import io
 import socket
+import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError
-from concurrent.futures import TimeoutError as NotInTime
+from concurrent.futures import wait
 from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from urllib.parse import parse_qsl
 
-from camoxpert import console
 from camoxpert.serve.analysis import KINDS
-from camoxpert.serve.answers import Answer, Fault
+from camoxpert.serve.answers import Answer, Fault, warn_of
 from camoxpert.serve.checks import (
     MOST_BYTES,
     body_length,
@@ -28,27 +26,15 @@ from camoxpert.serve.checks import (
     check_type,
 )
 from camoxpert.serve.reading import LimitedReader, receive
+from camoxpert.serve.worker import closing
 
 if TYPE_CHECKING:
     from camoxpert.serve.server import Server
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 POSTS = {f"/api/{kind}": kind for kind in KINDS}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-HEADERS = (
-    ("Content-Security-Policy", POLICY),
-    ("X-Content-Type-Options", "nosniff"),
-    ("X-Frame-Options", "DENY"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Cross-Origin-Resource-Policy", "same-origin"),
-    ("Cross-Origin-Opener-Policy", "same-origin"),
-    ("Cache-Control", "no-store"),
-    ("Connection", "close"),
-)
-"""Of every answer."""
+LOOK_SECONDS = 0.2
+"""Between two looks whether the sender of a waiting image is still there."""
 TEXTS = {
     414: "The address is too long.",
     431: "The headers are too long.",
@@ -118,6 +104,13 @@ class Handler(BaseHTTPRequestHandler):
             answer = answering()
         except Fault as fault:
             answer = fault.answer()
+        except (ConnectionError, TimeoutError):
+            # The sender has left, or takes nothing.
+            raise
+        except Exception as error:
+            warn_of("a request failed", error)
+            text = "The server failed on this request; its window says why. Try again."
+            answer = Fault(500, text).answer()
         self._send(answer)
 
     def _get(self) -> Answer:
@@ -142,39 +135,68 @@ class Handler(BaseHTTPRequestHandler):
         threshold = threshold_of(query)
         # Before the body: it would be sent for nothing.
         self.server.worker.check_free()
-        if self.headers.get("Expect", "").lower() == "100-continue":
+        expects = self.headers.get("Expect", "").lower() == "100-continue"
+        if expects and self.request_version != "HTTP/1.0":
             self.send_response_only(100)
             self.end_headers()
         self._limits.allow(length, self.server.patience.body)
         try:
-            # In a folder that only this process's user can enter, under a name that nobody sent.
-            file = NamedTemporaryFile(dir=self.server.folder, delete=False)  # noqa: SIM115
+            file = self.server.uploads.create()
             path = Path(file.name)
             try:
                 with file:
-                    receive(self.rfile, length, file)  # type: ignore[arg-type]
+                    self._receive(length, file)
                 self._unread = False
-                return self._worked_on(path, POSTS[place], threshold)
+                return self._analysed(path, POSTS[place], threshold)
             finally:
+                # Where it was never decoded.
                 path.unlink(missing_ok=True)
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise Fault(507, "The server has no room for the file.") from None
+            raise Fault(
+                507, "The server's disk has no room for the file. Try again later."
+            ) from None
 
-    def _worked_on(self, path: Path, kind: str, threshold: float | None) -> Answer:
-        work = partial(self.server.analyst.answer, path, kind, threshold)
-        future = self.server.worker.submit(work)
+    def _receive(self, length: int, file: IO[bytes]) -> None:
+        """Read the body into a file."""
         try:
-            return future.result(self.server.patience.work)
+            receive(self.rfile, length, file)  # type: ignore[arg-type]
         except Fault:
+            if self.server.closed:
+                raise closing() from None
             raise
-        except (NotInTime, CancelledError):
-            future.cancel()
-            raise Fault(503, "The image was not worked on in time. Try again later.") from None
-        except Exception as error:
-            console.warn(f"an image could not be worked on: {type(error).__name__}: {error}")
-            raise Fault(500, "The server failed on this image; its window says why.") from None
+
+    def _analysed(self, path: Path, kind: str, threshold: float | None) -> Answer:
+        """Queue an image and return its answer."""
+        worker = self.server.worker
+        future = worker.submit(partial(self.server.analyst.answer, path, kind, threshold))
+        until = time.monotonic() + self.server.patience.work
+        while not wait([future], LOOK_SECONDS).done:
+            # A read that is not waited for: an end means that the sender has closed its side.
+            if self._sender_left() and worker.cancel(future, left=True):
+                raise ConnectionAbortedError("the sender has left")
+            if time.monotonic() > until:
+                worker.cancel(future)
+                raise Fault(503, "The image was not analysed in time. Try again later.")
+        error = future.exception()
+        if isinstance(error, Fault):
+            raise error
+        if error is not None:
+            warn_of("an image could not be analysed", error)
+            raise Fault(
+                500, "The server failed on this image; its window says why. Try another image."
+            )
+        return future.result()
+
+    def _sender_left(self) -> bool:
+        self.connection.settimeout(0)
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK) and not self.server.closed
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _refuse_method(self) -> Answer:
         raise Fault(405, "Only GET and POST are known here.", (("Allow", "GET, HEAD, POST"),))
@@ -183,8 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.settimeout(self.server.patience.send)
         self.send_response(answer.status)
-        length = ("Content-Length", str(len(answer.body)))
-        for header in (*HEADERS, ("Content-Type", answer.content_type), length, *answer.headers):
+        for header in answer.all_headers:
             self.send_header(*header)
         self.end_headers()
         if self.command != "HEAD":

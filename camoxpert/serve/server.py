@@ -8,10 +8,7 @@ import os
 import socket
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -21,22 +18,19 @@ from camoxpert import console, stop
 from camoxpert.errors import ConfigError
 from camoxpert.inference.predictor import Predictor
 from camoxpert.serve.analysis import Analyst
-from camoxpert.serve.answers import Answer
+from camoxpert.serve.answers import Answer, Fault, response, warn_of
 from camoxpert.serve.checks import MOST_BYTES, is_address
+from camoxpert.serve.connections import Connections
 from camoxpert.serve.handler import Handler
 from camoxpert.serve.page import assets
 from camoxpert.serve.reading import Patience
+from camoxpert.serve.uploads import Uploads
 from camoxpert.serve.worker import MOST_WAITING, Worker
 from camoxpert.text import count
 
-MOST_CONNECTIONS = 32
-"""Open at once, each with a thread; further ones are closed."""
 LOOK_SECONDS = 0.2
 """Between two looks whether the command was asked to stop."""
-BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n"
-    b"Connection: close\r\n\r\n"
-)
+BUSY = Fault(503, "Too many connections are open. Try again later.", (("Retry-After", "1"),))
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,7 @@ class Server(ThreadingHTTPServer):
         patience: how long senders are waited for.
         public: whether other machines can reach it.
         names: by which browsers may call it, lower case.
+        closed: whether it was asked to close.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -75,9 +70,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address: Address) -> None:
         self.patience = Patience()
-        self._connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
-        self._open = 0
-        self._counting = threading.Condition()
+        self.connections = Connections()
+        self.closed = False
         try:
             found = socket.getaddrinfo(
                 address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -106,9 +100,9 @@ class Server(ThreadingHTTPServer):
 
         Args:
             analyst: works on the images.
-            folder: gets each image while it is worked on.
+            folder: gets each image until it is decoded.
         """
-        self.analyst, self.folder = analyst, folder
+        self.analyst, self.uploads = analyst, Uploads(folder)
         predictor = analyst.predictor
         device = f"{predictor.device}, {predictor.precision.name}"
         self.assets: dict[str, Answer] = assets(analyst.describe(), device=device)
@@ -121,51 +115,49 @@ class Server(ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
 
     def service_actions(self) -> None:
-        """Stop if that was asked for; between two requests, which are then not cut."""
+        """Stop if that was asked for; between two requests, so that no answer is cut."""
+        self.connections.look()
         asked = stop.current()
         if asked.code():
             raise asked.stopped()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread, unless there are too many."""
-        if not self._connections.acquire(blocking=False):
-            with suppress(OSError):
-                request.settimeout(0)
-                request.send(BUSY)
-            self.shutdown_request(request)
+        if not self.connections.enter(request):
+            self.connections.refuse(request, response(BUSY.answer()))
             return
         try:
             super().process_request(request, client_address)
+        except RuntimeError:
+            # No thread can be started.
+            self.connections.leave(request)
+            self.connections.refuse(request, response(BUSY.answer()))
         except BaseException:
-            self._connections.release()
+            self.connections.leave(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer one connection."""
-        with self._counting:
-            self._open += 1
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._connections.release()
-            with self._counting:
-                self._open -= 1
-                self._counting.notify_all()
+            self.connections.leave(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print what failed, without a traceback; senders that left are no failure."""
+        """Print what failed, without a traceback; a sender that left is not a failure."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            console.warn(f"a request failed: {type(error).__name__}: {error}")
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            warn_of("a request failed", error)
 
     def close(self) -> None:
         """Close the port, finish the image that is being analysed, and send its answer."""
+        self.closed = True
         self.server_close()
+        self.uploads.close()
+        # Browsers keep connections open on which they send nothing.
+        self.connections.end_reading()
         self.worker.close()
-        deadline = time.monotonic() + self.patience.closing
-        with self._counting:
-            while self._open and (left := deadline - time.monotonic()) > 0:
-                self._counting.wait(left)
+        self.connections.wait_until_closed(self.patience.closing)
 
 
 def serve(server: Server, predictor: Predictor, *, threshold: float) -> None:
@@ -197,15 +189,19 @@ def serve(server: Server, predictor: Predictor, *, threshold: float) -> None:
             f"{server.host} can be reached from other machines: everybody there can send images. "
             "There is no password and no encryption."
         )
-    with tempfile.TemporaryDirectory(prefix="camoxpert-serve-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="camoxpert-serve-") as folder,
+        stop.current().deferred(),
+    ):
         server.answer_for(analyst, Path(folder))
-        with stop.current().deferred():
-            try:
-                console.say(f"{server.url} is the page; Ctrl-C ends it.")
-                server.serve_forever(LOOK_SECONDS)
-            finally:
-                server.close()
-                console.note(f"{count(analyst.done, 'image')} analysed.")
+        try:
+            console.say(f"{server.url} is the page; Ctrl-C ends it.")
+            server.serve_forever(LOOK_SECONDS)
+        finally:
+            server.close()
+            left = server.worker.cancelled
+            gone = f"; {count(left, 'image')} cancelled: the sender left" if left else ""
+            console.note(f"{count(analyst.done, 'image')} analysed{gone}.")
 
 
 def _is_loopback(address: str) -> bool:

@@ -27,6 +27,9 @@ class Worker:
 
     Args:
         clock: seconds, monotonic; a test gives its own.
+
+    Attributes:
+        cancelled: pieces that were never done because their sender left.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,6 +38,7 @@ class Worker:
         self._waiting: deque[tuple[Future[Answer], Work]] = deque()
         self._closed = False
         self._mean_seconds = 1.0
+        self.cancelled = 0
         self._thread = threading.Thread(target=self._run, name="serve-worker", daemon=True)
         self._thread.start()
 
@@ -56,6 +60,24 @@ class Worker:
             self._condition.notify()
         return future
 
+    def cancel(self, future: Future[Answer], *, left: bool = False) -> bool:
+        """Take a piece of work out of the queue, so that another may wait in its place.
+
+        Args:
+            future: what ``submit`` returned.
+            left: its sender has left, which is counted.
+
+        Returns:
+            Whether it was waiting; what has begun is finished.
+        """
+        with self._condition:
+            place = next((i for i, (own, _) in enumerate(self._waiting) if own is future), None)
+            if place is None:
+                return False
+            del self._waiting[place]
+            self.cancelled += left
+        return future.cancel()
+
     def close(self) -> None:
         """Turn away what waits, and finish what is being worked on, however long it takes.
 
@@ -69,12 +91,12 @@ class Worker:
             self._condition.notify()
         for future, _ in turned_away:
             if future.set_running_or_notify_cancel():
-                future.set_exception(_closing())
+                future.set_exception(closing())
         self._thread.join()
 
     def _check_free(self) -> None:
         if self._closed:
-            raise _closing()
+            raise closing()
         if len(self._waiting) >= MOST_WAITING:
             seconds = math.ceil(self._mean_seconds * (1 + len(self._waiting)))
             retry = ("Retry-After", str(min(max(seconds, 1), SLOWEST_RETRY)))
@@ -90,7 +112,7 @@ class Worker:
                 if self._closed:
                     return
                 future, work = self._waiting.popleft()
-            # Cancelled: its sender is not waiting any more.
+            # Cancelled by its caller, not with ``cancel``.
             if not future.set_running_or_notify_cancel():
                 continue
             started = self._clock()
@@ -103,5 +125,6 @@ class Worker:
             del future, work
 
 
-def _closing() -> Fault:
+def closing() -> Fault:
+    """Return what is answered once the server was asked to stop."""
     return Fault(503, "The server is closing.")

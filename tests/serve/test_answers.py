@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import gc
 import io
+import shutil
+import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -79,13 +81,25 @@ def test_weights_of_regions_are_averaged(predictor) -> None:
     assert weights == pytest.approx([0.375, 0.375, 0.25])
 
 
-def test_a_presence_is_passed_on(predictor, photo: Path, monkeypatch) -> None:
-    honest = predictor.predict
-    monkeypatch.setattr(
-        predictor, "predict", lambda *a, **b: dataclasses.replace(honest(*a, **b), presence=0.25)
-    )
-    answer = Analyst(predictor, 0.5).answer(photo, "predict", None)
-    assert b'"presence": 0.25' in answer.body
+@pytest.mark.parametrize("images", [0, 40])
+def test_presence_is_the_models_own(judging, photo: Path, start: Callable, images: int) -> None:
+    model = judging(images)
+    expected, of_black = model.predict([photo, np.zeros((9, 9, 3), np.uint8)], batch_size=1)
+    expected = expected.presence
+    assert 0 < expected < 1 and abs(expected - of_black.presence) > 1e-4
+    asked = start(Analyst(model, 0.5))
+    found = asked.post("/api/predict", photo.read_bytes()).json
+    assert found["presence"] == pytest.approx(expected)
+    kind = "calibrated" if images else "uncalibrated"
+    assert asked("GET", "/api/model").json["presence"] == kind
+    assert (b"uncalibrated" in asked("GET", "/").body) is (not images)
+
+
+def test_a_model_without_the_head_says_no_presence(asked) -> None:
+    found = asked("GET", "/api/model").json
+    assert "presence" in found and found["presence"] is None
+    page = asked("GET", "/").body
+    assert b"calibrated" not in page and b"anything hides" not in page
 
 
 def levels_of(shown: dict) -> np.ndarray:
@@ -177,6 +191,73 @@ def test_one_is_worked_on_four_wait_and_the_next_is_turned_away(
     assert asked.post("/api/predict", body).status == 200
 
 
+def waits_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_waiting_image_whose_sender_left_is_never_analysed(
+    start: Callable, predictor, photo: Path
+) -> None:
+    """And its place in the queue is free at once."""
+    held = Held(Analyst(predictor, 0.5))
+    asked = start(held)
+    worker, body = asked.server.worker, photo.read_bytes()
+    head = b"POST /api/map HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+    request = head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+    place = ("127.0.0.1", asked.server.port)
+    senders = [socket.create_connection(place, 30) for _ in range(1 + MOST_WAITING)]
+    try:
+        senders[0].sendall(request)
+        assert held.begun.acquire(timeout=30)
+        for sender in senders[1:]:
+            sender.sendall(request)
+        waits_until(lambda: len(worker._waiting) == MOST_WAITING)
+        assert len(list(asked.server.uploads.folder.iterdir())) == 1 + MOST_WAITING
+        for sender in senders[1:3]:
+            sender.close()
+        waits_until(lambda: worker.cancelled == 2)
+        assert len(worker._waiting) == MOST_WAITING - 2
+        worker.check_free()
+        held.go.set()
+        for sender in (senders[0], *senders[3:]):
+            assert sender.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+    finally:
+        held.go.set()
+        for sender in senders:
+            sender.close()
+    assert held.analyst.done == 1 + MOST_WAITING - 2
+    waits_until(lambda: not len(asked.server.connections))
+    assert not list(asked.server.uploads.folder.iterdir())
+
+
+def test_a_file_is_deleted_before_its_image_is_analysed(start: Callable, predictor, photo) -> None:
+    left: list[int] = []
+    asked = start(analyst := Analyst(predictor, 0.5))
+    analyst.predictor = Spied(predictor, lambda: left.append(len(files())))
+
+    def files() -> list[Path]:
+        return list(asked.server.uploads.folder.iterdir())
+
+    assert asked.post("/api/map", photo.read_bytes()).status == 200 and left == [0]
+
+
+class Spied:
+    """A predictor that calls a function before it predicts."""
+
+    def __init__(self, predictor: object, before: Callable) -> None:
+        self._predictor, self._before = predictor, before
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._predictor, name)
+
+    def predict(self, *given: object, **named: object) -> object:
+        self._before()
+        return self._predictor.predict(*given, **named)
+
+
 def test_a_server_that_closes_finishes_one_and_turns_the_others_away() -> None:
     worker, go, begun = Worker(), threading.Event(), threading.Event()
     order: list[int] = []
@@ -221,6 +302,28 @@ def test_a_failure_is_an_answer_and_the_next_image_is_worked_on(
     assert asked.post("/api/map", photo.read_bytes()).status == 200
 
 
+@pytest.mark.parametrize("where", ["check_type", "body_length", "threshold_of", "check_host"])
+def test_an_unexpected_error_is_an_answer_and_is_printed(
+    asked, photo: Path, monkeypatch, capsys, where: str
+) -> None:
+    def breaks(*given: object) -> None:
+        raise KeyError("\x1b[31mbroken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"camoxpert.serve.handler.{where}", breaks)
+        reply = asked.post("/api/map", photo.read_bytes())
+    assert reply.status == 500 and reply.json["error"].endswith("Try again.")
+    told = capsys.readouterr().err
+    assert "KeyError" in told and "broken" in told and "\x1b[31m" not in told
+    assert asked.post("/api/map", photo.read_bytes()).status == 200
+
+
+def test_a_folder_that_was_removed_is_an_error_that_is_printed(asked, photo, capsys) -> None:
+    asked.server.uploads.folder.rmdir()
+    assert asked.post("/api/map", photo.read_bytes()).status == 500
+    assert "FileNotFoundError" in capsys.readouterr().err
+
+
 def held_by_process() -> tuple[int, int, int]:
     """Return numbers of Python objects, open files and threads."""
     gc.collect()
@@ -243,7 +346,7 @@ def growth(asked, requests: int, bodies: list[bytes], *, first: int = 20) -> tup
 def test_five_hundred_requests_leave_nothing(asked, photo: Path) -> None:
     objects, files, threads = growth(asked, 500, [photo.read_bytes(), b"not an image"])
     assert objects < 100 and files <= 1 and threads <= 2
-    assert not list(asked.server.folder.iterdir())
+    assert not list(asked.server.uploads.folder.iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
@@ -259,12 +362,15 @@ def test_a_server_that_hoards_is_noticed(start: Callable, predictor, photo: Path
     assert growth(start(analyst), 12, [photo.read_bytes()], first=5)[0] > 100
 
 
-def test_freed_memory_is_returned_now_and_then(predictor, photo: Path, monkeypatch) -> None:
+def test_freed_memory_is_returned_now_and_then(
+    predictor, photo: Path, tmp_path: Path, monkeypatch
+) -> None:
     analysis.trim_memory()
     trimmed: list[int] = []
     analyst = Analyst(predictor, 0.5)
     monkeypatch.setattr(analysis, "trim_memory", lambda: trimmed.append(analyst.done))
     analyst.done = analysis.TRIM_EVERY - 2
     for _ in range(3):
-        analyst.answer(photo, "predict", None)
+        analyst.answer(Path(shutil.copy(photo, tmp_path)), "predict", None)
+    assert not list(tmp_path.iterdir())
     assert trimmed == [analysis.TRIM_EVERY]

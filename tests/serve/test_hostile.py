@@ -6,6 +6,7 @@ import io
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ import pytest
 from PIL import Image
 
 from camoxpert.data.files import image_io
+from camoxpert.data.files.jpeg import _require_whole_scans
 from camoxpert.errors import ConfigError
-from camoxpert.serve.handler import POLICY, threshold_of
+from camoxpert.serve.answers import POLICY
+from camoxpert.serve.connections import MOST_CONNECTIONS, Connections
+from camoxpert.serve.handler import threshold_of
 from camoxpert.serve.reading import Patience
-from camoxpert.serve.server import MOST_CONNECTIONS, Address, Server
+from camoxpert.serve.server import Address, Server
 from camoxpert.serve.uploads import has_many_scans
 
 MARK = "Zq7marker"
@@ -166,7 +170,7 @@ def test_a_body_that_is_too_large_gets_its_answer(asked) -> None:
     """Also where it is sent whole before the answer is read, as browsers do."""
     reply = asked.post("/api/map", bytes(20_000_001))
     assert reply.status == 413 and "20 MB" in reply.json["error"]
-    assert not list(asked.server.folder.iterdir())
+    assert not list(asked.server.uploads.folder.iterdir())
 
 
 def test_a_body_is_asked_for_after_its_headers_were_checked(asked, photo: Path) -> None:
@@ -216,24 +220,65 @@ def test_a_byte_at_a_time_is_not_waited_for(asked, part: str) -> None:
     assert ended.is_set() and sent < 400
     # A sender that writes on after the end may lose the answer.
     assert not answer or (part == "body" and answer.startswith(b"HTTP/1.1 408 "))
-    assert not list(asked.server.folder.iterdir())
+    assert not list(asked.server.uploads.folder.iterdir())
 
 
-def test_more_connections_than_there_is_room_for(asked) -> None:
-    place = ("127.0.0.1", asked.server.port)
-    idle = [socket.create_connection(place, 30) for _ in range(MOST_CONNECTIONS)]
-    try:
-        deadline = time.monotonic() + 30
-        while asked.server._open < MOST_CONNECTIONS and time.monotonic() < deadline:
-            time.sleep(0.01)
-        with socket.create_connection(place, 30) as connection:
-            assert connection.recv(13) == b"HTTP/1.1 503 "
-    finally:
-        for connection in idle:
-            connection.close()
-    while asked.server._open and time.monotonic() < deadline:
+def waits_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert asked("GET", "/").status == 200
+
+
+def test_more_connections_than_there_is_room_for(asked, photo: Path) -> None:
+    """Twice: every place comes back."""
+    place, connections = ("127.0.0.1", asked.server.port), asked.server.connections
+    for _ in range(2):
+        idle = [socket.create_connection(place, 30) for _ in range(MOST_CONNECTIONS)]
+        try:
+            waits_until(lambda: len(connections) == MOST_CONNECTIONS)
+            # Also where the request is sent whole before the answer is read.
+            reply = asked.post("/api/map", photo.read_bytes() + bytes(300_000))
+            assert reply.status == 503 and reply.headers["Retry-After"] == "1"
+            assert "connections" in reply.json["error"]
+        finally:
+            for connection in idle:
+                connection.close()
+        waits_until(lambda: not len(connections))
+        assert asked("GET", "/").status == 200
+
+
+def test_a_thread_that_cannot_start_keeps_no_place(asked, monkeypatch) -> None:
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        for _ in range(MOST_CONNECTIONS + 1):
+            assert asked("GET", "/").status == 503
+    assert not len(asked.server.connections) and asked("GET", "/").status == 200
+
+
+def test_a_place_is_given_back_once() -> None:
+    connections = Connections(2)
+    first, second = socket.socketpair()
+    third, fourth = socket.socketpair()
+    with first, second, third, fourth:
+        assert connections.enter(first) and connections.enter(second)
+        assert not connections.enter(third)
+        connections.leave(first)
+        connections.leave(first)
+        assert connections.enter(third) and not connections.enter(fourth)
+
+
+def test_a_server_that_closes_does_not_wait_for_silent_connections(asked) -> None:
+    server = asked.server
+    server.patience = Patience(closing=600.0, head=600.0, rest=600.0)
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        waits_until(lambda: len(server.connections) == 1)
+        server.shutdown()
+        server.close()
+        assert not len(server.connections) and connection.recv(1) == b""
 
 
 def jpeg(pixels: np.ndarray, **options: object) -> bytes:
@@ -274,8 +319,8 @@ def test_files_that_are_refused(asked, name: str) -> None:
     reply = asked.post("/api/view", body)
     text = reply.json["error"]
     assert reply.status == 422 and says in text and text.endswith(".")
-    assert str(asked.server.folder) not in text and "despite its name" not in text
-    assert not list(asked.server.folder.iterdir()) and asked.server.analyst.done == 0
+    assert str(asked.server.uploads.folder) not in text and "despite its name" not in text
+    assert not list(asked.server.uploads.folder.iterdir()) and asked.server.analyst.done == 0
 
 
 def test_sound_progressive_jpegs_are_taken(asked) -> None:
@@ -283,6 +328,12 @@ def test_sound_progressive_jpegs_are_taken(asked) -> None:
     assert asked.post("/api/view", sound).status == 200
     # A phone's moving picture: a video behind the end, which holds any bytes.
     assert not has_many_scans(sound + b"\xff\xda" * 500)
+    # Nor do scans behind the end of the image replace scans that are missing in it.
+    cut = sound[: sound.rindex(b"\xff\xda")] + b"\xff\xd9"
+    behind = sound[sound.index(b"\xff\xda") :]
+    with pytest.raises(ValueError, match="last scans are missing"):
+        _require_whole_scans(cut + behind)
+    _require_whole_scans(sound + behind)
     # Markers without end, which would keep this count busy.
     assert has_many_scans(sound[:2] + b"\xff\x01" * 20_000 + sound[2:])
 
@@ -294,6 +345,7 @@ def test_a_bomb_is_refused_from_its_header(asked, monkeypatch) -> None:
     decoded = []
     monkeypatch.setattr(image_io, "_load", lambda *given: decoded.append(given))
     reply = asked.post("/api/view", file.getvalue())
+    assert not list(asked.server.uploads.folder.iterdir())
     assert reply.status == 422 and "30000x3000 pixels" in reply.json["error"] and not decoded
 
 
