@@ -108,7 +108,8 @@ def test_the_scene_context_is_that_of_enlarged_cells(size) -> None:
     plain = expert.leave(torch.cat([expert.refine(h), *context], 1))
     inputs = [x, *expert.parameters()]
     for here, there in zip(gradients(expert(x), inputs), gradients(plain, inputs), strict=True):
-        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
+        # Sums over 3200 pixels that nearly cancel: 2e-5 apart on some processors.
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
 
 
 def test_the_edge_operators_share_one_padding(monkeypatch: pytest.MonkeyPatch) -> None:
