@@ -38,6 +38,7 @@ from camoxpert.evaluation.results import (
 from camoxpert.evaluation.tables import file_names
 from camoxpert.files import file_digest, leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
+from camoxpert.inference.runtimes import is_exported
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
@@ -94,6 +95,8 @@ def _note_other_sizes(sets: Mapping[str, Manifest]) -> None:
 
 def run_folder(checkpoint: Path) -> Path | None:
     """Return the run folder that holds a checkpoint's file, or None for a file on its own."""
+    if is_exported(checkpoint):
+        return None
     folder = checkpoint.parent.parent
     return folder if (folder / "config.yaml").is_file() else None
 

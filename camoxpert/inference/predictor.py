@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.inference.batching import BatchSize
 from camoxpert.inference.engine import Pipeline
+from camoxpert.inference.exported import ExportedNetwork, open_exported
 from camoxpert.inference.prediction import Prediction
 from camoxpert.inference.references import Searching
+from camoxpert.inference.runtimes import is_exported
 from camoxpert.inference.score import presence_of
 from camoxpert.inference.sources import ImageInput, find_photos, name_of
 from camoxpert.inference.stream import Iterated, StreamStages, or_raise
@@ -38,6 +40,7 @@ from camoxpert.runtime.device import (
 )
 
 Input = TypeVar("Input", bound=ImageInput)
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class Predictor(Searching):
@@ -49,6 +52,7 @@ class Predictor(Searching):
         precision: number format of the forward pass.
         max_pixels: larger images are refused; None: as in training.
         zoom: look at every image at two sizes; see ``models.zoom``.
+        exported: the network of an exported file, in place of one built of the checkpoint.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Predictor(Searching):
         precision: Precision,
         max_pixels: int | None = None,
         zoom: bool = False,
+        exported: ExportedNetwork | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
@@ -66,36 +71,49 @@ class Predictor(Searching):
         self.precision = precision
         self.img_size = self.config.data.img_size
         self.max_pixels = max_pixels or self.config.data.max_pixels
-        sides, self.zoom = image_sides(self.config.data), zoom
+        self.zoom, self.exported = zoom, exported
+        built = self._built() if exported is None else exported
+        self.model: CamoXpert | Zoomed | ExportedNetwork = built
         if zoom:
+            # Images are read at the larger size.
+            larger = zoomed_side(self.img_size)
+            network: Any = built  # An exported one stands for ours.
+            self.model, self.img_size = Zoomed(network, self.img_size), larger
+        self.model.to(device).eval()
+        searched: Any = built
+        super().__init__(searched, max_pixels=self.max_pixels)
+
+    def _built(self) -> CamoXpert:
+        """Return the network of the checkpoint with its weights."""
+        sides = image_sides(self.config.data)
+        if self.zoom:
             sides = (*sides, zoomed_side(self.img_size))
         try:
-            built = build_model(checkpoint.model_config, sides=sides)
+            built = build_model(self.checkpoint.model_config, sides=sides)
         except ConfigError as error:
-            if not zoom:
+            if not self.zoom:
                 raise
             raise ConfigError(f"--zoom looks at images at two sizes. {error}") from error
         try:
-            built.load_state_dict(checkpoint.evaluated_weights)
+            built.load_state_dict(self.checkpoint.evaluated_weights)
         except RuntimeError as error:
             raise CheckpointError(
-                f"{checkpoint.path} does not fit its own settings: {error}"
+                f"{self.checkpoint.path} does not fit its own settings: {error}"
             ) from error
-        self.model: CamoXpert | Zoomed = built
-        if zoom:
-            # Images are read at the larger size.
-            self.model, self.img_size = Zoomed(built, self.img_size), sides[-1]
-        self.model.to(device).eval()
-        super().__init__(built, max_pixels=self.max_pixels)
+        return built
 
     @property
     def has_presence(self) -> bool:
         """Whether the model says how probable it is that an image holds any object."""
+        if self.exported is not None:
+            return self.exported.about["presence"] is not None
         return self.checkpoint.model_config.presence == "on"
 
     @property
     def presence_is_calibrated(self) -> bool:
         """Whether images that neither trained nor chose anything calibrated the presence."""
+        if self.exported is not None:
+            return bool((self.exported.about["presence"] or {}).get("images"))
         fitted_on = self.checkpoint.evaluated_weights.get("presence.calibration.images")
         return fitted_on is not None and int(fitted_on) > 0
 
@@ -315,7 +333,7 @@ def load_predictor(
     """Load a predictor from a checkpoint file, a run folder or a folder of shared weights.
 
     Args:
-        path: where the model is.
+        path: where the model is; or a file that ``export`` wrote.
         device, precision, zoom: as the flags of ``predict``.
         max_pixels: larger images are refused; None: as in training.
 
@@ -323,13 +341,34 @@ def load_predictor(
         CheckpointError: no usable checkpoint at ``path``.
         ConfigError: the device or precision is not available.
     """
+    if is_exported(path):
+        return _load_exported(
+            path, device=device, precision=precision, max_pixels=max_pixels, zoom=zoom
+        )
     checkpoint = load_checkpoint(resolve_checkpoint(path))
     where = choose_device(device)
     check_architecture(where)
-    if precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise ConfigError(f"--precision {precision}: use auto, fp32, bf16 or fp16.")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--precision {precision}: use {', '.join(PRECISIONS)}.")
     chosen = choose_precision(TrainConfig(precision=precision), where)
     return Predictor(checkpoint, device=where, precision=chosen, max_pixels=max_pixels, zoom=zoom)
+
+
+def _load_exported(
+    path: Path, *, device: str, precision: str, max_pixels: int | None, zoom: bool
+) -> Predictor:
+    # A GPU is used where it is asked for: the libraries of most installations have the CPU alone.
+    where = choose_device("cpu" if device == "auto" else device)
+    checkpoint, network = open_exported(path, where, precision)
+    fixed = str(network.about["precision"])
+    return Predictor(
+        checkpoint,
+        device=where,
+        precision=Precision(None, False, f"{fixed}: as exported", fixed),
+        max_pixels=max_pixels,
+        zoom=zoom,
+        exported=network,
+    )
 
 
 def load_for(
@@ -351,7 +390,7 @@ def load_for(
     """
     if devices:
         device = "cpu"
-        if precision == "auto":
+        if precision == "auto" and not is_exported(path):
             first = torch.device(devices[0])
             precision = choose_precision(TrainConfig(precision="auto"), first).name
     return load_predictor(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from camoxpert.models.layers import (
     LayerNorm2d,
+    cell_means,
     depthwise,
     fixed_depthwise,
     fixed_inside,
@@ -211,7 +212,7 @@ class SemanticExpert(nn.Module):
         # few cells, not for every pixel. Enlarging is one product, for all grids at once.
         cells_BCG = torch.cat(
             [
-                F.conv2d(cell(F.adaptive_avg_pool2d(h, grid)), weight).flatten(2)
+                F.conv2d(cell(cell_means(h, grid)), weight).flatten(2)
                 for grid, cell, weight in zip(
                     self.grids, self.cells, around.chunk(len(self.grids), 1), strict=True
                 )

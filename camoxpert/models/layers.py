@@ -122,9 +122,10 @@ def fixed_inside(x_BCHW: Tensor, kernel_hw: Tensor, *, dilation: int = 1) -> Ten
     """Filter every channel with one fixed kernel (h, w) where it lies within the map."""
     channels = x_BCHW.shape[1]
     kernel = kernel_hw.to(x_BCHW.dtype).expand(channels, 1, *kernel_hw.shape)
-    smallest = min(x_BCHW.shape[-2:]) // dilation
-    if dilation > 1 and needs_gradients_on_cpu(x_BCHW) and smallest >= max(kernel_hw.shape):
-        return dilated(x_BCHW, kernel, None, dilation, (0, 0))
+    if dilation > 1 and needs_gradients_on_cpu(x_BCHW):
+        smallest = min(x_BCHW.shape[-2:]) // dilation
+        if smallest >= max(kernel_hw.shape):
+            return dilated(x_BCHW, kernel, None, dilation, (0, 0))
     return F.conv2d(x_BCHW, kernel, groups=channels, dilation=dilation)
 
 
@@ -135,8 +136,35 @@ def local_mean(x_BCHW: Tensor, size: int) -> Tensor:
     return F.avg_pool2d(rows, (1, size), 1, (0, half), count_include_pad=False)
 
 
+def cell_means(x_BCHW: Tensor, grid: int) -> Tensor:
+    """Return the means (B, C, grid, grid) over the cells of ``F.adaptive_avg_pool2d``.
+
+    An exported graph holds it as two products with matrices that follow the size of the map;
+    ``adaptive_avg_pool2d`` it holds for one size, and is silently wrong at all others.
+    """
+    if not torch.compiler.is_exporting():
+        return F.adaptive_avg_pool2d(x_BCHW, grid)
+    rows_GH, columns_GW = (cell_shares(side, grid, x_BCHW) for side in x_BCHW.shape[-2:])
+    return rows_GH @ x_BCHW @ columns_GW.t()
+
+
+def cell_shares(side: int, grid: int, like: Tensor) -> Tensor:
+    """Return the share of every pixel of a side in the mean of every cell, (grid, side).
+
+    Cell i reaches from floor(i * side / grid) to ceil((i + 1) * side / grid), exclusive; cells
+    overlap where the side is not divisible.
+    """
+    pixel = torch.arange(side, device=like.device)
+    cell = torch.arange(grid, device=like.device)[:, None]
+    start = (cell * side) // grid
+    end = ((cell + 1) * side + grid - 1) // grid
+    inside = ((pixel >= start) & (pixel < end)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
 def resize(x_BCHW: Tensor, size_hw: tuple[int, int] | torch.Size) -> Tensor:
     """Resize bilinearly to (H, W), pixel centres aligned (align_corners=False)."""
-    if tuple(x_BCHW.shape[-2:]) == tuple(size_hw):
+    # An exported graph leaves the sizes open: to compare them would fix it to one case.
+    if not torch.compiler.is_exporting() and tuple(x_BCHW.shape[-2:]) == tuple(size_hw):
         return x_BCHW
     return F.interpolate(x_BCHW, size=tuple(size_hw), mode="bilinear", align_corners=False)

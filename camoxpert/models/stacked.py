@@ -7,7 +7,7 @@ letters: B batch, C width, D hidden width, E experts, H height, W width in pixel
 image.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -84,6 +84,14 @@ class UniformExperts(nn.Module):
 
     def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
         return (self[index] for index in range(len(self)))
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Drop all experts but those with these numbers."""
+        rows = list(kept)
+        self.kinds = tuple(self.kinds[index] for index in rows)
+        self.masks_EHW = self.masks_EHW[rows]
+        for name, weights in list(self.named_parameters(recurse=False)):
+            setattr(self, name, nn.Parameter(weights.detach()[rows]))
 
     def filters(self) -> Tensor:
         """Return the masked depthwise kernels, (E, D, 7, 7)."""

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from camoxpert.config import to_dict
+from camoxpert.config import Config, to_dict
 from camoxpert.errors import CheckpointError
 from camoxpert.files import write_bytes
 from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
@@ -24,6 +24,19 @@ PRIVATE = (
     *("run.dir", "run.name", "train.resume", "model.support.weights"),
     "data.episodes.references",
 )
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Return settings as nested mappings, without paths on the author's machine."""
+    settings = to_dict(config)
+    for path in PRIVATE:
+        *groups, name = path.split(".")
+        holder = settings
+        for group in groups:
+            holder = holder[group]
+        kept = holder[name]
+        holder[name] = [] if isinstance(kept, list) else "auto" if name == "resume" else ""
+    return settings
 
 
 def write_shared(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -39,14 +52,7 @@ def write_shared(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    settings = to_dict(checkpoint.config)
-    for path in PRIVATE:
-        *groups, name = path.split(".")
-        holder = settings
-        for group in groups:
-            holder = holder[group]
-        kept = holder[name]
-        holder[name] = [] if isinstance(kept, list) else "auto" if name == "resume" else ""
+    settings = shared_settings(checkpoint.config)
     state = checkpoint.values.get("state", {})
     about = {
         "format": checkpoint.values["format"],

@@ -23,15 +23,19 @@ class Precision:
         dtype: autocast type, or None for float32.
         scaler: whether gradients need loss scaling (fp16 only).
         reason: one sentence for the user.
+        fixed: format of an exported file, which nothing here changes; "" otherwise.
     """
 
     dtype: torch.dtype | None
     scaler: bool
     reason: str
+    fixed: str = ""
 
     @property
     def name(self) -> str:
-        """fp32, bf16 or fp16."""
+        """fp32, bf16 or fp16; of an exported file its own."""
+        if self.fixed:
+            return self.fixed
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
     def autocast(self, device: torch.device) -> torch.autocast:

@@ -46,7 +46,8 @@ class Analyst:
 
     def __init__(self, predictor: Predictor, threshold: float) -> None:
         self.predictor, self.threshold = predictor, threshold
-        self.network = network_of(predictor.model)
+        model: Any = predictor.model  # An exported network stands for ours.
+        self.network = network_of(model)
         self.done = 0
 
     @property

@@ -1,0 +1,92 @@
+"""``export``: a checkpoint as an ONNX, OpenVINO or torch file that is proved to be the same
+model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from camoxpert import console, stop
+from camoxpert.cli import no_overrides
+from camoxpert.cli.outputs import check_file
+from camoxpert.config.flags import add_flags
+from camoxpert.errors import ConfigError
+
+EXAMPLES = """Exit code 5: the file would not be the same model; none is written.
+
+examples:
+  camoxpert export runs/NAME -o model.onnx
+  camoxpert export runs/NAME -o model.xml --format openvino --precision bf16
+  camoxpert predict model.onnx photos/ -o out"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("checkpoint", help="a run folder (its best weights) or a .pt file")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "openvino", "torch"),
+        help="onnx (.onnx), openvino (.xml and .bin) or torch (.pt2) [by the name of the file]",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="number format of the file; norms and routers stay fp32 [fp32]",
+    )
+    parser.add_argument(
+        "--static",
+        action="store_true",
+        help="fix batch and size, for TensorRT and ExecuTorch [any batch, any multiple of 32]",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images of a --static file [1]")
+    parser.add_argument(
+        "--prune-experts",
+        action="store_true",
+        help="leave out experts that no image of the gate uses",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="data sets of the gate, which scores up to 200 images [the run's test sets, filled up "
+        "to 50 with generated images]",
+    )
+    add_flags(parser, ("data.layout", "data.noncam", "data.allow_outside", "train.max_hours"))
+
+
+def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
+    """Export, compare, write."""
+    no_overrides(rest)
+    suffixes = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+    chosen = options.format or suffixes.get(Path(options.output).suffix.lower())
+    if chosen is None:
+        raise ConfigError(
+            f"-o {options.output}: its name does not say the format. End it in "
+            f"{', '.join(suffixes)}."
+        )
+    if options.batch_size is not None and not options.static:
+        raise ConfigError("--batch-size is of a --static file: other files take any batch.")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1; {options.batch_size} is not.")
+    check_file("-o", options.output)
+    from camoxpert.data.files.manifest import Search
+    from camoxpert.export.job import ExportOptions, export_model, written_files
+    from camoxpert.inference.predictor import load_predictor
+
+    static = None
+    if options.static:
+        side = load_predictor(Path(options.checkpoint), device="cpu").img_size
+        static = (options.batch_size or 1, side, side)
+    wanted = ExportOptions(
+        chosen, options.precision, static, options.prune_experts, tuple(options.data)
+    )
+    search = Search(options.layout, options.noncam, allow_outside=options.allow_outside)
+    with stop.watch(options.max_hours), stop.outcome("No file was written."):
+        exported = export_model(Path(options.checkpoint), Path(options.output), wanted, search)
+    for path in written_files(exported):
+        console.say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0

@@ -1,0 +1,244 @@
+"""Writing a traced graph as ONNX, OpenVINO or a torch program."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camoxpert.errors import ConfigError
+from camoxpert.export.graph import ExportGraph
+from camoxpert.inference.runtimes import ABOUT, ABOUT_FILE, import_library
+
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+"""``--format`` -> suffix of the file."""
+PRECISIONS = {
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "bf16", "int8"),
+    "torch": ("fp32", "bf16"),
+}
+WHY_NOT = {
+    ("onnx", "bf16"): "ONNX Runtime has no bf16 convolutions on a CPU",
+    ("torch", "fp16"): "torch has no fast fp16 convolutions on a CPU, so it could not be checked",
+    ("torch", "int8"): "torch's own quantisation is being removed",
+}
+OPSET = 20
+KEPT_IN_FP32 = (
+    *("LayerNormalization", "InstanceNormalization", "GroupNormalization", "ReduceMean"),
+    *("Softmax", "TopK", "Sqrt", "Pow", "Reciprocal", "Div", "Resize", "Range", "CumSum"),
+)
+"""ONNX operators that stay in float32 in an fp16 file: norms and what they are made of, because
+variances overflow and small ones vanish; the router's choice; and sizes."""
+FP32_PARTS = (".router", ".presence", ".guidance")
+"""Parts of the network that compute in float32 in training as well."""
+
+
+def check_format(name: str, precision: str) -> None:
+    """Raise ConfigError for a format that has no such precision, or whose library is missing."""
+    if precision not in PRECISIONS[name]:
+        reason = WHY_NOT[name, precision]
+        others = [other for other in FORMATS if precision in PRECISIONS[other]]
+        raise ConfigError(
+            f"--format {name} --precision {precision}: {reason}. {name} takes "
+            f"{', '.join(PRECISIONS[name])}; {precision} is written by --format "
+            f"{' or '.join(others)}."
+        )
+    needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
+    for library in needed.get(name, ("onnx", "onnxscript", "openvino")):
+        import_library(library)
+    if precision == "int8":
+        import_library("nncf" if name == "openvino" else "onnxruntime.quantization")
+
+
+def trace(graph: ExportGraph, static: Sequence[int] | None) -> torch.export.ExportedProgram:
+    """Return the program of a graph.
+
+    Args:
+        graph: to trace.
+        static: batch, height and width; None: all three stay open.
+    """
+    # Two images of unlike sides: a size of 1 or two equal ones would be taken for constants.
+    inputs = graph.example(*(static or (2, 128, 160)))
+    sizes = None if static else graph.free_sizes()
+    with torch.no_grad(), quiet():
+        return torch.export.export(graph, inputs, dynamic_shapes=sizes, strict=False)
+
+
+class InBfloat16(ExportGraph):
+    """The same graph with convolutions and products in bfloat16, as ``--precision bf16`` runs."""
+
+    @classmethod
+    def of(cls, graph: ExportGraph) -> ExportGraph:
+        """Return a graph in bfloat16 with the network of another."""
+        made = cls.__new__(cls)
+        torch.nn.Module.__init__(made)
+        made.network = graph.network
+        return made
+
+    def forward(self, images: Tensor, reference: Tensor | None = None) -> tuple[Tensor, ...]:
+        """As ``ExportGraph.forward``."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(images, reference)
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram, graph: ExportGraph, path: Path, *, precision: str
+) -> None:
+    """Write a traced graph as ONNX, in fp32 or fp16."""
+    import onnx
+
+    with torch.no_grad(), quiet():
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=list(graph.input_names),
+            output_names=list(graph.output_names),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert written is not None
+    model = written.model_proto
+    name_sizes(model)
+    if precision == "fp16":
+        model = half(model)
+    onnx.save(model, str(path))
+
+
+def half(model: Any) -> Any:
+    """Return an ONNX model in fp16 with norms, routers and inputs and outputs in float32."""
+    from onnxruntime.transformers.float16 import (
+        DEFAULT_OP_BLOCK_LIST,
+        convert_float_to_float16,
+    )
+
+    kept = [node.name for node in model.graph.node if _in_fp32_part(node)]
+    with quiet():
+        return convert_float_to_float16(
+            model,
+            keep_io_types=True,
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FP32],
+            node_block_list=kept,
+            disable_shape_infer=True,
+        )
+
+
+def part_of(node: Any) -> str:
+    """Return the module of the network that an ONNX node was made by, such as
+    ``network.decoder.levels.0``; "" where the exporter does not say."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = [scope.strip(" '\"[]") for scope in entry.value.split(",")]
+            modules = [scope for scope in scopes if scope.startswith("network")]
+            return modules[-1] if modules else ""
+    return ""
+
+
+def _in_fp32_part(node: Any) -> bool:
+    part = part_of(node)
+    return any(word in f".{part}" for word in FP32_PARTS)
+
+
+def name_sizes(model: Any) -> None:
+    """Name the open sizes of an ONNX model's inputs and outputs by what they are."""
+    names = {0: "batch", 2: "height", 3: "width"}
+    for value in (*model.graph.input, *model.graph.output):
+        for index, size in enumerate(value.type.tensor_type.shape.dim):
+            if size.HasField("dim_param"):
+                size.dim_param = names[index]
+
+
+def write_openvino(onnx_file: Path, path: Path, *, precision: str) -> None:
+    """Write an ONNX file as OpenVINO: ``.xml`` and ``.bin``.
+
+    Weights are stored as fp16 in an fp16 or bf16 file, which computes in float32 or bfloat16.
+    """
+    import openvino as ov
+
+    with quiet():
+        model = ov.convert_model(onnx_file)
+        ov.save_model(model, path, compress_to_fp16=precision in ("fp16", "bf16"))
+
+
+def write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a traced graph as a torch program, without its example inputs."""
+    program._example_inputs = None
+    with quiet():
+        torch.export.save(program, path, extra_files={ABOUT_FILE: "null"})
+
+
+def put_about(path: Path, about: Mapping[str, Any]) -> None:
+    """Write the metadata into an exported file."""
+    text = json.dumps(about)
+    suffix = path.suffix
+    if suffix == ".onnx":
+        import onnx
+
+        model = onnx.load(str(path))
+        del model.metadata_props[:]
+        model.metadata_props.add(key=ABOUT, value=text)
+        onnx.save(model, str(path))
+    elif suffix == ".xml":
+        import openvino as ov
+
+        model = ov.Core().read_model(path)
+        model.set_rt_info(text, [ABOUT])
+        again = path.with_name(f"again-{path.name}")
+        ov.save_model(model, again, compress_to_fp16=False)
+        del model  # It maps the file that is replaced.
+        again.replace(path)
+        again.with_suffix(".bin").replace(path.with_suffix(".bin"))
+    else:
+        _replace_member(path, ABOUT_FILE, text.encode())
+
+
+def _replace_member(path: Path, name: str, data: bytes) -> None:
+    """Write an archive again with other bytes in the member whose name ends like that."""
+    import zipfile
+
+    again = path.with_name(f"again-{path.name}")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(again, "w", zipfile.ZIP_STORED) as new:
+        for member in old.infolist():
+            content = data if member.filename.endswith("/" + name) else old.read(member)
+            new.writestr(member.filename, content)
+    again.replace(path)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that an exported model consists of."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Move an exported model where it was asked for, weights first."""
+    pairs = zip(files_of(source), files_of(target), strict=True)
+    for old, new in sorted(pairs, key=lambda pair: pair[0] == source):
+        # Renamed on one disk, so that a model is there whole or not at all.
+        near = new.with_name(f".{new.name}.part")
+        shutil.copyfile(old, near)
+        near.replace(new)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the exporters print and log about their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
