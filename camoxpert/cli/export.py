@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "fp16", "bf16"),
         default="fp32",
-        help="number format of the file; norms and routers stay fp32 [fp32]",
+        help="number format of the file [fp32]",
     )
     parser.add_argument(
         "--static",

@@ -33,7 +33,6 @@ LIMITS = {
     "fp32": {"Smeasure": 0.001, "MAE": 0.0005, "iou": 0.995},
     "fp16": {"Smeasure": 0.002},
     "bf16": {"Smeasure": 0.002},
-    "int8": {"Smeasure": 0.005},
 }
 """Precision -> largest change of a measure; ``iou``: least IoU with the checkpoint's masks."""
 SEARCH_STEPS = 40

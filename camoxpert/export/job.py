@@ -113,7 +113,7 @@ def export_model(
         usage = count_usage(network, images.sets, data) if options.prune else None
         if usage is not None:
             _decide_usage(usage)
-        graph = _graph(network, options.precision, usage)
+        graph = ExportGraph(network, None if usage is None else usage.kept)
         about = _about(predictor, graph, options, usage)
         file = Path(scratch) / f"model{FORMATS[options.format]}"
         console.decide("export", f"{options.format}, {options.precision}, {_sizes(options)}")
@@ -182,10 +182,6 @@ def run_gate(
         before.add(predictor.model, manifest, data, device)
         after.add(exported, manifest, data, device)
     return judge(options.precision, parity, agreement_of(before, after, images.source))
-
-
-def _graph(network: CamoXpert, precision: str, usage: Usage | None) -> ExportGraph:
-    return ExportGraph(network, None if usage is None else usage.kept)
 
 
 def _write(graph: ExportGraph, file: Path, options: ExportOptions) -> None:

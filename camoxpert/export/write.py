@@ -22,14 +22,13 @@ from camoxpert.inference.runtimes import ABOUT, ABOUT_FILE, import_library
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 """``--format`` -> suffix of the file."""
 PRECISIONS = {
-    "onnx": ("fp32", "fp16", "int8"),
-    "openvino": ("fp32", "fp16", "bf16", "int8"),
+    "onnx": ("fp32", "fp16"),
+    "openvino": ("fp32", "fp16", "bf16"),
     "torch": ("fp32", "bf16"),
 }
 WHY_NOT = {
     ("onnx", "bf16"): "ONNX Runtime has no bf16 convolutions on a CPU",
     ("torch", "fp16"): "torch has no fast fp16 convolutions on a CPU, so it could not be checked",
-    ("torch", "int8"): "torch's own quantisation is being removed",
 }
 OPSET = 20
 KEPT_IN_FP32 = (
@@ -55,8 +54,6 @@ def check_format(name: str, precision: str) -> None:
     needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
     for library in needed.get(name, ("onnx", "onnxscript", "openvino")):
         import_library(library)
-    if precision == "int8":
-        import_library("nncf" if name == "openvino" else "onnxruntime.quantization")
 
 
 def trace(graph: ExportGraph, static: Sequence[int] | None) -> torch.export.ExportedProgram:

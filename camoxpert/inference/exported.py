@@ -85,12 +85,7 @@ class ExportedNetwork(nn.Module):
     def search_for(self, features_D: Tensor | None) -> None:
         """As ``CamoXpert.search_for``."""
         if features_D is not None:
-            width = self.require_guidance().features
-            if features_D.shape != (width,):
-                raise ConfigError(
-                    f"What references show has {width} features, joined, in this model; got "
-                    f"{tuple(features_D.shape)}."
-                )
+            self.require_guidance().check(features_D)
         self.reference_D = features_D
 
     def require_guidance(self) -> Guidance:

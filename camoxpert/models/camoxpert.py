@@ -139,12 +139,7 @@ class CamoXpert(nn.Module):
             ConfigError: the model takes no references, or these are not of its encoder.
         """
         if features_D is not None:
-            width = self.require_guidance().features
-            if features_D.shape != (width,):
-                raise ConfigError(
-                    f"What references show has {width} features, joined, in this model; got "
-                    f"{tuple(features_D.shape)}."
-                )
+            self.require_guidance().check(features_D)
             features_D = features_D.to(self.mean.device)
         self.reference_D = features_D
 

@@ -142,6 +142,14 @@ class Guidance(nn.Module):
         added = [router(reference_BW).float() for router in self.routers]
         return maps, [context.where(present_B1, 0.0) for context in added]
 
+    def check(self, features_D: Tensor) -> None:
+        """Raise ConfigError for features that are not of the support encoder, joined."""
+        if features_D.shape != (self.features,):
+            raise ConfigError(
+                f"What references show has {self.features} features, joined, in this model; got "
+                f"{tuple(features_D.shape)}."
+            )
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes it remembers."""
