@@ -7,6 +7,7 @@ overrides (``optim.lr=3e-4``), and returns frozen dataclasses.
 from camoxpert.config.aliases import ALIASES
 from camoxpert.config.augment import AugmentConfig
 from camoxpert.config.checks import check_conflicts
+from camoxpert.config.data import DataConfig
 from camoxpert.config.load import (
     build_config,
     config_from_dict,
@@ -15,22 +16,12 @@ from camoxpert.config.load import (
     to_yaml,
 )
 from camoxpert.config.loss import LossConfig
+from camoxpert.config.model import DECODERS, DISPATCH_NAMES, EXPERT_KINDS, ModelConfig
+from camoxpert.config.optim import SCHEDULERS, OptimConfig
+from camoxpert.config.run import RunConfig
 from camoxpert.config.schema import Leaf, get_setting, to_dict
-from camoxpert.config.tree import (
-    DECODERS,
-    DISPATCH_NAMES,
-    EXPERT_KINDS,
-    SCHEDULERS,
-    SELECTION_MEASURES,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    changed_settings,
-    leaves,
-)
+from camoxpert.config.train import SELECTION_MEASURES, TrainConfig
+from camoxpert.config.tree import Config, changed_settings, leaves
 
 __all__ = [
     "ALIASES",

@@ -8,9 +8,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+from camoxpert.config.data import DataConfig
 from camoxpert.config.guidance import EpisodeConfig, SupportConfig
+from camoxpert.config.model import EXPERT_KINDS, ModelConfig
 from camoxpert.config.schema import Leaf
-from camoxpert.config.tree import EXPERT_KINDS, Config, DataConfig, ModelConfig, TrainConfig
+from camoxpert.config.train import TrainConfig
+from camoxpert.config.tree import Config
 from camoxpert.errors import ConfigError
 from camoxpert.files import expand_user
 from camoxpert.text import did_you_mean
