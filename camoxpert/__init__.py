@@ -182,10 +182,9 @@ def predict_folder(
 def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Result:
     """Train a model in two stages, score it and write its report, as ``camoxpert train`` does.
 
-    ::
-
-        camoxpert.train("configs/demo.yaml", dataset_path="data/toy", epochs=2)
-        camoxpert.train(data__roots=["data/toy"], model={"num_experts": 3}, optim__lr=3e-4)
+    Examples:
+        >>> camoxpert.train("configs/demo.yaml", dataset_path="data/toy", epochs=2)
+        >>> camoxpert.train(data__roots=["data/toy"], model={"num_experts": 3}, optim__lr=3e-4)
 
     Args:
         config: YAML file, settings tree or nested mapping; None: the defaults.
