@@ -55,7 +55,7 @@ __all__ = [
     "score_maps",
     "train",
 ]
-__version__: str
+__version__ = "0.2.0"
 
 # A second limit behind data.max_pixels, which another decoder checks from the header. It is set
 # here because OpenCV reads it on import, and several modules import OpenCV.
@@ -75,13 +75,6 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "__version__":
-        from importlib import metadata
-
-        try:
-            return metadata.version("camoxpert")
-        except metadata.PackageNotFoundError:
-            return "0+unknown"
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
@@ -189,10 +182,9 @@ def predict_folder(
 def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Result:
     """Train a model in two stages, score it and write its report, as ``camoxpert train`` does.
 
-    ::
-
-        camoxpert.train("configs/demo.yaml", dataset_path="data/toy", epochs=2)
-        camoxpert.train(data__roots=["data/toy"], model={"num_experts": 3}, optim__lr=3e-4)
+    Examples:
+        >>> camoxpert.train("configs/demo.yaml", dataset_path="data/toy", epochs=2)
+        >>> camoxpert.train(data__roots=["data/toy"], model={"num_experts": 3}, optim__lr=3e-4)
 
     Args:
         config: YAML file, settings tree or nested mapping; None: the defaults.

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "camoxpert"
 # The layers from the bottom up; a package imports from lower layers and its own.
 LAYERS = (
-    {"errors", "stop", "text", "files", "console"},
+    {"__version__", "errors", "stop", "text", "files", "console"},
     {"config", "metrics", "runtime"},
     {"models", "runs"},
     {"data", "losses", "pages"},

@@ -1,11 +1,25 @@
-"""The tests that the documentation names exist."""
+"""What the documentation names exists: commands, flags, settings, files, functions and tests."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+from helpers.docs import PAGES, ROOT, blocks, commands, inline_code, shell_lines
+
+import camoxpert
+from camoxpert.cli import COMMANDS, KINDS, command_parser
+from camoxpert.config.tree import leaves
+from camoxpert.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
@@ -35,3 +49,164 @@ def test_the_reader_of_names() -> None:
         ("faults/test_a.py", "test_c"),
         ("data/test_d.py", "test_e"),
     ]
+
+
+def parse(words: list[str], *, tolerant: bool) -> None:
+    """Parse a call as the program does, its settings included.
+
+    ``tolerant``: it is part of a sentence or of a usage line, so that arguments may be left out.
+    """
+    if words[0] in ("--help", "--version") or words[0].isupper():
+        return
+    assert words[0] in COMMANDS, f"no command {words[0]}"
+    parser, module, count = command_parser(words)
+    if "--help" in words:
+        return
+    try:
+        options, rest = parser.parse_checked(words[count:])
+        if hasattr(module, "read_config"):
+            module.read_config(options, rest)
+        else:
+            assert not rest, rest
+    except ConfigError as error:
+        left_out = re.search(r"required|expected|: '[A-Z]+'|'[A-Z_]+' ", str(error))
+        if not (tolerant and left_out):
+            raise AssertionError(f"{' '.join(words)}: {error}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_command_of_a_page_parses(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = page.read_text()
+    for line in shell_lines(text):
+        for words, partial in commands(line):
+            parse(words, tolerant=partial)
+    for span in inline_code(text):
+        first = span.split(" ")[0]
+        named = f"camoxpert {span}" if first in COMMANDS and " " in span else span
+        named = re.sub(
+            r" (\w+(?:\|\w+)+)(?= |$)", lambda m: f" {{{m[1].replace('|', ',')}}}", named
+        )
+        for words, _ in commands(named):
+            parse(words, tolerant=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_other_shell_line_names_what_exists(page: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known_extras = set(extras["optional-dependencies"])
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = page.read_text()
+    for line in [*shell_lines(text), *inline_code(text)]:
+        first, *words = line.partition("#")[0].split() or [""]
+        if first == "make" and words and words[0] != "...":
+            named = {word for word in words if "=" not in word}
+            assert named <= targets or " " not in line, line
+        if first == "pip":
+            named = {e for group in re.findall(r"\[([\w,]+)\]", line) for e in group.split(",")}
+            assert named <= known_extras, line
+        if first == "python" and words and words[0].endswith(".py"):
+            assert (ROOT / words[0]).is_file(), line
+
+
+def known_flags() -> set[str]:
+    parsers = [command_parser(words)[0] for words in [(name,) for name in COMMANDS] + list(KINDS)]
+    return {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
+
+
+# Flags of other programs, and of the old script that coming-from.md describes.
+FOREIGN = {
+    *(
+        "--help",
+        "--version",
+        "--standalone",
+        "--nproc-per-node",
+        "--max-restarts",
+        "--numprocesses",
+    ),
+    *("--data-binary", "--rm", "--spec", "--no-isolation", "--no-deps"),
+    *("--t-mult", "--use-ddp", "--local_rank", "--use-cod-specialized", "--amp"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_flag_and_setting_of_a_page_exists(page: Path) -> None:
+    flags = known_flags() | FOREIGN
+    settings = {leaf.path for leaf in leaves()}
+    groups = {path.partition(".")[0] for path in settings}
+    text = page.read_text()
+    for span in [*inline_code(text), *shell_lines(text)]:
+        ours = re.sub(r"\btorchrun .*?train_ultimate.py", "", span)
+        named = re.findall(r"(?<![\w-])--[a-z][\w-]*", ours)
+        assert set(named) <= flags, (span, set(named) - flags)
+        for path in re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+(?:\.[a-z_]+)*)(?=$|=|\s(?!=))", span):
+            if path.partition(".")[0] in groups and Path(path).suffix not in SUFFIXES:
+                inner = any(setting.startswith(f"{path}.") for setting in settings)
+                assert path in settings or inner, (span, path)
+
+
+# Of files that are called like a group of settings: run.json, train.py, data.md.
+SUFFIXES = {
+    *(".json", ".jsonl", ".py", ".md", ".csv", ".html", ".yaml", ".sh", ".txt", ".jpg", ".png"),
+    *(".pt", ".safetensors", ".onnx", ".xml", ".ipynb"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_python_blocks_use_the_api_as_it_is(page: Path) -> None:
+    for language, content in blocks(page.read_text()):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(content)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "camoxpert":
+                assert hasattr(camoxpert, node.attr), node.attr
+            if isinstance(node, ast.Call):
+                check_keywords(node)
+
+
+def check_keywords(call: ast.Call) -> None:
+    owner, _, name = ast.unparse(call.func).partition(".")
+    place = {"camoxpert": camoxpert, "model": camoxpert.Predictor}.get(owner)
+    if place is None or not name.isidentifier():
+        return
+    taken = inspect.signature(getattr(place, name)).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        assert {k.arg for k in call.keywords} <= set(taken), ast.unparse(call)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "camoxpert trian --dataset-path a",
+        "camoxpert evaluate runs/x --dataa b",
+        "torchrun --standalone train_ultimate.py train --dataset-path a optim.lrr=3",
+        "find . | camoxpert predict runs/x - -o out --ouput y",
+        "camoxpert benchmark {moe,speed}",
+    ],
+)
+def test_the_check_sees_a_wrong_command(line: str) -> None:
+    with pytest.raises(AssertionError):
+        for words, partial in commands(line):
+            parse(words, tolerant=partial)
+
+
+def test_the_reader_of_commands() -> None:
+    assert commands("OMP_NUM_THREADS=1 python train_ultimate.py train --lr 1  # fast") == [
+        (["train", "--lr", "1"], False)
+    ]
+    assert commands("camoxpert doctor DATA [DATA ...] [-o DIR]") == [
+        (["doctor", "DATA", "DATA", "-o", "DIR"], True)
+    ]
+    assert commands("camoxpert benchmark {moe,data}") == [
+        (["benchmark", "moe"], False),
+        (["benchmark", "data"], False),
+    ]
+    assert commands("pip install camoxpert") == []
+    text = "```\n$ camoxpert a \\\n  b\nprinted\n```\n    ```bash\n    ls\n    ```\n`x\ny`"
+    assert shell_lines(text) == ["camoxpert a b", "ls"]
+    assert inline_code(text) == ["x y"]
+
+
+def test_pages_hold_commands_at_all() -> None:
+    calls = [c for page in PAGES for line in shell_lines(page.read_text()) for c in commands(line)]
+    assert len(calls) > 80

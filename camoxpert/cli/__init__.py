@@ -13,8 +13,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
+from camoxpert import __version__
 from camoxpert.errors import CamoXpertError, ConfigError, Stopped
 from camoxpert.files import expand_user
 from camoxpert.runtime.host import wait_passively
@@ -32,6 +34,14 @@ COMMANDS = {
     "benchmark": "measure ours against the baseline in one run",
     "report": "write one HTML page about a run, or print a ledger as a table",
     "synthesize": "generate image and mask pairs with hidden objects",
+}
+# How the overview arranges them; a command that is in no group stands under the last title.
+GROUPS = {
+    "data": ("doctor", "synthesize"),
+    "models": ("train", "evaluate", "report"),
+    "use": ("predict", "serve", "export"),
+    "speed": ("profile", "benchmark"),
+    "more": (),
 }
 # Kinds of a command that have flags of their own: command and kind -> module, what it does.
 KINDS = {
@@ -149,19 +159,27 @@ def run_command(typed: list[str]) -> int:
         print(overview())
         return 0 if typed else 2
     if typed[0] == "--version":
-        from importlib import metadata
-
-        try:
-            print(f"camoxpert {metadata.version('camoxpert')}")
-        except metadata.PackageNotFoundError:
-            print("camoxpert (not installed)")
+        print(f"camoxpert {__version__}")
         return 0
     name = typed[0]
     if name not in COMMANDS:
         raise ConfigError(
             f"Unknown command {name!r}.{did_you_mean(name, COMMANDS)} Commands: "
-            f"{', '.join(COMMANDS)}."
+            f"{', '.join(COMMANDS)}. `camoxpert --help` says what each does."
         )
+    parser, module, words = command_parser(typed)
+    options, rest = parser.parse_checked([_at_home(word) for word in typed[words:]])
+    result: int = module.run(options, rest, typed)
+    return result
+
+
+def command_parser(typed: Sequence[str]) -> tuple[Parser, ModuleType, int]:
+    """Return a command's parser, its module, and how many words of ``typed`` name the command.
+
+    Args:
+        typed: what was typed after the program's name; the first word is a key of ``COMMANDS``.
+    """
+    name = typed[0]
     kind = (name, typed[1] if len(typed) > 1 else "")
     words = 2 if kind in KINDS else 1
     module_name, description = KINDS.get(kind, (name, COMMANDS[name]))
@@ -169,9 +187,7 @@ def run_command(typed: list[str]) -> int:
     parser = Parser(prog=f"camoxpert {' '.join(typed[:words])}", description=f"{description}.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(parser)
-    options, rest = parser.parse_checked([_at_home(word) for word in typed[words:]])
-    result: int = module.run(options, rest, typed)
-    return result
+    return parser, module, words
 
 
 def _at_home(word: str) -> str:
@@ -184,22 +200,40 @@ def _at_home(word: str) -> str:
 
 def overview() -> str:
     """Return the text of ``--help`` without a command."""
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
-            "CamoXpert: mixture-of-experts segmentation of camouflaged objects.",
+            "CamoXpert finds what hides: mixture-of-experts segmentation of camouflaged objects.",
             "",
-            "usage: camoxpert COMMAND ...   (or: python train_ultimate.py COMMAND ...)",
+            "usage: camoxpert COMMAND ...    (or: python train_ultimate.py COMMAND ...)",
             "",
-            *lines,
+            *_grouped(),
+            "`camoxpert COMMAND --help` lists a command's flags and gives examples.",
             "",
-            "`camoxpert COMMAND --help` lists a command's flags. Exit codes: 0 done, 2 usage or "
-            "settings,",
-            "3 data, 4 checkpoint, 5 numeric failure, 6 another process of the run ended,",
-            "75 stopped at the deadline (run the same command again), 130 Ctrl-C, 143 SIGTERM,",
-            "129 SIGHUP.",
+            "exit codes: 0 done, 2 usage or settings, 3 data, 4 checkpoint or disk, 5 numeric",
+            "failure, 6 another process of the run ended, 75 stopped at the deadline (run the same",
+            "command again), 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.",
         ]
     )
+
+
+def _grouped() -> list[str]:
+    """Return the lines of the commands and their kinds, a paragraph for each of ``GROUPS``."""
+    *_, last = GROUPS
+    placed = {name for names in GROUPS.values() for name in names}
+    lines = []
+    for title, names in GROUPS.items():
+        listed = [*names, *(name for name in COMMANDS if title == last and name not in placed)]
+        rows = [
+            row
+            for name in listed
+            for row in (
+                (f"  {name}", COMMANDS[name]),
+                *((f"    {kind}", text) for (of, kind), (_, text) in KINDS.items() if of == name),
+            )
+        ]
+        if rows:
+            lines += [f"{title}:", *(f"{label:<20}{text}" for label, text in rows), ""]
+    return lines
 
 
 def print_paragraph(text: str, *, prefix: str = "") -> None:

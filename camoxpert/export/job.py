@@ -7,13 +7,12 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from camoxpert import console
+from camoxpert import __version__, console
 from camoxpert.config import DataConfig
 from camoxpert.data.files.image_io import write_jpeg, write_png
 from camoxpert.data.files.manifest import Manifest, Search, find_test_sets, load_eval
@@ -210,7 +209,7 @@ def _about(
         presence = {"images": int(network.presence.calibration.images)}
     return {
         "layout": LAYOUT,
-        "camoxpert": metadata.version("camoxpert"),
+        "camoxpert": __version__,
         "format": options.format,
         "precision": options.precision,
         "static": None if options.static is None else list(options.static),

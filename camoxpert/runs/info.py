@@ -12,11 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from camoxpert import __version__
 from camoxpert.files import write_json
 from camoxpert.runs.records import RunInfo
 
 PACKAGES = (
-    "camoxpert",
     "torch",
     "torchvision",
     "timm",
@@ -73,7 +73,8 @@ def update_run_json(run_dir: Path, **changed: Any) -> None:
 
 def versions() -> dict[str, str]:
     """Return the installed versions of the packages results depend on, without importing them."""
-    found = {}
+    # Our own is that of the code that runs, which need not be installed.
+    found = {"camoxpert": __version__}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import camoxpert
 from camoxpert import console
-from camoxpert.cli import COMMANDS, KINDS, Parser, main, no_overrides
+from camoxpert.cli import COMMANDS, KINDS, Parser, main, no_overrides, overview
 from camoxpert.cli.train import add_arguments
 from camoxpert.config import Config, get_setting
 from camoxpert.config.flags import read_config
@@ -284,3 +286,28 @@ class TestNoStreams:
         with console.TrainingBar(total=1, epoch=1, epochs=1) as bar:
             bar.update(loss=None, gpu="", memory=None, data_wait=None)
         assert capsys.readouterr().out == ""
+
+
+def test_the_overview_names_every_command_and_kind_once() -> None:
+    text = overview()
+    first = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
+    assert sorted(first) == sorted([*COMMANDS, *(kind for _, kind in KINDS)])
+    assert "more:" not in text and max(map(len, text.splitlines())) <= 90
+
+
+def test_a_command_in_no_group_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "sing", "sing a song")
+    assert re.search(r"^more:\n  sing +sing a song$", overview(), re.MULTILINE)
+
+
+def test_the_version_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"camoxpert {camoxpert.__version__}\n"
+
+
+def test_an_unknown_command_says_where_they_are_listed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["trian"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Did you mean train?" in said and "`camoxpert --help` says what each does." in said
