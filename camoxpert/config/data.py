@@ -71,7 +71,8 @@ class DataConfig:
     calibration_fraction: float = setting(
         0.05,
         "share of TRAIN, of either kind, set aside to calibrate the presence head after training: "
-        "at least 32 images of a kind, at most a quarter of them; 0: not calibrated",
+        "at least 60 images of a kind, but no more than a quarter of them unless this share is "
+        "larger; 0: not calibrated",
         minimum=0,
         maximum=0.5,
     )

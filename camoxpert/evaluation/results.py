@@ -210,7 +210,12 @@ def summarise(
     enough = options.intervals and len(rows) > 1
     ends = confidence_intervals(Scores(evaluator)) if enough else {}
     claims = evaluator.claims()
-    presence = presence_scores(claims, probabilities, intervals=options.intervals)
+    presence = presence_scores(
+        claims,
+        probabilities,
+        from_files=isinstance(source, MapSource),
+        intervals=options.intervals,
+    )
     columns: dict[str, Row] = {name: {} for name in claims}
     for name, probability in (probabilities or {}).items():
         columns[name]["presence"] = probability

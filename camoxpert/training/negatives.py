@@ -29,7 +29,11 @@ from camoxpert.training.split import CALIBRATION, Split
 
 ENOUGH, ENOUGH_SHARE = 8, 0.05
 """Images without an object, and their share, from which on the head is worth having."""
-FEWEST_TO_CALIBRATE = 32
+FEWEST_TO_CALIBRATE = 60
+"""Images of each kind that are set aside where there are enough: with 120 in all the calibration
+error is near what chance shows, see docs/presence.md."""
+LARGEST_CALIBRATION = 0.25
+"""Share of the images of a kind that may be set aside."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,8 @@ def _chosen(train: Manifest, whole: Manifest, config: Config, *, write: bool) ->
         found = copy_families(whole, config.data, write=write)
         families = [[whole.pairs[index] for index in family] for family in found]
     for kind in divided(train):
-        wanted = min(max(round(fraction * len(kind)), FEWEST_TO_CALIBRATE), len(kind) // 4)
+        most = int(max(fraction, LARGEST_CALIBRATION) * len(kind))
+        wanted = min(max(round(fraction * len(kind)), FEWEST_TO_CALIBRATE), most)
         if not wanted:
             continue
         place = {pair: index for index, pair in enumerate(kind.pairs)}
@@ -252,6 +257,14 @@ def say_presence(kinds: Kinds, mix: Mix, data: DataConfig, calibration: Manifest
             f"{objects} images with an object and {empty} without are set aside: they neither "
             f"train nor choose, and calibrate the presence head at the end",
         )
+        if min(objects, empty) < FEWEST_TO_CALIBRATE:
+            console.decide(
+                "warning",
+                f"fewer than {FEWEST_TO_CALIBRATE} images of a kind calibrate the presence head, "
+                f"so its probabilities are coarse; more images "
+                f"{'without an object' if empty <= objects else 'with an object'}, or a larger "
+                f"data.calibration_fraction, would help",
+            )
     else:
         why = "data.calibration_fraction 0" if not data.calibration_fraction else "too few images"
         console.decide("calibration", f"none ({why}): presence is not calibrated")
