@@ -92,7 +92,8 @@ def load(
     """Load a trained model.
 
     Args:
-        model: a run folder (its best weights), a checkpoint file, or a folder of shared weights.
+        model: a run folder (its best weights), a checkpoint file, a folder of shared weights, a
+            file of ``camoxpert export``, or ``hf:USER/NAME@REVISION``: on the Hugging Face Hub.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: number format of the forward pass: auto, fp32, bf16 or fp16.
         zoom: look at every image at two sizes, as ``camoxpert predict --zoom`` does.

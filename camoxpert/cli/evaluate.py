@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "checkpoint", nargs="?", help="a run folder (its best weights) or a .pt file"
+        "checkpoint", nargs="?", help="a run folder (its best weights), a .pt file or hf:USER/NAME"
     )
     model = parser.add_argument_group("scoring a checkpoint")
     model.add_argument(

@@ -24,6 +24,7 @@ PICTURES = ("map", "mask", "cutout", "overlay")
 KINDS = (*PICTURES, "coco", "labelme", "video")
 EXAMPLES = """examples:
   camoxpert predict runs/NAME photos/ -o out
+  camoxpert predict hf:USER/NAME@v1 photos/ -o out
   camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4
   camoxpert predict runs/NAME large/ -o out --tile 1024 --overlap 0.25 --tta flip,scales
   camoxpert predict runs/NAME photos/ -o out --reference crab.jpg crab_mask.png
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "checkpoint", nargs="?", help="a run folder (its best weights) or a .pt file"
+        "checkpoint", nargs="?", help="a run folder (its best weights), a .pt file or hf:USER/NAME"
     )
     parser.add_argument(
         "inputs",

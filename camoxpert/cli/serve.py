@@ -22,7 +22,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoint", help="a run folder (its best weights) or a .pt file")
+    parser.add_argument(
+        "checkpoint", help="a run folder (its best weights), a .pt file or hf:USER/NAME"
+    )
     parser.add_argument(
         "--host",
         default=HOST,

@@ -43,6 +43,7 @@ from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel, side_by_side
+from camoxpert.runs.hub import repo_of
 from camoxpert.text import count, shorten
 
 
@@ -102,21 +103,27 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def method_name(predictor: Predictor) -> str:
-    """Return the name of a model in tables: its run's, or its file's; ``-zoom`` at two sizes."""
+    """Return the name of a model in tables: its run's, its repository's on the Hub, or its file's;
+    ``-zoom`` at two sizes."""
     folder = run_folder(predictor.checkpoint.path)
-    name = predictor.checkpoint.path.stem if folder is None else folder.resolve().name
+    name = _own_name(predictor.checkpoint.path) if folder is None else folder.resolve().name
     return f"{name}-zoom" if predictor.zoom else name
 
 
+def _own_name(checkpoint: Path) -> str:
+    return repo_of(checkpoint).rpartition("/")[2] or checkpoint.stem
+
+
 def default_output(checkpoint: Path) -> Path:
-    """Return where results go: ``evaluation`` in the run folder, else ``evaluation/FILE``.
+    """Return where results go: ``evaluation`` in the run folder, else ``evaluation/FILE``, or
+    ``evaluation/NAME`` of a model on the Hub.
 
     Raises:
         DataError: the run, which may come from somebody else, has a symlink there.
     """
     folder = run_folder(checkpoint)
     if folder is None:
-        return Path("evaluation", checkpoint.stem)
+        return Path("evaluation", _own_name(checkpoint))
     if leads_outside(folder, folder / "evaluation" / "file"):
         raise DataError(
             f"{folder / 'evaluation'} is a symlink that leads out of {folder}. Remove it, or name "

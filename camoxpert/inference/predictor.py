@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -32,6 +33,8 @@ from camoxpert.models.backbone import BACKBONES
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.models.zoom import Zoomed, zoomed_side
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
+from camoxpert.runs.hub import hub_name, push
+from camoxpert.runs.share import save_shared
 from camoxpert.runtime.device import (
     Precision,
     check_architecture,
@@ -129,6 +132,55 @@ class Predictor(Searching):
                 "gets one when it is trained with images without objects: --negatives DIR, or "
                 "--noncam include."
             )
+
+    def save_pretrained(self, folder: str | Path, *, licence: str = "", repo: str = "") -> Path:
+        """Save the evaluated weights to give away: ``load`` takes the folder.
+
+        Args:
+            folder: gets ``model.safetensors``, ``config.json`` and ``README.md``, a model card;
+                a model that was saved there before is replaced.
+            licence: of these weights, as the Hub writes it, such as ``mit``; "": the one that they
+                had, or none.
+            repo: ``USER/NAME`` for the commands of the card.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: the folder holds other files of these names, or the model was exported.
+            CheckpointError: the folder cannot be written.
+        """
+        if self.exported is not None:
+            raise ConfigError(
+                f"{self.checkpoint.path} was exported, and its weights cannot be taken out again. "
+                "Share the run or checkpoint that it was exported from."
+            )
+        place = Path(folder).expanduser()
+        return save_shared(place, self.checkpoint, licence=licence, repo=repo)
+
+    def push_to_hub(
+        self, name: str, *, private: bool = False, licence: str = "", message: str = ""
+    ) -> str:
+        """Upload the evaluated weights to the Hugging Face Hub as one commit.
+
+        Args:
+            name: ``USER/NAME``, or ``USER/NAME@BRANCH``; both are created where they are missing.
+            private: whether a repository that is created is private.
+            licence: see ``save_pretrained``.
+            message: of the commit.
+
+        Returns:
+            The address of its page.
+
+        Raises:
+            ConfigError: a wrong name, a repository with the model of another library, or the extra
+                ``hub`` is missing.
+            CheckpointError: the Hub cannot be reached, or does not let you write.
+        """
+        target = hub_name(name)
+        with tempfile.TemporaryDirectory(prefix="camoxpert-share-") as scratch:
+            folder = self.save_pretrained(scratch, licence=licence, repo=target.repo)
+            return push(folder, target, private=private, message=message)
 
     @overload
     def predict(
@@ -333,7 +385,7 @@ def load_predictor(
     """Load a predictor from a checkpoint file, a run folder or a folder of shared weights.
 
     Args:
-        path: where the model is; or a file that ``export`` wrote.
+        path: where the model is, or ``hf:USER/NAME@REVISION``; or a file that ``export`` wrote.
         device, precision, zoom: as the flags of ``predict``.
         max_pixels: larger images are refused; None: as in training.
 

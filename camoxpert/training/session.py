@@ -324,6 +324,8 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
         run.log.write({"kind": "event", "text": text})
         console.warn(text)
         return {}
+    # Again, now that its scores are known.
+    write_shared(run.folder / "model", load_checkpoint(best))
     rows = [result.to_dict() for result in results] + published_rows(results)
     console.say(text_table(rows, tuple(results[0].scores)))
     return {result.dataset: result.scores for result in results}
