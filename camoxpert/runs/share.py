@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from camoxpert.config import Config, to_dict
+from camoxpert.config import Config, QuickConfig, quick_words, to_dict
 from camoxpert.errors import CheckpointError
 from camoxpert.files import write_bytes
 from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
@@ -95,12 +95,14 @@ def card(about: dict[str, Any]) -> str:
     scores = about["scores"]
     rows = "".join(f"| {_plain(name)} | {value:.3f} |\n" for name, value in scores.items())
     table = f"| measure | validation |\n| --- | --- |\n{rows}\n" if rows else ""
+    quick = quick_words(QuickConfig(**about["config"]["train"].get("quick", {})))
+    warned = f"**Quick run, not a whole one:** {'; '.join(quick.values())}.\n\n" if quick else ""
     return (
         f"# CamoXpert weights: {_plain(model['backbone'])}, {model['num_experts']} experts, top "
         f"{model['top_k']}\n\nA mixture-of-experts network that finds camouflaged objects, "
-        f"trained at {data['img_size']} px.\n\n{table}```\ncamoxpert predict THIS_FOLDER photos/ "
-        f"-o out/\ncamoxpert evaluate THIS_FOLDER --data DATASET\n```\n\n`{SHARED}` holds weights "
-        f"and settings and no code (checkpoint format {FORMAT}).\n"
+        f"trained at {data['img_size']} px.\n\n{warned}{table}```\ncamoxpert predict THIS_FOLDER "
+        f"photos/ -o out/\ncamoxpert evaluate THIS_FOLDER --data DATASET\n```\n\n`{SHARED}` holds "
+        f"weights and settings and no code (checkpoint format {FORMAT}).\n"
     )
 
 
