@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 from camoxpert.config.data import DataConfig
 from camoxpert.config.guidance import EpisodeConfig, SupportConfig
 from camoxpert.config.model import EXPERT_KINDS, ModelConfig
+from camoxpert.config.optim import OptimConfig
 from camoxpert.config.schema import Leaf
 from camoxpert.config.train import TrainConfig
 from camoxpert.config.tree import Config
@@ -119,6 +120,8 @@ def check_conflicts(config: Config) -> None:
     _check_data(config.data)
     _check_model(config.model)
     _check_batches(train)
+    _check_quick(config)
+    _check_scaling(config)
     if config.data.episodes != EpisodeConfig() and not config.model.support.encoder:
         changed = "--reference-data" if config.data.episodes.references else "data.episodes"
         raise ConfigError(
@@ -284,4 +287,35 @@ def _check_batches(train: TrainConfig) -> None:
         raise ConfigError(
             f"{asked} holds for both stages; --stage2-batch-size {train.stage2_batch_size} "
             f"contradicts it. Give one of them."
+        )
+
+
+def _check_quick(config: Config) -> None:
+    quick = config.train.quick
+    if quick.overfit_batches is None:
+        return
+    for flag, other in (
+        (f"--data-fraction {quick.data_fraction:g}", quick.data_fraction < 1),
+        (f"--limit-batches {quick.limit_batches}", quick.limit_batches is not None),
+    ):
+        if other:
+            raise ConfigError(
+                f"--overfit-batches {quick.overfit_batches} chooses the images of the run itself; "
+                f"{flag} contradicts it. Give one of them."
+            )
+
+
+def _check_scaling(config: Config) -> None:
+    optim = config.optim
+    if optim.scale_lr == "none":
+        if optim.base_batch != OptimConfig().base_batch:
+            raise ConfigError(
+                f"--base-batch {optim.base_batch} is the batch that --lr was meant for, and no "
+                f"scaling is asked for. Add --scale-lr linear or sqrt, or leave it out."
+            )
+        return
+    if optim.stage2_lr is not None:
+        raise ConfigError(
+            f"--scale-lr {optim.scale_lr} computes the rate of both stages from their batches; "
+            f"--stage2-lr {optim.stage2_lr:g} contradicts it. Give one of them."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from camoxpert.config import QuickConfig, quick_words
 from camoxpert.runs.checkpoint import FORMAT, SHARED
 from camoxpert.runs.hub import LIBRARY, PREFIX
 
@@ -26,9 +27,12 @@ def card(about: Mapping[str, Any], repo: str = "") -> str:
     title = f"CamoXpert: {_plain(model['backbone'])}, {_mixture(model)}"
     front = yaml.safe_dump(_front_matter(about, title), sort_keys=False, allow_unicode=False)
     name = f"{PREFIX}{repo or 'USER/NAME'}"
+    quick = quick_words(QuickConfig(**about["config"]["train"].get("quick", {})))
+    warned = [f"**Quick run, not a whole one:** {'; '.join(quick.values())}."] if quick else []
     parts = [
         f"---\n{front}---",
         f"# {title}",
+        *warned,
         "Finds camouflaged objects: one image in, one probability map out"
         + (", with the probability that anything is hidden." if about["calibration"] else "."),
         f"```\npip install 'camoxpert[hub]'\ncamoxpert predict {name} photos/ -o out/\n"

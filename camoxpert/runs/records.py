@@ -122,6 +122,7 @@ class RunInfo(TypedDict, total=False):
     parameters: int
     gmacs: float
     guidance: dict[str, Any]  # encoder, references, what the cache did; {}: none
+    quick: dict[str, str]  # dotted path -> what makes it a quick run; {} for a whole one
     batch: dict[str, Any]  # the batching that was chosen, read back when the run continues
 
 

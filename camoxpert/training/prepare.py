@@ -15,6 +15,7 @@ import torch
 from camoxpert import console, stop
 from camoxpert.config import Config
 from camoxpert.data.samples.augment import image_sides, training_sides
+from camoxpert.errors import ConfigError
 from camoxpert.losses import LARGE, SMALL, total_loss
 from camoxpert.models.backbone import STRIDES
 from camoxpert.models.camoxpert import CamoXpert, build_model
@@ -37,6 +38,7 @@ from camoxpert.training.ema import ModelEma
 from camoxpert.training.guide import prepare_guide
 from camoxpert.training.initial import read_initial, start_from
 from camoxpert.training.optim import backbone_scale, build_optimizer, lr_scales, starts_with_weights
+from camoxpert.training.overfit import Overfit
 from camoxpert.training.plan import Plan, make_plan
 from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.run import Run
@@ -144,6 +146,7 @@ def prepare(
         loss=total_loss,
         files=files,
         guide=guide,
+        overfit=None if config.train.quick.overfit_batches is None else Overfit(),
     )
 
 
@@ -217,7 +220,9 @@ def _decide_plan(config: Config, batching: Batching, num_images: int, scale: flo
         batch_size=batching.size,
         accumulation_steps=batching.steps,
         stage2_batch_size=batching.stage2_size,
+        processes=batching.processes,
     )
+    _say_scaling(config, batching, plan)
     first = config.train.stage1_epochs
     stages = f"stage 1 takes {first} of them" if first else "all of it trains from the start"
     console.decide(
@@ -226,3 +231,29 @@ def _decide_plan(config: Config, batching: Batching, num_images: int, scale: flo
         "learning rate",
     )
     return plan
+
+
+def _say_scaling(config: Config, batching: Batching, plan: Plan) -> None:
+    """Print the rate of each stage where it is scaled, and the warm-up that this takes.
+
+    Raises:
+        ConfigError: a scaled rate is below the one at which the schedule ends.
+    """
+    optim = config.optim
+    if optim.scale_lr == "none":
+        return
+    for stage in plan.stages:
+        images = stage.batch_size * batching.steps * batching.processes
+        if stage.lr < optim.min_lr:
+            raise ConfigError(
+                f"--scale-lr {optim.scale_lr}: {images} images per step make --lr {optim.lr:g} "
+                f"{stage.lr:g}, which is below --min-lr {optim.min_lr:g}, where the schedule ends. "
+                f"Lower --min-lr or raise --lr."
+            )
+        warmup = optim.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
+        place = f"stage {stage.number}: " if len(plan.stages) > 1 else ""
+        console.decide(
+            "rate",
+            f"{place}{optim.lr:g} for {optim.base_batch} images is {stage.lr:.4g} for the {images} "
+            f"of a step (--scale-lr {optim.scale_lr}), after {warmup:g} epochs of warm-up",
+        )

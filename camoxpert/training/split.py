@@ -21,12 +21,14 @@ SAMPLES = "samples.csv"
 UNLABELED = "unlabeled"
 CALIBRATION = "calibration"
 """Word for the images that calibrate the presence head."""
+LEFT_OUT = "left out"
+"""Word for the images that a quick run does not use."""
 MADE_CALIBRATION = f"{CALIBRATION} {MADE}"
 BESIDE = (MADE, UNLABELED, MADE_CALIBRATION)
 """Words for made images and for those without masks in its column ``split``."""
 
 Split = Mapping[tuple[str, str], str]
-"""(data set, name) -> training, validation or calibration."""
+"""(data set, name) -> training, validation, calibration or left out."""
 
 
 def decide_split(
@@ -94,9 +96,15 @@ def write_samples(
     made: Manifest = NO_MADE,
     unlabeled: Manifest = NO_IMAGES,
     calibration: Manifest = NO_IMAGES,
+    left_out: Manifest = NO_IMAGES,
 ) -> None:
-    """Write ``samples.csv``: images of training, validation and calibration, made ones, and those
-    without masks, with the sizes of their files."""
+    """Write ``samples.csv``: images of training, validation and calibration, made ones, those
+    without masks, and those that a quick run leaves out, with the sizes of their files.
+
+    Images are listed once: what a run learns by heart is validated as well, and trained on.
+    """
+    trained = set(train.pairs)
+    held_out = replace(validation, pairs=tuple(p for p in validation.pairs if p not in trained))
     halves = {
         made_ones: tuple(pair for pair in calibration.pairs if pair.made is made_ones)
         for made_ones in (False, True)
@@ -111,7 +119,8 @@ def write_samples(
         }
         for split, manifest in (
             ("training", train),
-            ("validation", validation),
+            ("validation", held_out),
+            (LEFT_OUT, left_out),
             (CALIBRATION, replace(calibration, pairs=halves[False])),
             (MADE_CALIBRATION, replace(calibration, pairs=halves[True])),
             (MADE, made),
@@ -135,4 +144,5 @@ def read_split(run_dir: Path | None) -> dict[tuple[str, str], str]:
             }
     except (OSError, KeyError, csv.Error):
         return {}
-    return found if set(found.values()) <= {"training", "validation", CALIBRATION} else {}
+    known = {"training", "validation", CALIBRATION, LEFT_OUT}
+    return found if set(found.values()) <= known else {}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from camoxpert import console
+from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
@@ -25,6 +26,7 @@ from camoxpert.runs.records import ValidationRecord
 from camoxpert.runtime.processes import World
 from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.guide import Guide
+from camoxpert.training.quick import evenly
 from camoxpert.training.run import Run
 
 
@@ -106,6 +108,15 @@ def own_share(pairs: tuple[Pair, ...], world: World, size: int) -> tuple[Pair, .
     return tuple(pair for start in blocks for pair in pairs[start : start + size])
 
 
+def validated(run: Run) -> Manifest:
+    """Return the images of a validation; those of a quick run are the same in every epoch."""
+    limit = run.config.train.quick.limit_batches
+    if limit is None:
+        return run.data.validation
+    size = run.plan.stages[0].batch_size * run.world.size
+    return evenly(run.data.validation, limit * size)
+
+
 def empty_gt(run: Run) -> str:
     """Return how images without an object are scored: not at all where they are told apart.
 
@@ -142,7 +153,8 @@ def validate(run: Run, guide: Guide | None = None) -> Validated:
     Raises:
         Stopped: any rank was asked to stop; raised on all of them.
     """
-    world, whole, count = run.world, run.data.validation, run.config.run.num_images
+    world, count = run.world, run.config.run.num_images
+    whole = validated(run)
     evaluator = Evaluator(empty_gt=empty_gt(run))
     loader = build_eval_loader(
         replace(whole, pairs=own_share(whole.pairs, world, forward_batch(run.device))),
