@@ -88,7 +88,7 @@ ADDED = (
     *("model.support.encoder", "model.support.weights", "model.support.side"),
     *("model.support.pretrained", "data.episodes.dropout", "data.episodes.shots"),
     "data.episodes.references",
-    *("train.expert_dropout", "train.preset"),
+    *("train.expert_dropout", "train.preset", "data.splits", "data.fold"),
 )
 
 
