@@ -32,7 +32,7 @@ PATHS = frozenset(
         *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
         *("data.teacher", "data.unlabeled", "data.synthetic", "data.negatives"),
         *("model.weights", "model.init_from", "train.resume", "run.dir"),
-        *("model.support.weights", "data.episodes.references"),
+        *("model.support.weights", "data.episodes.references", "data.splits"),
     )
 )
 """Settings in which a leading ``~`` is the home folder: no shell expands it in a file."""

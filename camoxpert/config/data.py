@@ -110,6 +110,14 @@ class DataConfig:
         minimum=0,
         maximum=0.5,
     )
+    splits: str = setting(
+        "",
+        "splits.json of `crossval`: the images of --fold validate, in place of --val-fraction",
+        flag="--splits",
+    )
+    fold: int | None = setting(
+        None, "the fold of --splits that is held out, from 1", flag="--fold", minimum=1
+    )
     group_copies: bool = setting(
         True,
         "keep copies of a picture (identical files, or re-encoded, resized, cropped or flipped "

@@ -14,7 +14,7 @@ from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.roots import Root, read_root, with_distinct_names
 from camoxpert.data.files.split import split_validation
 from camoxpert.doctor.copies import Match, families_of, find_all_copies, fingerprints
-from camoxpert.doctor.families import copy_families
+from camoxpert.doctor.families import inseparable
 from camoxpert.doctor.finding import Finding
 from camoxpert.doctor.inspect import MaskShape, PairFacts, identical_files, inspect_pairs
 from camoxpert.errors import DataError
@@ -306,7 +306,7 @@ def _check_training(
     if loaded.given is not None:
         validation = loaded.given
     else:
-        families = copy_families(loaded.whole, data) if data.group_copies else []
+        families = inseparable(loaded.whole, data)
         _, validation = split_validation(loaded.whole, data.val_fraction, seed, families)
     return {(pair.dataset, pair.name) for pair in validation.pairs}
 

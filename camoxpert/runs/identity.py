@@ -43,7 +43,7 @@ TEACHER = "data.teacher"
 REFERENCES = "data.episodes.references"
 FILES = (
     *("data.clean_list", TEACHER, "model.weights", "model.init_from"),
-    *("model.support.weights", REFERENCES),
+    *("model.support.weights", REFERENCES, "data.splits"),
 )
 """Settings that name a file, a model or a folder of maps; its content counts."""
 

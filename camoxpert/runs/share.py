@@ -26,7 +26,7 @@ PRIVATE = (
     *("data.teacher", "data.cache_dir", "data.clean_list"),
     *("model.weights", "model.init_from"),
     *("run.dir", "run.name", "train.resume", "model.support.weights"),
-    "data.episodes.references",
+    *("data.episodes.references", "data.splits"),
 )
 
 

@@ -55,7 +55,7 @@ from camoxpert.training.negatives import (
 from camoxpert.training.quick import as_trained, choose_part, images_per_epoch, say_quick
 from camoxpert.training.recipe import Recipe, choose_recipe
 from camoxpert.training.rundata import RunData
-from camoxpert.training.split import BESIDE, Split, decide_split
+from camoxpert.training.split import BESIDE, Split, asked_splits, decide_split, uses_given
 from camoxpert.training.teacher import find_soft_maps
 
 MASKS_LOOKED_AT = 16
@@ -96,7 +96,8 @@ def find_data(
     say_quick(asked)
     clean = read_clean_list(asked.data.clean_list)
     search = search_of(asked.data, clean)
-    found = load_training_data(asked.data.roots, search, validate=asked.data.val_fraction > 0)
+    splits = asked_splits(asked.data)
+    found = load_training_data(asked.data.roots, search, validate=uses_given(asked.data))
     made, unlabeled = find_made(asked.data.synthetic, search), find_unlabeled(asked.data.unlabeled)
     kinds = find_kinds(with_negatives(found, asked), made, asked, presence)
     found, made, whole = kinds.found, kinds.made, kinds.found.whole
@@ -106,7 +107,7 @@ def find_data(
     cache, verdict = find_cache(every, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, every) if cache is not None else _look_for_faults(every, data)
-    train, validation = decide_split(found, config, kept or {}, write=write)
+    train, validation = decide_split(found, config, kept or {}, splits=splits, write=write)
     tests = {} if by_heart else _find_tests(data, search)
     calibration = NO_IMAGES
     if kinds.head:
@@ -270,7 +271,7 @@ def hash_of_data(config: Config) -> str:
     data = config.data
     clean = read_clean_list(data.clean_list)
     search = search_of(data, clean)
-    found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
+    found = load_training_data(data.roots, search, validate=uses_given(data))
     made = find_made(data.synthetic, search)
     whole = with_negatives(found, config).whole
     return _hash_of(whole, made, find_unlabeled(data.unlabeled))

@@ -20,7 +20,7 @@ from camoxpert.data.files.negatives import (
 )
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.split import split_validation
-from camoxpert.doctor.families import copy_families
+from camoxpert.doctor.families import inseparable
 from camoxpert.doctor.inspect import identical_files
 from camoxpert.errors import DataError
 from camoxpert.text import count, shorten
@@ -169,8 +169,8 @@ def _chosen(train: Manifest, whole: Manifest, config: Config, *, write: bool) ->
     if not fraction:
         return chosen
     families: list[list[Pair]] = []
-    if config.data.group_copies and len(whole) > 1:
-        found = copy_families(whole, config.data, write=write)
+    if len(whole) > 1:
+        found = inseparable(whole, config.data, write=write)
         families = [[whole.pairs[index] for index in family] for family in found]
     for kind in divided(train):
         most = int(max(fraction, LARGEST_CALIBRATION) * len(kind))

@@ -30,6 +30,8 @@ class Pair:
         empty: True for an image that is known to have no object and is treated as such; without a
             mask of its own, ``mask`` is the image itself.
         told: True where a table says the class, which a name only suggests.
+        series: patient, video or sequence that a table says the image is of, or "": images of one
+            series are never on both sides of a split.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Pair:
     made: bool = False
     empty: bool = False
     told: bool = False
+    series: str = ""
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ def _unknown(path: Path, known: Sequence[str]) -> str:
 
 
 def _read_csv(path: Path, allow_outside: bool) -> list[Pairing]:
-    """Read columns image, mask and optionally split and class; paths are relative to the file."""
+    """Read columns image, mask and optionally split, class and group; paths are relative to the
+    file."""
     splits: dict[str, dict[str, Pair]] = defaultdict(dict)
     lines: dict[tuple[str, str], int] = {}
     for number, row in read_table(path, ("image", "mask")):
@@ -206,7 +207,9 @@ def _read_csv(path: Path, allow_outside: bool) -> list[Pairing]:
         dataset = path.stem + ("-val" if split == "val" else "")
         told = row.get("class", "")
         group = told or class_of(image.stem)
-        splits[split][name] = Pair(name, image, mask, dataset, group, told=bool(told))
+        splits[split][name] = Pair(
+            name, image, mask, dataset, group, told=bool(told), series=row.get("group", "")
+        )
     if not lines:
         raise DataError(f"{path} has no rows.")
     order = [split for split in (*SPLITS, "all") if split in splits]
