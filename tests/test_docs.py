@@ -210,3 +210,25 @@ def test_the_reader_of_commands() -> None:
 def test_pages_hold_commands_at_all() -> None:
     calls = [c for page in PAGES for line in shell_lines(page.read_text()) for c in commands(line)]
     assert len(calls) > 80
+
+
+def slugs(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in slugs(target.read_text()), link
+
+
+def test_the_readme_is_short_and_shows_one_picture() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 150 and text.count("![") == 1
+    assert "badge" not in text and "shields.io" not in text
