@@ -46,14 +46,15 @@ def demo(output: Path) -> int:
     command("predict", str(run), str(images), "-o", str(pictures), "--overwrite")
 
     (result,) = json.loads((run / "evaluation" / "scores.json").read_text())["results"]
-    score, floor = result["scores"]["wFmeasure"], result["baseline"]["all_foreground"]["wFmeasure"]
+    # The floor has no weighted F, which would take longer than the model's own measures.
+    score, floor = result["scores"], result["baseline"]["all_foreground"]["IoU"]
     print(
-        f"\nweighted F {score:.3f} on {result['num_images']} test images; marking everything "
-        f"scores {floor:.3f}."
+        f"\nweighted F {score['wFmeasure']:.3f}, IoU {score['IoU']:.3f} on {result['num_images']} "
+        f"test images; marking everything has an IoU of {floor:.3f}."
         f"\n{time.monotonic() - started:.0f} seconds. Open {run / 'report.html'} and "
         f"{pictures / 'overlays'}."
     )
-    return 0 if score >= 2 * floor else 1
+    return 0 if score["IoU"] >= 2 * floor else 1
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -48,3 +51,23 @@ def test_gpu_check_measures_or_says_that_it_cannot(tmp_path: Path, capsys) -> No
     assert result["relight"]["pipeline"]["ratios"]
     assert result["training"]["profile"]["verdict"]
     assert result["training"]["exit_code"] == 0 and result["training"]["scores"]["MAE"] < 1
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It read a score of the floor that evaluations no longer hold, and ended in a traceback."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {img_size: 32, num_workers: 0, val_fraction: 0.2}\n"
+        "model: {backbone: tiny_test, pretrained: false, num_experts: 2, width: 16}\n"
+        "train: {epochs: 1, batch_size: 8}\n"
+    )
+    tool = load("demo")
+    monkeypatch.setattr(tool, "RECIPE", str(recipe))
+    monkeypatch.setattr(tool, "SIZE", ("--train", "16", "--test", "4", "--size", "32"))
+    assert tool.demo(tmp_path / "demo") in (0, 1)
+    said = capsys.readouterr().out
+    found = re.search(r"weighted F [\d.]+, IoU [\d.]+ on 4 test images; marking", said)
+    assert found and Path(re.search(r"Open (\S+) and", said)[1]).is_file()
