@@ -13,6 +13,7 @@ from camoxpert.config.load import (
     config_from_dict,
     load_config,
     read_yaml,
+    settings_of,
     to_yaml,
 )
 from camoxpert.config.loss import LossConfig
@@ -47,6 +48,7 @@ __all__ = [
     "leaves",
     "load_config",
     "read_yaml",
+    "settings_of",
     "to_dict",
     "to_yaml",
 ]

@@ -122,6 +122,7 @@ class RunInfo(TypedDict, total=False):
     parameters: int
     gmacs: float
     guidance: dict[str, Any]  # encoder, references, what the cache did; {}: none
+    stages: list[dict[str, Any]]  # the stages before this run: name, key, verdict, seconds
     batch: dict[str, Any]  # the batching that was chosen, read back when the run continues
 
 

@@ -176,6 +176,8 @@ def find_data(
         else f"the headers of {count(len(whole), 'training pair')} and the pixels of "
         f"{count(looked_at, 'mask')} were read, so damage inside a file was not looked for"
     )
+    if splits is not None and data.val_fraction == 0:
+        validation = replace(validation, pairs=())
     beside = (made, unlabeled, negatives, calibration)
     return RunData(train, validation, tests, data_hash, loading, chosen, checked, *beside)
 
