@@ -13,6 +13,7 @@ from camoxpert.config.load import (
     config_from_dict,
     load_config,
     read_yaml,
+    settings_of,
     to_yaml,
 )
 from camoxpert.config.loss import LossConfig
@@ -51,6 +52,7 @@ __all__ = [
     "quick_name",
     "quick_words",
     "read_yaml",
+    "settings_of",
     "to_dict",
     "to_yaml",
 ]

@@ -123,6 +123,7 @@ class RunInfo(TypedDict, total=False):
     gmacs: float
     guidance: dict[str, Any]  # encoder, references, what the cache did; {}: none
     quick: dict[str, str]  # dotted path -> what makes it a quick run; {} for a whole one
+    stages: list[dict[str, Any]]  # the stages before this run: name, key, verdict, seconds
     batch: dict[str, Any]  # the batching that was chosen, read back when the run continues
 
 

@@ -167,6 +167,8 @@ def find_data(
         else f"the headers of {count(len(whole), 'training pair')} and the pixels of "
         f"{count(looked_at, 'mask')} were read, so damage inside a file was not looked for"
     )
+    if splits is not None and data.val_fraction == 0:
+        validation = replace(validation, pairs=())
     if by_heart:
         validation = replace(train, split="validation")
     beside = (made, unlabeled, negatives, calibration, left_out)

@@ -77,11 +77,10 @@ def _of_fold(whole: Manifest, splits: Splits, data: DataConfig) -> tuple[Manifes
     apart = len(whole) - len(train) - len(held_out)
     if apart:
         how += f"; {count(apart, 'image')} on neither side, as copies or series of those held out"
-    if data.val_fraction > 0:
-        return train, held_out, how
-    # Held out from everything: not even the best epoch is chosen by them.
-    how += f"; --val-fraction 0: its {count(len(held_out), 'image')} are held out and not scored"
-    return train, replace(held_out, pairs=()), how
+    if data.val_fraction == 0:
+        # Not even the best epoch is chosen by them.
+        how += "; --val-fraction 0: what is held out is not looked at"
+    return train, held_out, how
 
 
 def decide_split(

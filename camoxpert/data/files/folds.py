@@ -85,8 +85,10 @@ class Splits:
 
     @property
     def digest(self) -> str:
-        """The sha256 of everything that a fold depends on."""
-        return _digest(self.to_dict())
+        """The sha256 of the images and their folds: equal where other versions divide alike."""
+        values = self.to_dict()
+        del values["made_with"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def repeat_of(self, fold: int) -> int:
         """Return the repeat of a fold, from 0."""
@@ -222,10 +224,6 @@ def require_same_images(splits: Splits, manifest: Manifest, path: Path) -> None:
 
 def _named(keys: Iterable[tuple[str, str]]) -> str:
     return shorten((name for _, name in sorted(keys)), 3)
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _from_dict(values: Mapping[str, Any]) -> Splits:
