@@ -123,7 +123,8 @@ def empty_gt(run: Run) -> str:
     Every mask measure is 0 for them, or a reward for an empty map: it would choose another epoch
     than the images with objects do.
     """
-    return "skip" if len(run.data.negatives) else "pysod"
+    apart = len(run.data.negatives) or any(pair.empty for pair in run.data.validation.pairs)
+    return "skip" if apart else "pysod"
 
 
 class Validated(NamedTuple):

@@ -27,8 +27,10 @@ from camoxpert.inference.predictor import load_predictor
 from camoxpert.metrics.presence import probability_measures
 from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.runtime.processes import World
 from camoxpert.synthesis.toy import generate_toy, toy_pair
 from camoxpert.training.calibrate import fit_calibration
+from camoxpert.training.data import find_data
 from camoxpert.training.negatives import (
     Kinds,
     find_kinds,
@@ -69,6 +71,14 @@ class TestFiles:
         pairs = load_train([tmp_path], Search(noncam="include")).pairs
         found = {pair.name for pair in empty_pairs(pairs)}
         assert found == {"black", "COD10K-NonCAM-5-Background-5-Vegetation-4854"}
+        # Those of four channels, which deflate shortens to less.
+        large = np.zeros((3000, 4000, 4), np.uint8)
+        large[..., 3] = 255
+        write_png(tmp_path / "GT" / "black.png", large)
+        write_jpeg(tmp_path / "Imgs" / "black.jpg", large[..., :3])
+        pairs = load_train([tmp_path], Search(noncam="include")).pairs
+        assert (tmp_path / "GT" / "black.png").stat().st_size > 4096 + 12_000_000 // 400
+        assert "black" in {pair.name for pair in empty_pairs(pairs)}
         # Uncompressed masks are looked at as well.
         from PIL import Image
 
@@ -224,11 +234,61 @@ class TestKinds:
             return find_kinds(TrainingData(known), NO_MADE, config, kept)
 
         assert [kinds(n).head for n in (0, 3, 8, 20, 40)] == [False, False, True, True, False]
-        assert not kinds(3).apart and "needs" in kinds(3).reason
+        assert kinds(3).apart and "needs" in kinds(3).reason and not kinds(0).apart
+        assert kinds(3, kept="off").apart, "continued, they are told apart as before"
         assert kinds(3, "on").head and not kinds(20, "off").apart
         assert not kinds(20, kept="off").head and kinds(3, kept="on").head
         with pytest.raises(DataError, match="there is nothing to learn to find"):
             kinds(40, "on")
+
+    @pytest.mark.parametrize("number", [1, 3, 24])
+    def test_black_masks_and_a_folder_are_the_same(
+        self, toy_data: Path, negatives: Path, tmp_path: Path, number: int, capsys
+    ) -> None:
+        """The same images with black masks and as ``--negatives``: share, parts, words."""
+        folder = tmp_path / "Negatives"
+        whole = shutil.copytree(toy_data / "TrainDataset", tmp_path / "d" / "TrainDataset")
+        for image in sorted(negatives.iterdir())[:number]:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(image, folder)
+            shutil.copy(image, whole / "Imgs" / f"empty_{image.name}")
+            write_png(whole / "GT" / f"empty_{image.stem}.png", np.zeros((48, 48), np.uint8))
+        ways = [
+            {"data.roots": [str(tmp_path / "d")]},
+            {"data.roots": [str(toy_data)], "data.negatives": [str(folder)]},
+        ]
+        seen = []
+        for way in ways:
+            # Which copies fit into a part depends on their names, which differ.
+            data = find_data(build_config(way | {"data.group_copies": False}), World())
+            parts = {
+                "training": data.train, "validation": data.validation, "apart": data.negatives,
+                "calibration": data.calibration,
+            }  # fmt: skip
+            kinds = {
+                name: Counter(pair.empty for pair in part.pairs) for name, part in parts.items()
+            }
+            lines = [
+                line
+                for line in capsys.readouterr().out.splitlines()
+                if line.split()[0] in ("data", "presence", "negatives", "calibration", "masks")
+            ]
+            seen.append((kinds, data.mix, data.recipe.config.model.presence, lines))
+        assert seen[0][:3] == seen[1][:3] and seen[0][1].negatives
+        assert [" ".join(line.split()) for line in seen[0][3]] == [
+            " ".join(line.split()) for line in seen[1][3]
+        ]
+
+    def test_contradictions_of_black_masks_are_told(
+        self, toy_data: Path, tmp_path: Path, train: Callable[..., int], capsys
+    ) -> None:
+        whole = shutil.copytree(toy_data / "TrainDataset", tmp_path / "d" / "TrainDataset")
+        image = sorted((whole / "Imgs").iterdir())[0]
+        shutil.copy(image, whole / "Imgs" / f"other{image.suffix}")
+        write_png(whole / "GT" / "other.png", np.zeros((48, 48), np.uint8))
+        assert train(*SHORT, "--dry-run", "--dataset-path", str(tmp_path / "d")) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "1 image with a black mask is in the training data with an object as well" in said
 
     def test_both_kinds_are_set_aside_and_stay_so(self, toy_data, negatives) -> None:
         config = build_config({"data.negatives": [str(negatives)]})
