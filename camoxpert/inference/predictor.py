@@ -30,7 +30,7 @@ from camoxpert.inference.timing import Timing
 from camoxpert.inference.tta import Looked
 from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
 from camoxpert.models.backbone import BACKBONES
-from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.models.camoxpert import CamoXpert, build_model, require_fit
 from camoxpert.models.zoom import Zoomed, zoomed_side
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.runs.hub import hub_name, push
@@ -91,18 +91,22 @@ class Predictor(Searching):
         sides = image_sides(self.config.data)
         if self.zoom:
             sides = (*sides, zoomed_side(self.img_size))
+        weights, path = self.checkpoint.evaluated_weights, self.checkpoint.path
         try:
+            if path.suffix == ".safetensors":
+                # Shared by somebody, who may have written any settings beside them.
+                require_fit(self.checkpoint.model_config, weights, sides=sides)
             built = build_model(self.checkpoint.model_config, sides=sides)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         except ConfigError as error:
             if not self.zoom:
                 raise
             raise ConfigError(f"--zoom looks at images at two sizes. {error}") from error
         try:
-            built.load_state_dict(self.checkpoint.evaluated_weights)
+            built.load_state_dict(weights)
         except RuntimeError as error:
-            raise CheckpointError(
-                f"{self.checkpoint.path} does not fit its own settings: {error}"
-            ) from error
+            raise CheckpointError(f"{path} does not fit its own settings: {error}") from error
         return built
 
     @property

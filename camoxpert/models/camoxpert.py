@@ -1,13 +1,13 @@
 """The network: images in, logits, side logits and routing records out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from camoxpert.config import ModelConfig
-from camoxpert.errors import ConfigError
+from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.models.backbone import STRIDES, Backbone
 from camoxpert.models.decoder import Decoder
 from camoxpert.models.guidance import Guidance, Reference
@@ -192,6 +192,34 @@ class CamoXpert(nn.Module):
     def level_names(self) -> tuple[str, ...]:
         """Name the routing records, in the order of ``ModelOutput.routing``."""
         return tuple(f"stride {stride}" for stride in reversed(STRIDES))
+
+
+def require_fit(
+    config: ModelConfig, weights: Mapping[str, Tensor], *, sides: Sequence[int] = ()
+) -> None:
+    """Raise CheckpointError unless weights have the names and shapes of a network's; without
+    building it, so that settings of a stranger cannot make it as large as they like.
+
+    Args:
+        config, sides: as ``CamoXpert`` takes them.
+        weights: of a state dict.
+    """
+    # Each expert has tensors of its own, or a row of stacked ones: a list of millions is no model.
+    if config.num_experts > max(len(weights), 64):
+        raise CheckpointError(
+            f"model.num_experts is {config.num_experts}, and the weights are only "
+            f"{len(weights)} tensors."
+        )
+    with torch.device("meta"):
+        state = CamoXpert(config, sides).state_dict()
+    for name in sorted(state.keys() | weights.keys()):
+        wanted, given = state.get(name), weights.get(name)
+        if wanted is None or given is None or wanted.shape != given.shape:
+            shapes = ["missing" if t is None else str(tuple(t.shape)) for t in (given, wanted)]
+            raise CheckpointError(
+                f"Its settings describe another network: of {name} the weights are {shapes[0]}, "
+                f"and the settings want {shapes[1]}."
+            )
 
 
 def build_model(config: ModelConfig, *, sides: Sequence[int] = ()) -> CamoXpert:

@@ -46,6 +46,8 @@ FILES = (
     *("model.support.weights", REFERENCES, "data.splits"),
 )
 """Settings that name a file, a model or a folder of maps; its content counts."""
+MODELS = ("model.init_from", TEACHER)
+"""Those that name a model, which may be on the Hub."""
 
 
 def what_is_trained(config: Config) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def file_hashes(config: Config, before: Mapping[str, str] | None = None) -> dict
     for path in FILES:
         value = get_setting(config, path)
         file = None
-        if path == "model.init_from" and is_hub_name(value):
+        if path in MODELS and is_hub_name(value):
             file = _on_the_hub(value, gone=bool(before and path in before))
         elif value and Path(value).exists():
             file = resolve_checkpoint(Path(value)) if path == "model.init_from" else Path(value)

@@ -42,7 +42,7 @@ def backbone_origin(model: ModelConfig) -> dict[str, str]:
         return {**known, "source": "none", "license": ""}
     return {
         "source": "timm",
-        "name": f"{model.backbone}.{found.tag}" if found.tag else model.backbone,
+        "name": ".".join(part for part in (found.architecture, found.tag) if part),
         "hub": found.hf_hub_id or "",
         "license": found.license or UNKNOWN,
     }
@@ -50,7 +50,7 @@ def backbone_origin(model: ModelConfig) -> dict[str, str]:
 
 def scored(checkpoint: Path) -> list[dict[str, Any]]:
     """Return the test scores in a run folder that are of this checkpoint's file."""
-    entries = read_json(_run_of(checkpoint) / "evaluation" / "scores.json").get("results")
+    entries = _read(checkpoint, "evaluation/scores.json").get("results")
     ours = [entry for entry in entries or () if isinstance(entry, dict) and "weights" in entry]
     if not ours or not checkpoint.is_file():
         return []
@@ -69,7 +69,7 @@ def scored(checkpoint: Path) -> list[dict[str, Any]]:
 
 def training_facts(checkpoint: Path) -> dict[str, Any]:
     """Return what ``run.json`` says of size, cost, images and versions; {} without a run."""
-    info = read_json(_run_of(checkpoint) / "run.json")
+    info = _read(checkpoint, "run.json")
     facts = {key: info[key] for key in RUN_FACTS if key in info}
     versions = info.get("versions")
     if isinstance(versions, dict):
@@ -87,5 +87,7 @@ def calibration_of(weights: Mapping[str, Tensor]) -> dict[str, float] | None:
     return {part: float(value) for part, value in found.items() if value is not None}
 
 
-def _run_of(checkpoint: Path) -> Path:
-    return checkpoint.parent.parent
+def _read(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Return a JSON file of the run folder that holds a checkpoint; {} without a run."""
+    folder = checkpoint.parent
+    return read_json(folder.parent / name) if folder.name == "checkpoints" else {}

@@ -130,6 +130,20 @@ class TestReading:
         assert about["backbone_weights"]["source"] == "model"
         assert about["config"]["model"]["init_from"] == ""
 
+    def test_it_teaches_and_gives_masks(
+        self, shared: Repo, train, toy_data: Path, tmp_path: Path, monkeypatch
+    ) -> None:
+        words = ("--teacher", "hf:owner/beetle", "--epochs", "1", "--stage1-epochs", "0")
+        assert train(*words, "--run-name", "taught", "--no-test") == 0
+        info = json.loads((tmp_path / "taught" / "run.json").read_text())
+        file = resolve_checkpoint(Path("hf:owner/beetle"))
+        assert info["files"]["data.teacher"] == file.resolve().name
+        from camoxpert.synthesis.masks import kind_of
+
+        assert kind_of("hf:owner/beetle") == "model"
+        with pytest.raises(CheckpointError, match="no model owner/none on the Hub"):
+            kind_of("hf:owner/none")
+
     def test_revisions(self, shared: Repo, hub: Hub, tiny_run: Path) -> None:
         first = shared.branches["main"]
         saved = load_checkpoint(resolve_checkpoint(tiny_run / "model"))
@@ -340,6 +354,9 @@ class TestHostile:
             (lambda c: c["model"].update(backbone="hf-hub:evil/net"), "Unknown backbone"),
             (lambda c: c["model"].update(num_experts="many"), "num_experts"),
             (lambda c: c["data"].update(img_size=-1), "img_size"),
+            # Petabytes, if they were built.
+            (lambda c: c["model"].update(width=2**20), "describe another network"),
+            (lambda c: c["model"].update(num_experts=10**9), "num_experts is 1000000000"),
         ],
     )
     def test_settings_that_are_none_are_refused(
@@ -431,6 +448,8 @@ class TestSharing:
         assert of["edgenext_small"]["hub"] == "timm/edgenext_small.usi_in1k"
         assert of["convnextv2_tiny"]["license"] == "cc-by-nc-4.0"
         assert of["tiny_test"]["source"] == "none"
+        tagged = backbone_origin(ModelConfig(backbone="edgenext_small.usi_in1k"))
+        assert tagged == of["edgenext_small"]
         file = backbone_origin(ModelConfig(weights="x.pth"))
         assert (file["source"], file["license"]) == ("file", "unknown")
 
