@@ -56,7 +56,9 @@ def parse(words: list[str], *, tolerant: bool) -> None:
 
     ``tolerant``: it is part of a sentence or of a usage line, so that arguments may be left out.
     """
-    if words[0] in ("--help", "--version") or words[0].isupper():
+    if words[0] == "help":
+        words = [*words[1:], "--help"]
+    if words[0] in ("--help", "--version", "-V") or words[0].isupper():
         return
     assert words[0] in COMMANDS, f"no command {words[0]}"
     parser, module, count = command_parser(words)

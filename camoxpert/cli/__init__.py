@@ -10,6 +10,7 @@ import argparse
 import importlib
 import io
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -74,8 +75,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with argparse's message, made a sentence."""
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        hint = did_you_mean(wrong[1], re.findall(r"[^\s',]+", wrong[2])) if wrong else ""
         raise ConfigError(
-            f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the flags."
+            f"{message[:1].upper()}{message[1:]}.{hint} `{self.prog} --help` lists the flags."
         )
 
     def parse_checked(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -157,13 +160,21 @@ def open_missing_streams() -> None:
 
 def run_command(typed: list[str]) -> int:
     """Dispatch to the command's module."""
+    if typed[:1] == ["help"] and len(typed) > 1:
+        typed = [*typed[1:], "--help"]
     if not typed or typed[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if typed else 2
-    if typed[0] == "--version":
+    if typed[0] in ("-V", "--version"):
         print(f"camoxpert {__version__}")
         return 0
     name = typed[0]
+    if name.startswith("-"):
+        hint = did_you_mean(name, ("--help", "--version"))
+        raise ConfigError(
+            f"{name} stands before any command.{hint} The command comes first, as in `camoxpert "
+            f"train --dataset-path DIR`. Commands: {', '.join(COMMANDS)}."
+        )
     if name not in COMMANDS:
         raise ConfigError(
             f"Unknown command {name!r}.{did_you_mean(name, COMMANDS)} Commands: "

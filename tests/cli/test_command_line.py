@@ -311,3 +311,29 @@ def test_an_unknown_command_says_where_they_are_listed(
     assert main(["trian"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "Did you mean train?" in said and "`camoxpert --help` says what each does." in said
+
+
+@pytest.mark.parametrize(
+    "typed, says",
+    [
+        (["--verison"], "Did you mean --version? The command comes first"),
+        (["--dataset-path", "x"], "--dataset-path stands before any command. The command comes"),
+        (["synthesize", "relit", "x"], "Did you mean relight? `camoxpert synthesize --help`"),
+        (["evaluate", "a", "--protocol", "rwa"], "Did you mean raw?"),
+        (["help", "trian"], "Unknown command 'trian'. Did you mean train?"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_nearest(
+    typed: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(typed) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_of_a_command_in_either_order(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for typed in (["help", "serve"], ["serve", "--help"]):
+        with pytest.raises(SystemExit):
+            main(typed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and "--port" in texts[0]
