@@ -170,6 +170,8 @@ def open_folder(
     if config.data.fold is not None:
         require_fold(splits, config.data.fold, path)
     console.decide("folds", f"{splits.total} of {count(len(splits.images), 'image')}: {where}")
+    # Each fold sets its own; a stage that all folds share has none.
+    config = replace(config, data=replace(config.data, splits="", fold=None))
     require_nothing_seen(config, pool)
     shared = shared_stages(chain, config, pool, write=write)
     return CrossValidation(folder, config, pool, splits, chain, shared)

@@ -14,7 +14,7 @@ from camoxpert.runs.checkpoint import load_checkpoint
 from helpers.runs import digest_of
 
 SHORT = ("--epochs", "2", "--stage1-epochs", "1", "--no-report")
-CLOCKS = ("seconds", "hours", "run", "command", "folder")
+CLOCKS = ("seconds", "hours", "run", "command", "folder", "verdict", "data.cache_dir")
 
 
 def words(data: Path, out: Path, *more: str) -> list[str]:
@@ -43,7 +43,7 @@ def result(folder: Path) -> str:
 
 
 def without_clocks(value: Any) -> Any:
-    """Return nested values without times and places."""
+    """Return nested values without times, places and what a cache said."""
     if isinstance(value, dict):
         return {k: without_clocks(v) for k, v in value.items() if k not in CLOCKS}
     return [without_clocks(item) for item in value] if isinstance(value, list) else value
