@@ -35,7 +35,6 @@ from camoxpert.evaluation.results import (
     note_void,
     summarise,
 )
-from camoxpert.evaluation.tables import file_names
 from camoxpert.files import file_digest, leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.runtimes import is_exported
@@ -44,7 +43,7 @@ from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel, side_by_side
 from camoxpert.runs.hub import repo_of
-from camoxpert.text import count, shorten
+from camoxpert.text import count, file_names, shorten
 
 
 def find_sets(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,9 @@ from camoxpert.data.files.unlabeled import NO_IMAGES
 from camoxpert.doctor.families import inseparable
 from camoxpert.errors import ConfigError
 from camoxpert.files import write_rows
+from camoxpert.runs.samples import SAMPLES, read_samples
 from camoxpert.text import count
 
-SAMPLES = "samples.csv"
 UNLABELED = "unlabeled"
 CALIBRATION = "calibration"
 """Word for the images that calibrate the presence head."""
@@ -206,14 +205,7 @@ def read_split(run_dir: Path | None) -> dict[tuple[str, str], str]:
     """Return the split that a run recorded in ``samples.csv``; {} if that cannot be read."""
     if run_dir is None:
         return {}
-    try:
-        with (run_dir / SAMPLES).open(encoding="utf-8", errors="surrogateescape") as file:
-            found = {
-                (row["dataset"], row["name"]): row["split"]
-                for row in csv.DictReader(file)
-                if row["split"] not in BESIDE
-            }
-    except (OSError, KeyError, csv.Error):
-        return {}
+    rows = read_samples(run_dir)
+    found = {key: split for key, split in rows.items() if split not in BESIDE}
     known = {"training", "validation", CALIBRATION, LEFT_OUT}
     return found if set(found.values()) <= known else {}
