@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from camoxpert.config import TrainConfig
 from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
+from camoxpert.inference.aligned import aligned
 from camoxpert.inference.batching import BatchSize
 from camoxpert.inference.engine import Pipeline
 from camoxpert.inference.exported import ExportedNetwork, open_exported
@@ -30,6 +31,7 @@ from camoxpert.inference.tta import Looked
 from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
 from camoxpert.models.backbone import BACKBONES
 from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.models.modalities import all_there_is, require_known
 from camoxpert.models.zoom import Zoomed, zoomed_side
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.runtime.device import (
@@ -89,7 +91,9 @@ class Predictor(Searching):
         if self.zoom:
             sides = (*sides, zoomed_side(self.img_size))
         try:
-            built = build_model(self.checkpoint.model_config, sides=sides)
+            built = build_model(
+                self.checkpoint.model_config, sides=sides, modalities=self.config.data.beside_rgb
+            )
         except ConfigError as error:
             if not self.zoom:
                 raise
@@ -101,6 +105,11 @@ class Predictor(Searching):
                 f"{self.checkpoint.path} does not fit its own settings: {error}"
             ) from error
         return built
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model can be given beside photographs; an exported file takes nothing."""
+        return () if self.exported is not None else self.config.data.beside_rgb
 
     @property
     def has_presence(self) -> bool:
@@ -141,6 +150,7 @@ class Predictor(Searching):
         overlap: float | None = ...,
         tta: str | None = ...,
         min_presence: float | None = ...,
+        modalities: Mapping[str, ImageInput] | None = ...,
     ) -> Prediction: ...
 
     @overload
@@ -154,6 +164,7 @@ class Predictor(Searching):
         overlap: float | None = ...,
         tta: str | None = ...,
         min_presence: float | None = ...,
+        modalities: Sequence[Mapping[str, ImageInput]] | None = ...,
     ) -> list[Prediction]: ...
 
     def predict(
@@ -166,6 +177,7 @@ class Predictor(Searching):
         overlap: float | None = None,
         tta: str | None = None,
         min_presence: float | None = None,
+        modalities: Mapping[str, ImageInput] | Sequence[Mapping[str, ImageInput]] | None = None,
     ) -> Prediction | list[Prediction]:
         """Find the hidden objects in one image, or in each of a list.
 
@@ -175,6 +187,9 @@ class Predictor(Searching):
             threshold: probability above which a pixel counts as object, 0..1.
             batch_size: images or tiles per forward pass.
             tile, overlap, tta, min_presence: see ``stream``.
+            modalities: what other sensors saw of the image, by name: files, or arrays (H, W) of the
+                values that were measured (not finite, or 0 in 16 bits: unknown); of a list of
+                images one such mapping for each. Any may be missing.
 
         Returns:
             A Prediction, or a list of them in order.
@@ -192,9 +207,13 @@ class Predictor(Searching):
             tta=tta,
             min_presence=min_presence,
         )
+        given: Any = images if isinstance(images, (list, tuple)) else [images]
+        if modalities is not None:
+            given = aligned(given, modalities)
+            require_known([name for one in given for name in one.modalities], self.modalities)
         if isinstance(images, (list, tuple)):
-            return list(stream(images))
-        (prediction,) = stream([images])
+            return list(stream(given))
+        (prediction,) = stream(given)
         return dataclasses.replace(prediction, name=name_of(images, "image"))
 
     def stream(
@@ -267,6 +286,7 @@ class Predictor(Searching):
             views or self.views(ONE_VIEW),
             min_presence,
             max_pixels=self.max_pixels,
+            modalities=self.modalities,
         )
         with Pipeline(
             stages,
@@ -289,9 +309,17 @@ class Predictor(Searching):
 
     def look(self, images_BCHW: Tensor) -> Looked:
         """Return float32 logits of prepared images (B, 3, S, S) on the device, with the presence
-        head together with the probabilities (B,) that they hold any object."""
+        head together with the probabilities (B,) that they hold any object.
+
+        Images may have the planes of the model's modalities as further channels, all 0 for one that
+        is missing.
+        """
+        given: tuple[Any, ...] = (images_BCHW,)
+        if images_BCHW.shape[1] > 3:
+            seen = all_there_is(images_BCHW[:, 3:])
+            given = (images_BCHW[:, :3], None, seen)
         with self.precision.autocast(self.device):
-            output = self.model(images_BCHW)
+            output = self.model(*given)
         logits: Tensor = output.logits_B1HW.float()
         presence = presence_of(self.model, output)
         return logits if presence is None else (logits, presence)

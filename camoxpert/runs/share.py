@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from camoxpert.config import Config, to_dict
+from camoxpert.config.data import RGB
 from camoxpert.errors import CheckpointError
 from camoxpert.files import write_bytes
 from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
@@ -98,9 +99,21 @@ def card(about: dict[str, Any]) -> str:
     return (
         f"# CamoXpert weights: {_plain(model['backbone'])}, {model['num_experts']} experts, top "
         f"{model['top_k']}\n\nA mixture-of-experts network that finds camouflaged objects, "
-        f"trained at {data['img_size']} px.\n\n{table}```\ncamoxpert predict THIS_FOLDER photos/ "
+        f"trained at {data['img_size']} px.{_sensors(data)}\n\n{table}```\n"
+        f"camoxpert predict THIS_FOLDER photos/ "
         f"-o out/\ncamoxpert evaluate THIS_FOLDER --data DATASET\n```\n\n`{SHARED}` holds weights "
         f"and settings and no code (checkpoint format {FORMAT}).\n"
+    )
+
+
+def _sensors(data: dict[str, Any]) -> str:
+    """Return a sentence about the modalities beside the photograph, if there are any."""
+    names = [_plain(name) for name in data.get("modalities", ()) if name != RGB]
+    if not names:
+        return ""
+    return (
+        f" Beside photographs it takes {', '.join(names)}, any of which may be missing: `predict "
+        f"--modality {names[0]} FOLDER`."
     )
 
 
