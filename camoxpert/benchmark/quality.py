@@ -193,7 +193,9 @@ def _arm(name: str, config: Config) -> Arm:
         )
     bare = replace(config.model, pretrained=False, weights="", init_from="")
     with torch.random.fork_rng(devices=[]):
-        network = build_model(bare, sides=image_sides(config.data))
+        network = build_model(
+            bare, sides=image_sides(config.data), modalities=config.data.beside_rgb
+        )
     parameters = sum(p.numel() for p in network.parameters())
     return Arm(name, config, parameters, network_cost(network, config.data.img_size))
 

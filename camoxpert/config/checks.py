@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
-from camoxpert.config.data import DataConfig
+from camoxpert.config.data import RGB, DataConfig
 from camoxpert.config.guidance import EpisodeConfig, SupportConfig
 from camoxpert.config.model import EXPERT_KINDS, ModelConfig
 from camoxpert.config.optim import OptimConfig
@@ -27,6 +28,11 @@ TYPE_NAMES: Mapping[Any, str] = {
 }
 
 
+MODALITY_NAME = re.compile("[a-z][a-z0-9]*")
+NOT_MODALITIES = ("image", "mask", "split", "class", "name", "dataset")
+"""Columns of a CSV that mean something else."""
+MOST_MODALITIES = 4
+"""Beside the photograph: 31 subsets are scored."""
 PATHS = frozenset(
     (
         *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
@@ -122,6 +128,7 @@ def check_conflicts(config: Config) -> None:
     _check_batches(train)
     _check_quick(config)
     _check_scaling(config)
+    _check_modalities(config)
     if config.data.episodes != EpisodeConfig() and not config.model.support.encoder:
         changed = "--reference-data" if config.data.episodes.references else "data.episodes"
         raise ConfigError(
@@ -174,6 +181,36 @@ def check_conflicts(config: Config) -> None:
         and not train.device.removeprefix("cuda:").isdigit()
     ):
         raise ConfigError(f"--device {train.device}: use auto, cpu, cuda, cuda:N or mps.")
+
+
+def _check_modalities(config: Config) -> None:
+    data, names = config.data, config.data.beside_rgb
+    for name in names:
+        if not MODALITY_NAME.fullmatch(name) or name in NOT_MODALITIES:
+            raise ConfigError(
+                f"--modalities {name}: the name of a modality is that of its folder or CSV column: "
+                f"small letters and digits, and none of {', '.join(NOT_MODALITIES)}."
+            )
+    if len(set(names)) < len(names) or len(names) > MOST_MODALITIES:
+        raise ConfigError(
+            f"--modalities {' '.join(data.modalities)}: name up to {MOST_MODALITIES} of them "
+            f"beside {RGB}, each once."
+        )
+    if not names and data.modality_dropout != DataConfig().modality_dropout:
+        raise ConfigError(
+            f"data.modality_dropout {data.modality_dropout:g} is for modalities beside the "
+            f"photograph, and none is named. Name them with --modalities, or leave it out."
+        )
+    beside = {
+        f"--decoder {config.model.decoder}": config.model.decoder != "moe",
+        f"--support-encoder {config.model.support.encoder}": bool(config.model.support.encoder),
+        "data.augment.compose": data.augment.compose > 0,
+    }
+    for setting in (setting for setting, given in beside.items() if names and given):
+        raise ConfigError(
+            f"{setting} does not work with --modalities {' '.join(data.modalities)}: it knows "
+            f"photographs alone. Leave one of the two out."
+        )
 
 
 def _check_data(data: DataConfig) -> None:

@@ -157,6 +157,7 @@ def build_loader(
             pin_memory=plan.pin_memory,
             skip=skippable(data, len(manifest)),
             soft=plan.soft,
+            modalities=data.beside_rgb,
         )
     dataset = PairDataset(
         manifest, data, transform, cache=plan.cache, raw=plan.on_device, soft=plan.soft
@@ -166,7 +167,7 @@ def build_loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        collate_fn=collate_raw if plan.on_device else collate,
+        collate_fn=partial(collate_raw if plan.on_device else collate, modalities=data.beside_rgb),
         pin_memory=plan.pin_memory,
         **_worker_options(data, plan.num_workers, data.persistent_workers, plan.prefetch),
     )

@@ -35,6 +35,7 @@ from camoxpert.evaluation.results import (
     note_void,
     summarise,
 )
+from camoxpert.evaluation.subsets import score_subsets
 from camoxpert.files import file_digest, leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.runtimes import is_exported
@@ -63,6 +64,7 @@ def find_sets(
     for path in paths:
         if not Path(path).exists():
             raise DataError(f"--data: {why_missing(path)}")
+    search = replace(search, modalities=predictor.modalities)
     if paths:
         sets = load_eval(paths, search, split=split)
         for note in dict.fromkeys(note for manifest in sets.values() for note in manifest.notes):
@@ -222,6 +224,17 @@ def evaluate_model(
                 num_workers=num_workers,
             )
             item = replace(item, result=replace(item.result, shots=table))
+        if predictor.modalities:
+            by_subset = score_subsets(
+                predictor,
+                name,
+                manifest,
+                data,
+                options,
+                batch_size=batch_size,
+                num_workers=num_workers,
+            )
+            item = replace(item, result=replace(item.result, modalities=by_subset))
         scored.append(item)
         if output is not None:
             gallery += pictures.write(output.unfinished, name, method)
@@ -262,6 +275,7 @@ def _reading(predictor: Predictor, unreadable: str) -> DataConfig:
         img_size=predictor.img_size,
         max_pixels=predictor.config.data.max_pixels,
         unreadable=unreadable,
+        modalities=predictor.modalities,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from camoxpert.config import QuickConfig, quick_words
+from camoxpert.config.data import RGB
 from camoxpert.runs.checkpoint import FORMAT, SHARED
 from camoxpert.runs.hub import LIBRARY, PREFIX
 
@@ -33,6 +34,7 @@ def card(about: Mapping[str, Any], repo: str = "") -> str:
         f"---\n{front}---",
         f"# {title}",
         *warned,
+        *_sensors(about["config"]["data"]),
         "Finds camouflaged objects: one image in, one probability map out"
         + (", with the probability that anything is hidden." if about["calibration"] else "."),
         f"```\npip install 'camoxpert[hub]'\ncamoxpert predict {name} photos/ -o out/\n"
@@ -57,6 +59,17 @@ def card(about: Mapping[str, Any], repo: str = "") -> str:
         "the settings and figures alone, for readers.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _sensors(data: Mapping[str, Any]) -> list[str]:
+    """Return a sentence about the modalities beside the photograph, if there are any."""
+    names = [_plain(name) for name in data.get("modalities", ()) if name != RGB]
+    if not names:
+        return []
+    return [
+        f"Beside photographs it takes {', '.join(names)}, any of which may be missing: `predict "
+        f"--modality {names[0]} FOLDER`."
+    ]
 
 
 def _front_matter(about: Mapping[str, Any], title: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class ValidationRecord(_Validation, total=False):
     unreadable: list[str]
     presence: dict[str, Any]
     guided: dict[str, float]  # with references
+    rgb: dict[str, float]  # photographs alone, of a model with other modalities
 
 
 class LevelRouting(TypedDict):

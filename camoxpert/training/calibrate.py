@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from camoxpert import console, stop
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.inference.predictor import Predictor
-from camoxpert.inference.score import chunks, forward_batch
+from camoxpert.inference.score import chunks, forward_batch, modalities_of
 from camoxpert.runs.checkpoint import BEST, PRESENCE, load_checkpoint, read_index
 from camoxpert.runs.info import update_run_json
 from camoxpert.runs.store import CheckpointFolder
@@ -150,7 +150,8 @@ def presence_logits(run: Run, predictor: Predictor) -> tuple[list[float], list[b
         filled = [*items, *[items[-1]] * (size - len(items))]
         images = torch.stack([item.image for item in filled]).to(run.device)
         with predictor.precision.autocast(run.device):
-            output = predictor.model(images)
+            seen = modalities_of(filled, run.device)
+            output = predictor.model(images, *(() if seen is None else (None, seen)))
         found = output.presence_logit_B.float().cpu().tolist()
         for item, logit in zip(items, found, strict=False):
             label = bool((item.mask == 255).any())

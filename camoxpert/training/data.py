@@ -43,6 +43,7 @@ from camoxpert.synthesis.online import OnlineScenes
 from camoxpert.text import count, shorten
 from camoxpert.training.batching import effective_batch
 from camoxpert.training.leaks import without_leaks
+from camoxpert.training.modalities import say_modalities
 from camoxpert.training.negatives import (
     Kinds,
     find_kinds,
@@ -123,6 +124,7 @@ def find_data(
     trained = joined(train, made, negatives, unlabeled)
     _say_extra(mix_of(trained, data), data, made, unlabeled)
     say_presence(kinds, mix_of(trained, data), data, calibration)
+    say_modalities(data.beside_rgb, trained, validation)
     for note in whole.notes:
         console.decide("", note)
     _say_tests(whole, tests, by_heart=by_heart)
@@ -263,7 +265,12 @@ def _find_tests(data: DataConfig, search: Search) -> dict[str, Manifest]:
 def search_of(data: DataConfig, clean: CleanList) -> Search:
     """Return how a run finds its pairs."""
     return Search(
-        data.layout, data.noncam, clean, data.allow_outside, any_size=data.resize == "bilinear"
+        data.layout,
+        data.noncam,
+        clean,
+        data.allow_outside,
+        any_size=data.resize == "bilinear",
+        modalities=data.beside_rgb,
     )
 
 

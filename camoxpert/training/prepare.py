@@ -37,6 +37,7 @@ from camoxpert.training.data import find_data
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.guide import prepare_guide
 from camoxpert.training.initial import read_initial, start_from
+from camoxpert.training.modalities import decide_modalities
 from camoxpert.training.optim import backbone_scale, build_optimizer, lr_scales, starts_with_weights
 from camoxpert.training.overfit import Overfit
 from camoxpert.training.plan import Plan, make_plan
@@ -160,7 +161,7 @@ def _build_network(
     covered = source is not None and source.config.model.backbone == settings.backbone
     if restored or covered:
         settings = replace(settings, pretrained=False, weights="")
-    model = build_model(settings, sides=image_sides(config.data))
+    model = build_model(settings, sides=image_sides(config.data), modalities=config.data.beside_rgb)
     model.config = config.model
     if source is not None:
         start_from(model, source)
@@ -176,6 +177,7 @@ def _build_network(
         f"{config.model.backbone}, {size:.2f} M parameters, {gmacs:.2f} GMACs an image; "
         f"{model.describe_decoder()}",
     )
+    decide_modalities(model, config)
     model.set_expert_dropout(config.train.expert_dropout)
     if config.train.expert_dropout and model.moe_levels:
         console.decide(

@@ -358,7 +358,8 @@ def _plain_dataset(pair: Pair) -> str:
 
 
 def _built(checkpoint: Checkpoint, sides: Sequence[int]) -> CamoXpert:
-    model = build_model(checkpoint.model_config, sides=sides)
+    names = checkpoint.config.data.beside_rgb
+    model = build_model(checkpoint.model_config, sides=sides, modalities=names)
     try:
         model.load_state_dict(checkpoint.evaluated_weights)
     except RuntimeError as error:

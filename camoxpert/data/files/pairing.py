@@ -32,6 +32,7 @@ class Pair:
         told: True where a table says the class, which a name only suggests.
         series: patient, video or sequence that a table says the image is of, or "": images of one
             series are never on both sides of a split.
+        modalities: (name, file) of what other sensors saw of it, as far as there is any.
     """
 
     name: str
@@ -45,6 +46,12 @@ class Pair:
     empty: bool = False
     told: bool = False
     series: str = ""
+    modalities: tuple[tuple[str, Path], ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Image, mask and the files of the modalities."""
+        return (self.image, self.mask, *(path for _, path in self.modalities))
 
 
 @dataclass(frozen=True)
