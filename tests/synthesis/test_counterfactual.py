@@ -12,6 +12,7 @@ import pytest
 from camoxpert.cli import main
 from camoxpert.data.files.image_io import read_image, read_mask, read_pair, write_jpeg, write_png
 from camoxpert.data.files.manifest import load_train
+from camoxpert.synthesis import reading
 from camoxpert.synthesis.compose.blending import ring_around
 from camoxpert.synthesis.erase import NARROWEST, _Filler, erase, moved_away, widened
 from camoxpert.synthesis.toy import generate_toy, toy_pair
@@ -169,6 +170,18 @@ def test_the_same_bytes_whatever_the_batch_and_no_work_twice(made, tmp_path, cap
     assert _make(data, tmp_path / "again") == 0
     assert "0 images made, 8 were there already" in " ".join(capsys.readouterr().out.split())
     assert _make(data, tmp_path / "again", "--seed", "3") == 2
+
+
+def test_a_source_is_read_once_for_both_of_its_images(made, tmp_path, monkeypatch) -> None:
+    read = []
+
+    def counted(image: Path, *rest, **more):
+        read.append(image)
+        return read_pair(image, *rest, **more)
+
+    monkeypatch.setattr(reading, "read_pair", counted)
+    assert _make(made[0], tmp_path / "out") == 0
+    assert len(read) == len(set(read)) == 4
 
 
 def test_sources_without_room_are_named(tmp_path: Path, capsys) -> None:
