@@ -1,9 +1,13 @@
 """Take a region out of a picture: texture from elsewhere in it, fitted to what surrounds the hole.
 
-Diffusion (``cv2.inpaint``) leaves a smooth patch that a network tells at a glance. Here every pixel
-is copied: a piece of the background whose rim looks like the rim of the hole is laid into it, and
-the remaining difference at the outline is spread smoothly over the inside. Where no piece of that
-shape fits, the hole is filled part by part.
+Diffusion (``cv2.inpaint``) leaves a smooth patch that a network recognises at once. Here every
+pixel is copied: a piece of the background whose rim looks like the rim of the hole is laid into it,
+and the remaining difference at the outline is spread smoothly over the inside. Where no piece of
+that shape fits, the hole is filled part by part.
+
+Three things are assumed: the mask holds the whole object but for a narrow margin (shadows beyond it
+stay), the picture has background of the same kind elsewhere, and texture that fits at the rim fits
+inside as well.
 """
 
 from __future__ import annotations
@@ -34,13 +38,13 @@ EDGE = 1.0
 SEARCHED = 192
 """Longer side of the picture in which pieces are looked for."""
 SMALLEST = 8
-"""Pixels along the longer side of a part, from which on it is not divided further."""
+"""A part of at most this many pixels along its longer side is not divided further."""
 LARGEST_HOLE = 0.6
 """Share of a picture that may be taken out."""
 ALIKE = 1.1
-"""Places whose difference is at most this many times the least: one of them is drawn."""
+"""Places whose difference is at most this many times the least are alike: one of them is drawn."""
 SHRUNK = (1.0, 0.85, 0.7, 0.55, 0.4)
-"""Sizes of a region that are tried where it finds no room."""
+"""Scales at which a shape is tried, in turn, until there is room for it."""
 
 
 @dataclass(frozen=True)

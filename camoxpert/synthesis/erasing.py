@@ -1,9 +1,9 @@
 """``synthesize counterfactual``: each source without its object, and with as much of its background
 changed instead.
 
-The first answers what presence must depend on, the object alone: scene, camera and file are the
-same. The second is its control: made by the same hand, with the object left in. A network that
-takes the repair for the answer is wrong about one of the two.
+The first differs from its source in the object alone, on which presence must depend: scene, camera
+and file are the same. The second is its control: filled in the same way, with the object left in. A
+network that answers by traces of the filling is wrong about one of the two.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class EraseStages:
         started = time.perf_counter()
         item, source = sample.item, sample.source
         rng = np.random.default_rng([self.spec.seed, item.index])
-        # Whatever nobody labelled may belong to the object.
+        # Unlabelled pixels may belong to the object.
         marked = source.mask > 0
         region: NDArray[np.bool_] | None = marked
         if item.made == CONTROL:
