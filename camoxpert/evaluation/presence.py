@@ -10,7 +10,7 @@ from camoxpert.inference.score import Item
 
 
 class PresenceMeter:
-    """Notes the probability of every image; the device is waited for when one is asked for."""
+    """Notes the probability of every image; they stay on the device until one is asked for."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[list[str], Tensor]] = []

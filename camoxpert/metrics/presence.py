@@ -3,6 +3,9 @@
 Everything is taken from the maps and probabilities as the model gave them, never from maps that
 were stretched to their own range: the stretch makes every image without an object light up.
 
+All intervals assume independent images. Frames of one video and copies of a picture are not: with
+them, intervals are too narrow.
+
 Suffixes: N images, G groups of equal probability (ascending), R resamples, B bins.
 """
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 HIDDEN = 64
 TOP_PART = 100
-"""One in so many of the mask's logits is among the highest, whose mean says how sure the most
-certain pixels are."""
+"""The mean of the highest hundredth of the mask's logits says how certain the most certain pixels
+are."""
 CELL = 4
 """Logits are averaged over cells of this many pixels a side before they are sorted: a single pixel
 is no evidence, and a sixteenth of the values are left to sort."""
@@ -21,9 +21,11 @@ SMALLEST_AREA = 1e-6
 
 
 class Calibration(nn.Module):
-    """Turns presence logits into probabilities that hold: ``sigmoid(logit / temperature + bias)``.
+    """Turns presence logits into calibrated probabilities: ``sigmoid(logit / temperature + bias)``.
 
-    Both numbers are saved with the weights. Until they are fitted they are 1 and 0.
+    Both numbers are saved with the weights. Until they are fitted they are 1 and 0. They assume
+    that the images are of the kind of those they were fitted to, seen as whole images at the
+    model's own size, and that as many of them have an object as have none.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017 (temperature); the bias
     is that of Platt scaling.
@@ -60,7 +62,8 @@ class PresenceHead(nn.Module):
     """Logit of the probability that an image holds a hidden object.
 
     It sees the stride-32 features, averaged over the image, and two numbers of the mask: the mean
-    of the highest 1 % of its logits and the logarithm of its soft area.
+    of the highest 1 % of its logits and the logarithm of its soft area. The average assumes that an
+    object fills enough of the image to change it; smaller ones are left to the two numbers.
 
     Args:
         channels: of the stride-32 features.

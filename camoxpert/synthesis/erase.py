@@ -1,9 +1,13 @@
 """Take a region out of a picture: texture from elsewhere in it, fitted to what surrounds the hole.
 
-Diffusion (``cv2.inpaint``) leaves a smooth patch that a network tells at a glance. Here every pixel
-is copied: a piece of the background whose rim looks like the rim of the hole is laid into it, and
-the remaining difference at the outline is spread smoothly over the inside. Where no piece of that
-shape fits, the hole is filled part by part.
+Diffusion (``cv2.inpaint``) leaves a smooth patch that a network recognises at once. Here every
+pixel is copied: a piece of the background whose rim looks like the rim of the hole is laid into it,
+and the remaining difference at the outline is spread smoothly over the inside. Where no piece of
+that shape fits, the hole is filled part by part.
+
+Three things are assumed: the mask holds the whole object but for a narrow margin (shadows beyond it
+stay), the picture has background of the same kind elsewhere, and texture that fits at the rim fits
+inside as well.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import cv2
 import numpy as np
 
 from camoxpert.synthesis.compose.blending import ring_around, soft_edge
-from camoxpert.synthesis.compose.cutting import split_objects
+from camoxpert.synthesis.compose.cutting import box_of, split_objects
 from camoxpert.synthesis.compose.pyramid import spread
 
 RIM = 0.2
@@ -34,13 +38,13 @@ EDGE = 1.0
 SEARCHED = 192
 """Longer side of the picture in which pieces are looked for."""
 SMALLEST = 8
-"""Pixels along the longer side of a part, from which on it is not divided further."""
+"""A part of at most this many pixels along its longer side is not divided further."""
 LARGEST_HOLE = 0.6
 """Share of a picture that may be taken out."""
 ALIKE = 1.1
-"""Places whose difference is at most this many times the least: one of them is drawn."""
+"""Places whose difference is at most this many times the least are alike: one of them is drawn."""
 SHRUNK = (1.0, 0.85, 0.7, 0.55, 0.4)
-"""Sizes of a region that are tried where it finds no room."""
+"""Scales at which a shape is tried, in turn, until there is room for it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def moved_away(
     free = widened(taken)
     found = np.zeros_like(region)
     for part in split_objects(region):
-        top, left, bottom, right = _box(part)
+        top, left, bottom, right = box_of(part)
         shape = part[top:bottom, left:right].astype(np.uint8)
         if rng.random() < 0.5:
             shape = np.ascontiguousarray(shape[:, ::-1])
@@ -171,7 +175,7 @@ class _Filler:
 
     def fill(self, part: np.ndarray) -> None:
         """Fill a part of the hole, bool (H, W)."""
-        top, left, bottom, right = _box(part)
+        top, left, bottom, right = box_of(part)
         shift = self._find(part)
         if shift is not None:
             self._copy(part, shift)
@@ -206,7 +210,7 @@ class _Filler:
         rim = ring_around(small, width) & known
         if not rim.any():
             return None
-        top, left, bottom, right = _box(small | rim)
+        top, left, bottom, right = box_of(small | rim)
         window = (slice(top, bottom), slice(left, right))
         view = self._shrunk(self.pixels)[window]
         compared = np.ascontiguousarray(rim[window], np.float32)
@@ -227,28 +231,35 @@ class _Filler:
         return self._refined(part, coarse)
 
     def _refined(self, part: np.ndarray, coarse: tuple[float, float]) -> tuple[int, int] | None:
-        """Return the best of the shifts near one that was found in the small picture."""
+        """Return the best of the shifts near one that was found in the small picture: the rim's
+        mean squared difference is least, and the part's pixels come from where they may."""
         reach = math.ceil(1 / self.scale) if self.scale < 1 else 0
-        rim = ring_around(part, NARROWEST) & self.known
-        rows, columns = np.nonzero(rim)
-        inner_rows, inner_columns = np.nonzero(part)
         height, width = part.shape
+        rim = ring_around(part, NARROWEST) & self.known
+        if not rim.any():
+            return None
+        # Positions in a flat picture: a shift adds one number to all of them.
+        rim_N, part_N = np.flatnonzero(rim), np.flatnonzero(part)
+        pixels, barred = self.pixels.reshape(-1, 3), self.barred.ravel()
+        own_N3 = pixels[rim_N]
+        part_box, rim_box = box_of(part), box_of(rim)
+        row, column = round(coarse[0]), round(coarse[1])
         best, least = None, math.inf
-        for dy in range(round(coarse[0]) - reach, round(coarse[0]) + reach + 1):
-            for dx in range(round(coarse[1]) - reach, round(coarse[1]) + reach + 1):
-                y, x = inner_rows + dy, inner_columns + dx
-                if y.min() < 0 or x.min() < 0 or y.max() >= height or x.max() >= width:
+        for dy in range(row - reach, row + reach + 1):
+            for dx in range(column - reach, column + reach + 1):
+                if not _inside(part_box, dy, dx, part.shape):
                     continue
-                if self.barred[y, x].any():
-                    continue
-                y, x = rows + dy, columns + dx
-                inside = (y >= 0) & (x >= 0) & (y < height) & (x < width)
-                if not inside.any():
-                    continue
-                y, x = y[inside], x[inside]
-                gap = self.pixels[y, x] - self.pixels[rows[inside], columns[inside]]
-                error = float(np.square(gap).mean())
-                if error < least:
+                shift, seen_N, seen_N3 = dy * width + dx, rim_N, own_N3
+                if not _inside(rim_box, dy, dx, part.shape):
+                    y, x = rim_N // width + dy, rim_N % width + dx
+                    inside = (y >= 0) & (x >= 0) & (y < height) & (x < width)
+                    if not inside.any():
+                        continue
+                    seen_N, seen_N3 = rim_N[inside], own_N3[inside]
+                error = float(np.square(pixels.take(seen_N + shift, axis=0) - seen_N3).mean())
+                # Looked at last: few shifts are better than all before, and a part has more pixels
+                # than its rim.
+                if error < least and not barred[part_N + shift].any():
                     best, least = (dy, dx), error
         return best
 
@@ -285,7 +296,7 @@ class _Filler:
         self.smooth += int(part.sum())
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return top, left, bottom and right of the pixels of a mask, the last two exclusive."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+def _inside(box: tuple[int, int, int, int], dy: int, dx: int, shape: tuple[int, ...]) -> bool:
+    """Return whether a shifted box lies in a picture."""
+    top, left, bottom, right = box
+    return top + dy >= 0 and left + dx >= 0 and bottom + dy <= shape[0] and right + dx <= shape[1]

@@ -10,9 +10,9 @@ from camoxpert import console
 from camoxpert.inference.job import BatchResult
 from camoxpert.synthesis.erasing import MADE, EraseItem, EraseSpec, erase_head
 from camoxpert.synthesis.job import Job, Work, make_images
-from camoxpert.synthesis.lightsource import index_of
 from camoxpert.synthesis.masks import Masked, MaskOptions, with_masks
 from camoxpert.synthesis.page import write_page
+from camoxpert.synthesis.reading import index_of
 from camoxpert.synthesis.records import Head, product_of
 from camoxpert.synthesis.relit import notes_of
 from camoxpert.synthesis.sources import SourceOptions, Sources, find_sources

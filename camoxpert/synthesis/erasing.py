@@ -1,9 +1,9 @@
 """``synthesize counterfactual``: each source without its object, and with as much of its background
 changed instead.
 
-The first answers what presence must depend on, the object alone: scene, camera and file are the
-same. The second is its control: made by the same hand, with the object left in. A network that
-takes the repair for the answer is wrong about one of the two.
+The first differs from its source in the object alone, on which presence must depend: scene, camera
+and file are the same. The second is its control: filled in the same way, with the object left in. A
+network that answers by traces of the filling is wrong about one of the two.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from camoxpert.data.files.image_io import read_pair
-from camoxpert.errors import DataError
-from camoxpert.files import file_digest
 from camoxpert.inference.engine import Row
-from camoxpert.inference.ledger import as_fields
-from camoxpert.inference.plan import joined_digest, state_of
+from camoxpert.inference.plan import state_of
 from camoxpert.inference.products import Product
 from camoxpert.runtime.host import usable_cores
 from camoxpert.synthesis.erase import Erased, erase, moved_away
-from camoxpert.synthesis.lightsource import SMALLEST_SIDE, difficulty_of, fitted
+from camoxpert.synthesis.reading import Identity, difficulty_of, identified, read_object
+from camoxpert.synthesis.recent import RECENT, Recent
 from camoxpert.synthesis.records import failed_row, write_pair
 from camoxpert.synthesis.sources import SourceItem
 
@@ -52,32 +49,42 @@ class EraseItem(SourceItem):
     made: str
 
 
+@dataclass(frozen=True, eq=False)
+class EraseSource:
+    """A source that was read; shared by the images made of it.
+
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        mask: uint8 (H, W), 0, VOID and 255.
+        known: what its files are.
+        difficulty: of the source.
+    """
+
+    pixels: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    known: Identity
+    difficulty: float | None
+
+
 @dataclass(frozen=True)
 class EraseSample:
-    """A source that was read: see ``engine.Sample``.
+    """A source with what is made of it: see ``engine.Sample``.
 
     Attributes:
         item: what is made of it.
-        pixels: uint8 (H, W, 3).
-        mask: uint8 (H, W), 0, VOID and 255.
-        records: path and hash of each file.
-        digest, state: of the files together, for the ledger.
+        source: as it was read.
         inputs, seconds: see ``engine.Sample``.
     """
 
     item: EraseItem
-    pixels: NDArray[np.uint8]
-    mask: NDArray[np.uint8]
-    records: list[dict[str, str]]
-    digest: str | None
-    state: dict[str, Any]
+    source: EraseSource
     inputs: tuple[Tensor, ...]
     seconds: dict[str, float]
 
     @property
     def held_bytes(self) -> int:
         """Memory until it is finished."""
-        return BYTES_A_PIXEL * self.mask.size
+        return BYTES_A_PIXEL * self.source.mask.size
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ class EraseStages:
         self._output = Path(spec.output)
         threads = max(1, min(usable_cores(), torch.get_num_threads()))
         self._threads = ThreadPoolExecutor(threads, "erase")
+        self._recent: Recent[EraseSource] = Recent(RECENT)
 
     def read(self, item: EraseItem) -> EraseSample:
         """Return a source with what is to be made of it.
@@ -127,37 +135,20 @@ class EraseStages:
         Raises:
             DataError: it cannot be read, or nothing can be taken out of it.
         """
-        if item.fault:
-            raise DataError(f"No mask: {item.fault}")
+        seconds: dict[str, float] = {}
+        source = self._recent.get(item.files, lambda: self._source(item, seconds))
+        return EraseSample(item, source, (torch.empty(0),), seconds)
+
+    def _source(self, item: EraseItem, seconds: dict[str, float]) -> EraseSource:
         started = time.monotonic()
         before = state_of(item.files)
-        pixels, mask = read_pair(
-            item.path, item.mask, max_pixels=self.spec.max_pixels, any_size=item.any_size
+        pixels, mask = read_object(
+            item, self.spec.size, max_pixels=self.spec.max_pixels, what="take out"
         )
-        pixels, mask = fitted(pixels, mask, self.spec.size)
-        if min(mask.shape) < SMALLEST_SIDE:
-            raise DataError(
-                f"Too small: {mask.shape[1]}x{mask.shape[0]} pixels, and at least {SMALLEST_SIDE} "
-                f"are needed along each side."
-            )
-        if not (mask == 255).any():
-            raise DataError(f"The mask {item.mask} shows no object: there is nothing to take out.")
-        digests = [file_digest(path) for path in item.files]
-        records = [
-            {"role": role, "path": str(path.resolve()), "sha256": digest}
-            for role, path, digest in zip(("image", "mask"), item.files, digests, strict=True)
-        ]
-        unchanged = state_of(item.files) == before
-        return EraseSample(
-            item,
-            pixels,
-            mask,
-            records,
-            joined_digest(digests),
-            as_fields(before if unchanged else None),
-            (torch.empty(0),),
-            {"read": time.monotonic() - started},
-        )
+        known = identified(item.files, before)
+        source = EraseSource(pixels, mask, known, difficulty_of(pixels, mask))
+        seconds["read"] = time.monotonic() - started
+        return source
 
     def forward(
         self, inputs: Tensor, samples: Sequence[EraseSample] = ()
@@ -167,19 +158,19 @@ class EraseStages:
 
     def _made(self, sample: EraseSample) -> tuple[Erased | str, float]:
         started = time.perf_counter()
-        item = sample.item
+        item, source = sample.item, sample.source
         rng = np.random.default_rng([self.spec.seed, item.index])
-        # Whatever nobody labelled may belong to the object.
-        marked = sample.mask > 0
+        # Unlabelled pixels may belong to the object.
+        marked = source.mask > 0
         region: NDArray[np.bool_] | None = marked
         if item.made == CONTROL:
-            region = moved_away(sample.mask == 255, marked, rng)
+            region = moved_away(source.mask == 255, marked, rng)
         found: Erased | str
         if region is None:
             found = "there is no room for the object's shape in the background"
         else:
             try:
-                found = erase(sample.pixels, region, marked, rng)
+                found = erase(source.pixels, region, marked, rng)
             except ValueError as error:
                 found = str(error)
         return found, time.perf_counter() - started
@@ -197,13 +188,14 @@ class EraseStages:
             row = self.failed(item, f"{found[:1].upper()}{found[1:]}.")
             return row | {"seconds": {"erase": seconds}}
         started = time.monotonic()
-        mask = np.zeros_like(sample.mask) if item.made == REMOVED else sample.mask
+        source = sample.source
+        mask = np.zeros_like(source.mask) if item.made == REMOVED else source.mask
         files = write_pair(self.spec.product, self._output, item.name, found.image, mask)
         height, width = mask.shape
         return {
             "status": "ok",
-            **sample.state,
-            "digest": sample.digest,
+            **source.known.state,
+            "digest": source.known.digest,
             **files,
             "kind": "counterfactual",
             "made": item.made,
@@ -214,16 +206,16 @@ class EraseStages:
                 "parts": found.parts,
                 "diffused": round(found.smooth, 4),
             },
-            "sources": sample.records,
+            "sources": source.known.records,
             **({"test_source": item.leak} if item.leak else {}),
             **({"mask_source": item.derived} if item.derived else {}),
             "group": item.group,
             "height": height,
             "width": width,
             "object_fraction": round(float((mask == 255).mean()), 6),
-            "changed_fraction": round(float((found.image != sample.pixels).any(2).mean()), 6),
+            "changed_fraction": round(float((found.image != source.pixels).any(2).mean()), 6),
             "difficulty": difficulty_of(found.image, mask),
-            "difficulty_source": difficulty_of(sample.pixels, sample.mask),
+            "difficulty_source": source.difficulty,
             "seconds": {"erase": seconds, "write": time.monotonic() - started},
         }
 

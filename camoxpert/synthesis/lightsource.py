@@ -15,21 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert.data.cache.stages import OFF, StageCache, content_key, settings_key
-from camoxpert.data.files.image_io import read_levels, read_pair
+from camoxpert.data.files.image_io import read_levels
 from camoxpert.errors import DataError
-from camoxpert.files import file_digest
-from camoxpert.inference.ledger import as_fields
-from camoxpert.inference.plan import joined_digest, state_of
-from camoxpert.synthesis.compose.difficulty import difficulty
+from camoxpert.inference.plan import state_of
+from camoxpert.synthesis.reading import difficulty_of, identified, read_object
 from camoxpert.synthesis.relight.albedo import FLOOR, NOMINAL, SIGMAS
 from camoxpert.synthesis.sources import SourceItem
 
 ALBEDO = {"version": 1, "sigmas": SIGMAS, "nominal": NOMINAL, "floor": FLOOR}
 HEIGHT = {"version": 1}
-SMALLEST_SIDE = 16
-"""Pixels along the shorter side, below which form and shadows mean nothing."""
-ROLES = ("image", "mask", "depth")
-"""Of the files of an item, in the provenance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +40,6 @@ class RelightItem(SourceItem):
     def files(self) -> tuple[Path, ...]:
         """What the image is made from."""
         return (self.path, self.mask) if self.depth is None else (self.path, self.mask, self.depth)
-
-
-def index_of(name: str, variant: int) -> int:
-    """Return the index of a draw: of the source's name, so that other sources change nothing."""
-    digest = hashlib.sha256(f"{name}\n{variant}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big")
 
 
 @dataclass(frozen=True)
@@ -123,21 +111,9 @@ def read_source(item: RelightItem, how: Reading, seconds: dict[str, float]) -> L
     Raises:
         DataError: a file cannot be read, or the mask shows no object.
     """
-    if item.fault:
-        raise DataError(f"No mask: {item.fault}")
     started = time.monotonic()
     before = state_of(item.files)
-    pixels, mask = read_pair(
-        item.path, item.mask, max_pixels=how.max_pixels, any_size=item.any_size
-    )
-    pixels, mask = fitted(pixels, mask, how.size)
-    if min(mask.shape) < SMALLEST_SIDE:
-        raise DataError(
-            f"Too small to relight: {mask.shape[1]}x{mask.shape[0]} pixels, and at least "
-            f"{SMALLEST_SIDE} are needed along each side."
-        )
-    if not (mask == 255).any():
-        raise DataError(f"The mask {item.mask} shows no object: there is nothing to relight.")
+    pixels, mask = read_object(item, how.size, max_pixels=how.max_pixels, what="relight")
     depth = None if item.depth is None else read_depth(item.depth, mask.shape)
     decoded = time.monotonic()
     stacked = np.concatenate([pixels.transpose(2, 0, 1), mask[None]])
@@ -155,21 +131,16 @@ def read_source(item: RelightItem, how: Reading, seconds: dict[str, float]) -> L
         found[stage], outcome = cache.find(keys[stage])
         if outcome != OFF:
             outcomes[stage] = outcome
-    digests = [file_digest(path) for path in item.files]
-    records = [
-        {"role": role, "path": str(path.resolve()), "sha256": digest}
-        for role, path, digest in zip(ROLES, item.files, digests, strict=False)
-    ]
+    known = identified(item.files, before)
     seconds |= {"read": decoded - started, "look up": time.monotonic() - decoded}
     return LightSource(
         pixels=pixels,
         mask=mask,
         stacked=torch.from_numpy(np.ascontiguousarray(stacked)),
         depth=depth,
-        records=records,
-        # A file that changes while it is read has no known content.
-        digest=joined_digest(digests),
-        state=as_fields(before if state_of(item.files) == before else None),
+        records=known.records,
+        digest=known.digest,
+        state=known.state,
         difficulty=difficulty_of(pixels, mask),
         keys=keys,
         outcomes=outcomes,
@@ -180,21 +151,6 @@ def read_source(item: RelightItem, how: Reading, seconds: dict[str, float]) -> L
 
 def _tensor(found: NDArray[Any] | None) -> Tensor | None:
     return None if found is None else torch.from_numpy(found)
-
-
-def fitted(
-    pixels: NDArray[np.uint8], mask: NDArray[np.uint8], size: int | None
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return image and mask of one size, the longer side at most ``size``; levels stay exact."""
-    height, width = pixels.shape[:2]
-    scale = 1.0 if size is None else min(1.0, size / max(height, width))
-    shape = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if shape != (width, height):
-        pixels = np.asarray(cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA), np.uint8)
-    if mask.shape != pixels.shape[:2]:
-        nearest = cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST_EXACT)
-        mask = np.asarray(nearest, np.uint8)
-    return pixels, mask
 
 
 def read_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -210,12 +166,3 @@ def read_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
         resized = cv2.resize(levels, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
         levels = np.asarray(resized, np.float32)
     return np.ascontiguousarray(levels)
-
-
-def difficulty_of(pixels: NDArray[np.uint8], mask: NDArray[np.uint8]) -> float | None:
-    """Return how hard an object is to see, 0..1; None without an object or surroundings."""
-    inside = mask == 255
-    try:
-        return round(difficulty(pixels, inside, (mask > 0) & ~inside), 4)
-    except ValueError:
-        return None

@@ -14,7 +14,7 @@ from camoxpert.inference.job import BatchResult
 from camoxpert.inference.ledger import OK, Ledger
 from camoxpert.pages.synthesis import Example, SynthesisReport, write_synthesis_page
 from camoxpert.synthesis.erasing import REMOVED
-from camoxpert.synthesis.lightsource import difficulty_of
+from camoxpert.synthesis.reading import difficulty_of
 from camoxpert.synthesis.records import PAGE, flat, shown
 from camoxpert.synthesis.timetable import stage_rows
 from camoxpert.text import count

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+RECENT = 6
+"""Sources that are kept in memory: the images made of one follow each other."""
 
 
 class Recent(Generic[T]):

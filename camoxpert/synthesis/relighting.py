@@ -26,10 +26,10 @@ from camoxpert.synthesis.lightsource import (
     LightSource,
     Reading,
     RelightItem,
-    difficulty_of,
     read_source,
 )
-from camoxpert.synthesis.recent import Recent
+from camoxpert.synthesis.reading import difficulty_of
+from camoxpert.synthesis.recent import RECENT, Recent
 from camoxpert.synthesis.records import failed_row, write_pair
 from camoxpert.synthesis.relight.albedo import log_surround
 from camoxpert.synthesis.relight.colour import luminance, to_linear
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of the images: increased when the same settings give other pixels."""
-RECENT = 6
-"""Sources that are kept in memory: the lights of one follow each other."""
 EXAMPLE_SIDE = 512
 BYTES_A_PIXEL = 24
 """Memory of a source's pixel until its image is written."""

@@ -18,9 +18,10 @@ from camoxpert.files import why_missing
 from camoxpert.inference.job import BatchResult
 from camoxpert.inference.plan import digest_of
 from camoxpert.synthesis.job import Job, Work, describe_caches, make_images
-from camoxpert.synthesis.lightsource import Reading, RelightItem, index_of, read_source
+from camoxpert.synthesis.lightsource import Reading, RelightItem, read_source
 from camoxpert.synthesis.masks import Masked, MaskOptions, with_masks
 from camoxpert.synthesis.page import write_page
+from camoxpert.synthesis.reading import index_of
 from camoxpert.synthesis.records import Head, product_of
 from camoxpert.synthesis.relight.draw import RelightSettings
 from camoxpert.synthesis.relighting import RelightSpec, relight_head

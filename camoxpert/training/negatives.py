@@ -28,7 +28,7 @@ from camoxpert.training.leaks import made_from
 from camoxpert.training.split import CALIBRATION, Split
 
 ENOUGH, ENOUGH_SHARE = 8, 0.05
-"""Images without an object, and their share, from which on the head is worth having."""
+"""Fewest images without an object, and their least share, for which ``auto`` builds the head."""
 FEWEST_TO_CALIBRATE = 60
 """Images of each kind that are set aside where there are enough: with 120 in all the calibration
 error is near what chance shows, see docs/presence.md."""
@@ -44,8 +44,8 @@ class Kinds:
         found: the real data, those of ``--negatives`` included.
         made: the made data.
         head: whether the model has the presence head.
-        apart: whether images without an object say so, and are mixed in as a kind of their own,
-            with the head or without it.
+        apart: whether images without an object are marked as such and mixed in as a kind of their
+            own, with the head or without it.
         reason: of ``head``, in words; empty where there is nothing to say.
     """
 

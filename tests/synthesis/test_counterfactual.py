@@ -12,7 +12,9 @@ import pytest
 from camoxpert.cli import main
 from camoxpert.data.files.image_io import read_image, read_mask, read_pair, write_jpeg, write_png
 from camoxpert.data.files.manifest import load_train
-from camoxpert.synthesis.erase import erase, moved_away, widened
+from camoxpert.synthesis import reading
+from camoxpert.synthesis.compose.blending import ring_around
+from camoxpert.synthesis.erase import NARROWEST, _Filler, erase, moved_away, widened
 from camoxpert.synthesis.toy import generate_toy, toy_pair
 
 
@@ -57,6 +59,40 @@ def test_equal_draws_give_equal_pictures_and_others_differ(scene) -> None:
     one, same, other = (erase(image, mask, mask, np.random.default_rng(s)) for s in (1, 1, 5))
     assert np.array_equal(one.image, same.image)
     assert not np.array_equal(one.image, other.image)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_shift_is_that_of_a_plain_search(seed: int) -> None:
+    """At borders, where a part of the rim has no counterpart, and beside barred pixels."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (400, 300, 3)).astype(np.uint8)
+    part, barred = np.zeros((400, 300), bool), np.zeros((400, 300), bool)
+    top, left = (0, 7) if seed % 2 else (150, 120)
+    part[top : top + 30, left : left + 40] = True
+    part[top : top + 8, left : left + 9] = False
+    barred[rng.integers(0, 400, 40), rng.integers(0, 300, 40)] = True
+    filler = _Filler(image, part, barred | part, rng)
+    reach = round(np.ceil(1 / filler.scale))
+    assert reach > 1
+    coarse = [(200.4, 30.0), (365.6, 200.2), (2.0, 220.0), (-150.0, 60.0)][seed % 4]
+    rim = ring_around(part, NARROWEST) & ~part
+    best, least = None, np.inf
+    for dy in range(round(coarse[0]) - reach, round(coarse[0]) + reach + 1):
+        for dx in range(round(coarse[1]) - reach, round(coarse[1]) + reach + 1):
+            y, x = np.nonzero(part)
+            y, x = y + dy, x + dx
+            if min(y.min(), x.min()) < 0 or y.max() > 399 or x.max() > 299:
+                continue
+            if filler.barred[y, x].any():
+                continue
+            pairs = [(a, b) for a, b in np.argwhere(rim) if 0 <= a + dy < 400 and 0 <= b + dx < 300]
+            a, b = np.array(pairs).T
+            error = np.square(filler.pixels[a + dy, b + dx] - filler.pixels[a, b]).mean()
+            if error < least:
+                best, least = (dy, dx), error
+    assert filler._refined(part, coarse) == best
+    if seed in (0, 1, 4, 5):
+        assert best is not None
 
 
 def test_too_much_is_refused(scene) -> None:
@@ -134,6 +170,18 @@ def test_the_same_bytes_whatever_the_batch_and_no_work_twice(made, tmp_path, cap
     assert _make(data, tmp_path / "again") == 0
     assert "0 images made, 8 were there already" in " ".join(capsys.readouterr().out.split())
     assert _make(data, tmp_path / "again", "--seed", "3") == 2
+
+
+def test_a_source_is_read_once_for_both_of_its_images(made, tmp_path, monkeypatch) -> None:
+    read = []
+
+    def counted(image: Path, *rest, **more):
+        read.append(image)
+        return read_pair(image, *rest, **more)
+
+    monkeypatch.setattr(reading, "read_pair", counted)
+    assert _make(made[0], tmp_path / "out") == 0
+    assert len(read) == len(set(read)) == 4
 
 
 def test_sources_without_room_are_named(tmp_path: Path, capsys) -> None:

@@ -61,7 +61,7 @@ def cut_objects(
     cutouts = []
     parts = split_objects(mask == 255)
     for one in parts if part is None else parts[part : part + 1]:
-        top, left, bottom, right = box = _box(one)
+        top, left, bottom, right = box = box_of(one)
         sides = _sides(one, box)
         margins = [(MARGIN, MARGIN), (MARGIN, MARGIN)]
         hard = np.pad(one[top:bottom, left:right], margins)
@@ -114,7 +114,7 @@ def read_cutout(path: str | Path, *, rim: int = RIM) -> Cutout:
         raise DataError(f"{path} is transparent everywhere: it holds no object.")
     if (alpha > 127).all():
         raise DataError(f"{path} is opaque everywhere: it holds no outline of an object.")
-    top, left, bottom, right = _box(alpha > 0)
+    top, left, bottom, right = box_of(alpha > 0)
     sides = _sides(alpha > 127, (top, left, bottom, right))
     margins = [(MARGIN, MARGIN), (MARGIN, MARGIN)]
     soft = np.pad(alpha[top:bottom, left:right], margins)
@@ -185,7 +185,7 @@ def _near(mask: np.ndarray, reach: int) -> np.ndarray:
     return cv2.dilate(mask.astype(np.uint8), disc) > 0
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return top, left, bottom and right of the box around a mask; the latter two are excluded."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
