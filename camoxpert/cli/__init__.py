@@ -52,6 +52,7 @@ KINDS = {
         "quality",
         "which decoder is best on your own data, fairly compared",
     ),
+    ("benchmark", "export"): ("export_speed", "what each format of a model costs and changes"),
     ("synthesize", "relight"): ("relight", "put the objects of your images into other light"),
     ("synthesize", "compose"): (
         "compose",

@@ -23,6 +23,7 @@ KINDS = {
     "data": "loading and augmentation against the plain Dataset",
     "predict": "the inference engine against scripts that do one thing after the other",
     "relight": "relighting against a serial script with OpenCV and a ray march",
+    "export": "the formats of one model (`benchmark export --help`)",
     "quality": "our decoder against others on your data (`benchmark quality --help`)",
 }
 EXAMPLES = """examples:
@@ -86,8 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Measure, print and write."""
-    if options.kind == "quality":
-        raise ConfigError("Write `quality` right behind `benchmark`: it has flags of its own.")
+    if options.kind in ("export", "quality"):
+        raise ConfigError(
+            f"Write `{options.kind}` right behind `benchmark`: it has flags of its own."
+        )
     no_overrides(rest)
     if options.rounds < 1 or options.pairs < 1 or min(options.size) < 32:
         raise ConfigError("--rounds and --pairs must be at least 1, --size at least 32.")

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "fp16", "bf16"),
+        choices=("fp32", "fp16", "bf16", "int8"),
         default="fp32",
         help="number format of the file [fp32]",
     )
@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="data sets of the gate, which scores up to 200 images [the run's test sets, filled up "
         "to 50 with generated images]",
     )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="data sets of which up to 300 training images calibrate int8 [the run's]",
+    )
     add_flags(parser, ("data.layout", "data.noncam", "data.allow_outside", "train.max_hours"))
 
 
@@ -74,6 +81,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError("--batch-size is of a --static file: other files take any batch.")
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1; {options.batch_size} is not.")
+    if options.calibration and options.precision != "int8":
+        raise ConfigError("--calibration is for --precision int8 alone.")
     check_file("-o", options.output)
     from camoxpert.data.files.manifest import Search
     from camoxpert.export.job import ExportOptions, export_model, written_files
@@ -86,7 +95,12 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         side, model = predictor.img_size, predictor.checkpoint.path
         static = (options.batch_size or 1, side, side)
     wanted = ExportOptions(
-        chosen, options.precision, static, options.prune_experts, tuple(options.data)
+        chosen,
+        options.precision,
+        static,
+        options.prune_experts,
+        tuple(options.data),
+        tuple(options.calibration),
     )
     search = Search(options.layout, options.noncam, allow_outside=options.allow_outside)
     with stop.watch(options.max_hours), stop.outcome("No file was written."):

@@ -16,12 +16,12 @@ from camoxpert.config import DataConfig
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.errors import NumericError
+from camoxpert.export.forced import rounds_of
 from camoxpert.export.graph import STRIDE, ExportGraph
 from camoxpert.inference.runtimes import Runtime
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import Row
-from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.synthesis.toy import toy_pair
 
 MOST_DIFFERENCE = 1e-4
@@ -33,10 +33,11 @@ LIMITS = {
     "fp32": {"Smeasure": 0.001, "MAE": 0.0005, "iou": 0.995},
     "fp16": {"Smeasure": 0.002},
     "bf16": {"Smeasure": 0.002},
+    "int8": {"Smeasure": 0.005},
 }
 """Precision -> largest change of a measure; ``iou``: least IoU with the checkpoint's masks."""
-SEARCH_STEPS = 40
-SEARCH_SIDE = 96
+Force = Callable[[Sequence[Sequence[int]]], tuple[ExportGraph, Runtime]]
+"""Returns a graph and a file that use given experts of every level; see ``forced.force``."""
 
 
 @dataclass
@@ -49,7 +50,9 @@ class Parity:
         presence_difference: the same of the presence; None without the head.
         spread: highest minus lowest logit of the network.
         reached: share of the experts of all levels that some image used.
-        not_reached: the others, as level and number.
+        forced: those that none used, as level and number: compared in a copy of the file whose
+            routers choose them.
+        not_reached: those that could not be compared.
     """
 
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
@@ -57,6 +60,7 @@ class Parity:
     presence_difference: float | None = None
     spread: float = 0.0
     reached: float = 1.0
+    forced: list[str] = field(default_factory=list)
     not_reached: list[str] = field(default_factory=list)
 
 
@@ -170,31 +174,45 @@ def compare(
     graph: ExportGraph,
     runtime: Runtime,
     shapes: Sequence[tuple[int, int, int]],
+    force: Force | None = None,
 ) -> Parity:
     """Compare a file with the network on noise, flat colours, textures and camouflage.
+
+    Experts that none of these images uses are compared in copies whose routers choose them.
 
     Args:
         reference: returns what the graph should, from its inputs.
         graph: what was exported, for the names and to see which experts are used.
         runtime: runs the file.
         shapes: (batch, height, width).
+        force: makes such copies; None: experts that no image uses are not compared.
     """
     found = Parity(shapes=list(shapes))
-    used = [set[int]() for _ in graph.network.moe_levels]
+    levels = graph.network.moe_levels
+    used = [set[int]() for _ in levels]
     for index, shape in enumerate(shapes):
         stop.check()
         images = varied_images(*shape, seed=index)
         _compare_one(reference, graph, runtime, images, index, found, used)
-    for level, number in missing_experts(graph, used):
+    total = sum(len(level.experts) for level in levels)
+    unused = missing_experts(graph, used)
+    found.reached = 1 - len(unused) / total if total else 1.0
+    rounds = rounds_of(unused, [level.router.top_k for level in levels])
+    for index, chosen in enumerate(rounds if force else ()):
+        assert force is not None
         stop.check()
-        batch, height, width = shapes[0]
-        images = search_image(graph.network, level, number, (height, width))
-        _compare_one(reference, graph, runtime, images.expand(batch, -1, -1, -1), 0, found, used)
+        forced_graph, forced_runtime = force(chosen)
+        # The second shape: several images, not square.
+        images = varied_images(*shapes[1], seed=index)
+        _compare_one(forced_graph, forced_graph, forced_runtime, images, index, found, used)
     left = missing_experts(graph, used)
-    total = sum(len(level.experts) for level in graph.network.moe_levels)
     names = graph.network.level_names()[::-1]
     found.not_reached = [f"{names[level]}, expert {number}" for level, number in left]
-    found.reached = 1 - len(left) / total if total else 1.0
+    found.forced = [
+        f"{names[level]}, expert {number}"
+        for level, number in unused
+        if (level, number) not in left
+    ]
     return found
 
 
@@ -221,7 +239,14 @@ def _compare_one(
         name: np.ascontiguousarray(tensor.numpy())
         for name, tensor in zip(graph.input_names, inputs, strict=True)
     }
-    given = dict(zip(names, runtime.run(arrays, names), strict=True))
+    try:
+        given = dict(zip(names, runtime.run(arrays, names), strict=True))
+    except Exception as error:  # of the runtime's own types
+        reason = " ".join(str(error).split())[-200:]
+        raise NumericError(
+            f"The exported model fails on images of shape {tuple(images.shape)}, and no file was "
+            f"written ({type(error).__name__}: {reason})."
+        ) from error
     wanted = dict(zip(names, expected, strict=True))
     for name in names:
         if given[name].shape != wanted[name].shape:
@@ -264,31 +289,6 @@ def missing_experts(graph: ExportGraph, used: Sequence[set[int]]) -> list[tuple[
         for number in range(len(level.experts))
         if number not in used[index]
     ]
-
-
-def search_image(network: CamoXpert, level: int, expert: int, size: tuple[int, int]) -> Tensor:
-    """Return an image (1, 3, H, W), uint8, that uses an expert, if one is found.
-
-    Pixels climb the router's probability of the expert, from noise.
-    """
-    generator = torch.Generator().manual_seed(level * 100 + expert)
-    height, width = (min(side, SEARCH_SIDE) for side in size)
-    coarse = torch.rand(1, 3, height // 4, width // 4, generator=generator)
-    pixels = torch.logit(coarse.clamp(0.05, 0.95)).requires_grad_()
-
-    def picture() -> Tensor:
-        shown = nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
-        return shown.sigmoid()
-
-    optimizer = torch.optim.Adam([pixels], lr=0.3)
-    for _ in range(SEARCH_STEPS):
-        routing = network(picture()).routing[::-1][level]
-        if expert in routing.experts_BK[0]:
-            break
-        optimizer.zero_grad()
-        (-routing.logits_BE.log_softmax(-1)[0, expert]).backward()
-        optimizer.step()
-    return (picture().detach() * 255).round().to(torch.uint8)
 
 
 def varied_images(batch: int, height: int, width: int, *, seed: int) -> Tensor:

@@ -53,6 +53,14 @@ class ExportGraph(nn.Module):
                 prune(level, kept[index])
         fix_padding(self.network)
 
+    @classmethod
+    def around(cls, network: CamoXpert) -> ExportGraph:
+        """Return a graph of a network as it is: not a copy, with its own dispatch."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.network = network
+        return made
+
     @property
     def has_references(self) -> bool:
         """Whether references are an input."""

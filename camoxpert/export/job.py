@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from camoxpert import __version__, console
-from camoxpert.config import DataConfig
-from camoxpert.data.files.image_io import write_jpeg, write_png
-from camoxpert.data.files.manifest import Manifest, Search, find_test_sets, load_eval
-from camoxpert.errors import ConfigError, DataError
+from camoxpert.data.files.manifest import Search
+from camoxpert.errors import ConfigError
+from camoxpert.export.forced import force, forced_copy
 from camoxpert.export.gate import (
-    LEAST_IMAGES,
+    Force,
     Gate,
-    Maps,
-    agreement_of,
+    Parity,
     compare,
     describe,
     judge,
     shapes_for,
 )
 from camoxpert.export.graph import STRIDE, ExportGraph, check_exportable
+from camoxpert.export.images import (
+    Calibration,
+    Scored,
+    calibration_of,
+    data_of,
+    gate_images,
+)
+from camoxpert.export.quantize import Quantizer
+from camoxpert.export.sensitivity import quantise
 from camoxpert.export.usage import Usage, count_usage
 from camoxpert.export.write import (
     FORMATS,
@@ -43,16 +49,12 @@ from camoxpert.export.write import (
 )
 from camoxpert.files import file_digest, write_json
 from camoxpert.inference.aligned import say_photographs_alone
-from camoxpert.inference.exported import LAYOUT, ExportedNetwork, memory_of
+from camoxpert.inference.exported import LAYOUT, memory_of
 from camoxpert.inference.predictor import Predictor, load_predictor
-from camoxpert.inference.runtimes import is_exported, open_runtime
+from camoxpert.inference.runtimes import Runtime, is_exported, open_runtime
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.runs.share import shared_settings
-from camoxpert.synthesis.toy import toy_pair
 from camoxpert.text import count
-
-MOST_IMAGES = 200
-"""Images that the gate scores at most."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,12 @@ class ExportOptions:
 
     Attributes:
         format: onnx, openvino or torch.
-        precision: fp32, fp16 or bf16, as the format takes it.
+        precision: fp32, fp16, bf16 or int8, as the format takes it.
         static: batch, height and width that are fixed; None: all stay open.
         prune: leave experts out that no image of ``data`` uses.
         data: data sets of the gate, and of ``prune``; empty: the test sets of the run, or generated
             images.
+        calibration: data sets whose training images calibrate int8; empty: those of the run.
     """
 
     format: str = "onnx"
@@ -73,6 +76,7 @@ class ExportOptions:
     static: tuple[int, int, int] | None = None
     prune: bool = False
     data: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,32 +112,57 @@ def export_model(
     assert isinstance(network, CamoXpert)
     check_exportable(network, static=options.static is not None)
     say_photographs_alone(predictor.modalities, "the exported file")
+    search = search or Search("auto", "exclude")
     with tempfile.TemporaryDirectory(prefix="camoxpert-export-") as scratch:
-        images = _gate_images(predictor, options, search or Search("auto", "exclude"), scratch)
-        data = DataConfig(img_size=predictor.img_size, max_pixels=predictor.max_pixels)
-        usage = count_usage(network, images.sets, data) if options.prune else None
-        if usage is not None:
+        images = gate_images(predictor, options.data, search, scratch)
+        usage = None
+        if options.prune:
+            usage = count_usage(network, images.sets, data_of(predictor))
             _decide_usage(usage)
         graph = ExportGraph(network, None if usage is None else usage.kept)
-        about = _about(predictor, graph, options, usage)
+        about = about_of(predictor, graph, options, usage)
         file = Path(scratch) / f"model{FORMATS[options.format]}"
         console.decide("export", f"{options.format}, {options.precision}, {_sizes(options)}")
-        _write(graph, file, options)
+        calibration = None
+        if options.precision == "int8":
+            calibration = calibration_of(predictor, graph, options.calibration, search)
+        made = Made(graph, file, Scored(predictor, images, data_of(predictor)), about)
+        write_graph(made, options)
+        if calibration is not None:
+            write_int8(made, calibration)
         put_about(file, about)
-        gate = run_gate(predictor, graph, file, options, images, data)
+        gate = run_gate(predictor, made, options)
         console.decide("gate", describe(gate))
-        if gate.parity.not_reached:
-            console.warn(
-                f"no image was found that uses {count(len(gate.parity.not_reached), 'expert')} "
-                f"({gate.parity.not_reached[0]}, ...): not compared. --prune-experts leaves out "
-                "what is never used."
-            )
         gate.require()
         figures = {**gate.fields(), "usage": None if usage is None else asdict(usage)}
         put_about(file, {**about, "gate": figures})
         move_into_place(file, target)
     write_json(target.with_name(f"{target.name}.json"), {**about, "gate": figures})
     return Exported(target, gate)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file that is being made.
+
+    Attributes:
+        graph: what is exported.
+        file: in the scratch folder.
+        scored: the checkpoint's scores.
+        about: its metadata.
+        nodes: its linear layers, as ``write_onnx`` returns them.
+    """
+
+    graph: ExportGraph
+    file: Path
+    scored: Scored
+    about: dict[str, Any]
+    nodes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def onnx_file(self) -> Path:
+        """The graph as ONNX in fp32, or fp16; not there for a torch program."""
+        return self.file.with_name("graph.onnx")
 
 
 def check_target(target: Path, name: str) -> None:
@@ -143,65 +172,97 @@ def check_target(target: Path, name: str) -> None:
         raise ConfigError(f"-o {target}: a file of --format {name} ends in {suffix}.")
 
 
-@dataclass(frozen=True)
-class GateImages:
-    """The images of the gate and where they come from."""
+def write_graph(made: Made, options: ExportOptions) -> None:
+    """Trace a graph and write it; int8 files are made of what this leaves behind."""
+    traced = made.graph
+    if options.format == "torch" and options.precision == "bf16":
+        traced = InBfloat16.around(made.graph.network)
+    program = trace(traced, options.static)
+    if options.format == "torch":
+        write_torch(program, made.file)
+        return
+    half = options.format == "onnx" and options.precision == "fp16"
+    precision = "fp16" if half else "fp32"
+    made.nodes.update(write_onnx(program, made.graph, made.onnx_file, precision=precision))
+    if options.precision == "int8":
+        return
+    if options.format == "openvino":
+        write_openvino(made.onnx_file, made.file, precision=options.precision)
+    else:
+        made.file.write_bytes(made.onnx_file.read_bytes())
 
-    sets: tuple[Manifest, ...]
-    source: str
+
+def write_int8(made: Made, calibration: Calibration) -> None:
+    """Quantise a graph, with the parts in float that the limits of the gate ask for.
+
+    Args:
+        made: with the graph as ONNX in fp32; its metadata learns what was done.
+        calibration: images that set the ranges.
+    """
+    cpu = torch.device("cpu")
+    console.decide(
+        "int8", f"calibrated on {count(len(calibration.inputs), 'image')} of {calibration.source}"
+    )
+    # An ONNX file can only be opened with its metadata.
+    put_about(made.onnx_file, made.about)
+    quantizer = Quantizer(
+        made.onnx_file, made.file.suffix, made.about, calibration, made.file.parent
+    )
+    # Its scores alone: shapes are compared when the file is done.
+    same = Parity(spread=float("inf"))
+
+    def broken(file: Path) -> list[str]:
+        return judge("int8", same, made.scored.agreement(open_runtime(file, cpu))).broken
+
+    result = quantise(
+        quantizer,
+        made.file,
+        broken=broken,
+        open_file=lambda file: open_runtime(file, cpu),
+        reference=open_runtime(made.onnx_file, cpu),
+    )
+    made.about["int8"] = {**result.fields(), "calibration": calibration.fields()}
 
 
-def run_gate(
-    predictor: Predictor,
-    graph: ExportGraph,
-    file: Path,
-    options: ExportOptions,
-    images: GateImages,
-    data: DataConfig,
-) -> Gate:
+def run_gate(predictor: Predictor, made: Made, options: ExportOptions) -> Gate:
     """Compare an exported file with the predictor's network.
 
     Args:
         predictor: of the checkpoint.
-        graph: that was exported.
-        file: that was written.
+        made: the file.
         options: of the export.
-        images: to score.
-        data: how they are read.
     """
-    device = torch.device("cpu")
-    runtime = open_runtime(file, device, options.precision)
+    runtime = open_runtime(made.file, torch.device("cpu"), options.precision)
     reference: Callable[..., Sequence[torch.Tensor]] = ExportGraph(predictor.network)
     if options.prune:
         # Where an expert is gone the whole network answers otherwise: the images judge that.
-        reference = graph
+        reference = made.graph
     shapes = shapes_for(predictor.img_size, options.static)
-    parity = compare(reference, graph, runtime, shapes)
-    before, after = Maps(), Maps()
-    exported = ExportedNetwork(runtime, device)
-    for manifest in images.sets:
-        before.add(predictor.model, manifest, data, device)
-        after.add(exported, manifest, data, device)
-    return judge(options.precision, parity, agreement_of(before, after, images.source))
+    parity = compare(reference, made.graph, runtime, shapes, _forcing(made, options))
+    if parity.not_reached:
+        console.warn(
+            f"{count(len(parity.not_reached), 'expert')} ({parity.not_reached[0]}, ...) could not "
+            "be compared. --prune-experts leaves out what is never used."
+        )
+    return judge(options.precision, parity, made.scored.agreement(runtime))
 
 
-def _write(graph: ExportGraph, file: Path, options: ExportOptions) -> None:
-    traced = graph
-    if options.format == "torch" and options.precision == "bf16":
-        traced = InBfloat16.of(graph)
-    program = trace(traced, options.static)
-    if options.format == "torch":
-        write_torch(program, file)
-        return
-    onnx_file = file.with_suffix(".onnx")
-    precision = options.precision if options.format == "onnx" else "fp32"
-    write_onnx(program, graph, onnx_file, precision=precision)
-    if options.format == "openvino":
-        write_openvino(onnx_file, file, precision=options.precision)
+def _forcing(made: Made, options: ExportOptions) -> Force:
+    copy = made.file.with_name(f"forced{made.file.suffix}")
+
+    def forced(chosen: Sequence[Sequence[int]]) -> tuple[ExportGraph, Runtime]:
+        graph, biases = force(made.graph, chosen)
+        forced_copy(made.file, copy, biases, made.nodes)
+        return graph, open_runtime(copy, torch.device("cpu"), options.precision)
+
+    return forced
 
 
-def _about(
-    predictor: Predictor, graph: ExportGraph, options: ExportOptions, usage: Usage | None
+def about_of(
+    predictor: Predictor,
+    graph: ExportGraph,
+    options: ExportOptions,
+    usage: Usage | None = None,
 ) -> dict[str, Any]:
     """Return the metadata of the file."""
     checkpoint, network = predictor.checkpoint, graph.network
@@ -228,43 +289,6 @@ def _about(
         "state": {name: state.get(name) for name in ("step", "epoch", "images")},
         "checkpoint_sha256": file_digest(checkpoint.path),
     }
-
-
-def _gate_images(
-    predictor: Predictor, options: ExportOptions, search: Search, scratch: str
-) -> GateImages:
-    """Return the images to compare: of the data, filled up with generated ones."""
-    sets: list[Manifest] = []
-    if options.data:
-        sets = list(load_eval(options.data, search).values())
-    else:
-        with contextlib.suppress(DataError):
-            own = replace(search, layout=predictor.config.data.layout)
-            sets = list(find_test_sets(predictor.config.data.roots, own).values())
-    left = MOST_IMAGES
-    chosen = []
-    for manifest in sets:
-        taken = manifest.pairs[: max(left, 0)]
-        left -= len(taken)
-        if taken:
-            chosen.append(replace(manifest, pairs=taken))
-    source = ", ".join(manifest.dataset for manifest in chosen)
-    missing = LEAST_IMAGES - (MOST_IMAGES - left)
-    if missing > 0:
-        made = Path(scratch) / "made"
-        generate_images(made, missing, side=max(64, min(predictor.img_size, 256)))
-        chosen += find_test_sets([str(made)]).values()
-        source = f"{source} and {missing} generated" if source else "generated"
-    return GateImages(tuple(chosen), source)
-
-
-def generate_images(root: Path, number: int, *, side: int) -> None:
-    """Write generated camouflage as the test set ``generated``, in scenes of no other set."""
-    folder = root / "TestDataset" / "generated"
-    for index in range(number):
-        image, mask = toy_pair(2**20, index, size=side, difficulty=0.3)
-        write_jpeg(folder / "Imgs" / f"generated_{index:03d}.jpg", image, quality=95)
-        write_png(folder / "GT" / f"generated_{index:03d}.png", mask)
 
 
 def _decide_usage(usage: Usage) -> None:

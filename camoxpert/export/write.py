@@ -17,18 +17,19 @@ from torch import Tensor
 
 from camoxpert.errors import ConfigError
 from camoxpert.export.graph import ExportGraph
-from camoxpert.inference.runtimes import ABOUT, ABOUT_FILE, import_library
+from camoxpert.inference.runtimes import ABOUT, ABOUT_FILE, check_library
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 """``--format`` -> suffix of the file."""
 PRECISIONS = {
-    "onnx": ("fp32", "fp16"),
-    "openvino": ("fp32", "fp16", "bf16"),
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "bf16", "int8"),
     "torch": ("fp32", "bf16"),
 }
 WHY_NOT = {
     ("onnx", "bf16"): "ONNX Runtime has no bf16 convolutions on a CPU",
     ("torch", "fp16"): "torch has no fast fp16 convolutions on a CPU, so it could not be checked",
+    ("torch", "int8"): "torch's quantisation for CPUs is being removed from torch",
 }
 OPSET = 20
 KEPT_IN_FP32 = (
@@ -51,9 +52,15 @@ def check_format(name: str, precision: str) -> None:
             f"{', '.join(PRECISIONS[name])}; {precision} is written by --format "
             f"{' or '.join(others)}."
         )
-    needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
-    for library in needed.get(name, ("onnx", "onnxscript", "openvino")):
-        import_library(library)
+    needed = {
+        "onnx": ("onnx", "onnxscript", "onnxruntime"),
+        "openvino": ("onnx", "onnxscript", "openvino"),
+        "torch": (),
+    }[name]
+    if precision == "int8" and name == "openvino":
+        needed = (*needed, "nncf")
+    for library in needed:
+        check_library(library)
 
 
 def trace(graph: ExportGraph, static: Sequence[int] | None) -> torch.export.ExportedProgram:
@@ -73,14 +80,6 @@ def trace(graph: ExportGraph, static: Sequence[int] | None) -> torch.export.Expo
 class InBfloat16(ExportGraph):
     """The same graph with convolutions and products in bfloat16, as ``--precision bf16`` runs."""
 
-    @classmethod
-    def of(cls, graph: ExportGraph) -> ExportGraph:
-        """Return a graph in bfloat16 with the network of another."""
-        made = cls.__new__(cls)
-        torch.nn.Module.__init__(made)
-        made.network = graph.network
-        return made
-
     def forward(self, images: Tensor, reference: Tensor | None = None) -> tuple[Tensor, ...]:
         """As ``ExportGraph.forward``."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -89,8 +88,12 @@ class InBfloat16(ExportGraph):
 
 def write_onnx(
     program: torch.export.ExportedProgram, graph: ExportGraph, path: Path, *, precision: str
-) -> None:
-    """Write a traced graph as ONNX, in fp32 or fp16."""
+) -> dict[str, str]:
+    """Write a traced graph as ONNX, in fp32 or fp16.
+
+    Returns:
+        Name of each linear layer -> its node; in an fp16 file nodes no longer name their weights.
+    """
     import onnx
 
     with torch.no_grad(), quiet():
@@ -105,9 +108,20 @@ def write_onnx(
     assert written is not None
     model = written.model_proto
     name_sizes(model)
+    nodes = linear_nodes(model)
     if precision == "fp16":
         model = half(model)
     onnx.save(model, str(path))
+    return nodes
+
+
+def linear_nodes(model: Any) -> dict[str, str]:
+    """Return the node of every linear layer of an ONNX model, by the name of the layer."""
+    return {
+        node.input[1].removesuffix(".weight"): node.name
+        for node in model.graph.node
+        if node.op_type == "Gemm" and node.input[1].endswith(".weight")
+    }
 
 
 def half(model: Any) -> Any:
@@ -161,8 +175,22 @@ def write_openvino(onnx_file: Path, path: Path, *, precision: str) -> None:
     import openvino as ov
 
     with quiet():
-        model = ov.convert_model(onnx_file)
+        model = read_onnx_as_openvino(onnx_file)
         ov.save_model(model, path, compress_to_fp16=precision in ("fp16", "bf16"))
+
+
+def read_onnx_as_openvino(onnx_file: Path) -> Any:
+    """Return an ONNX file as OpenVINO's model, with the folding that its converter does."""
+    import openvino as ov
+
+    try:
+        # As the converter does it, which reports every conversion to its makers.
+        from openvino._offline_transformations import apply_moc_transformations
+    except ImportError:
+        return ov.convert_model(onnx_file)
+    model = ov.Core().read_model(onnx_file)
+    apply_moc_transformations(model, cf=False, smart_reshape=True)
+    return model
 
 
 def write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -216,6 +244,7 @@ def files_of(path: Path) -> list[Path]:
 
 def move_into_place(source: Path, target: Path) -> None:
     """Move an exported model where it was asked for, weights first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     pairs = zip(files_of(source), files_of(target), strict=True)
     for old, new in sorted(pairs, key=lambda pair: pair[0] == source):
         # Renamed on one disk, so that a model is there whole or not at all.

@@ -180,9 +180,19 @@ def import_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(
-            f"Exported models need {name}: pip install 'camoxpert[export]' ({error})."
-        ) from error
+        raise _not_installed(name, str(error)) from error
+
+
+def check_library(name: str) -> None:
+    """Raise ConfigError if a library of the extra ``export`` is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        raise _not_installed(name, "it is not installed")
+
+
+def _not_installed(name: str, reason: str) -> ConfigError:
+    return ConfigError(f"Exported models need {name}: pip install 'camoxpert[export]' ({reason}).")
 
 
 def read_about(path: Path, text: str | bytes | None) -> dict[str, Any]:
@@ -212,14 +222,12 @@ def refuse_code(path: Path) -> None:
         for name in archive.namelist():
             data = archive.read(name)
             # A pickle, or a zip of torch.save, whatever its name is.
-            if not data.startswith((b"PK\x03\x04", b"\x80")):
+            # Raw weights may start with any bytes; they are not read as pickles.
+            if not data.startswith((b"PK\x03\x04", b"\x80")) or _is_raw(archive, name):
                 continue
             try:
                 torch.load(io.BytesIO(data), weights_only=True)
             except Exception as error:
-                # Raw weights may start with any bytes; they are not read as pickles.
-                if _is_raw(archive, name):
-                    continue
                 raise CheckpointError(
                     f"{path} holds pickled objects that are not tensors ({name}); loading them "
                     "could run code. Export the model again, or use an .onnx file."

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from camoxpert.cli import main
+from camoxpert.data.files.manifest import USUAL
 from camoxpert.export.gate import Agreement, Parity, judge
-from camoxpert.export.graph import PaddedConv2d
+from camoxpert.export.graph import ExportGraph, PaddedConv2d
+from camoxpert.export.images import Scored, calibration_of, data_of, gate_images
+from camoxpert.export.job import ExportOptions, Made, about_of, run_gate, write_int8
 from camoxpert.export.usage import kept_of
+from camoxpert.export.write import half, linear_nodes, put_about, write_openvino
+from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.models.layers import cell_shares
 from camoxpert.runs.checkpoint import load_checkpoint, resolve_checkpoint
 from camoxpert.runs.share import write_shared
@@ -71,21 +77,110 @@ def steep(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shared(tmp_path_factory.mktemp("steep"), checkpoint)
 
 
+@pytest.fixture(scope="module")
+def exported(steep: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an ONNX file, written by the command; the other formats are made of it."""
+    file = tmp_path_factory.mktemp("exported") / "new" / "m.onnx"
+    assert main(["export", str(steep), "-o", str(file), "--data", str(toy_data)]) == 0
+    return file
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_an_onnx_file_predicts_and_scores_as_its_checkpoint(
-    steep: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path, steep: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(steep), "-o", "m.onnx", "--data", str(toy_data)]) == 0
-    report = json.loads(Path("m.onnx.json").read_text())
-    assert report["gate"]["passed"] and len(report["gate"]["parity"]["shapes"]) >= 6
+    report = json.loads(exported.with_name("m.onnx.json").read_text())
+    parity = report["gate"]["parity"]
+    assert report["gate"]["passed"] and len(parity["shapes"]) >= 6
+    assert parity["not_reached"] == [] and parity["difference"] <= 1e-4
     photos = str(next((toy_data / "TestDataset").iterdir()) / "Imgs")
-    for model, out in (("m.onnx", "exported"), (str(steep), "own")):
+    for model, out in ((str(exported), "exported"), (str(steep), "own")):
         assert main(["predict", model, photos, "-o", out, "--save", "mask"]) == 0
     names = [path.name for path in Path("own/masks").iterdir()]
     _same, different, missing = filecmp.cmpfiles("own/masks", "exported/masks", names, False)
     assert not missing and len(different) <= len(names) // 3
-    assert main(["evaluate", "m.onnx", "--data", str(toy_data), "-o", "scores"]) == 0
+    assert main(["evaluate", str(exported), "--data", str(toy_data), "-o", "scores"]) == 0
+
+
+def made_of(
+    exported: Path, steep: Path, toy_data: Path, folder: Path, suffix: str, precision: str
+) -> tuple[Predictor, Made, ExportOptions]:
+    """Return what an export has in hand after the graph was written as ONNX."""
+    import onnx
+
+    predictor = load_predictor(steep, device="cpu", precision="fp32")
+    graph = ExportGraph(predictor.network)
+    options = ExportOptions({".onnx": "onnx", ".xml": "openvino"}[suffix], precision)
+    images = gate_images(predictor, [str(toy_data)], USUAL, str(folder))
+    scored = Scored(predictor, images, data_of(predictor))
+    about = about_of(predictor, graph, options)
+    made = Made(graph, folder / f"model{suffix}", scored, about)
+    shutil.copyfile(exported, made.onnx_file)
+    made.nodes.update(linear_nodes(onnx.load(str(exported))))
+    return predictor, made, options
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("suffix", "word"), [(".onnx", "QuantizeLinear"), (".xml", "FakeQuantize")]
+)
+def test_int8_files_keep_their_limit_at_every_shape(
+    exported: Path, steep: Path, toy_data: Path, tmp_path: Path, suffix: str, word: str
+) -> None:
+    predictor, made, options = made_of(exported, steep, toy_data, tmp_path, suffix, "int8")
+    write_int8(made, calibration_of(predictor, made.graph, [str(toy_data)], USUAL))
+    gate = run_gate(predictor, made, options)
+    assert gate.broken == [] and gate.parity.not_reached == []
+    # Otherwise nothing was quantised.
+    assert gate.parity.difference > 1e-4 and word.encode() in made.file.read_bytes()
+    assert made.about["int8"]["calibration"]["images"] == 40
+    if suffix == ".xml":
+        assert made.file.with_suffix(".bin").stat().st_size < exported.stat().st_size / 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_openvino_files_are_the_same_model(
+    exported: Path, steep: Path, toy_data: Path, tmp_path: Path, precision: str
+) -> None:
+    predictor, made, options = made_of(exported, steep, toy_data, tmp_path, ".xml", precision)
+    write_openvino(made.onnx_file, made.file, precision=precision)
+    put_about(made.file, made.about)
+    gate = run_gate(predictor, made, options)
+    assert gate.broken == [] and gate.parity.not_reached == []
+    assert (gate.parity.difference <= 1e-4) == (precision == "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_norms_and_routers_of_an_fp16_file_compute_in_float32(
+    exported: Path, steep: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    predictor, made, options = made_of(exported, steep, toy_data, tmp_path, ".onnx", "fp16")
+    onnx.save(half(onnx.load(str(exported))), str(made.file))
+    put_about(made.file, made.about)
+    gate = run_gate(predictor, made, options)
+    assert gate.broken == [] and gate.parity.not_reached == []
+    model = onnx.load(str(made.file))
+    casts = {
+        node.output[0]: node.attribute[0].i for node in model.graph.node if node.op_type == "Cast"
+    }
+    halves = {
+        value.name
+        for value in model.graph.initializer
+        if value.data_type == onnx.TensorProto.FLOAT16
+    }
+    norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    assert norms and halves
+    for node in norms:
+        assert not halves.intersection(node.input)
+        assert casts.get(node.input[0], onnx.TensorProto.FLOAT) == onnx.TensorProto.FLOAT
 
 
 def test_a_file_name_must_say_the_format(

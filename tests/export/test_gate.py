@@ -1,0 +1,158 @@
+"""The gate refuses graphs that are nearly right, and sees every expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.drawn import SIDE, drawn_network
+from torch import Tensor
+
+from camoxpert.benchmark.export import InTorch
+from camoxpert.errors import NumericError
+from camoxpert.export.forced import force, rounds_of
+from camoxpert.export.gate import Agreement, Parity, compare, judge, shapes_for
+from camoxpert.export.graph import ExportGraph
+from camoxpert.models import experts
+
+SAME = Agreement(50, "generated", {"Smeasure": (0.8, 0.8), "MAE": (0.05, 0.05)}, 1.0, 1.0, "a")
+SHAPES = shapes_for(SIDE, None)
+Call = Callable[..., Sequence[Tensor]]
+
+
+@pytest.fixture(scope="module")
+def graph() -> ExportGraph:
+    kinds = "model.experts=[semantic,texture]"
+    return ExportGraph(
+        drawn_network("model.backbone=tiny_test", "model.num_experts=2", "model.top_k=2", kinds)
+    )
+
+
+def run_by(call: Call, graph: ExportGraph) -> InTorch:
+    return InTorch(call, {"outputs": list(graph.output_names)})
+
+
+def verdict(graph: ExportGraph, call: Call, shapes: Any = SHAPES) -> list[str]:
+    parity = compare(graph, graph, run_by(call, graph), shapes)
+    return judge("fp32", parity, SAME).broken
+
+
+def test_the_same_graph_passes(graph: ExportGraph) -> None:
+    assert len(SHAPES) >= 6 and {batch for batch, *_ in SHAPES} == {1, 5}
+    assert any(height != width for _, height, width in SHAPES)
+    assert verdict(graph, ExportGraph(graph.network)) == []
+
+
+def test_a_wrong_mean_fails(graph: ExportGraph) -> None:
+    wrong = ExportGraph(graph.network)
+    wrong.network.mean += 0.05
+    assert "a probability differs" in verdict(graph, wrong)[0]
+
+
+def test_swapped_channels_fail(graph: ExportGraph) -> None:
+    assert "a probability differs" in verdict(graph, lambda images: graph(images.flip(1)))[0]
+
+
+def test_a_missing_sigmoid_fails(graph: ExportGraph) -> None:
+    def bare(images: Tensor) -> Sequence[Tensor]:
+        _probability, logits = graph(images)
+        return logits, logits
+
+    assert "a probability differs" in verdict(graph, bare)[0]
+
+
+def test_pooling_of_one_size_fails(graph: ExportGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As adaptive_avg_pool2d is exported: its cells are those of the map it was traced with.
+    def traced(images: Tensor) -> Sequence[Tensor]:
+        height, width = images.shape[-2:]
+
+        def cells(x: Tensor, grid: int) -> Tensor:
+            rows, columns = x.shape[-2] * SIDE // height, x.shape[-1] * SIDE // width
+            return F.adaptive_avg_pool2d(x[..., :rows, :columns], grid)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experts, "cell_means", cells)
+            return graph(images)
+
+    assert verdict(graph, traced, [(1, SIDE, SIDE)]) == []
+    assert "a probability differs" in verdict(graph, traced)[0]
+    assert "a probability differs" in verdict(graph, traced, [(1, 2 * SIDE, 2 * SIDE)])[0]
+
+
+def test_weights_that_say_nothing_are_refused() -> None:
+    flat = drawn_network("model.backbone=tiny_test", "model.num_experts=2", gain=0.0)
+    (reason,) = verdict(ExportGraph(flat), ExportGraph(flat))
+    assert "not trained" in reason
+
+
+def test_a_graph_of_one_size_is_named(graph: ExportGraph) -> None:
+    def one_size(images: Tensor) -> Sequence[Tensor]:
+        return graph(images + torch.zeros(1, 1, 64, 64, dtype=torch.uint8))
+
+    with pytest.raises(NumericError, match=r"fails on images of shape \(5, 3, 64, 96\)"):
+        verdict(graph, one_size)
+
+
+@pytest.fixture(scope="module")
+def many() -> ExportGraph:
+    return ExportGraph(drawn_network("model.backbone=tiny_test", "model.num_experts=7"))
+
+
+def test_an_expert_that_no_image_uses_is_compared(many: ExportGraph) -> None:
+    seen = compare(many, many, run_by(many, many), SHAPES)
+    assert seen.not_reached and seen.reached < 1
+    level, number = next(
+        (level, int(text.split()[-1]))
+        for text in seen.not_reached
+        for level, name in enumerate(reversed(many.network.level_names()))
+        if text.startswith(f"{name},")
+    )
+    wrong = ExportGraph(many.network)
+    with torch.no_grad():
+        for weights in wrong.network.moe_levels[level].experts[number].parameters():
+            weights.mul_(1.1)
+    broken = run_by(wrong, many)
+    # The images alone do not tell.
+    assert judge("fp32", compare(many, many, broken, SHAPES), SAME).broken == []
+
+    def forced(chosen: Sequence[Sequence[int]]) -> tuple[ExportGraph, InTorch]:
+        return force(many, chosen)[0], run_by(force(wrong, chosen)[0], many)
+
+    found = compare(many, many, broken, SHAPES, forced)
+    assert found.not_reached == [] and len(found.forced) == len(seen.not_reached)
+    assert "a probability differs" in judge("fp32", found, SAME).broken[0]
+
+
+def test_forced_experts_are_used_with_unlike_gates(many: ExportGraph) -> None:
+    chosen = [[5, 2], [6], [], [0, 1]]
+    made, biases = force(many, chosen)
+    assert sorted(biases) == [f"network.decoder.levels.{n}.moe.router.gate" for n in (0, 2, 3)] or (
+        len(biases) == 3
+    )
+    before = many.run(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).routing[::-1]
+    after = made.run(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).routing[::-1]
+    assert after[0].experts_BK.tolist() == [[5, 2]] and after[3].experts_BK.tolist() == [[0, 1]]
+    assert after[1].experts_BK[0, 0] == 6
+    assert after[2].experts_BK.tolist() == before[2].experts_BK.tolist()
+    # exp(.5) / (1 + exp(.5)), worked by hand.
+    torch.testing.assert_close(
+        after[0].gates_BK, torch.tensor([[0.6225, 0.3775]]), rtol=0, atol=1e-4
+    )
+
+
+def test_rounds_reach_all_that_are_missing() -> None:
+    assert rounds_of([(0, 4), (2, 1), (0, 5), (0, 6)], [2, 2, 2]) == [
+        [[4, 5], [], [1]],
+        [[6], [], []],
+    ]
+    assert rounds_of([], [2, 2]) == []
+
+
+def test_every_limit_of_int8_is_that_of_the_scores() -> None:
+    far = Agreement(50, "", {"Smeasure": (0.8, 0.7949), "MAE": (0, 0.1)}, 0.5, 0.5, "a")
+    assert "Smeasure" in judge("int8", Parity(spread=8.0), far).broken[0]
+    near = Agreement(50, "", {"Smeasure": (0.8, 0.7951), "MAE": (0, 0.1)}, 0.5, 0.5, "a")
+    assert judge("int8", Parity(difference=0.2, spread=8.0), near).broken == []
