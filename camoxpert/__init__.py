@@ -92,7 +92,8 @@ def load(
     """Load a trained model.
 
     Args:
-        model: a run folder (its best weights), a checkpoint file, or a folder of shared weights.
+        model: a run folder (its best weights), a checkpoint file, a folder of shared weights, a
+            file of ``camoxpert export``, or ``hf:USER/NAME@REVISION``: on the Hugging Face Hub.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: number format of the forward pass: auto, fp32, bf16 or fp16.
         zoom: look at every image at two sizes, as ``camoxpert predict --zoom`` does.
@@ -123,6 +124,7 @@ def predict_folder(
     devices: str = "auto",
     overwrite: bool = False,
     limit: int | None = None,
+    modalities: Mapping[str, str | Path] | None = None,
 ) -> BatchResult:
     """Predict files, folders and globs into a folder, as ``camoxpert predict`` does.
 
@@ -142,6 +144,8 @@ def predict_folder(
             ``if __name__ == "__main__"`` block.
         overwrite: predict photos again that have results.
         limit: predict at most this many.
+        modalities: name -> folder of what another sensor saw of the images, of models that were
+            trained with it; an image without a file is predicted from the rest.
 
     Returns:
         Counts, the images that failed with their reasons, and where the time went.
@@ -152,10 +156,12 @@ def predict_folder(
     """
     from pathlib import Path
 
+    from camoxpert.inference.aligned import with_files
     from camoxpert.inference.devices import choose_devices
     from camoxpert.inference.photos import PhotoOptions, predict_photos
     from camoxpert.inference.predictor import load_for
     from camoxpert.inference.sources import look_for_photos
+    from camoxpert.models.modalities import require_known
     from camoxpert.runtime.host import wait_passively
 
     wait_passively()
@@ -169,6 +175,7 @@ def predict_folder(
         overwrite=overwrite,
         devices=choose_devices(devices),
         limit=limit,
+        modalities=tuple(sorted(modalities or ())),
     )
     found = look_for_photos([str(Path(path).expanduser()) for path in given], output=place)
     predictor = (
@@ -176,7 +183,12 @@ def predict_folder(
         if isinstance(model, (str, Path))
         else model
     )
-    return predict_photos(predictor, found.photos, place, options)
+    require_known(options.modalities, predictor.modalities)
+    photos = found.photos
+    if modalities:
+        folders = {name: Path(path).expanduser() for name, path in modalities.items()}
+        photos, _ = with_files(photos, folders)
+    return predict_photos(predictor, photos, place, options)
 
 
 def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 
@@ -45,6 +46,19 @@ def free_name(name: str, taken: Collection[str]) -> str:
         number += 1
         candidate = f"{name}-{number}"
     return candidate
+
+
+def safe_name(name: str) -> str:
+    """Return a file name for any text, without path separators and leading dots."""
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """Return a file name for each name, unique on case-insensitive disks as well."""
+    files: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        files[name] = free_name(safe_name(name), files.values())
+    return files
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -15,7 +15,7 @@ LAYERS = (
     {"inference", "synthesis", "doctor"},
     {"evaluation"},
     {"training", "export"},
-    {"serve", "benchmark", "profile"},
+    {"serve", "benchmark", "profile", "stages", "crossval"},
     {"cli"},
 )
 # Inside a layer each of these may import the ones it names; the others import none.
@@ -27,6 +27,7 @@ BESIDE = {
     "synthesis": {"inference", "doctor"},
     "profile": {"benchmark"},
     "benchmark": {"profile"},
+    "crossval": {"stages"},
 }
 ALLOWED = {
     room: set().union(*LAYERS[:level]) | BESIDE.get(room, set())

@@ -4,14 +4,21 @@ python tools/presence.py toy -o out --weights tf_efficientnet_lite0.pth
 python tools/presence.py real -o out --weights ... --dataset-path animals --textures textures
 
 ``toy`` generates camouflage, ``real`` takes a data set and a folder of images without objects, half
-of which train and half of which test. Three models are trained on it: with the head, on the same
-images without it, and on the images with objects alone. Figures: ``OUT/presence.json``.
+of which train and half of which test. Figures: ``OUT/presence.json``. Trained are:
+
+- ``head``: a model with the head as users get it; some images are set aside and calibrate it;
+- ``all-images``: one with the head, with nothing set aside (``data.calibration_fraction=0``);
+- ``no-head``: one without it on exactly the same images. Its masks must be those of ``all-images``,
+  to the last bit; what ``head`` loses against it is the price of the images set aside;
+- ``objects-alone``: one without it on the images with objects, in as many optimizer steps.
+
+Measured are:
 
 - ranking, calibration and false masks on test images of both kinds;
 - the same question answered by the mask alone: its highest value, and its area;
 - counterfactuals of the test images with objects: how often the presence drops when the object is
   taken out, and when as much background is changed instead (the control);
-- the mask scores of the images with objects, of all three models.
+- the mask scores of the images with objects, of all models.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 import camoxpert
 from camoxpert import console
@@ -35,6 +43,7 @@ from camoxpert.data.files.image_io import read_image, write_jpeg, write_png
 from camoxpert.errors import DataError
 from camoxpert.files import write_json
 from camoxpert.metrics.presence import bootstrap, probability_measures
+from camoxpert.runs.checkpoint import PRESENCE, load_checkpoint
 from camoxpert.synthesis.toy import toy_name, toy_pair
 
 LONGEST = 192
@@ -42,6 +51,10 @@ LONGEST = 192
 DROP = 0.05
 """By how much the presence must fall to count as a drop."""
 SCORES = ("Smeasure", "wFmeasure", "IoU", "MAE")
+MANY = "many-scenes"
+ARMS = ("all-images", "no-head", "objects-alone")
+"""Models beside the one with the head that is measured."""
+NOTHING_ASIDE = "data.calibration_fraction=0"
 
 
 def call(*words: object, some_may_fail: bool = False) -> None:
@@ -81,7 +94,7 @@ def toy_data(out: Path, options: argparse.Namespace) -> None:
     # For the calibration error, of which chance is the larger part in a few hundred images.
     for index in range(10**5, 10**5 + 2 * options.many):
         image, mask = toy_pair(options.seed, index, empty=index % 2 > 0, **looks)
-        place = out / "test" / "many-scenes"
+        place = out / "test" / MANY
         write_jpeg(place / "Imgs" / f"{toy_name(index)}.jpg", image, quality=95)
         write_png(place / "GT" / f"{toy_name(index)}.png", mask)
 
@@ -149,10 +162,12 @@ def train(out: Path, name: str, options: argparse.Namespace, *words: object, epo
     return run
 
 
-def judge(out: Path, run: Path, model: Any) -> dict[str, Any]:
-    """Score a model on both test sets."""
+def judge(out: Path, model: Any, *, calibrated: bool) -> dict[str, Any]:
+    """Score a model on the test sets; the many scenes are for the calibration error alone."""
     found: dict[str, Any] = {}
     for place in sorted((out / "test").iterdir()):
+        if place.name == MANY and not calibrated:
+            continue
         target = out / "evaluation" / place.name
         (result,) = camoxpert.evaluate(model, place, output=target, empty_gt="skip", gallery=6)
         presence = result.presence
@@ -167,10 +182,23 @@ def judge(out: Path, run: Path, model: Any) -> dict[str, Any]:
     return found
 
 
+def same_masks(folders: Sequence[Path]) -> bool:
+    """Return whether two runs have the same weights but for those of the presence head."""
+    found = [
+        load_checkpoint(folder / "checkpoints" / "best.pt").evaluated_weights for folder in folders
+    ]
+    masks = [{n: w for n, w in one.items() if not n.startswith(PRESENCE)} for one in found]
+    return masks[0].keys() == masks[1].keys() and all(
+        torch.equal(weight, masks[1][name]) for name, weight in masks[0].items()
+    )
+
+
 def by_the_mask(out: Path, model: Any) -> dict[str, Any]:
     """Rank the images by the mask alone: by its highest value, and by its area."""
     table: dict[str, Any] = {}
     for place in sorted((out / "test").iterdir()):
+        if place.name == MANY:
+            continue
         masks = {path.stem: path for path in (place / "GT").iterdir()}
         highest, area, present = [], [], []
         for prediction in model.stream(str(place / "Imgs")):
@@ -221,28 +249,33 @@ def run(options: argparse.Namespace) -> None:
     extra = ("--negatives", out / "negatives", "--synthetic", out / "made")
     share = ("--negative-share", options.negative_share)
     head = train(out, "head", options, *extra, *share, epochs=options.epochs)
-    arms, same = {"head": head}, ("--presence", "off")
-    if "same-images" in options.arms:
-        arms["same-images"] = train(
-            out, "same-images", options, *extra, *share, *same, epochs=options.epochs
-        )
+    arms, without = {"head": head}, ("--presence", "off")
+    for name, words in (("all-images", ()), ("no-head", without)):
+        if name in options.arms:
+            equal = (*extra, *share, *words, NOTHING_ASIDE)
+            arms[name] = train(out, name, options, *equal, epochs=options.epochs)
     if "objects-alone" in options.arms:
-        images = json.loads((head / "run.json").read_text())["images"]
+        info = json.loads((head / "run.json").read_text())
+        images = info["images"]
         seen = images["training"] + sum(v for k, v in images.items() if k.endswith("_per_epoch"))
-        # As many optimizer steps as the others.
-        longer = round(options.epochs * seen / (images["training"] + images["calibration"] / 2))
-        arms["objects-alone"] = train(out, "objects-alone", options, *same, epochs=longer)
+        # As many optimizer steps as the others; nothing is set aside without the head.
+        own = images["training"] + info["presence"]["objects"]
+        longer = round(options.epochs * seen / own)
+        arms["objects-alone"] = train(out, "objects-alone", options, *without, epochs=longer)
     shutil.rmtree(out / "evaluation", ignore_errors=True)
     figures: dict[str, Any] = {"settings": vars(options), "arms": {}}
     for name, folder in arms.items():
         model = camoxpert.load(folder, device="cpu")
         figures["arms"][name] = {
-            "test": judge(out, folder, model),
+            "test": judge(out, model, calibrated=name == "head"),
             "by the mask alone": by_the_mask(out, model),
         }
-        if model.has_presence:
+        if name == "head":
             figures["counterfactuals"] = counterfactuals(out, model)
             figures["calibration"] = json.loads((folder / "run.json").read_text())["presence"]
+    if {"all-images", "no-head"} <= arms.keys():
+        pair = [arms["all-images"], arms["no-head"]]
+        figures["the head changes no mask"] = same_masks(pair)
     figures["seconds"] = time.monotonic() - started
     write_json(out / "presence.json", figures)
     console.say(json.dumps(figures, indent=1))
@@ -266,5 +299,5 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=0, help="0: of the preset")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--arms", nargs="*", default=["same-images", "objects-alone"])
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     run(parser.parse_args())

@@ -20,7 +20,14 @@ import torch
 
 from camoxpert import console, text
 from camoxpert.benchmark.train import one_expert_of_equal_work
-from camoxpert.config import DECODERS, Config, changed_settings, load_config
+from camoxpert.config import (
+    DECODERS,
+    Config,
+    QuickConfig,
+    changed_settings,
+    load_config,
+    quick_words,
+)
 from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, NumericError, Stopped
 from camoxpert.files import read_json
@@ -179,9 +186,16 @@ def _arm(name: str, config: Config) -> Arm:
             f"{name}: --early-stopping has no place here: all arms take the same steps, and the "
             "final runs have no validation split."
         )
+    if config.train.quick != QuickConfig():
+        raise ConfigError(
+            f"{name}: the runs of a contest are whole ones. Leave out "
+            f"{text.shorten(quick_words(config.train.quick))}; `sweep` takes quick runs."
+        )
     bare = replace(config.model, pretrained=False, weights="", init_from="")
     with torch.random.fork_rng(devices=[]):
-        network = build_model(bare, sides=image_sides(config.data))
+        network = build_model(
+            bare, sides=image_sides(config.data), modalities=config.data.beside_rgb
+        )
     parameters = sum(p.numel() for p in network.parameters())
     return Arm(name, config, parameters, network_cost(network, config.data.img_size))
 

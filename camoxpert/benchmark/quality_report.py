@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from camoxpert.errors import DataError
 from camoxpert.files import write_bytes, write_json
 from camoxpert.metrics.statistics import compare_seeds
 from camoxpert.pages import charts
+from camoxpert.runs.per_image import read_image_scores
 from camoxpert.runtime.device import Precision, choose_device, choose_precision, wait_for
 
 MEASURES = ("wFmeasure", "Smeasure", "IoU", "MAE")
@@ -166,14 +166,11 @@ def _scores_of_run(run: Path) -> dict[str, dict[str, dict[str, float]]]:
             f"{run} has no scores: the data has no test set. Give data with a TestDataset, or a "
             "test split."
         )
-    tables = {}
-    for file in files:
-        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        tables[file.stem] = {
-            row["name"]: {key: float(row[key]) for key in MEASURES} for row in rows
-        }
-    return tables
+    tables = {file.stem: read_image_scores(file) for file in files}
+    return {
+        dataset: {name: {key: scores[key] for key in MEASURES} for name, scores in rows.items()}
+        for dataset, rows in tables.items()
+    }
 
 
 def write_quality(folder: Path, entries: Sequence[ArmEntry], settings: dict[str, Any]) -> Report:

@@ -26,9 +26,11 @@ from camoxpert.text import did_you_mean
 # Command -> what it does. The module camoxpert.cli.<command> has add_arguments() and run().
 COMMANDS = {
     "train": "train a model in two stages, then score it and write its report",
+    "crossval": "train K folds and score every image by a model that never saw it",
     "evaluate": "score a checkpoint or any model's maps with the field's measures",
     "predict": "find the hidden objects in images, videos, folders and lists",
     "export": "write a model as ONNX, OpenVINO or torch file, proved to be the same",
+    "share": "save a model to give away, or push it to the Hugging Face Hub",
     "serve": "open a page where an image is dropped and its mask is shown",
     "doctor": "check the environment and the data before hours are spent",
     "profile": "show where a training step goes, what bounds it and which flag helps",

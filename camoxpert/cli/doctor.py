@@ -7,7 +7,7 @@ from pathlib import Path
 
 from camoxpert.cli import no_overrides
 from camoxpert.cli.outputs import check_file, check_folder
-from camoxpert.config import DataConfig
+from camoxpert.config import Config, DataConfig, check_conflicts
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError, DataError
 
@@ -15,7 +15,8 @@ EXAMPLES = """Exit code 3: training should not start with this data.
 
 examples:
   camoxpert doctor COD10K-v3 --clean-list clean.csv
-  camoxpert doctor TrainDataset TestDataset --no-copies -o pages/doctor"""
+  camoxpert doctor TrainDataset TestDataset --no-copies -o pages/doctor
+  camoxpert doctor data/sensors --modalities rgb depth thermal"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "data.allow_outside",
                 "data.val_fraction",
                 "data.resize",
+                "data.modalities",
             ),
             *("data.max_pixels", "train.seed", "train.device"),
         ),
@@ -62,7 +64,9 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         max_pixels=options.max_pixels,
         allow_outside=options.allow_outside,
         resize=options.resize,
+        modalities=tuple(options.modalities),
     )
+    check_conflicts(Config(data=data))
     if options.clean_list and not data.roots:
         raise ConfigError("--clean-list needs data to check: camoxpert doctor DIR.")
     check_file("--clean-list", options.clean_list)

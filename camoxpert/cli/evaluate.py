@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "checkpoint", nargs="?", help="a run folder (its best weights) or a .pt file"
+        "checkpoint", nargs="?", help="a run folder (its best weights), a .pt file or hf:USER/NAME"
     )
     model = parser.add_argument_group("scoring a checkpoint")
     model.add_argument(
@@ -195,6 +195,7 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
     from camoxpert.pages.presence import presence_table, with_presence
     from camoxpert.pages.retention import RETENTION_FORMATS
     from camoxpert.pages.shots import SHOT_FORMATS
+    from camoxpert.pages.subsets import SUBSET_FORMATS
     from camoxpert.pages.tables import FORMATS
 
     rows = [result.to_dict() for result in results]
@@ -204,7 +205,7 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
         scores: dict[str, Any] = dict(by_method(results))
         parts = {
             key: {row["dataset"]: row[key] for row in rows if row.get(key)}
-            for key in ("robustness", "shots")
+            for key in ("robustness", "shots", "modalities")
         }
         if any(parts.values()):
             scores = {"scores": scores, **{key: part for key, part in parts.items() if part}}
@@ -231,6 +232,11 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
         tables.append(SHOT_FORMATS[form](guided))
     elif guided:
         console.note("the scores with references are in scores.json")
+    sensed = [row for row in rows if row.get("modalities")]
+    if sensed and form in SUBSET_FORMATS:
+        tables.append(SUBSET_FORMATS[form](sensed))
+    elif sensed:
+        console.note("the scores of every subset of the modalities are in scores.json")
     console.say("\n\n".join(text.rstrip("\n") for text in tables))
 
 

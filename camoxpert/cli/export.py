@@ -23,7 +23,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoint", help="a run folder (its best weights) or a .pt file")
+    parser.add_argument(
+        "checkpoint", help="a run folder (its best weights), a .pt file or hf:USER/NAME"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write")
     parser.add_argument(
         "--format",
@@ -77,16 +79,18 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     from camoxpert.export.job import ExportOptions, export_model, written_files
     from camoxpert.inference.predictor import load_predictor
 
-    static = None
+    model, static = Path(options.checkpoint), None
     if options.static:
-        side = load_predictor(Path(options.checkpoint), device="cpu").img_size
+        predictor = load_predictor(model, device="cpu")
+        # Its file: a branch on the Hub may mean another one a moment later.
+        side, model = predictor.img_size, predictor.checkpoint.path
         static = (options.batch_size or 1, side, side)
     wanted = ExportOptions(
         chosen, options.precision, static, options.prune_experts, tuple(options.data)
     )
     search = Search(options.layout, options.noncam, allow_outside=options.allow_outside)
     with stop.watch(options.max_hours), stop.outcome("No file was written."):
-        exported = export_model(Path(options.checkpoint), Path(options.output), wanted, search)
+        exported = export_model(model, Path(options.output), wanted, search)
     for path in written_files(exported):
         console.say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

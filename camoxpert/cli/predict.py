@@ -24,9 +24,11 @@ PICTURES = ("map", "mask", "cutout", "overlay")
 KINDS = (*PICTURES, "coco", "labelme", "video")
 EXAMPLES = """examples:
   camoxpert predict runs/NAME photos/ -o out
+  camoxpert predict hf:USER/NAME@v1 photos/ -o out
   camoxpert predict runs/NAME 'photos/*.jpg' -o out --save mask overlay --threshold 0.4
   camoxpert predict runs/NAME large/ -o out --tile 1024 --overlap 0.25 --tta flip,scales
   camoxpert predict runs/NAME photos/ -o out --reference crab.jpg crab_mask.png
+  camoxpert predict runs/NAME photos/ -o out --modality depth depth/ --modality thermal heat/
   camoxpert predict runs/NAME clip.mp4 -o out --save video --smooth 0.5
   find photos -name '*.jpg' -print0 | camoxpert predict runs/NAME - -o out"""
 
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "checkpoint", nargs="?", help="a run folder (its best weights) or a .pt file"
+        "checkpoint", nargs="?", help="a run folder (its best weights), a .pt file or hf:USER/NAME"
     )
     parser.add_argument(
         "inputs",
@@ -128,6 +130,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights of the support encoder, where the file of the training is not",
     )
     parser.add_argument(
+        "--modality",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "DIR"),
+        help="a folder of what another sensor saw of the photos, by their names (models trained "
+        "with --modalities); a photo without a file is predicted from the rest",
+    )
+    parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="of a video, predict every N-th frame [1]"
     )
     parser.add_argument(
@@ -205,6 +216,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     from camoxpert.inference.sources import look_for_photos
     from camoxpert.inference.video import VIDEO_KINDS, VideoOptions
     from camoxpert.inference.views import choose_views
+    from camoxpert.models.modalities import require_known
     from camoxpert.models.zoom import describe_zoom
 
     views = choose_views(options.tile, options.overlap, options.tta)
@@ -233,6 +245,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             "--every, --smooth, --video-shows and --save video are for videos, and no input is one."
         )
     photos = [] if options.save == ["video"] else found.photos
+    photos = _with_modalities(photos, found.videos, options)
     wanted = PhotoOptions(
         kinds=options.save,
         batch_size=batch_size,
@@ -246,6 +259,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         ray_actors=options.ray_actors,
         views=views,
         video=video,
+        modalities=tuple(sorted(name for name, _ in options.modality)),
     )
     outcome = "What is done is written; run the same command again for the rest."
     with stop.watch(options.max_hours), stop.outcome(outcome):
@@ -262,6 +276,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         if options.zoom:
             console.note(describe_zoom(predictor.config.data.img_size))
         _set_references(predictor, options)
+        require_known(wanted.modalities, predictor.modalities)
         result = predict_photos(predictor, photos, output, wanted, found.videos)
     return _tell(result, options.output, "inputs" if found.videos else "images")
 
@@ -306,6 +321,25 @@ def _set_references(predictor: Predictor, options: argparse.Namespace) -> None:
         predictor.set_reference_class(options.reference_class)
     if predictor.target is not None:
         decide_target(predictor.target, predictor.support_cache)
+
+
+def _with_modalities(
+    photos: Sequence[Photo], videos: Sequence[Photo], options: argparse.Namespace
+) -> list[Photo]:
+    """Return the photos with the files of ``--modality``, and say how many have each."""
+    folders = {name: Path(folder) for name, folder in options.modality}
+    if len(folders) < len(options.modality):
+        raise ConfigError("--modality: each name is given once, with one folder.")
+    if not folders:
+        return list(photos)
+    if videos:
+        raise ConfigError("--modality is for photos: predict the videos in another call.")
+    from camoxpert.inference.aligned import with_files
+
+    found, notes = with_files(photos, folders)
+    for note in notes:
+        console.note(note)
+    return found
 
 
 def _check_values(options: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
-"""``report``: one self-contained HTML page about a run or predictions; a ledger as a table."""
+"""``report``: one self-contained HTML page about a run, several runs or predictions; a ledger as a
+table."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from camoxpert import console
 from camoxpert.cli import no_overrides
 from camoxpert.cli.outputs import check_file
 from camoxpert.errors import CheckpointError, ConfigError, DataError
+from camoxpert.files import why_missing
 
 EXAMPLES = """examples:
   camoxpert report runs/NAME
+  camoxpert report runs/BASE runs/OTHER runs/OTHER-seed2 -o compared.html
   camoxpert report predictions/
   camoxpert report scores.jsonl --dataset NC4K --format latex"""
 
@@ -20,10 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "run", help="a run folder, a folder of `predict -o`, or a ledger of `evaluate --ledger`"
+        "run",
+        nargs="+",
+        help="a run folder, a folder of `predict -o`, or a ledger of `evaluate --ledger`; several "
+        "run folders are compared with the first",
     )
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="the page of a folder [FOLDER/report.html]"
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the page [FOLDER/report.html; of several runs comparison.html]",
     )
     ledger = parser.add_argument_group("of a ledger")
     ledger.add_argument("--dataset", nargs="+", metavar="NAME", help="only these data sets")
@@ -32,15 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ledger.add_argument(
         "--format",
         choices=("text", "markdown", "latex", "csv"),
-        default="text",
         help="of the table [text]",
     )
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
-    """Write the page of a folder, or print the ledger's table."""
+    """Write the page of a folder or of several, or print the ledger's table."""
     no_overrides(rest)
-    path = Path(options.run)
+    if len(options.run) > 1:
+        return _comparison([Path(run) for run in options.run], options)
+    path = Path(options.run[0])
     if path.is_file():
         if options.output:
             raise ConfigError("-o belongs to the page of a folder; a ledger's table is printed.")
@@ -61,6 +71,34 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         )
     check_file("-o", page)
     _predictions(path, page)
+    return 0
+
+
+def _comparison(paths: list[Path], options: argparse.Namespace) -> int:
+    for flag in ("dataset", "method", "measures", "format"):
+        if getattr(options, flag) is not None:
+            raise ConfigError(f"--{flag} is of a ledger; a comparison of runs shows everything.")
+    for path in paths:
+        if not (path / "config.yaml").is_file():
+            missing = "" if path.exists() else f" {why_missing(path)}"
+            raise CheckpointError(
+                f"{path} is not a run folder (it holds no config.yaml); only runs are compared."
+                f"{missing}"
+            )
+    # Compared with itself a run would count as two seeds.
+    places = [path.resolve() for path in paths]
+    twice = next((path for path in paths if places.count(path.resolve()) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is given twice. Leave one out.")
+    file = Path(options.output or "comparison.html")
+    check_file("-o", file)
+    from camoxpert.pages.comparison import compare_runs, comparison_text, write_comparison
+
+    page = compare_runs(paths)
+    for sentence in page.warnings:
+        console.warn(sentence)
+    console.say(comparison_text(page))
+    console.say(f"\n{write_comparison(page, file)}")
     return 0
 
 
@@ -101,6 +139,6 @@ def _ledger(path: Path, options: argparse.Namespace) -> int:
     unknown = [key for key in options.measures or () if key not in keys]
     if unknown:
         raise ConfigError(f"--measures: no row has {unknown[0]}; there are {', '.join(keys)}.")
-    make = tables.FORMATS[options.format]
+    make = tables.FORMATS[options.format or "text"]
     console.say(make(rows, tuple(options.measures or keys)).rstrip("\n"))
     return 0

@@ -22,7 +22,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoint", help="a run folder (its best weights) or a .pt file")
+    parser.add_argument(
+        "checkpoint", help="a run folder (its best weights), a .pt file or hf:USER/NAME"
+    )
     parser.add_argument(
         "--host",
         default=HOST,
@@ -59,6 +61,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError(f"--threshold must be between 0 and 1; {options.threshold:g} is not.")
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535; {options.port} is not.")
+    from camoxpert.inference.aligned import say_photographs_alone
     from camoxpert.inference.predictor import load_predictor
     from camoxpert.serve.server import Address, Server, serve
 
@@ -73,5 +76,6 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             max_pixels=options.max_pixels,
             zoom=options.zoom,
         )
+        say_photographs_alone(predictor.modalities, "serve")
         serve(server, predictor, threshold=options.threshold)
     return 0

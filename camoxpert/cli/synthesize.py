@@ -10,10 +10,12 @@ from camoxpert.cli import no_overrides
 from camoxpert.cli.outputs import check_folder
 from camoxpert.errors import ConfigError, DataError
 
+SENSORS = ("depth", "thermal")
 KINDS = ("toy", "relight", "compose", "counterfactual")
 EXAMPLES = """examples:
   camoxpert synthesize toy data/toy
   camoxpert synthesize toy data/scenes --referring --train 800
+  camoxpert synthesize toy data/sensors --modalities depth thermal
   camoxpert synthesize toy data/tiny --train 1000 --size 160 --object-size 0.002 0.01 --seed 1"""
 
 
@@ -55,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two objects of different kinds in every image, and a pair for each of them with the "
         "kind in its name: for models that are told by references which one to find",
     )
+    parser.add_argument(
+        "--modalities",
+        nargs="+",
+        choices=SENSORS,
+        default=[],
+        help="scenes that these sensors saw as well, for `train --modalities rgb ...`: each shows "
+        "decoys of its own, so that none alone tells what is hidden",
+    )
     parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal data [0]")
 
 
@@ -75,7 +85,13 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         raise ConfigError(
             "--object-size and --negatives are of scenes with one object; --referring draws two."
         )
+    if options.modalities and (options.object_size or options.negatives or options.referring):
+        raise ConfigError(
+            "--modalities makes scenes of its own: leave out --object-size, --negatives and "
+            "--referring."
+        )
     from camoxpert.synthesis.toy import check_object_size, generate_toy
+    from camoxpert.synthesis.toy_modalities import generate_views
     from camoxpert.synthesis.toy_scenes import generate_scenes
 
     object_size = tuple(options.object_size) if options.object_size else None
@@ -97,7 +113,11 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         "difficulty": options.difficulty,
         "seed": options.seed,
     }
-    if options.referring:
+    if options.modalities:
+        # Each once, in a fixed order.
+        chosen = [sensor for sensor in SENSORS if sensor in options.modalities]
+        generate_views(output, chosen, **common)
+    elif options.referring:
         generate_scenes(output, **common)
     else:
         generate_toy(output, object_size=object_size, num_negatives=options.negatives, **common)

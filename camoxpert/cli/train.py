@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from camoxpert.config import Config, to_yaml
 from camoxpert.config.flags import add_setting_flags, read_config
 from camoxpert.errors import CamoXpertError, ConfigError, DataError, Stopped
 from camoxpert.files import why_missing
+
+if TYPE_CHECKING:
+    from camoxpert.stages.chain import Chain, Stage
 
 EXAMPLES = """examples:
   camoxpert train --dataset-path COD10K-v3 --backbone edgenext_base --epochs 120 --lr 0.00025
@@ -29,7 +33,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check settings and the headers of the data, build everything, take one step, write "
         "nothing",
     )
+    add_stages_flag(parser)
     add_setting_flags(parser)
+
+
+def add_stages_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--stages``."""
+    parser.add_argument(
+        "--stages",
+        metavar="FILE",
+        help="YAML file of named trainings, each from the weights of the one before; what is kept "
+        "in the cache folder is not trained again (see configs/stages.yaml)",
+    )
+
+
+def read_settings(
+    options: argparse.Namespace, rest: list[str]
+) -> tuple[Config, Chain | None, list[Stage]]:
+    """Return the settings, the file of ``--stages``, and its stages; without it None and []."""
+    if not options.stages:
+        return read_config(options, rest), None, []
+    from camoxpert.stages.chain import read_chain
+
+    chain = read_chain(options.stages)
+    config = read_config(options, rest, beneath=chain.common)
+    return config, chain, chain.resolve(config)
 
 
 def check_data_given(config: Config) -> None:
@@ -54,20 +82,27 @@ def check_data_given(config: Config) -> None:
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Train; see ``training.session`` for the life of a run."""
     try:
-        config = read_config(options, rest)
+        config, _, stages = read_settings(options, rest)
+        runs = [stage.config for stage in stages] or [config]
         if options.print_config:
-            print(to_yaml(config), end="")
+            print("---\n".join(to_yaml(one) for one in runs), end="")
             return 0
-        check_data_given(config)
+        for one in runs:
+            check_data_given(one)
     except CamoXpertError as error:
         # Every process of torchrun finds the same: one on each machine says it.
         error.quiet = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
     from camoxpert.runtime.processes import restarts_left
+    from camoxpert.stages.run import preview, run_chain
     from camoxpert.training import session
 
     try:
-        if options.dry_run:
+        if stages and options.dry_run:
+            preview(stages)
+        elif stages:
+            run_chain(stages, argv=["camoxpert", *typed])
+        elif options.dry_run:
             session.dry_run(config)
         else:
             session.run(config, argv=["camoxpert", *typed])

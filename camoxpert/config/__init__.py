@@ -13,11 +13,13 @@ from camoxpert.config.load import (
     config_from_dict,
     load_config,
     read_yaml,
+    settings_of,
     to_yaml,
 )
 from camoxpert.config.loss import LossConfig
 from camoxpert.config.model import DECODERS, DISPATCH_NAMES, EXPERT_KINDS, ModelConfig
 from camoxpert.config.optim import SCHEDULERS, OptimConfig
+from camoxpert.config.quick import QuickConfig, quick_name, quick_words
 from camoxpert.config.run import RunConfig
 from camoxpert.config.schema import Leaf, get_setting, to_dict
 from camoxpert.config.train import SELECTION_MEASURES, TrainConfig
@@ -37,6 +39,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "QuickConfig",
     "RunConfig",
     "TrainConfig",
     "build_config",
@@ -46,7 +49,10 @@ __all__ = [
     "get_setting",
     "leaves",
     "load_config",
+    "quick_name",
+    "quick_words",
     "read_yaml",
+    "settings_of",
     "to_dict",
     "to_yaml",
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
-from camoxpert.config.data import DataConfig
+from camoxpert.config.data import RGB, DataConfig
 from camoxpert.config.guidance import EpisodeConfig, SupportConfig
 from camoxpert.config.model import EXPERT_KINDS, ModelConfig
+from camoxpert.config.optim import OptimConfig
 from camoxpert.config.schema import Leaf
 from camoxpert.config.train import TrainConfig
 from camoxpert.config.tree import Config
@@ -26,12 +28,17 @@ TYPE_NAMES: Mapping[Any, str] = {
 }
 
 
+MODALITY_NAME = re.compile("[a-z][a-z0-9]*")
+NOT_MODALITIES = ("image", "mask", "split", "class", "name", "dataset")
+"""Columns of a CSV that mean something else."""
+MOST_MODALITIES = 4
+"""Beside the photograph: 31 subsets are scored."""
 PATHS = frozenset(
     (
         *("data.roots", "data.test_roots", "data.clean_list", "data.cache_dir"),
         *("data.teacher", "data.unlabeled", "data.synthetic", "data.negatives"),
         *("model.weights", "model.init_from", "train.resume", "run.dir"),
-        *("model.support.weights", "data.episodes.references"),
+        *("model.support.weights", "data.episodes.references", "data.splits"),
     )
 )
 """Settings in which a leading ``~`` is the home folder: no shell expands it in a file."""
@@ -119,6 +126,9 @@ def check_conflicts(config: Config) -> None:
     _check_data(config.data)
     _check_model(config.model)
     _check_batches(train)
+    _check_quick(config)
+    _check_scaling(config)
+    _check_modalities(config)
     if config.data.episodes != EpisodeConfig() and not config.model.support.encoder:
         changed = "--reference-data" if config.data.episodes.references else "data.episodes"
         raise ConfigError(
@@ -171,6 +181,36 @@ def check_conflicts(config: Config) -> None:
         and not train.device.removeprefix("cuda:").isdigit()
     ):
         raise ConfigError(f"--device {train.device}: use auto, cpu, cuda, cuda:N or mps.")
+
+
+def _check_modalities(config: Config) -> None:
+    data, names = config.data, config.data.beside_rgb
+    for name in names:
+        if not MODALITY_NAME.fullmatch(name) or name in NOT_MODALITIES:
+            raise ConfigError(
+                f"--modalities {name}: the name of a modality is that of its folder or CSV column: "
+                f"small letters and digits, and none of {', '.join(NOT_MODALITIES)}."
+            )
+    if len(set(names)) < len(names) or len(names) > MOST_MODALITIES:
+        raise ConfigError(
+            f"--modalities {' '.join(data.modalities)}: name up to {MOST_MODALITIES} of them "
+            f"beside {RGB}, each once."
+        )
+    if not names and data.modality_dropout != DataConfig().modality_dropout:
+        raise ConfigError(
+            f"data.modality_dropout {data.modality_dropout:g} is for modalities beside the "
+            f"photograph, and none is named. Name them with --modalities, or leave it out."
+        )
+    beside = {
+        f"--decoder {config.model.decoder}": config.model.decoder != "moe",
+        f"--support-encoder {config.model.support.encoder}": bool(config.model.support.encoder),
+        "data.augment.compose": data.augment.compose > 0,
+    }
+    for setting in (setting for setting, given in beside.items() if names and given):
+        raise ConfigError(
+            f"{setting} does not work with --modalities {' '.join(data.modalities)}: it knows "
+            f"photographs alone. Leave one of the two out."
+        )
 
 
 def _check_data(data: DataConfig) -> None:
@@ -284,4 +324,35 @@ def _check_batches(train: TrainConfig) -> None:
         raise ConfigError(
             f"{asked} holds for both stages; --stage2-batch-size {train.stage2_batch_size} "
             f"contradicts it. Give one of them."
+        )
+
+
+def _check_quick(config: Config) -> None:
+    quick = config.train.quick
+    if quick.overfit_batches is None:
+        return
+    for flag, other in (
+        (f"--data-fraction {quick.data_fraction:g}", quick.data_fraction < 1),
+        (f"--limit-batches {quick.limit_batches}", quick.limit_batches is not None),
+    ):
+        if other:
+            raise ConfigError(
+                f"--overfit-batches {quick.overfit_batches} chooses the images of the run itself; "
+                f"{flag} contradicts it. Give one of them."
+            )
+
+
+def _check_scaling(config: Config) -> None:
+    optim = config.optim
+    if optim.scale_lr == "none":
+        if optim.base_batch != OptimConfig().base_batch:
+            raise ConfigError(
+                f"--base-batch {optim.base_batch} is the batch that --lr was meant for, and no "
+                f"scaling is asked for. Add --scale-lr linear or sqrt, or leave it out."
+            )
+        return
+    if optim.stage2_lr is not None:
+        raise ConfigError(
+            f"--scale-lr {optim.scale_lr} computes the rate of both stages from their batches; "
+            f"--stage2-lr {optim.stage2_lr:g} contradicts it. Give one of them."
         )

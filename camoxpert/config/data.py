@@ -9,6 +9,9 @@ from camoxpert.config.augment import AugmentConfig
 from camoxpert.config.guidance import EpisodeConfig
 from camoxpert.config.schema import setting
 
+RGB = "rgb"
+"""The photograph among the modalities; it is always there."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -71,9 +74,23 @@ class DataConfig:
     calibration_fraction: float = setting(
         0.05,
         "share of TRAIN, of either kind, set aside to calibrate the presence head after training: "
-        "at least 32 images of a kind, at most a quarter of them; 0: not calibrated",
+        "at least 60 images of a kind, but no more than a quarter of them unless this share is "
+        "larger; 0: not calibrated",
         minimum=0,
         maximum=0.5,
+    )
+    modalities: tuple[str, ...] = setting(
+        (),
+        "what other sensors saw of the same scene, read beside the photographs, for example rgb "
+        "depth thermal: folders of these names next to the images, or columns of a CSV",
+        flag="--modalities",
+    )
+    modality_dropout: float = setting(
+        0.4,
+        "share of the images that training shows as the photograph alone, so that the model also "
+        "works without --modalities; the others are shown with all they have, or with a part of it",
+        minimum=0.3,
+        maximum=1,
     )
     layout: str = setting(
         "auto", "name of a known layout, or auto to recognise it", flag="--layout"
@@ -108,6 +125,14 @@ class DataConfig:
         flag="--val-fraction",
         minimum=0,
         maximum=0.5,
+    )
+    splits: str = setting(
+        "",
+        "splits.json of `crossval`: the images of --fold validate, in place of --val-fraction",
+        flag="--splits",
+    )
+    fold: int | None = setting(
+        None, "the fold of --splits that is held out, from 1", flag="--fold", minimum=1
     )
     group_copies: bool = setting(
         True,
@@ -188,3 +213,8 @@ class DataConfig:
     )
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     episodes: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
+
+    @property
+    def beside_rgb(self) -> tuple[str, ...]:
+        """The modalities beside the photograph, in the order of the model's inputs."""
+        return tuple(name for name in self.modalities if name != RGB)

@@ -78,8 +78,16 @@ def group_of(path: str) -> str:
     return fits[max((start for start in fits if path.startswith(start)), key=len)]
 
 
-def read_config(options: argparse.Namespace, rest: Sequence[str]) -> Config:
-    """Merge defaults, file, flags and overrides of one command line."""
+def read_config(
+    options: argparse.Namespace, rest: Sequence[str], beneath: Mapping[str, Any] | None = None
+) -> Config:
+    """Merge defaults, file, flags and overrides of one command line.
+
+    Args:
+        options: what was typed.
+        rest: the overrides.
+        beneath: settings of another file, between those of ``--config`` and what was typed.
+    """
     types = accepted()
     typed = {path: value for path, value in vars(options).items() if path in types}
     overrides = list(rest)
@@ -91,7 +99,7 @@ def read_config(options: argparse.Namespace, rest: Sequence[str]) -> Config:
         path: parse_text(value, types[path], path) if isinstance(value, str) else value
         for path, value in typed.items()
     }
-    return load_config(file=options.config, flags=flags, overrides=overrides)
+    return load_config(file=options.config, flags={**(beneath or {}), **flags}, overrides=overrides)
 
 
 def _declare(

@@ -72,6 +72,19 @@ def build_config(values: Mapping[str, Any]) -> Config:
     return config
 
 
+def settings_of(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return nested or dotted settings of a file as dotted path -> value, not checked yet.
+
+    Args:
+        tree: the settings.
+        source: ends the text of an error, as `` (in FILE)``.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    return _flatten(tree, source)
+
+
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
     """Rebuild a tree that ``to_dict`` made, for example the one inside a checkpoint."""
     return build_config(_flatten(tree, ""))

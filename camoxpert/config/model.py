@@ -28,8 +28,8 @@ class ModelConfig:
     )
     init_from: str = setting(
         "",
-        "start from an own model (a run, a checkpoint, a folder or file of shared weights): all "
-        "that fits is taken, what does not is listed",
+        "start from an own model (a run, a checkpoint, a folder or file of shared weights, or "
+        "hf:USER/NAME): all that fits is taken, what does not is listed",
         flag="--init-from",
     )
     upcycle_noise: float = setting(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from camoxpert.config.schema import setting
 
 SCHEDULERS = ("cosine", "poly", "linear", "step", "constant", "onecycle")
+LR_SCALINGS = ("none", "linear", "sqrt")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,16 @@ class OptimConfig:
     )
     stage2_lr: float | None = setting(
         None, "peak learning rate of stage 2; unset: the same as --lr", flag="--stage2-lr", above=0
+    )
+    scale_lr: str = setting(
+        "none",
+        "scale the rate from --base-batch to the images of an optimizer step over all processes: "
+        "linear (Goyal et al., 2017), or by the square root, as AdamW's theory has it",
+        flag="--scale-lr",
+        choices=LR_SCALINGS,
+    )
+    base_batch: int = setting(
+        16, "images per step that --lr is meant for", flag="--base-batch", minimum=1
     )
     backbone_lr_scale: float | None = setting(
         None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
+from camoxpert.config.quick import QuickConfig
 from camoxpert.config.schema import setting
 
 PRESET_NAMES = ("auto", "tiny", "standard", "full")
@@ -129,3 +131,4 @@ class TrainConfig:
     process_timeout: float = setting(
         600.0, "seconds that the ranks of torchrun wait for each other", above=0
     )
+    quick: QuickConfig = dataclasses.field(default_factory=QuickConfig)

@@ -115,6 +115,8 @@ def build_loader(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    batches: int | None = None,
+    by_heart: bool = False,
 ) -> Batches:
     """Build a loader of training batches.
 
@@ -126,6 +128,7 @@ def build_loader(
         batch_size: samples per batch in this process.
         seed: seed of the order and of the augmentation.
         rank, world_size: rank of this process, and number of processes that share an epoch.
+        batches, by_heart: fewer batches an epoch, or the same repeated; see ``EpochSampler``.
     """
     transform = sample_transform(data, seed, plan.scenes)
     mix = mix_of(manifest, data)
@@ -141,6 +144,8 @@ def build_loader(
             Mixed(mix.negatives, mix.negatives_seen, NEGATIVE_STREAM),
             Mixed(mix.unlabeled, mix.unlabeled_seen, UNLABELED_STREAM),
         ),
+        batches=batches,
+        by_heart=by_heart,
     )
     if plan.cache is not None and plan.on_device and plan.num_workers == 0:
         return CacheReader(
@@ -152,6 +157,7 @@ def build_loader(
             pin_memory=plan.pin_memory,
             skip=skippable(data, len(manifest)),
             soft=plan.soft,
+            modalities=data.beside_rgb,
         )
     dataset = PairDataset(
         manifest, data, transform, cache=plan.cache, raw=plan.on_device, soft=plan.soft
@@ -161,7 +167,7 @@ def build_loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        collate_fn=collate_raw if plan.on_device else collate,
+        collate_fn=partial(collate_raw if plan.on_device else collate, modalities=data.beside_rgb),
         pin_memory=plan.pin_memory,
         **_worker_options(data, plan.num_workers, data.persistent_workers, plan.prefetch),
     )

@@ -14,9 +14,10 @@ from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.roots import Root, read_root, with_distinct_names
 from camoxpert.data.files.split import split_validation
 from camoxpert.doctor.copies import Match, families_of, find_all_copies, fingerprints
-from camoxpert.doctor.families import copy_families
+from camoxpert.doctor.families import inseparable
 from camoxpert.doctor.finding import Finding
 from camoxpert.doctor.inspect import MaskShape, PairFacts, identical_files, inspect_pairs
+from camoxpert.doctor.registration import check_modalities
 from camoxpert.errors import DataError
 from camoxpert.files import write_rows
 from camoxpert.metrics.groups import SIZES
@@ -63,7 +64,12 @@ def examine_data(data: DataConfig, *, seed: int = 42, copies: bool = True) -> Ex
     """
     found = Examination()
     search = Search(
-        data.layout, data.noncam, {}, data.allow_outside, any_size=data.resize == "bilinear"
+        data.layout,
+        data.noncam,
+        {},
+        data.allow_outside,
+        any_size=data.resize == "bilinear",
+        modalities=data.beside_rgb,
     )
     roots = with_distinct_names(_read_roots(data.roots, search, found))
     pairs = [pair for root in roots for pair in _find_pairs(root, found)]
@@ -73,6 +79,8 @@ def examine_data(data: DataConfig, *, seed: int = 42, copies: bool = True) -> Ex
     found.facts = inspect_pairs(pairs, max_pixels=data.max_pixels, pictures=SHEET_PICTURES)
     _check_files(found)
     _check_masks(found)
+    sound = [facts.pair for facts in found.facts if not facts.faults]
+    found.findings += check_modalities(sound, data.beside_rgb, max_pixels=data.max_pixels)
     _check_objects(found)
     validation = _check_training(found, data, search, seed)
     _check_copies(found, validation, copies, data.max_pixels)
@@ -86,7 +94,12 @@ def _read_roots(roots: Sequence[str], search: Search, found: Examination) -> lis
         try:
             read.append(
                 read_root(
-                    Path(root), search.layout, search.noncam, search.allow_outside, search.any_size
+                    Path(root),
+                    search.layout,
+                    search.noncam,
+                    search.allow_outside,
+                    search.any_size,
+                    search.modalities,
                 )
             )
         except DataError as error:
@@ -306,7 +319,7 @@ def _check_training(
     if loaded.given is not None:
         validation = loaded.given
     else:
-        families = copy_families(loaded.whole, data) if data.group_copies else []
+        families = inseparable(loaded.whole, data)
         _, validation = split_validation(loaded.whole, data.val_fraction, seed, families)
     return {(pair.dataset, pair.name) for pair in validation.pairs}
 

@@ -1,9 +1,11 @@
-"""Families of training pictures that are copies of each other, kept in the cache folder."""
+"""Families of training pictures that a split never separates: copies of each other, which are kept
+in the cache folder, and those of one series."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 
 from camoxpert import console
 from camoxpert.config import DataConfig
@@ -18,6 +20,30 @@ VERSION = 1
 """Increased when the search changes what it finds."""
 MOST_IMAGES = 12_000
 """Every picture is compared with every other: two minutes for this many on two cores."""
+
+
+def inseparable(manifest: Manifest, data: DataConfig, *, write: bool = True) -> list[list[int]]:
+    """Return the positions of pictures that stay on one side of a split, family by family.
+
+    A family holds copies (unless ``group_copies`` is off) and pictures of one series of a data set,
+    and what either of them is joined with.
+
+    Args:
+        manifest: the training data.
+        data: settings.
+        write: keep the copies found.
+    """
+    series: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, pair in enumerate(manifest.pairs):
+        if pair.series:
+            series[pair.dataset, pair.series].append(index)
+    families = list(series.values())
+    if data.group_copies and len(manifest) > 1:
+        families += copy_families(manifest, data, write=write)
+    if not series:
+        return families
+    pairs = [(family[0], other) for family in families for other in family[1:]]
+    return sorted(families_of(pairs))
 
 
 def copy_families(manifest: Manifest, data: DataConfig, *, write: bool = True) -> list[list[int]]:

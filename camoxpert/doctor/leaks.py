@@ -69,7 +69,9 @@ def find_leaks(pairs: Sequence[Pair], search: LeakSearch) -> dict[int, str]:
             )
     left = [position for position in range(len(pairs)) if position not in leaks]
     if left and tests:
-        copies = _copies([pairs[n].image for n in left], [pair.image for _, pair in tests], search)
+        copies = copies_of(
+            [pairs[n].image for n in left], [pair.image for _, pair in tests], search
+        )
         for a, b, how in copies:
             name, pair = tests[b]
             leaks.setdefault(left[a], f"it is a copy of {pair.name} in the test set {name} ({how})")
@@ -95,7 +97,7 @@ def _real(path: Path) -> str:
     return str(path.resolve())
 
 
-def _copies(
+def copies_of(
     sources: Sequence[Path], tests: Sequence[Path], search: LeakSearch
 ) -> list[tuple[int, int, str]]:
     """Return (source, test image, how) of copies; results are kept by what the files are."""

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from camoxpert.data.files.image_io import write_jpeg
 from camoxpert.evaluation.results import GalleryEntry
-from camoxpert.evaluation.tables import safe_name
 from camoxpert.metrics.scoring import Claim, Row
+from camoxpert.text import safe_name
 
 Picture = NDArray[np.uint8]
 SHOWN = ("wFmeasure", "Smeasure", "MAE")

@@ -35,7 +35,7 @@ from camoxpert.evaluation.results import (
     note_void,
     summarise,
 )
-from camoxpert.evaluation.tables import file_names
+from camoxpert.evaluation.subsets import score_subsets
 from camoxpert.files import file_digest, leads_outside, why_missing
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.runtimes import is_exported
@@ -43,7 +43,8 @@ from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel, side_by_side
-from camoxpert.text import count, shorten
+from camoxpert.runs.hub import repo_of
+from camoxpert.text import count, file_names, shorten
 
 
 def find_sets(
@@ -63,6 +64,7 @@ def find_sets(
     for path in paths:
         if not Path(path).exists():
             raise DataError(f"--data: {why_missing(path)}")
+    search = replace(search, modalities=predictor.modalities)
     if paths:
         sets = load_eval(paths, search, split=split)
         for note in dict.fromkeys(note for manifest in sets.values() for note in manifest.notes):
@@ -102,21 +104,27 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def method_name(predictor: Predictor) -> str:
-    """Return the name of a model in tables: its run's, or its file's; ``-zoom`` at two sizes."""
+    """Return the name of a model in tables: its run's, its repository's on the Hub, or its file's;
+    ``-zoom`` at two sizes."""
     folder = run_folder(predictor.checkpoint.path)
-    name = predictor.checkpoint.path.stem if folder is None else folder.resolve().name
+    name = _own_name(predictor.checkpoint.path) if folder is None else folder.resolve().name
     return f"{name}-zoom" if predictor.zoom else name
 
 
+def _own_name(checkpoint: Path) -> str:
+    return repo_of(checkpoint).rpartition("/")[2] or checkpoint.stem
+
+
 def default_output(checkpoint: Path) -> Path:
-    """Return where results go: ``evaluation`` in the run folder, else ``evaluation/FILE``.
+    """Return where results go: ``evaluation`` in the run folder, else ``evaluation/FILE``, or
+    ``evaluation/NAME`` of a model on the Hub.
 
     Raises:
         DataError: the run, which may come from somebody else, has a symlink there.
     """
     folder = run_folder(checkpoint)
     if folder is None:
-        return Path("evaluation", checkpoint.stem)
+        return Path("evaluation", _own_name(checkpoint))
     if leads_outside(folder, folder / "evaluation" / "file"):
         raise DataError(
             f"{folder / 'evaluation'} is a symlink that leads out of {folder}. Remove it, or name "
@@ -216,6 +224,17 @@ def evaluate_model(
                 num_workers=num_workers,
             )
             item = replace(item, result=replace(item.result, shots=table))
+        if predictor.modalities:
+            by_subset = score_subsets(
+                predictor,
+                name,
+                manifest,
+                data,
+                options,
+                batch_size=batch_size,
+                num_workers=num_workers,
+            )
+            item = replace(item, result=replace(item.result, modalities=by_subset))
         scored.append(item)
         if output is not None:
             gallery += pictures.write(output.unfinished, name, method)
@@ -256,6 +275,7 @@ def _reading(predictor: Predictor, unreadable: str) -> DataConfig:
         img_size=predictor.img_size,
         max_pixels=predictor.config.data.max_pixels,
         unreadable=unreadable,
+        modalities=predictor.modalities,
     )
 
 

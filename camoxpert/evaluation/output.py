@@ -36,7 +36,6 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.results import GalleryEntry, Scored, compare_all
 from camoxpert.evaluation.tables import (
-    file_names,
     write_curves,
     write_presence,
     write_robustness,
@@ -53,6 +52,7 @@ from camoxpert.files import (
 )
 from camoxpert.pages.evaluation import write_evaluation_page
 from camoxpert.runs.info import versions
+from camoxpert.text import file_names
 
 UNFINISHED = ".evaluation-"
 """How the names of unfinished folders, and of the lock, begin."""

@@ -14,7 +14,7 @@ from camoxpert.errors import DataError
 from camoxpert.evaluation.experts import ExpertTable
 from camoxpert.evaluation.options import ScoringOptions
 from camoxpert.evaluation.robustness import Robustness
-from camoxpert.evaluation.shots import ShotTable
+from camoxpert.evaluation.shots import ShotTable, SubsetTable
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.groups import count_label, size_label
 from camoxpert.metrics.presence import PresenceScores, presence_scores
@@ -88,6 +88,8 @@ class EvaluationResult:
         experts: what each expert was chosen for; None: the model has no choice of experts.
         presence: how well images with an object are told from those without; None: all have one.
         shots: scores by the number of references; None: not asked for.
+        modalities: scores by what the model is shown of each image; None: it takes photographs
+            alone, or the images have nothing else.
     """
 
     dataset: str
@@ -108,12 +110,13 @@ class EvaluationResult:
     experts: ExpertTable | None = None
     presence: PresenceScores | None = None
     shots: ShotTable | None = None
+    modalities: SubsetTable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         source = asdict(values.pop("source"))
-        for name in ("robustness", "experts", "presence", "shots"):
+        for name in ("robustness", "experts", "presence", "shots", "modalities"):
             part = values.pop(name)
             if part is not None:
                 values[name] = asdict(part)
@@ -210,7 +213,12 @@ def summarise(
     enough = options.intervals and len(rows) > 1
     ends = confidence_intervals(Scores(evaluator)) if enough else {}
     claims = evaluator.claims()
-    presence = presence_scores(claims, probabilities, intervals=options.intervals)
+    presence = presence_scores(
+        claims,
+        probabilities,
+        from_files=isinstance(source, MapSource),
+        intervals=options.intervals,
+    )
     columns: dict[str, Row] = {name: {} for name in claims}
     for name, probability in (probabilities or {}).items():
         columns[name]["presence"] = probability

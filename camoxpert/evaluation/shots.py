@@ -62,6 +62,25 @@ class ShotTable:
     cache: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class SubsetTable:
+    """The scores of one model on one data set by what it is shown of each image.
+
+    Attributes:
+        images: of the data set.
+        have: modality -> how many of the images have it.
+        rows: one per subset, the photograph alone first; differences are to it. Images of which a
+            subset shows nothing are left out of its row; one that lacks a part is shown the rest.
+        mean, worst: measure -> mean of the rows, and the worst of them.
+    """
+
+    images: int
+    have: dict[str, int]
+    rows: tuple[ShotScore, ...]
+    mean: dict[str, float]
+    worst: dict[str, float]
+
+
 class Shots:
     """Which references each image of a data set is shown with.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from camoxpert import console
 from camoxpert.files import write_bytes
 from camoxpert.pages import charts, retention, tables
 from camoxpert.pages.presence import presence_table
-from camoxpert.text import free_name
+from camoxpert.text import safe_name
 
 SUFFIXES = (("csv", "csv"), ("md", "markdown"), ("tex", "latex"))
 """Endings of table files, and the formats in them."""
@@ -92,16 +91,3 @@ def write_curves(
             console.warn(f"no curves are drawn: {error}")
             return
         write_bytes(folder / f"{files[dataset]}.png", picture)
-
-
-def safe_name(name: str) -> str:
-    """Return a file name for any text, without path separators and leading dots."""
-    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "unnamed"
-
-
-def file_names(names: Iterable[str]) -> dict[str, str]:
-    """Return a file name for each name, unique on case-insensitive disks as well."""
-    files: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        files[name] = free_name(safe_name(name), files.values())
-    return files

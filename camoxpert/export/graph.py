@@ -45,6 +45,8 @@ class ExportGraph(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(network).eval()
         self.network.search_for(None)
+        # The graph takes photographs alone: what other sensors saw is not part of it.
+        self.network.modalities = None
         for index, level in enumerate(self.network.moe_levels):
             level.dispatch = "dense"
             if kept is not None:

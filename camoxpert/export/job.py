@@ -42,6 +42,7 @@ from camoxpert.export.write import (
     write_torch,
 )
 from camoxpert.files import file_digest, write_json
+from camoxpert.inference.aligned import say_photographs_alone
 from camoxpert.inference.exported import LAYOUT, ExportedNetwork, memory_of
 from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.runtimes import is_exported, open_runtime
@@ -106,6 +107,7 @@ def export_model(
     network = predictor.network
     assert isinstance(network, CamoXpert)
     check_exportable(network, static=options.static is not None)
+    say_photographs_alone(predictor.modalities, "the exported file")
     with tempfile.TemporaryDirectory(prefix="camoxpert-export-") as scratch:
         images = _gate_images(predictor, options, search or Search("auto", "exclude"), scratch)
         data = DataConfig(img_size=predictor.img_size, max_pixels=predictor.max_pixels)

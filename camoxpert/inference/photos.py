@@ -16,7 +16,8 @@ from torch import Tensor
 
 from camoxpert import console, stop
 from camoxpert.errors import CheckpointError, ConfigError
-from camoxpert.files import file_digest, write_json
+from camoxpert.files import write_json
+from camoxpert.inference.aligned import planes_of
 from camoxpert.inference.annotations import (
     begin_coco,
     join_coco,
@@ -38,10 +39,12 @@ from camoxpert.inference.ledger import (
 from camoxpert.inference.local import LocalEngine
 from camoxpert.inference.plan import (
     Settings,
+    digest_of,
     make_plan,
     model_digest,
     not_merged,
     remove_unfinished,
+    state_of,
 )
 from camoxpert.inference.prediction import KINDS, PICTURES, Prediction, emptied
 from camoxpert.inference.predictor import Predictor, load_predictor
@@ -77,6 +80,7 @@ class PhotoOptions:
         views: tiles and augmentation.
         limit: predict at most this many of the photos and videos that are left to do.
         video: how videos are predicted.
+        modalities: names of what the photos come with beside themselves.
     """
 
     kinds: Sequence[str] = PICTURES
@@ -91,6 +95,7 @@ class PhotoOptions:
     ray_actors: int | None = None
     views: ViewOptions = ONE_VIEW
     video: VideoOptions = field(default_factory=VideoOptions)
+    modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -169,17 +174,19 @@ class PhotoStages:
             DataError: it cannot be read.
         """
         started = time.monotonic()
-        before = source_of(photo.path)
-        pixels = read_pixels(photo, max_pixels=self.predictor.max_pixels)
-        digest = file_digest(photo.path) if before is not None else None
+        before = state_of(photo.files)
+        limit = self.predictor.max_pixels
+        pixels = read_pixels(photo, max_pixels=limit)
+        planes = planes_of(photo, self.predictor.modalities, pixels, max_pixels=limit)
+        digest = digest_of(photo.files) if before is not None else None
         decoded = time.monotonic()
-        inputs, size = self.views.inputs(pixels), (pixels.shape[0], pixels.shape[1])
+        inputs, size = self.views.inputs(pixels, planes), (pixels.shape[0], pixels.shape[1])
         return PhotoSample(
             inputs,
             size,
             pixels if set(self.kinds) & set(ORIGINAL) else None,
             # A file that changes while it is read has no known content.
-            before if source_of(photo.path) == before else None,
+            before if state_of(photo.files) == before else None,
             digest,
             {"read": decoded - started, "resize": time.monotonic() - decoded},
             self.views.held_bytes(inputs, size),
@@ -325,6 +332,7 @@ def predict_photos(
         presence=predictor.has_presence or None,
         min_presence=options.min_presence,
         reference=None if predictor.target is None else predictor.target.name,
+        modalities=list(options.modalities) or None,
         **asdict(options.views),
     )
     views = predictor.views(options.views)
@@ -358,7 +366,7 @@ def predict_photos(
                 engine = _choose_engine(predictor, settings, output, options)
                 if options.ray:
                     # Workers on other nodes have another working directory.
-                    plan.todo = [Photo(Path(os.path.abspath(p.path)), p.name) for p in plan.todo]
+                    plan.todo = [anywhere(photo) for photo in plan.todo]
                 do_items(engine, plan.todo, ledger, result, "predict")
                 result.summary = engine.summary()
                 if result.summary.get("deaths") and shard is None:
@@ -378,6 +386,12 @@ def predict_photos(
         name = SUMMARY if shard is None else f"predict.{shard.number}-of-{shard.of}.json"
         write_json(output / name, result.summary, durable=False)
     return result
+
+
+def anywhere(photo: Photo) -> Photo:
+    """Return a photo whose files are found from any working directory."""
+    more = tuple((name, Path(os.path.abspath(path))) for name, path in photo.modalities)
+    return Photo(Path(os.path.abspath(photo.path)), photo.name, more)
 
 
 def _choose_engine(

@@ -30,7 +30,7 @@ from camoxpert.text import bullet_list, count
 COMPARED = {"model": "model", "img_size": "image size", "precision": "precision",
             "threshold": "threshold", "tile": "--tile", "overlap": "--overlap",
             "tta": "--tta", "zoom": "--zoom", "min_presence": "--min-presence",
-            "reference": "reference"}  # fmt: skip
+            "reference": "reference", "modalities": "--modality"}  # fmt: skip
 """Settings that change pictures or table, and their names in messages."""
 TEMPORARY = re.compile(r"\.\w+\.tmp")
 """Names of files that are not written to the end: see ``files.write_whole``."""
@@ -80,6 +80,7 @@ class Settings:
         presence: whether the model has the presence head; None: no.
         min_presence: maps of images whose presence is lower are empty; None: every map stays.
         reference: name of what is searched for, see ``references.Target``; None: any object.
+        modalities: what the photos come with, by name; None: nothing.
     """
 
     model: str
@@ -94,6 +95,7 @@ class Settings:
     presence: bool | None = None
     min_presence: float | None = None
     reference: str | None = None
+    modalities: list[str] | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return the head of the ledger."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from camoxpert.config import TrainConfig
 from camoxpert.data.samples.augment import image_sides
 from camoxpert.errors import CheckpointError, ConfigError, DataError
+from camoxpert.inference.aligned import aligned
 from camoxpert.inference.batching import BatchSize
 from camoxpert.inference.engine import Pipeline
 from camoxpert.inference.exported import ExportedNetwork, open_exported
@@ -29,9 +31,12 @@ from camoxpert.inference.timing import Timing
 from camoxpert.inference.tta import Looked
 from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
 from camoxpert.models.backbone import BACKBONES
-from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.models.camoxpert import CamoXpert, build_model, require_fit
+from camoxpert.models.modalities import all_there_is, require_known
 from camoxpert.models.zoom import Zoomed, zoomed_side
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
+from camoxpert.runs.hub import hub_name, push
+from camoxpert.runs.share import save_shared
 from camoxpert.runtime.device import (
     Precision,
     check_architecture,
@@ -88,19 +93,30 @@ class Predictor(Searching):
         sides = image_sides(self.config.data)
         if self.zoom:
             sides = (*sides, zoomed_side(self.img_size))
+        weights, path = self.checkpoint.evaluated_weights, self.checkpoint.path
         try:
-            built = build_model(self.checkpoint.model_config, sides=sides)
+            beside = self.config.data.beside_rgb
+            config = self.checkpoint.model_config
+            if path.suffix == ".safetensors":
+                # Shared by somebody, who may have written any settings beside them.
+                require_fit(config, weights, sides=sides, modalities=beside)
+            built = build_model(config, sides=sides, modalities=beside)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         except ConfigError as error:
             if not self.zoom:
                 raise
             raise ConfigError(f"--zoom looks at images at two sizes. {error}") from error
         try:
-            built.load_state_dict(self.checkpoint.evaluated_weights)
+            built.load_state_dict(weights)
         except RuntimeError as error:
-            raise CheckpointError(
-                f"{self.checkpoint.path} does not fit its own settings: {error}"
-            ) from error
+            raise CheckpointError(f"{path} does not fit its own settings: {error}") from error
         return built
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model can be given beside photographs; an exported file takes nothing."""
+        return () if self.exported is not None else self.config.data.beside_rgb
 
     @property
     def has_presence(self) -> bool:
@@ -130,6 +146,55 @@ class Predictor(Searching):
                 "--noncam include."
             )
 
+    def save_pretrained(self, folder: str | Path, *, licence: str = "", repo: str = "") -> Path:
+        """Save the evaluated weights to give away: ``load`` takes the folder.
+
+        Args:
+            folder: gets ``model.safetensors``, ``config.json`` and ``README.md``, a model card;
+                a model that was saved there before is replaced.
+            licence: of these weights, as the Hub writes it, such as ``mit``; "": the one that they
+                had, or none.
+            repo: ``USER/NAME`` for the commands of the card.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: the folder holds other files of these names, or the model was exported.
+            CheckpointError: the folder cannot be written.
+        """
+        if self.exported is not None:
+            raise ConfigError(
+                f"{self.checkpoint.path} was exported, and its weights cannot be taken out again. "
+                "Share the run or checkpoint that it was exported from."
+            )
+        place = Path(folder).expanduser()
+        return save_shared(place, self.checkpoint, licence=licence, repo=repo)
+
+    def push_to_hub(
+        self, name: str, *, private: bool = False, licence: str = "", message: str = ""
+    ) -> str:
+        """Upload the evaluated weights to the Hugging Face Hub as one commit.
+
+        Args:
+            name: ``USER/NAME``, or ``USER/NAME@BRANCH``; both are created where they are missing.
+            private: whether a repository that is created is private.
+            licence: see ``save_pretrained``.
+            message: of the commit.
+
+        Returns:
+            The address of its page.
+
+        Raises:
+            ConfigError: a wrong name, a repository with the model of another library, or the extra
+                ``hub`` is missing.
+            CheckpointError: the Hub cannot be reached, or does not let you write.
+        """
+        target = hub_name(name)
+        with tempfile.TemporaryDirectory(prefix="camoxpert-share-") as scratch:
+            folder = self.save_pretrained(scratch, licence=licence, repo=target.repo)
+            return push(folder, target, private=private, message=message)
+
     @overload
     def predict(
         self,
@@ -141,6 +206,7 @@ class Predictor(Searching):
         overlap: float | None = ...,
         tta: str | None = ...,
         min_presence: float | None = ...,
+        modalities: Mapping[str, ImageInput] | None = ...,
     ) -> Prediction: ...
 
     @overload
@@ -154,6 +220,7 @@ class Predictor(Searching):
         overlap: float | None = ...,
         tta: str | None = ...,
         min_presence: float | None = ...,
+        modalities: Sequence[Mapping[str, ImageInput]] | None = ...,
     ) -> list[Prediction]: ...
 
     def predict(
@@ -166,6 +233,7 @@ class Predictor(Searching):
         overlap: float | None = None,
         tta: str | None = None,
         min_presence: float | None = None,
+        modalities: Mapping[str, ImageInput] | Sequence[Mapping[str, ImageInput]] | None = None,
     ) -> Prediction | list[Prediction]:
         """Find the hidden objects in one image, or in each of a list.
 
@@ -175,6 +243,9 @@ class Predictor(Searching):
             threshold: probability above which a pixel counts as object, 0..1.
             batch_size: images or tiles per forward pass.
             tile, overlap, tta, min_presence: see ``stream``.
+            modalities: what other sensors saw of the image, by name: files, or arrays (H, W) of the
+                values that were measured (not finite, or 0 in 16 bits: unknown); of a list of
+                images one such mapping for each. Any may be missing.
 
         Returns:
             A Prediction, or a list of them in order.
@@ -192,9 +263,13 @@ class Predictor(Searching):
             tta=tta,
             min_presence=min_presence,
         )
+        given: Any = images if isinstance(images, (list, tuple)) else [images]
+        if modalities is not None:
+            given = aligned(given, modalities)
+            require_known([name for one in given for name in one.modalities], self.modalities)
         if isinstance(images, (list, tuple)):
-            return list(stream(images))
-        (prediction,) = stream([images])
+            return list(stream(given))
+        (prediction,) = stream(given)
         return dataclasses.replace(prediction, name=name_of(images, "image"))
 
     def stream(
@@ -267,6 +342,7 @@ class Predictor(Searching):
             views or self.views(ONE_VIEW),
             min_presence,
             max_pixels=self.max_pixels,
+            modalities=self.modalities,
         )
         with Pipeline(
             stages,
@@ -289,9 +365,17 @@ class Predictor(Searching):
 
     def look(self, images_BCHW: Tensor) -> Looked:
         """Return float32 logits of prepared images (B, 3, S, S) on the device, with the presence
-        head together with the probabilities (B,) that they hold any object."""
+        head together with the probabilities (B,) that they hold any object.
+
+        Images may have the planes of the model's modalities as further channels, all 0 for one that
+        is missing.
+        """
+        given: tuple[Any, ...] = (images_BCHW,)
+        if images_BCHW.shape[1] > 3:
+            seen = all_there_is(images_BCHW[:, 3:])
+            given = (images_BCHW[:, :3], None, seen)
         with self.precision.autocast(self.device):
-            output = self.model(images_BCHW)
+            output = self.model(*given)
         logits: Tensor = output.logits_B1HW.float()
         presence = presence_of(self.model, output)
         return logits if presence is None else (logits, presence)
@@ -333,7 +417,7 @@ def load_predictor(
     """Load a predictor from a checkpoint file, a run folder or a folder of shared weights.
 
     Args:
-        path: where the model is; or a file that ``export`` wrote.
+        path: where the model is, or ``hf:USER/NAME@REVISION``; or a file that ``export`` wrote.
         device, precision, zoom: as the flags of ``predict``.
         max_pixels: larger images are refused; None: as in training.
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.runs.hub import is_hub_name
 
 Array = NDArray[Any]
 ABOUT = "camoxpert"
@@ -146,8 +147,8 @@ RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVino] | type[TorchProgram]] = {
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether a path is named like an exported file."""
-    return path.suffix.lower() in RUNTIMES
+    """Return whether a path is named like an exported file; names of the Hub may end like one."""
+    return path.suffix.lower() in RUNTIMES and not is_hub_name(path)
 
 
 def open_runtime(path: Path, device: torch.device, precision: str = "") -> Runtime:

@@ -22,6 +22,7 @@ from camoxpert.metrics.device import DeviceScorer
 from camoxpert.metrics.scoring import Row
 from camoxpert.models.camoxpert import ModelOutput
 from camoxpert.models.guidance import Reference
+from camoxpert.models.modalities import Modalities, all_there_is
 from camoxpert.models.router import Routing, first_choices
 from camoxpert.runtime.device import Precision
 
@@ -41,6 +42,8 @@ class Item:
         size: (height, width) of the original.
         mask: uint8 (H, W), 0 or 255, VOID on pixels that are not scored.
         original: uint8 RGB (H, W, 3), or None if the loader does not keep it.
+        planes: uint8 (M, S, S), what other sensors saw, 0 where nothing is known; None: nothing is
+            read beside the images.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Item:
     size: tuple[int, int]
     mask: NDArray[np.uint8]
     original: NDArray[np.uint8] | None
+    planes: Tensor | None = None
 
 
 Seen = Callable[[Item, Callable[[], NDArray[np.uint8]], Row], None]
@@ -73,6 +77,8 @@ class Maps(NamedTuple):
     presence_B: Tensor | None
 
 
+Shown = Callable[[Modalities], Modalities]
+"""Called with all that there is of the images of a forward pass; returns what of it counts."""
 References = Callable[[Sequence[Item]], Reference]
 """Called with the images of a forward pass."""
 
@@ -85,6 +91,7 @@ def probability_maps(
     *,
     precision: Precision | None = None,
     reference: Reference | None = None,
+    modalities: Modalities | None = None,
 ) -> Maps:
     """Return one probability map per image at its own size, the routing, and the presence.
 
@@ -96,12 +103,14 @@ def probability_maps(
         sizes: (height, width) of every original image.
         precision: number format of the forward pass; None: the format of the weights.
         reference: what each image is searched for; None: what the model was told, if anything.
+        modalities: what other sensors saw; None: nothing.
 
     Returns:
         Tensors on the device.
     """
     with nullcontext() if precision is None else precision.autocast(images_BCHW.device):
-        output = model(images_BCHW) if reference is None else model(images_BCHW, reference)
+        more = () if reference is None and modalities is None else (reference, modalities)
+        output = model(images_BCHW, *more)
     logits = output.logits_B1HW.float()
     maps = [enlarged(logits[i], size) for i, size in enumerate(sizes)]
     return Maps(maps, output.routing, presence_of(model, output))
@@ -139,6 +148,7 @@ def score(
     judged: Judged | None = None,
     on_device: bool | None = None,
     references: References | None = None,
+    shown: Shown | None = None,
 ) -> None:
     """Score a model on evaluation batches into ``evaluator``.
 
@@ -160,6 +170,7 @@ def score(
         routed: called for every forward pass, before ``seen``.
         judged: called for every forward pass of a model with a presence head, before ``seen``.
         references: gives the images of a forward pass what they are searched for.
+        shown: which modalities of the images count; None: all that are in the batches.
         on_device: score the maps with the torch path; None: only on CUDA devices.
 
     Raises:
@@ -193,8 +204,11 @@ def score(
             images = torch.stack([item.image for item in filled]).to(device)
             sizes = [item.size for item in items]
             told = None if references is None else references(filled)
+            seen_too = modalities_of(filled, device)
+            if shown is not None and seen_too is not None:
+                seen_too = shown(seen_too)
             maps, routing, presence = probability_maps(
-                model, images, sizes, precision=precision, reference=told
+                model, images, sizes, precision=precision, reference=told, modalities=seen_too
             )
             if routed is not None:
                 chosen = torch.stack([first_choices(level, size) for level in routing])
@@ -211,6 +225,12 @@ def score(
         finish(waiting)
     finally:
         model.train(training)
+
+
+def modalities_of(items: Sequence[Item], device: torch.device) -> Modalities | None:
+    """Return all that other sensors saw of images, on the device; None where nothing was read."""
+    planes = [item.planes for item in items if item.planes is not None]
+    return all_there_is(torch.stack(planes).to(device)) if planes else None
 
 
 def forward_batch(device: torch.device) -> int:
@@ -230,7 +250,10 @@ def chunks(batches: Iterable[EvalBatch], size: int) -> Iterator[list[Item]]:
         for index, name in enumerate(batch.names):
             original = batch.originals[index] if batch.originals else None
             mask = batch.full_masks[index]
-            ready.append(Item(name, batch.images[index], batch.sizes[index], mask, original))
+            planes = None if batch.planes is None else batch.planes[index]
+            ready.append(
+                Item(name, batch.images[index], batch.sizes[index], mask, original, planes)
+            )
             if len(ready) == size:
                 yield ready
                 ready = []

@@ -40,15 +40,17 @@ from camoxpert.text import count, shorten
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """An input image and the relative name of its outputs."""
+    """An input image, the relative name of its outputs, and (name, file) of what other sensors saw
+    of it."""
 
     path: Path
     name: str
+    modalities: tuple[tuple[str, Path], ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
         """What its outputs are made from."""
-        return (self.path,)
+        return (self.path, *(path for _, path in self.modalities))
 
 
 ImageInput = str | Path | NDArray[np.uint8] | Image.Image | Photo

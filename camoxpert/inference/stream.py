@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert.errors import DataError
+from camoxpert.inference.aligned import photograph, planes_of
 from camoxpert.inference.engine import Chunk, Row
 from camoxpert.inference.prediction import Prediction, emptied
 from camoxpert.inference.sources import ImageInput, name_of, read_pixels
@@ -60,7 +61,10 @@ class Iterated:
         if not images:
             return None
         self._number += 1
-        items = [Given(image, name_of(image, f"image-{next(self._unnamed)}")) for image in images]
+        items = [
+            Given(image, name_of(photograph(image), f"image-{next(self._unnamed)}"))
+            for image in images
+        ]
         return Chunk(self._number, tuple(items))
 
 
@@ -73,6 +77,7 @@ class StreamStages:
         views: how images become inputs.
         min_presence: maps of images whose presence is lower are empty; None: every map stays.
         max_pixels: larger images are refused.
+        modalities: what the model can be given beside photographs.
     """
 
     def __init__(
@@ -83,16 +88,20 @@ class StreamStages:
         min_presence: float | None,
         *,
         max_pixels: int,
+        modalities: Sequence[str] = (),
     ) -> None:
         self.device, self.threshold, self.views = device, threshold, views
         self.min_presence, self.max_pixels = min_presence, max_pixels
+        self.modalities = tuple(modalities)
         self.models = 1
 
     def read(self, given: Given) -> Read:
         """Decode and resize an image."""
         started = time.monotonic()
-        pixels = read_pixels(given.image, max_pixels=self.max_pixels)
-        inputs = self.views.inputs(pixels)
+        image = given.image
+        pixels = read_pixels(photograph(image), max_pixels=self.max_pixels)
+        planes = planes_of(image, self.modalities, pixels, max_pixels=self.max_pixels)
+        inputs = self.views.inputs(pixels, planes)
         needed = self.views.held_bytes(inputs, (pixels.shape[0], pixels.shape[1]))
         return Read(inputs, pixels, {"read": time.monotonic() - started}, needed)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert import console
+from camoxpert.data.files.modalities import resize_known
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.tiles import Grid, blended, joined, make_grid, stride
@@ -96,17 +97,24 @@ class Views:
         self.sides = sides_of(side, self.words)
         self._logits = logits
 
-    def inputs(self, image_HWC: NDArray[np.uint8]) -> tuple[Tensor, ...]:
-        """Return the inputs for an image, uint8 (3, s, s) each.
+    def inputs(
+        self, image_HWC: NDArray[np.uint8], planes: Sequence[NDArray[np.uint8]] = ()
+    ) -> tuple[Tensor, ...]:
+        """Return the inputs for an image, uint8 (3 + M, s, s) each.
 
         The whole image is first, then its windows row by row; each at all sizes.
+
+        Args:
+            image_HWC: RGB.
+            planes: what M other sensors saw of it, (h, w) each, of any resolution; 0 where nothing
+                is known.
 
         Raises:
             DataError: there would be too many.
         """
         size = (image_HWC.shape[0], image_HWC.shape[1])
         grid = self._grid(size)
-        parts = [image_HWC]
+        parts = [(image_HWC, tuple(planes))]
         if grid is not None:
             needed = (1 + len(grid)) * sum((3 + 4) * side * side for side in self.sides)
             if needed > MOST_BYTES:
@@ -114,8 +122,12 @@ class Views:
                     f"An image of {size[1]} x {size[0]} pixels makes {len(grid)} tiles, which take "
                     f"{needed / 1e9:.0f} GB. Give a larger --tile or less --overlap."
                 )
-            parts += grid.crops(image_HWC)
-        return tuple(prepared(part, side) for part in parts for side in self.sides)
+            whole = [resize_known(plane, size) for plane in planes]
+            windows = zip(*(grid.crops(plane) for plane in whole), strict=True)
+            crops = grid.crops(image_HWC)
+            own = list(windows) if planes else [()] * len(crops)
+            parts += [(crop, tuple(seen)) for crop, seen in zip(crops, own, strict=True)]
+        return tuple(prepared(part, side, seen) for part, seen in parts for side in self.sides)
 
     def logits(self, images_BCHW: Tensor) -> Looked:
         """Return what the network says of inputs, on the device."""
@@ -193,10 +205,17 @@ class Views:
         return make_grid(size, self.options.tile, self.options.overlap)
 
 
-def prepared(image_HWC: NDArray[np.uint8], side: int) -> Tensor:
-    """Return an RGB uint8 image (H, W, 3) as an input of the network, uint8 (3, side, side)."""
+def prepared(
+    image_HWC: NDArray[np.uint8], side: int, planes: Sequence[NDArray[np.uint8]] = ()
+) -> Tensor:
+    """Return an RGB uint8 image (H, W, 3) and planes of other sensors (h, w) as an input of the
+    network, uint8 (3 + M, side, side)."""
     shrink = min(image_HWC.shape[:2]) > side
     resized = cv2.resize(
         image_HWC, (side, side), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
     )
-    return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+    channels = np.ascontiguousarray(resized.transpose(2, 0, 1))
+    if not planes:
+        return torch.from_numpy(channels)
+    seen = [resize_known(plane, (side, side)) for plane in planes]
+    return torch.from_numpy(np.concatenate([channels, np.stack(seen)]))

@@ -26,7 +26,7 @@ PRESENCE_KEYS = (*PROBABILITY_KEYS, *MASK_KEYS)
 BINS = 15
 RECALL = 0.95
 FEWEST_STRETCHED = 4
-"""Images without an object whose maps must all look stretched before we say that they were."""
+"""Images without an object whose map files must all look stretched before we say that they were."""
 
 Floats = NDArray[np.float64]
 
@@ -65,8 +65,9 @@ class PresenceScores:
         bins: reliability curve; empty without probabilities.
         calibrated_ece: the mean ECE of these probabilities if they were perfectly calibrated: what
             so few images show by chance; None without probabilities.
-        stretched: the maps of the images without an object had been stretched to black and white
-            when they were saved, so their masks say nothing and MASK_KEYS are missing.
+        stretched: the map files of the images without an object had been stretched to black and
+            white when they were saved, so their masks say nothing and MASK_KEYS are missing. Never
+            of a model's own maps.
     """
 
     num_present: int
@@ -82,6 +83,7 @@ def presence_scores(
     claims: Mapping[str, Claim],
     probabilities: Mapping[str, float] | None = None,
     *,
+    from_files: bool = False,
     intervals: bool = True,
     seed: int = 0,
 ) -> PresenceScores | None:
@@ -91,6 +93,8 @@ def presence_scores(
         claims: image -> what its map claims, see ``Evaluator.claims``.
         probabilities: image -> probability that something is hidden, 0..1; None: the method gives
             none.
+        from_files: the maps were read from files, which some programs stretch one by one. What a
+            model itself gives is never stretched: maps from 0 to 255 are then its own false masks.
         intervals: also compute 95 % intervals: percentile bootstrap over images, and Wilson's for
             the shares of masks, which the bootstrap calls certain when it saw none.
         seed: equal seeds give equal intervals.
@@ -115,7 +119,7 @@ def presence_scores(
         if intervals:
             found = bootstrap(probability_N, present_N, seed=seed)
             ends |= {key: (end.low, end.high) for key, end in found.items()}
-    stretched = are_stretched([claims[name] for name in names])
+    stretched = from_files and are_stretched([claims[name] for name in names])
     if not stretched:
         share_N = np.array([claims[name].share for name in names])
         counts = {"FalseMasks": (int((share_N[~present_N] > 0).sum()), num_empty)}
@@ -139,7 +143,7 @@ def presence_scores(
 
 
 def are_stretched(claims: list[Claim]) -> bool:
-    """Return whether grey maps were stretched to 0..255 one by one before they were saved.
+    """Return whether the map files of a method were stretched to 0..255 one by one when saved.
 
     That is so if every map of an image without an object reaches from 0 to 255 and is not binary.
     """

@@ -59,6 +59,24 @@ class Scores:
         wanted = [letter for letter in "EF" if any(key in self.keys for key in _of_curve(letter))]
         self.curves_NL = {letter: curves[letter] for letter in wanted}
 
+    @classmethod
+    def averaged(cls, parts: Sequence[Scores]) -> Scores:
+        """Return the mean of several scores of the same images, such as those of repeats.
+
+        Raises:
+            DataError: the images or measures differ.
+        """
+        for part in parts[1:]:
+            _require_same_images(parts[0], part)
+        mean = cls.__new__(cls)
+        mean.names, mean.keys = parts[0].names, parts[0].keys
+        mean.table_NK = np.mean([part.table_NK for part in parts], axis=0)
+        mean.curves_NL = {
+            letter: np.mean([part.curves_NL[letter] for part in parts], axis=0)
+            for letter in parts[0].curves_NL
+        }
+        return mean
+
     def statistics(self, weights_RN: Floats) -> Floats:
         """Return the measures of weighted images, (R, K): one row for each row of weights.
 
@@ -81,7 +99,12 @@ def _of_curve(letter: str) -> tuple[str, str]:
 
 
 def confidence_intervals(
-    scores: Scores, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    scores: Scores,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    units_N: NDArray[np.int64] | None = None,
 ) -> dict[str, Interval]:
     """Return the percentile bootstrap interval of every measure (Efron, 1979).
 
@@ -93,11 +116,12 @@ def confidence_intervals(
         level: coverage, 0..1.
         resamples: how often the images are drawn, with replacement.
         seed: equal seeds give equal intervals.
+        units_N: number of each image's group, from 0: groups are drawn as a whole, because frames
+            of one video say little more than one of them. None: every image is drawn by itself.
     """
     rng = np.random.default_rng(seed)
-    values_RK = np.concatenate(
-        [scores.statistics(w) for w in resampled_weights(rng, len(scores.names), resamples)]
-    )
+    drawn = unit_weights(rng, len(scores.names), resamples, units_N)
+    values_RK = np.concatenate([scores.statistics(weights) for weights in drawn])
     low_K, high_K = np.quantile(values_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {
         key: Interval(float(low), float(high))
@@ -133,7 +157,13 @@ def ratio_intervals(
 
 
 def compare(
-    a: Scores, b: Scores, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    a: Scores,
+    b: Scores,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    units_N: NDArray[np.int64] | None = None,
 ) -> dict[str, Comparison]:
     """Compare two methods on the same images, measure by measure.
 
@@ -147,10 +177,39 @@ def compare(
         level: coverage of the interval.
         resamples: number of bootstrap resamples, and of coin tosses.
         seed: equal seeds give equal results.
+        units_N: see ``confidence_intervals``; the images of a group are swapped together.
 
     Raises:
         DataError: the images or measures differ.
     """
+    _require_same_images(a, b)
+    number = len(a.names)
+    even = np.full((1, number), 1 / number)
+    observed_K = (a.statistics(even) - b.statistics(even))[0]
+
+    rng = np.random.default_rng(seed)
+    differences_RK = np.concatenate(
+        [
+            a.statistics(weights) - b.statistics(weights)
+            for weights in unit_weights(rng, number, resamples, units_N)
+        ]
+    )
+    low_K, high_K = np.quantile(differences_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+    at_least_K = np.zeros(len(a.keys), np.int64)
+    # Sums in another order differ in the last bits; equal differences must count as equal.
+    threshold_K = np.abs(observed_K) - 1e-12
+    for kept_RN in _coin_tosses(rng, number, resamples, units_N):
+        swapped_RN = 1 / number - kept_RN
+        first = _mixed(a, b, kept_RN, swapped_RN)
+        second = _mixed(a, b, swapped_RN, kept_RN)
+        at_least_K += (np.abs(first - second) >= threshold_K).sum(0)
+    p_K = (1 + at_least_K) / (1 + resamples)
+    columns = zip(a.keys, observed_K, low_K, high_K, p_K, strict=True)
+    return {key: Comparison(*(float(v) for v in values)) for key, *values in columns}
+
+
+def _require_same_images(a: Scores, b: Scores) -> None:
     if a.names != b.names:
         only = sorted(set(a.names) ^ set(b.names))
         raise DataError(
@@ -162,30 +221,6 @@ def compare(
             f"Two methods can be compared only in the same measures; a has {', '.join(a.keys)} and"
             f" b has {', '.join(b.keys)}."
         )
-    number = len(a.names)
-    even = np.full((1, number), 1 / number)
-    observed_K = (a.statistics(even) - b.statistics(even))[0]
-
-    rng = np.random.default_rng(seed)
-    differences_RK = np.concatenate(
-        [
-            a.statistics(weights) - b.statistics(weights)
-            for weights in resampled_weights(rng, number, resamples)
-        ]
-    )
-    low_K, high_K = np.quantile(differences_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
-
-    at_least_K = np.zeros(len(a.keys), np.int64)
-    # Sums in another order differ in the last bits; equal differences must count as equal.
-    threshold_K = np.abs(observed_K) - 1e-12
-    for kept_RN in _coin_tosses(rng, number, resamples):
-        swapped_RN = 1 / number - kept_RN
-        first = _mixed(a, b, kept_RN, swapped_RN)
-        second = _mixed(a, b, swapped_RN, kept_RN)
-        at_least_K += (np.abs(first - second) >= threshold_K).sum(0)
-    p_K = (1 + at_least_K) / (1 + resamples)
-    columns = zip(a.keys, observed_K, low_K, high_K, p_K, strict=True)
-    return {key: Comparison(*(float(v) for v in values)) for key, *values in columns}
 
 
 def compare_seeds(
@@ -272,11 +307,34 @@ def resampled_weights(rng: np.random.Generator, number: int, resamples: int) -> 
         yield rng.multinomial(number, np.full(number, 1 / number), size=size) / number
 
 
-def _coin_tosses(rng: np.random.Generator, number: int, tosses: int) -> Iterator[Floats]:
-    """Yield chunks (R, N) of weights, 1 / N or 0 by a coin toss."""
+def unit_weights(
+    rng: np.random.Generator, number: int, resamples: int, units_N: NDArray[np.int64] | None
+) -> Iterator[Floats]:
+    """Yield chunks (R, N) of weights that sum to 1 in each row, groups being drawn as a whole.
+
+    Args:
+        rng: source of the draws.
+        number: of images.
+        resamples: number of rows in all.
+        units_N: number of each image's group, from 0; None: every image is its own.
+    """
+    if units_N is None:
+        yield from resampled_weights(rng, number, resamples)
+        return
+    for weights_RU in resampled_weights(rng, int(units_N.max()) + 1, resamples):
+        drawn_RN = weights_RU[:, units_N]
+        yield drawn_RN / drawn_RN.sum(1, keepdims=True)
+
+
+def _coin_tosses(
+    rng: np.random.Generator, number: int, tosses: int, units_N: NDArray[np.int64] | None = None
+) -> Iterator[Floats]:
+    """Yield chunks (R, N) of weights, 1 / N or 0 by a coin toss for each image or group."""
+    units = number if units_N is None else int(units_N.max()) + 1
     for start in range(0, tosses, CHUNK):
         size = min(CHUNK, tosses - start)
-        yield rng.integers(0, 2, (size, number)) / number
+        tossed_RU = rng.integers(0, 2, (size, units)) / number
+        yield tossed_RU if units_N is None else tossed_RU[:, units_N]
 
 
 def breakdown(

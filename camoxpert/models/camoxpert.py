@@ -1,16 +1,17 @@
 """The network: images in, logits, side logits and routing records out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from camoxpert.config import ModelConfig
-from camoxpert.errors import ConfigError
+from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.models.backbone import STRIDES, Backbone
 from camoxpert.models.decoder import Decoder
 from camoxpert.models.guidance import Guidance, Reference
+from camoxpert.models.modalities import Modalities, ModalityBranch
 from camoxpert.models.moe import MoE
 from camoxpert.models.peers import DILATED, PeerDecoder
 from camoxpert.models.presence import PresenceHead
@@ -46,13 +47,16 @@ class CamoXpert(nn.Module):
         config: backbone, decoder and experts.
         sides: sides of the images it will see, in pixels, that of evaluation first; some timm
             networks are built for one size.
+        modalities: what it can be given beside photographs, by name.
     """
 
     mean: Tensor
     std: Tensor
     reference_D: Tensor | None
 
-    def __init__(self, config: ModelConfig, sides: Sequence[int] = ()) -> None:
+    def __init__(
+        self, config: ModelConfig, sides: Sequence[int] = (), modalities: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.config = config
         peer = config.decoder != "moe"
@@ -75,20 +79,29 @@ class CamoXpert(nn.Module):
         # What all images are searched for until it is cleared: see search_for; never saved.
         self.register_buffer("reference_D", None, persistent=False)
         self.guidance = self._build_guidance(config) if config.support.encoder else None
+        self.modalities = self._build_modalities(modalities) if modalities else None
 
-    def forward(self, images_BCHW: Tensor, reference: Reference | None = None) -> ModelOutput:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        reference: Reference | None = None,
+        modalities: Modalities | None = None,
+    ) -> ModelOutput:
         """Segment a batch.
 
         Args:
             images_BCHW: RGB, uint8 in 0..255 or float in 0..1; H and W multiples of 32.
             reference: what each image is searched for; None: what ``search_for`` set, if
                 anything.
+            modalities: what other sensors saw of the images; None: nothing.
         """
         # Normalised in float32 even under autocast; the first convolution casts on its own.
         images = images_BCHW.float()
         if images_BCHW.dtype == torch.uint8:
             images = images / 255
         images = (images - self.mean) / self.std
+        if modalities is not None:
+            images = images * modalities.rgb_B[:, None, None, None]
         features = self.backbone(images)
         if reference is None and self.reference_D is not None:
             present_B = torch.ones(len(images), dtype=torch.bool, device=images.device)
@@ -96,6 +109,8 @@ class CamoXpert(nn.Module):
         added: list[Tensor] = []
         if reference is not None and self.guidance is not None:
             features, added = self.guidance(features, reference)
+        if modalities is not None and self.modalities is not None:
+            features, added = self.modalities(features, modalities)
         given = (images, features, added) if added else (images, features)
         logits, side_logits, routing = self.decoder(*given)
         presence = None if self.presence is None else self.presence(features[-1], logits)
@@ -122,6 +137,20 @@ class CamoXpert(nn.Module):
                 self.backbone.channels,
                 [level.router.hidden.out_features for level in self.moe_levels],
             )
+
+    def _build_modalities(self, names: Sequence[str]) -> ModalityBranch:
+        # As guidance: the rest starts and is trained with the same random numbers.
+        with torch.random.fork_rng(devices=[]):
+            return ModalityBranch(
+                names,
+                self.backbone.channels,
+                [level.router.hidden.out_features for level in self.moe_levels],
+            )
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """What it can be given beside photographs, in the order of its inputs."""
+        return () if self.modalities is None else self.modalities.names
 
     def require_guidance(self) -> Guidance:
         """Return the part that references steer; raises ConfigError without one."""
@@ -194,10 +223,47 @@ class CamoXpert(nn.Module):
         return tuple(f"stride {stride}" for stride in reversed(STRIDES))
 
 
-def build_model(config: ModelConfig, *, sides: Sequence[int] = ()) -> CamoXpert:
+def require_fit(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    sides: Sequence[int] = (),
+    modalities: Sequence[str] = (),
+) -> None:
+    """Raise CheckpointError unless weights have the names and shapes of a network's; without
+    building it, so that settings of a stranger cannot make it as large as they like.
+
+    Args:
+        config, sides, modalities: as ``CamoXpert`` takes them.
+        weights: of a state dict.
+    """
+    # Each expert has tensors of its own, or a row of stacked ones: a list of millions is no model.
+    for what, number in (
+        ("model.num_experts", config.num_experts),
+        ("data.modalities", len(modalities)),
+    ):
+        if number > max(len(weights), 64):
+            raise CheckpointError(
+                f"{what}: {number} are named, and the weights are only {len(weights)} tensors."
+            )
+    with torch.device("meta"):
+        state = CamoXpert(config, sides, modalities).state_dict()
+    for name in sorted(state.keys() | weights.keys()):
+        wanted, given = state.get(name), weights.get(name)
+        if wanted is None or given is None or wanted.shape != given.shape:
+            shapes = ["missing" if t is None else str(tuple(t.shape)) for t in (given, wanted)]
+            raise CheckpointError(
+                f"Its settings describe another network: of {name} the weights are {shapes[0]}, "
+                f"and the settings want {shapes[1]}."
+            )
+
+
+def build_model(
+    config: ModelConfig, *, sides: Sequence[int] = (), modalities: Sequence[str] = ()
+) -> CamoXpert:
     """Build the network; raises ConfigError or CheckpointError for a user's mistake.
 
     Args:
-        config, sides: as ``CamoXpert`` takes them.
+        config, sides, modalities: as ``CamoXpert`` takes them.
     """
-    return CamoXpert(config, sides)
+    return CamoXpert(config, sides, modalities)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from camoxpert.models.camoxpert import CamoXpert, ModelOutput
 from camoxpert.models.guidance import Reference
 from camoxpert.models.layers import resize
+from camoxpert.models.modalities import Modalities
 
 ZOOM = 1.5
 """The larger of the two sizes, as a multiple of the size of training."""
@@ -43,12 +44,18 @@ class Zoomed(nn.Module):
         self.model = model
         self.side = side
 
-    def forward(self, images_BCHW: Tensor, reference: Reference | None = None) -> ModelOutput:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        reference: Reference | None = None,
+        modalities: Modalities | None = None,
+    ) -> ModelOutput:
         """Segment a batch of uint8 images; routing and presence are those of the smaller size.
 
         Args:
             images_BCHW: the larger images.
             reference: what each of them is searched for, at both sizes.
+            modalities: what other sensors saw of them, at the larger size.
         """
         small = F.interpolate(
             images_BCHW.float(),
@@ -57,8 +64,10 @@ class Zoomed(nn.Module):
             align_corners=False,
             antialias=True,
         )
-        near: ModelOutput = self.model(images_BCHW, reference)
-        far: ModelOutput = self.model(small.round().clamp(0, 255).to(torch.uint8), reference)
+        far_too = None if modalities is None else modalities.resized((self.side, self.side))
+        near: ModelOutput = self.model(images_BCHW, reference, modalities)
+        smaller = small.round().clamp(0, 255).to(torch.uint8)
+        far: ModelOutput = self.model(smaller, reference, far_too)
         logits = resize(far.logits_B1HW.float(), near.logits_B1HW.shape[-2:])
         joined = join_logits(logits, near.logits_B1HW.float())
         # Presence was calibrated at the size of training.

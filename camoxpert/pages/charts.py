@@ -55,6 +55,40 @@ def plot_scores(validation: Sequence[ValidationRecord]) -> bytes:
     return _png(figure)
 
 
+def plot_learning(
+    curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    title: str,
+    xlabel: str,
+    *,
+    smooth: bool,
+) -> bytes:
+    """Plot the curves of several runs on one axis; PNG.
+
+    Args:
+        curves: name -> (places, values) of each of its runs, which share a colour.
+        title, xlabel: what they are, and over what.
+        smooth: draw means over a twentieth of the values in place of points.
+    """
+    figure, (axis,) = _figure(1, width=6.4, height=3.6)
+    for index, (name, lines) in enumerate(curves.items()):
+        for number, (places, values) in enumerate(lines):
+            style = _line(index, name) | {"linewidth": 1.2}
+            if number:
+                del style["label"]
+            shown = _smooth(values) if smooth else values
+            axis.plot(places, shown, marker="" if smooth else ".", markersize=4, **style)
+    axis.set(title=title, xlabel=xlabel)
+    if len(curves) <= 2 * len(COLOURS):
+        _legend(axis)
+    return _png(figure)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return means over a twentieth of the values, fewer at the ends."""
+    reach = len(values) // 40
+    return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
+
+
 def plot_routing(record: RoutingRecord) -> bytes:
     """Plot the share of each expert per level as a heat map with numbers; PNG."""
     levels, experts = record["levels"], record["experts"]

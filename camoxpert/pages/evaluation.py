@@ -14,6 +14,7 @@ from camoxpert.pages.presence import PresencePart, presence_part
 from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, p_value, write_page
 from camoxpert.pages.retention import retention_cells, retention_curves
 from camoxpert.pages.shots import shot_cells, shot_title
+from camoxpert.pages.subsets import subset_cells, subset_title
 from camoxpert.pages.tables import best_values, format_value
 from camoxpert.text import count
 
@@ -92,7 +93,7 @@ class RetentionPart:
 
 
 class ShotPart(NamedTuple):
-    """Scores by the number of references."""
+    """Scores by the number of references, or by the modalities that are shown."""
 
     title: str
     head: list[str]
@@ -123,6 +124,7 @@ class DatasetPart:
     experts: list[tuple[str, ExpertPart]]
     retention: list[tuple[str, RetentionPart]]
     shots: list[ShotPart]
+    subsets: list[ShotPart]
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,11 @@ def _dataset(
             ShotPart(shot_title(result), *shot_cells(result))
             for result in results
             if result.get("shots")
+        ],
+        subsets=[
+            ShotPart(subset_title(result), *subset_cells(result))
+            for result in results
+            if result.get("modalities")
         ],
     )
 

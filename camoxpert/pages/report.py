@@ -109,6 +109,7 @@ class RunPage:
     """The values of ``report.html.j2``."""
 
     name: str
+    quick: list[str]
     facts: list[str]
     tiles: list[tuple[str, str]]
     measures: Mapping[str, Measure]
@@ -140,6 +141,7 @@ def write_report(run_dir: Path, page_file: Path | None = None) -> Path:
     phases = {name: seconds for name, seconds in (info.get("phases") or {}).items() if seconds}
     page = RunPage(
         name=run_dir.name,
+        quick=quick_sentences(info),
         facts=_facts(info),
         tiles=_tiles(results, records),
         measures=MEASURES,
@@ -158,6 +160,12 @@ def write_report(run_dir: Path, page_file: Path | None = None) -> Path:
         environment=_environment(info),
     )
     return write_page(page_file or run_dir / "report.html", "report.html.j2", page)
+
+
+def quick_sentences(info: RunInfo) -> list[str]:
+    """Return what makes a run a quick one, in sentences; [] for a whole run."""
+    quick = info.get("quick")
+    return [str(words) for words in quick.values()] if isinstance(quick, dict) else []
 
 
 def _facts(info: RunInfo) -> list[str]:

@@ -20,14 +20,25 @@ COMPARED = ("IoU", "wFmeasure")
 def shot_cells(result: Result) -> tuple[list[str], list[list[str]]]:
     """Return head and lines: what is shown, and to how many images where not to all, measures,
     difference to no reference, interval, p."""
-    found = result["shots"]
+    return comparison_cells(result["shots"])
+
+
+def comparison_cells(
+    found: Mapping[str, Any], *, base: str = "none"
+) -> tuple[list[str], list[list[str]]]:
+    """Return head and lines of scores by what is shown; see ``shot_cells``.
+
+    Args:
+        found: ``images`` and ``rows``, each an ``evaluation.shots.ShotScore``.
+        base: what the first row is called, with which the others are compared.
+    """
     first = found["rows"][0]["scores"]
     keys = [key for key in SHOWN if key in first] or list(first)[:4]
     compared = next((key for key in COMPARED if key in first), keys[0])
     head = ["shown", *keys]
     tested = any(row["differences"] for row in found["rows"])
     if tested:
-        head += [f"{compared} - none", "95 % interval", "p"]
+        head += [f"{compared} - {base}", "95 % interval", "p"]
     lines = []
     for number, row in enumerate(found["rows"]):
         # The first is with no reference; older files do not say how many the others are of.
@@ -71,13 +82,14 @@ def shot_text(results: Sequence[Result]) -> str:
 
 def shot_markdown(results: Sequence[Result]) -> str:
     """Lay the table of every data set out in Markdown."""
-    parts = []
-    for result in results:
-        head, lines = shot_cells(result)
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
-        parts.append(f"{shot_title(result)}\n\n{rows}\n")
-    return "\n".join(parts)
+    return "\n".join(markdown_table(shot_title(r), *shot_cells(r)) for r in results)
+
+
+def markdown_table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table with a title in Markdown."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+    return f"{title}\n\n{rows}\n"
 
 
 SHOT_FORMATS: Mapping[str, Callable[[Sequence[Result]], str]] = {

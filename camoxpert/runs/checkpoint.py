@@ -17,11 +17,12 @@ import torch
 from camoxpert.config import Config, ModelConfig, config_from_dict
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import file_digest, no_path
+from camoxpert.runs.hub import WEIGHTS, fetch, hub_address, hub_name, is_hub_name
 
 FORMAT = 1
 BEST = "best.pt"
 INDEX = "index.json"
-SHARED = "model.safetensors"
+SHARED = WEIGHTS
 PRESENCE = "presence."
 """Start of the names of the presence head's tensors."""
 
@@ -61,11 +62,26 @@ class Checkpoint:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """Accept a checkpoint file, its folder, a run folder or a folder of shared weights; return the
-    file (best, else newest)."""
+    """Return the checkpoint file that a model's name stands for; every command's names end here.
+
+    Args:
+        path: a checkpoint file, its folder, a run folder, a folder of shared weights (best, else
+            newest), or ``hf:USER/NAME@REVISION``, a model on the Hub (see ``hub.fetch``).
+
+    Raises:
+        CheckpointError: there is none, or it cannot be had.
+        ConfigError: the name of a model on the Hub that cannot be one.
+    """
+    if is_hub_name(path):
+        return fetch(hub_name(path))
     if path.is_file():
         return path
     if not path.exists():
+        address = hub_address(path)
+        if address:
+            raise CheckpointError(
+                f"{path} is a page. For the model on it write {address}, which downloads it once."
+            )
         raise CheckpointError(
             no_path(path, "run folder or .pt file")
             or f"There is no checkpoint at {path}. Give a run folder or a .pt file."

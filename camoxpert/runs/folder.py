@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from camoxpert.config import ALIASES, Config, leaves, load_config
+from camoxpert.config import ALIASES, Config, leaves, load_config, quick_name
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import read_json, try_lock
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
@@ -87,15 +87,18 @@ ADDED = (
     *("model.init_from", "model.upcycle_noise", "model.routing_grid", "model.presence"),
     *("model.support.encoder", "model.support.weights", "model.support.side"),
     *("model.support.pretrained", "data.episodes.dropout", "data.episodes.shots"),
-    "data.episodes.references",
-    *("train.expert_dropout", "train.preset"),
+    *("data.episodes.references", "data.modalities", "data.modality_dropout"),
+    *("train.expert_dropout", "train.preset", "data.splits", "data.fold"),
+    *("train.quick.data_fraction", "train.quick.limit_batches", "train.quick.overfit_batches"),
+    *("optim.scale_lr", "optim.base_batch"),
 )
 
 
 def run_name(config: Config) -> str:
-    """Name a run after its settings: equal settings, equal name."""
+    """Name a run after its settings: equal settings, equal name. That of a quick run says so."""
+    quick = quick_name(config.train.quick)
     if config.run.name:
-        return config.run.name
+        return "-".join([config.run.name, *([quick] if quick else [])])
     defaults = {leaf.path: leaf.default for leaf in leaves()}
     settings = {
         path: value
@@ -106,7 +109,7 @@ def run_name(config: Config) -> str:
     settings |= {old.path: old.neutral for old in ALIASES if old.target not in FREE}
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{_kind(config)}-{digest}"
+    return "-".join([_kind(config), *([quick] if quick else []), digest])
 
 
 def _kind(config: Config) -> str:

@@ -12,6 +12,7 @@ from camoxpert.config import Config, get_setting, leaves
 from camoxpert.errors import CheckpointError
 from camoxpert.files import file_digest
 from camoxpert.runs.checkpoint import resolve_checkpoint
+from camoxpert.runs.hub import is_hub_name
 
 # Settings that say how long, how fast or where, not what is trained.
 FREE = (
@@ -42,9 +43,11 @@ TEACHER = "data.teacher"
 REFERENCES = "data.episodes.references"
 FILES = (
     *("data.clean_list", TEACHER, "model.weights", "model.init_from"),
-    *("model.support.weights", REFERENCES),
+    *("model.support.weights", REFERENCES, "data.splits"),
 )
 """Settings that name a file, a model or a folder of maps; its content counts."""
+MODELS = ("model.init_from", TEACHER)
+"""Those that name a model, which may be on the Hub."""
 
 
 def what_is_trained(config: Config) -> dict[str, Any]:
@@ -80,7 +83,9 @@ def file_hashes(config: Config, before: Mapping[str, str] | None = None) -> dict
     for path in FILES:
         value = get_setting(config, path)
         file = None
-        if value and Path(value).exists():
+        if path in MODELS and is_hub_name(value):
+            file = _on_the_hub(value, gone=bool(before and path in before))
+        elif value and Path(value).exists():
             file = resolve_checkpoint(Path(value)) if path == "model.init_from" else Path(value)
         if file is not None and path == TEACHER:
             model = model_file(file)
@@ -92,6 +97,16 @@ def file_hashes(config: Config, before: Mapping[str, str] | None = None) -> dict
         elif value and before and path in before:
             found[path] = before[path]
     return found
+
+
+def _on_the_hub(name: str, *, gone: bool) -> Path | None:
+    """Return the file of a model on the Hub; None for one that may be gone and is."""
+    try:
+        return resolve_checkpoint(Path(name))
+    except CheckpointError:
+        if gone:
+            return None
+        raise
 
 
 def model_file(path: Path) -> Path | None:

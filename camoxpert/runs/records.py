@@ -48,6 +48,7 @@ class ValidationRecord(_Validation, total=False):
     unreadable: list[str]
     presence: dict[str, Any]
     guided: dict[str, float]  # with references
+    rgb: dict[str, float]  # photographs alone, of a model with other modalities
 
 
 class LevelRouting(TypedDict):
@@ -122,6 +123,8 @@ class RunInfo(TypedDict, total=False):
     parameters: int
     gmacs: float
     guidance: dict[str, Any]  # encoder, references, what the cache did; {}: none
+    quick: dict[str, str]  # dotted path -> what makes it a quick run; {} for a whole one
+    stages: list[dict[str, Any]]  # the stages before this run: name, key, verdict, seconds
     batch: dict[str, Any]  # the batching that was chosen, read back when the run continues
 
 

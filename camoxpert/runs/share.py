@@ -1,8 +1,9 @@
-"""Weights for sharing: one safetensors file that cannot hold code, with its settings inside, and a
-card that says what it is."""
+"""Weights for sharing: a safetensors file that cannot hold code, with settings and origin inside,
+the same as JSON for readers, and a card."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from camoxpert.config import Config, to_dict
-from camoxpert.errors import CheckpointError
-from camoxpert.files import write_bytes
-from camoxpert.runs.checkpoint import FORMAT, SHARED, Checkpoint, verified
+from camoxpert.config import Config, config_from_dict, to_dict
+from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.files import finite, read_json, write_bytes, write_json
+from camoxpert.runs.card import card
+from camoxpert.runs.checkpoint import SHARED, Checkpoint, verified
+from camoxpert.runs.hub import CARD, LIBRARY, SETTINGS
+from camoxpert.runs.origin import backbone_origin, calibration_of, scored, training_facts
 
 # Settings with paths on the author's machine, which are not shared.
 PRIVATE = (
@@ -22,7 +26,7 @@ PRIVATE = (
     *("data.teacher", "data.cache_dir", "data.clean_list"),
     *("model.weights", "model.init_from"),
     *("run.dir", "run.name", "train.resume", "model.support.weights"),
-    "data.episodes.references",
+    *("data.episodes.references", "data.splits"),
 )
 
 
@@ -39,71 +43,99 @@ def shared_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def write_shared(folder: Path, checkpoint: Checkpoint) -> Path:
+def write_shared(
+    folder: Path, checkpoint: Checkpoint, *, licence: str = "", repo: str = ""
+) -> Path:
     """Write the evaluated weights of a checkpoint for others; returns the folder.
 
-    It holds ``model.safetensors`` (weights, settings and scores, without paths on the
-    author's machine) and ``README.md``. ``evaluate`` and ``predict`` take the folder or the file.
+    It holds ``model.safetensors`` (weights, settings, scores and origin, without paths on the
+    author's machine), ``config.json`` (the same without the weights) and ``README.md``, a model
+    card of the Hugging Face Hub. ``evaluate`` and ``predict`` take the folder or the file.
 
     Args:
         folder: created if missing.
-        checkpoint: of a run.
+        checkpoint: of a run, or one that was shared before.
+        licence: of these weights, as the Hub writes it (``mit``, ``cc-by-nc-4.0``); "": the one
+            that they were shared under before, or none.
+        repo: ``USER/NAME`` for the commands of the card; "": a placeholder.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    settings = shared_settings(checkpoint.config)
-    state = checkpoint.values.get("state", {})
-    about = {
-        "format": checkpoint.values["format"],
-        "config": settings,
-        "scores": checkpoint.values.get("scores", {}),
-        "state": {name: state.get(name) for name in ("step", "epoch", "images")},
-    }
+    about = about_of(checkpoint, licence=licence)
     weights = {name: t.contiguous() for name, t in checkpoint.evaluated_weights.items()}
     try:
-        write_bytes(folder / SHARED, save(weights, {"camoxpert": json.dumps(about)}), durable=True)
-        write_bytes(folder / "README.md", card(about).encode(errors="replace"))
+        metadata = {LIBRARY: json.dumps(about)}
+        write_bytes(folder / SHARED, save(weights, metadata), durable=True)
+        write_json(folder / SETTINGS, {"library_name": LIBRARY, **about})
+        write_bytes(folder / CARD, card(about, repo).encode(errors="replace"))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}.") from error
     return folder
 
 
-def read_shared(path: Path) -> Checkpoint:
-    """Read what ``write_shared`` wrote.
+def save_shared(folder: Path, checkpoint: Checkpoint, *, licence: str = "", repo: str = "") -> Path:
+    """Do ``write_shared`` into a folder of the user's choice, over an earlier one at most.
 
     Raises:
-        CheckpointError: damaged, or a safetensors file of something else.
+        ConfigError: it holds files of the same names that are not ours.
+        CheckpointError: it cannot be written.
+    """
+    there = [name for name in (SHARED, SETTINGS, CARD) if (folder / name).exists()]
+    if there and read_json(folder / SETTINGS).get("library_name") != LIBRARY:
+        raise ConfigError(
+            f"{folder / there[0]} exists, and it is not from a model that was saved here before. "
+            "Nothing was written; name a new or empty folder."
+        )
+    return write_shared(folder, checkpoint, licence=licence, repo=repo)
+
+
+def about_of(checkpoint: Checkpoint, *, licence: str = "") -> dict[str, Any]:
+    """Return what is said of shared weights, as JSON holds it."""
+    values = checkpoint.values
+    state = values.get("state", {})
+    # What was shared before knows its origin, and its run is elsewhere.
+    before = values if checkpoint.path.suffix == ".safetensors" else {}
+    about: dict[str, Any] = {
+        "format": values["format"],
+        "config": shared_settings(checkpoint.config),
+        "scores": values.get("scores", {}),
+        "state": {name: state.get(name) for name in ("step", "epoch", "images")},
+        "data_hash": values.get("data_hash"),
+        "backbone_weights": before.get("backbone_weights")
+        or (backbone_origin(checkpoint.config.model) if not before else None),
+        "results": before.get("results") or scored(checkpoint.path),
+        "training": before.get("training") or training_facts(checkpoint.path),
+        "calibration": calibration_of(checkpoint.evaluated_weights),
+        "license": licence or before.get("license", ""),
+    }
+    known: dict[str, Any] = finite(about)
+    return known
+
+
+def read_shared(path: Path) -> Checkpoint:
+    """Read what ``write_shared`` wrote. Settings with paths are left out, whoever wrote them.
+
+    Raises:
+        CheckpointError: damaged, a safetensors file of something else, or ``config.json`` beside it
+            holds other settings.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata: dict[str, str] = file.metadata() or {}
             weights: dict[str, torch.Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        about: dict[str, Any] = json.loads(metadata.get("camoxpert", "{}"))
+        about: dict[str, Any] = json.loads(metadata.get(LIBRARY, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}).") from error
     if not isinstance(about, dict) or "config" not in about:
         raise CheckpointError(
             f"{path} is not a CamoXpert checkpoint. Backbone weights are given with --weights."
         )
-    return verified(path, {"data_hash": None, **about, "model": weights, "ema": None})
-
-
-def card(about: dict[str, Any]) -> str:
-    """Return the README that goes with shared weights."""
-    model, data = about["config"]["model"], about["config"]["data"]
-    scores = about["scores"]
-    rows = "".join(f"| {_plain(name)} | {value:.3f} |\n" for name, value in scores.items())
-    table = f"| measure | validation |\n| --- | --- |\n{rows}\n" if rows else ""
-    return (
-        f"# CamoXpert weights: {_plain(model['backbone'])}, {model['num_experts']} experts, top "
-        f"{model['top_k']}\n\nA mixture-of-experts network that finds camouflaged objects, "
-        f"trained at {data['img_size']} px.\n\n{table}```\ncamoxpert predict THIS_FOLDER photos/ "
-        f"-o out/\ncamoxpert evaluate THIS_FOLDER --data DATASET\n```\n\n`{SHARED}` holds weights "
-        f"and settings and no code (checkpoint format {FORMAT}).\n"
-    )
-
-
-def _plain(text: Any) -> str:
-    """Return text without characters that Markdown or HTML interpret."""
-    return "".join(c if c.isalnum() or c in " _-." else " " for c in str(text))
+    beside = read_json(path.parent / SETTINGS) if path.name == SHARED else {}
+    if beside.get("library_name") == LIBRARY and beside.get("config") != about["config"]:
+        raise CheckpointError(
+            f"{path.parent / SETTINGS} holds other settings than {path.name}, whose weights go "
+            f"with its own. Bring back the {SETTINGS} that was saved with it, or delete it."
+        )
+    found = verified(path, {"data_hash": None, **about, "model": weights, "ema": None})
+    return dataclasses.replace(found, config=config_from_dict(shared_settings(found.config)))

@@ -84,6 +84,17 @@ class CheckpointFolder:
         """Write the evaluated weights."""
         return self._write(BEST, values, step=step, about=about or {})
 
+    def save_weights(
+        self,
+        name: str,
+        values: Mapping[str, Any],
+        *,
+        step: int,
+        about: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write evaluated weights under a name of their own, in a folder without resumable ones."""
+        return self._write(name, values, step=step, about=about or {})
+
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest resumable checkpoint that passes verification, and what was wrong with
         newer ones.

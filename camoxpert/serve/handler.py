@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 POSTS = {f"/api/{kind}": kind for kind in KINDS}
 LOOK_SECONDS = 0.2
 """Between two looks whether the sender of a waiting image is still there."""
+NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?([eE]-?[0-9]{1,3})?|\.[0-9]{1,20}")
 TEXTS = {
     414: "The address is too long.",
     431: "The headers are too long.",
@@ -92,9 +94,12 @@ class Handler(BaseHTTPRequestHandler):
         self._send(Fault(code, TEXTS.get(code, "The request cannot be understood.")).answer())
 
     def finish(self) -> None:
-        """Close the connection; read the rest of a refused body first."""
+        """Close the connection; read first what else was sent.
+
+        It is the rest of a refused body, or bytes that no Content-Length announced.
+        """
         with suppress(OSError, ValueError, HTTPException):
-            if self._unread:
+            if self._unread or self._more_came():
                 self._drain()
         super().finish()
 
@@ -211,6 +216,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(answer.body)
 
+    def _more_came(self) -> bool:
+        # A connection that is closed with unread bytes is reset, and its answer may be lost.
+        self.connection.settimeout(0)
+        try:
+            return bool(self.connection.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+
     def _drain(self) -> None:
         self.connection.shutdown(socket.SHUT_WR)
         self._limits.allow(2 * MOST_BYTES, self.server.patience.rest)
@@ -228,9 +241,10 @@ def threshold_of(query: str) -> float | None:
         return None
     try:
         ((name, text),) = parse_qsl(query, strict_parsing=True, max_num_fields=1)
-        threshold = float(text)
     except ValueError:
-        name, threshold = "", 0.0
+        name = text = ""
+    # float() also takes 0.5_0, spaces and the digits of other alphabets.
+    threshold = float(text) if NUMBER.fullmatch(text) else -1.0
     if name != "threshold" or not 0 <= threshold <= 1:
         raise Fault(400, "The only parameter is threshold, a number from 0 to 1.")
     return threshold

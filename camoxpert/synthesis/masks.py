@@ -37,6 +37,7 @@ from camoxpert.inference.plan import model_digest
 from camoxpert.inference.predictor import load_for
 from camoxpert.inference.sources import Photo
 from camoxpert.runs.checkpoint import resolve_checkpoint
+from camoxpert.runs.hub import is_hub_name
 from camoxpert.synthesis.job import say_outcomes
 from camoxpert.synthesis.sources import GROUND_TRUTH
 from camoxpert.text import shorten
@@ -95,7 +96,7 @@ def kind_of(source: str) -> str:
     if source == GROUND_TRUTH:
         return source
     path = Path(source)
-    if not path.exists():
+    if not path.exists() and not is_hub_name(path):
         raise DataError(f"--mask-source: {why_missing(path)} Or give gt, for the data's own masks.")
     try:
         resolve_checkpoint(path)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from camoxpert import console, stop
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.inference.predictor import Predictor
-from camoxpert.inference.score import chunks, forward_batch
+from camoxpert.inference.score import chunks, forward_batch, modalities_of
 from camoxpert.runs.checkpoint import BEST, PRESENCE, load_checkpoint, read_index
 from camoxpert.runs.info import update_run_json
 from camoxpert.runs.store import CheckpointFolder
@@ -19,6 +19,10 @@ from camoxpert.training.run import Run
 
 STEEPEST = 100.0
 """Bounds of the factor on logits, 1 / STEEPEST to STEEPEST."""
+SMOOTHING = 0.1
+"""Images of the other kind that are added to each kind in thought, so that no target is 1 or 0."""
+FACTOR_SIGMA, BIAS_SIGMA = 0.5, 5.0
+"""Spread of the prior around the head as it was trained: factor 1 and bias 0."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Fit:
     Attributes:
         temperature, bias: ``sigmoid(logit / temperature + bias)``.
         objects, empty: images of either kind it was fitted on.
-        before, after: mean log loss on them, in nats.
+        before, after: mean log loss on them, in nats, both kinds counting alike.
     """
 
     temperature: float
@@ -40,10 +44,13 @@ class Fit:
 
 
 def fit_calibration(logits_N: NDArray[np.float64], labels_N: NDArray[np.float64]) -> Fit:
-    """Fit temperature and bias by maximum likelihood, with Platt's targets.
+    """Fit temperature and bias: the most probable ones, given a prior around the head as it is.
 
-    The targets are (n+ + 1) / (n+ + 2) and 1 / (n- + 2) instead of 1 and 0: logits that separate
-    the two kinds would otherwise be driven to infinity.
+    Both kinds count alike however many images each has, so the probabilities hold where as many
+    images have an object as have none. Logits that separate the kinds would drive a fit of maximum
+    likelihood to infinity; the prior and targets that are slightly less than sure prevent it.
+    Platt's own targets, a whole image more of either kind, are too cautious for few images and
+    kinds that hardly overlap: docs/presence.md has the measurements.
 
     Args:
         logits_N: presence logits.
@@ -52,61 +59,78 @@ def fit_calibration(logits_N: NDArray[np.float64], labels_N: NDArray[np.float64]
     Source: Platt, Probabilistic Outputs for Support Vector Machines, 1999; Newton's method as in
     Lin, Lin and Weng, 2007.
     """
-    objects, empty = int(labels_N.sum()), int((1 - labels_N).sum())
-    targets = np.where(labels_N > 0.5, (objects + 1) / (objects + 2), 1 / (empty + 2))
-    scale = max(float(np.abs(logits_N).mean()), 1e-6)
-    ones = np.ones_like(logits_N)
-    slope, bias = _maximum(np.stack([logits_N / scale, ones], 1), targets)
-    factor = float(np.clip(slope / scale, 1 / STEEPEST, STEEPEST))
-    if factor != slope / scale:
-        # A head that knows nothing, or the opposite, is flattened to the share of objects.
-        (bias,) = _maximum(ones[:, None], targets, factor * logits_N)
+    present_N = labels_N > 0.5
+    objects, empty = int(present_N.sum()), int((~present_N).sum())
+    weights_N = len(labels_N) / 2 / np.where(present_N, objects, empty)
+    targets_N = np.where(
+        present_N, 1 - SMOOTHING / (objects + 2 * SMOOTHING), SMOOTHING / (empty + 2 * SMOOTHING)
+    )
+    inputs_NK = np.stack([logits_N, np.ones_like(logits_N)], 1)
+    centre_K, sigma_K = np.array([1.0, 0.0]), np.array([FACTOR_SIGMA, BIAS_SIGMA])
+    slope, bias = _most_probable(inputs_NK, targets_N, weights_N, centre_K, sigma_K)
+    factor = float(np.clip(slope, 1 / STEEPEST, STEEPEST))
+    if factor != slope:
+        # A head that knows nothing, or the opposite, is flattened to one half.
+        alone = inputs_NK[:, 1:], targets_N, weights_N, centre_K[1:], sigma_K[1:]
+        (bias,) = _most_probable(*alone, offsets_N=factor * logits_N)
     return Fit(
         1 / factor,
         float(bias),
         objects,
         empty,
-        _log_loss(logits_N, labels_N),
-        _log_loss(factor * logits_N + bias, labels_N),
+        _log_loss(logits_N, labels_N, weights_N),
+        _log_loss(factor * logits_N + bias, labels_N, weights_N),
     )
 
 
-def _maximum(
+def _most_probable(
     inputs_NK: NDArray[np.float64],
     targets_N: NDArray[np.float64],
+    weights_N: NDArray[np.float64],
+    centre_K: NDArray[np.float64],
+    sigma_K: NDArray[np.float64],
     offsets_N: NDArray[np.float64] | float = 0.0,
 ) -> NDArray[np.float64]:
-    """Return the weights (K,) of a logistic regression, by Newton's method."""
-    weights = np.zeros(inputs_NK.shape[1])
+    """Return the coefficients (K,) of a weighted logistic regression with a normal prior, by
+    Newton's method from the centre of the prior."""
+
+    def loss(found_K: NDArray[np.float64]) -> float:
+        logits_N = inputs_NK @ found_K + offsets_N
+        prior = float(np.square((found_K - centre_K) / sigma_K).sum()) / 2
+        return len(targets_N) * _log_loss(logits_N, targets_N, weights_N) + prior
+
+    found_K = centre_K
     for _ in range(100):
-        logits = inputs_NK @ weights + offsets_N
-        probs = _sigmoid(logits)
-        gradient = inputs_NK.T @ (probs - targets_N)
-        curvature = (inputs_NK * (probs * (1 - probs))[:, None]).T @ inputs_NK
-        step = np.linalg.solve(curvature + 1e-9 * np.eye(len(weights)), gradient)
-        value, length = _log_loss(logits, targets_N), 1.0
+        probs_N = _sigmoid(inputs_NK @ found_K + offsets_N)
+        gradient = inputs_NK.T @ (weights_N * (probs_N - targets_N))
+        gradient = gradient + (found_K - centre_K) / sigma_K**2
+        spread_N = weights_N * probs_N * (1 - probs_N)
+        curvature = (inputs_NK * spread_N[:, None]).T @ inputs_NK + np.diag(sigma_K**-2)
+        step_K, value, length = np.linalg.solve(curvature, gradient), loss(found_K), 1.0
         # Halved until it helps: far from the optimum a full step overshoots.
-        while length > 1e-6:
-            if _log_loss(inputs_NK @ (weights - length * step) + offsets_N, targets_N) <= value:
-                break
+        while length > 1e-6 and loss(found_K - length * step_K) > value:
             length /= 2
-        weights = weights - length * step
-        if float(np.abs(length * step).max()) < 1e-9:
+        found_K = found_K - length * step_K
+        if float(np.abs(length * step_K).max()) < 1e-9:
             break
-    return weights
+    return found_K
 
 
 def _sigmoid(logits_N: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.exp(-np.logaddexp(0, -logits_N))
 
 
-def _log_loss(logits_N: NDArray[np.float64], targets_N: NDArray[np.float64]) -> float:
-    return float(np.mean(np.logaddexp(0, logits_N) - targets_N * logits_N))
+def _log_loss(
+    logits_N: NDArray[np.float64], targets_N: NDArray[np.float64], weights_N: NDArray[np.float64]
+) -> float:
+    return float(np.mean(weights_N * (np.logaddexp(0, logits_N) - targets_N * logits_N)))
 
 
 @torch.inference_mode()
 def presence_logits(run: Run, predictor: Predictor) -> tuple[list[float], list[bool]]:
     """Return the presence logits of the calibration images, and whether each has an object.
+
+    Images without one of which some pixels are unlabelled are left out: it is not known.
 
     Raises:
         Stopped: the command was asked to stop.
@@ -126,9 +150,14 @@ def presence_logits(run: Run, predictor: Predictor) -> tuple[list[float], list[b
         filled = [*items, *[items[-1]] * (size - len(items))]
         images = torch.stack([item.image for item in filled]).to(run.device)
         with predictor.precision.autocast(run.device):
-            output = predictor.model(images)
-        logits += output.presence_logit_B.float().cpu().tolist()[: len(items)]
-        labels += [bool((item.mask == 255).any()) for item in items]
+            seen = modalities_of(filled, run.device)
+            output = predictor.model(images, *(() if seen is None else (None, seen)))
+        found = output.presence_logit_B.float().cpu().tolist()
+        for item, logit in zip(items, found, strict=False):
+            label = bool((item.mask == 255).any())
+            if label or not item.mask.any():
+                logits.append(logit)
+                labels.append(label)
     return logits, labels
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from camoxpert import console
-from camoxpert.config import Config, DataConfig
+from camoxpert.config import Config, DataConfig, QuickConfig
 from camoxpert.data.cache.build import find_cache, open_cache
 from camoxpert.data.cache.choice import choose_cache
 from camoxpert.data.cache.table import PixelCache
@@ -43,6 +43,7 @@ from camoxpert.synthesis.online import OnlineScenes
 from camoxpert.text import count, shorten
 from camoxpert.training.batching import effective_batch
 from camoxpert.training.leaks import without_leaks
+from camoxpert.training.modalities import say_modalities
 from camoxpert.training.negatives import (
     Kinds,
     find_kinds,
@@ -52,9 +53,10 @@ from camoxpert.training.negatives import (
     with_negatives,
     without_made,
 )
+from camoxpert.training.quick import as_trained, choose_part, images_per_epoch, say_quick
 from camoxpert.training.recipe import Recipe, choose_recipe
 from camoxpert.training.rundata import RunData
-from camoxpert.training.split import BESIDE, Split, decide_split
+from camoxpert.training.split import BESIDE, Split, asked_splits, decide_split, uses_given
 from camoxpert.training.teacher import find_soft_maps
 
 MASKS_LOOKED_AT = 16
@@ -90,9 +92,13 @@ def find_data(
         DataError: anything wrong with the data, its cache or the teacher's maps.
         Stopped: a stop was requested; a half-built cache is continued next time.
     """
+    asked = as_trained(asked)
+    by_heart = asked.train.quick.overfit_batches is not None
+    say_quick(asked)
     clean = read_clean_list(asked.data.clean_list)
     search = search_of(asked.data, clean)
-    found = load_training_data(asked.data.roots, search, validate=asked.data.val_fraction > 0)
+    splits = asked_splits(asked.data)
+    found = load_training_data(asked.data.roots, search, validate=uses_given(asked.data))
     made, unlabeled = find_made(asked.data.synthetic, search), find_unlabeled(asked.data.unlabeled)
     kinds = find_kinds(with_negatives(found, asked), made, asked, presence)
     found, made, whole = kinds.found, kinds.made, kinds.found.whole
@@ -102,8 +108,8 @@ def find_data(
     cache, verdict = find_cache(every, data) if data.cache in ("auto", "disk") else (None, "")
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, every) if cache is not None else _look_for_faults(every, data)
-    train, validation = decide_split(found, config, kept or {}, write=write)
-    tests = _find_tests(data, search)
+    train, validation = decide_split(found, config, kept or {}, splits=splits, write=write)
+    tests = {} if by_heart else _find_tests(data, search)
     calibration = NO_IMAGES
     if kinds.head:
         train, calibration = set_calibration_aside(
@@ -112,31 +118,16 @@ def find_data(
     held_out = joined(validation, without_made(calibration))
     made = without_leaks(made, data.synthetic, train, held_out, tests)
     require_no_leaks(whole, tests)
+    train, left_out = choose_part(train, whole, config, kept or {}, world.size, write=write)
     (train, negatives), (made, made_negatives) = divided(train), divided(made)
     negatives = joined(negatives, made_negatives)
     trained = joined(train, made, negatives, unlabeled)
     _say_extra(mix_of(trained, data), data, made, unlabeled)
     say_presence(kinds, mix_of(trained, data), data, calibration)
+    say_modalities(data.beside_rgb, trained, validation)
     for note in whole.notes:
         console.decide("", note)
-    sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
-    console.decide(
-        "test sets", f"{sizes or 'none found'}; they choose nothing and are scored at the end"
-    )
-    for name in sorted({pair.dataset for pair in whole.pairs}):
-        if name.upper() in TEST_SETS:
-            console.decide(
-                "warning",
-                f"{name} is a test set in this field: scores of a model that was trained on it "
-                "cannot be compared. --test-data scores it instead",
-            )
-    resized = [text for manifest in (whole, *tests.values()) for text in other_sizes(manifest)]
-    if resized:
-        console.decide(
-            "resize",
-            f"{count(len(resized), 'mask')} of another size than the image, as --resize bilinear "
-            f"allows: {shorten(resized)}",
-        )
+    _say_tests(whole, tests, by_heart=by_heart)
     parts = {"training": train, "validation": validation, "calibration": calibration}
     parts |= {MADE: made, NEGATIVES: negatives, "unlabeled": unlabeled}
     require_few_faults(parts, faults, data.max_unreadable)
@@ -148,7 +139,10 @@ def find_data(
             f"{len(unmatched)} of {len(clean)} rows of the clean list name no image here, for "
             f"example {'/'.join(unmatched[0])}",
         )
-    cache = _decide_cache(cache, verdict, every, config, world, write=write)
+    if cache is None and data.cache == "auto" and config.train.quick != QuickConfig():
+        console.decide("cache", "none: a quick run decodes what it needs")
+    else:
+        cache = _decide_cache(cache, verdict, every, config, world, write=write)
     if cache is not None:
         # Decoding finds more than headers show.
         faults = unreadable_in(cache, every)
@@ -175,7 +169,11 @@ def find_data(
         else f"the headers of {count(len(whole), 'training pair')} and the pixels of "
         f"{count(looked_at, 'mask')} were read, so damage inside a file was not looked for"
     )
-    beside = (made, unlabeled, negatives, calibration)
+    if splits is not None and data.val_fraction == 0:
+        validation = replace(validation, pairs=())
+    if by_heart:
+        validation = replace(train, split="validation")
+    beside = (made, unlabeled, negatives, calibration, left_out)
     return RunData(train, validation, tests, data_hash, loading, chosen, checked, *beside)
 
 
@@ -188,7 +186,8 @@ def _choose_recipe(
 ) -> Recipe:
     """Return the settings with nothing left open, by the number of images that an epoch sees."""
     seen = mix_of(joined(kinds.found.whole, kinds.made, unlabeled), asked.data)
-    chosen = choose_recipe(asked, seen.real + seen.extra, processes=world.size, kept=kept)
+    number = images_per_epoch(asked, seen.real + seen.extra, world.size)
+    chosen = choose_recipe(asked, number, processes=world.size, kept=kept)
     model = replace(chosen.config.model, presence="on" if kinds.head else "off")
     return replace(chosen, config=replace(chosen.config, model=model))
 
@@ -217,6 +216,31 @@ def _say_extra(found: Mix, data: DataConfig, made: Manifest, unlabeled: Manifest
         console.decide("", note)
 
 
+def _say_tests(whole: Manifest, tests: Mapping[str, Manifest], *, by_heart: bool) -> None:
+    """Print the test sets, training data that is one, and masks of another size."""
+    if by_heart:
+        console.decide("test sets", "none is scored: a few batches are learned by heart")
+    else:
+        sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
+        console.decide(
+            "test sets", f"{sizes or 'none found'}; they choose nothing and are scored at the end"
+        )
+    for name in sorted({pair.dataset for pair in whole.pairs}):
+        if name.upper() in TEST_SETS:
+            console.decide(
+                "warning",
+                f"{name} is a test set in this field: scores of a model that was trained on it "
+                "cannot be compared. --test-data scores it instead",
+            )
+    resized = [text for manifest in (whole, *tests.values()) for text in other_sizes(manifest)]
+    if resized:
+        console.decide(
+            "resize",
+            f"{count(len(resized), 'mask')} of another size than the image, as --resize bilinear "
+            f"allows: {shorten(resized)}",
+        )
+
+
 def _hash_of(whole: Manifest, made: Manifest, unlabeled: Manifest) -> str:
     """Return the content hash of all training data; of real images with masks alone, that of them,
     as it always was."""
@@ -241,16 +265,22 @@ def _find_tests(data: DataConfig, search: Search) -> dict[str, Manifest]:
 def search_of(data: DataConfig, clean: CleanList) -> Search:
     """Return how a run finds its pairs."""
     return Search(
-        data.layout, data.noncam, clean, data.allow_outside, any_size=data.resize == "bilinear"
+        data.layout,
+        data.noncam,
+        clean,
+        data.allow_outside,
+        any_size=data.resize == "bilinear",
+        modalities=data.beside_rgb,
     )
 
 
 def hash_of_data(config: Config) -> str:
     """Return the content hash of the data that a run with these settings trains on."""
+    config = as_trained(config)
     data = config.data
     clean = read_clean_list(data.clean_list)
     search = search_of(data, clean)
-    found = load_training_data(data.roots, search, validate=data.val_fraction > 0)
+    found = load_training_data(data.roots, search, validate=uses_given(data))
     made = find_made(data.synthetic, search)
     whole = with_negatives(found, config).whole
     return _hash_of(whole, made, find_unlabeled(data.unlabeled))

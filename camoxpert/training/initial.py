@@ -22,6 +22,8 @@ from camoxpert.text import count, shorten
 EXPERT = re.compile(r"(decoder\.levels\.\d+\.moe\.)experts\.(\d+)\.(.+)")
 ROUTER = re.compile(r"decoder\.levels\.\d+\.moe\.router\.")
 ROWS = re.compile(r"decoder\.levels\.\d+\.moe\.(router\.gate\.(weight|bias)|router\.bias_E)")
+LISTED = 12
+"""Parts of the model that a line names."""
 STACKED = re.compile(r"decoder\.levels\.\d+\.moe\.experts\.\w+")
 
 
@@ -77,7 +79,10 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
     memory = {f"guidance.{name}" for name in RESIZED}
     fresh = _parts(name for name in own if name not in taken and name not in memory)
     if fresh:
-        console.decide("", f"not in it, or of another kind or size, and new here: {shorten(fresh)}")
+        console.decide(
+            "", f"not in it, or of another kind or size, and new here: {shorten(fresh, LISTED)}"
+        )
+        console.decide("", f"taken: {shorten(_parts(n for n in own if n in taken), LISTED)}")
     if any(name.startswith("backbone.net.") for name in own.keys() - taken.keys()):
         console.decide("", f"its backbone is {source.config.model.backbone}")
 

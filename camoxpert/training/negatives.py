@@ -20,7 +20,7 @@ from camoxpert.data.files.negatives import (
 )
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.split import split_validation
-from camoxpert.doctor.families import copy_families
+from camoxpert.doctor.families import inseparable
 from camoxpert.doctor.inspect import identical_files
 from camoxpert.errors import DataError
 from camoxpert.text import count, shorten
@@ -29,7 +29,11 @@ from camoxpert.training.split import CALIBRATION, Split
 
 ENOUGH, ENOUGH_SHARE = 8, 0.05
 """Images without an object, and their share, from which on the head is worth having."""
-FEWEST_TO_CALIBRATE = 32
+FEWEST_TO_CALIBRATE = 60
+"""Images of each kind that are set aside where there are enough: with 120 in all the calibration
+error is near what chance shows, see docs/presence.md."""
+LARGEST_CALIBRATION = 0.25
+"""Share of the images of a kind that may be set aside."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Kinds:
         found: the real data, those of ``--negatives`` included.
         made: the made data.
         head: whether the model has the presence head.
-        apart: whether images without an object say so, and are mixed in as a kind of their own.
+        apart: whether images without an object say so, and are mixed in as a kind of their own,
+            with the head or without it.
         reason: of ``head``, in words; empty where there is nothing to say.
     """
 
@@ -79,6 +84,9 @@ def find_kinds(
 ) -> Kinds:
     """Decide on the presence head, and tell the images without an object from the others.
 
+    Those of ``--negatives`` and those with black masks are the same from here on. With ``--presence
+    off`` and no ``--negatives`` none are told apart.
+
     Args:
         found: the real data, those of ``--negatives`` included.
         made: the made data.
@@ -91,7 +99,7 @@ def find_kinds(
     # What its weights have: whoever changes the setting is refused later, with all other changes.
     asked = kept or config.model.presence
     own = bool(config.data.negatives)
-    if asked == "off" and not own:
+    if config.model.presence == "off" and kept != "on" and not own:
         return Kinds(found, made, False, False, "")
     pairs = (*found.whole.pairs, *made.pairs)
     empty = empty_pairs(pairs, max_pixels=config.data.max_pixels)
@@ -110,12 +118,13 @@ def find_kinds(
         )
     if kept is not None:
         reason = "as the stopped run had it"
-    if len(empty) == len(pairs) and (head or own):
+    none = len(empty) == len(pairs)
+    if none and (head or own):
         raise DataError(
             f"None of {count(len(pairs), 'training image')} has an object: there is nothing to "
             f"learn to find."
         )
-    if not (head or own):
+    if none or not empty:
         return Kinds(found, made, False, False, reason)
     given = None if found.given is None else marked(found.given, empty)
     found = replace(found, whole=marked(found.whole, empty), given=given)
@@ -165,11 +174,12 @@ def _chosen(train: Manifest, whole: Manifest, config: Config, *, write: bool) ->
     if not fraction:
         return chosen
     families: list[list[Pair]] = []
-    if config.data.group_copies and len(whole) > 1:
-        found = copy_families(whole, config.data, write=write)
+    if len(whole) > 1:
+        found = inseparable(whole, config.data, write=write)
         families = [[whole.pairs[index] for index in family] for family in found]
     for kind in divided(train):
-        wanted = min(max(round(fraction * len(kind)), FEWEST_TO_CALIBRATE), len(kind) // 4)
+        most = int(max(fraction, LARGEST_CALIBRATION) * len(kind))
+        wanted = min(max(round(fraction * len(kind)), FEWEST_TO_CALIBRATE), most)
         if not wanted:
             continue
         place = {pair: index for index, pair in enumerate(kind.pairs)}
@@ -195,35 +205,49 @@ def _without(manifest: Manifest, chosen: set[Pair]) -> Manifest:
 
 
 def require_no_leaks(whole: Manifest, tests: Mapping[str, Manifest]) -> None:
-    """Check the images of ``--negatives`` against the others.
+    """Check the images without an object against the others, file by file.
+
+    One that is a training image with an object contradicts it: of ``--negatives`` that is an error,
+    of a data set with black masks, which may be others' work, a warning. The same holds for one of
+    ``--negatives`` that is a test image; those of a data set are compared with the test images like
+    all its others.
 
     Raises:
-        DataError: one is a test image, or a training image that is not known to be without an
-            object.
+        DataError: an image of ``--negatives`` is a test image, or a training image that is not
+            known to be without an object.
     """
-    own = [pair for pair in whole.pairs if pair.empty and pair.mask == pair.image]
-    if not own:
+    empty = [pair for pair in whole.pairs if pair.empty]
+    if not empty:
         return
-    others = [(pair, "a training image with an object") for pair in whole.pairs if not pair.empty]
-    others += [
-        (p, f"an image of the test set {n}") for n, test in tests.items() for p in test.pairs
-    ]
-    items = [(pair, "") for pair in own] + others
+    trained = "a training image with an object"
+    others = [(pair, trained) for pair in whole.pairs if not pair.empty]
+    tested = [(p, f"an image of the test set {n}") for n, test in tests.items() for p in test.pairs]
+    items = [(pair, "") for pair in empty] + others + tested
     found: dict[str, list[str]] = {}
+    black: list[str] = []
     for group in identical_files([pair.image for pair, _ in items]):
-        ours = [items[index][0].image.name for index in group if index < len(own)]
-        theirs = [items[index][1] for index in group if index >= len(own)]
-        if ours and theirs:
+        ours = [items[index][0] for index in group if index < len(empty)]
+        theirs = [items[index][1] for index in group if index >= len(empty)]
+        named = [pair.image.name for pair in ours if pair.mask == pair.image]
+        if named and theirs:
             # A test set last: it is the graver fault.
-            found.setdefault(max(theirs, key=lambda text: "test" in text), []).extend(ours)
-    if not found:
-        return
-    what, names = max(found.items(), key=lambda item: "test" in item[0])
-    raise DataError(
-        f"--negatives: {shorten(names)}: the same file is {what}. Images without an object must be "
-        f"others than those that are trained on with a mask or tested with; remove "
-        f"{'it' if len(names) == 1 else 'them'} from the folder."
-    )
+            found.setdefault(max(theirs, key=lambda text: "test" in text), []).extend(named)
+        if trained in theirs:
+            black += [pair.name for pair in ours if pair.mask != pair.image]
+    if found:
+        what, names = max(found.items(), key=lambda item: "test" in item[0])
+        raise DataError(
+            f"--negatives: {shorten(names)}: the same file is {what}. Images without an object "
+            f"must be others than those that are trained on with a mask or tested with; remove "
+            f"{'it' if len(names) == 1 else 'them'} from the folder."
+        )
+    if black:
+        console.decide(
+            "warning",
+            f"{count(len(black), 'image')} with a black mask {'is' if len(black) == 1 else 'are'} "
+            f"in the training data with an object as well, so one of the two masks is wrong: "
+            f"{shorten(black)}; `camoxpert doctor` writes a --clean-list",
+        )
 
 
 def say_presence(kinds: Kinds, mix: Mix, data: DataConfig, calibration: Manifest) -> None:
@@ -252,6 +276,14 @@ def say_presence(kinds: Kinds, mix: Mix, data: DataConfig, calibration: Manifest
             f"{objects} images with an object and {empty} without are set aside: they neither "
             f"train nor choose, and calibrate the presence head at the end",
         )
+        if min(objects, empty) < FEWEST_TO_CALIBRATE:
+            console.decide(
+                "warning",
+                f"fewer than {FEWEST_TO_CALIBRATE} images of a kind calibrate the presence head, "
+                f"so its probabilities are coarse; more images "
+                f"{'without an object' if empty <= objects else 'with an object'}, or a larger "
+                f"data.calibration_fraction, would help",
+            )
     else:
         why = "data.calibration_fraction 0" if not data.calibration_fraction else "too few images"
         console.decide("calibration", f"none ({why}): presence is not calibrated")

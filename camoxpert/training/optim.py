@@ -27,6 +27,7 @@ def lr_scales(
     backbone = (model.backbone, backbone_scale(config, has_weights=has_weights))
     routers = [moe.router for moe in model.moe_levels]
     guided = [] if model.guidance is None else [model.guidance.routers]
+    guided += [] if model.modalities is None else [model.modalities.routers]
     return [backbone, *((part, config.router_lr_scale) for part in (*routers, *guided))]
 
 

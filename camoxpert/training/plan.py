@@ -9,7 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from camoxpert.config import OptimConfig, TrainConfig
+from camoxpert.config import OptimConfig, QuickConfig, TrainConfig
+
+OVERFIT_STEPS = 50
+"""Optimizer steps of an epoch that learns batches by heart."""
+SLOWEST_WARMUP = 5.0
+"""Epochs of warm-up with 32 times the batch that a rate was meant for (Goyal et al., 2017)."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Stage:
         batches: micro-batches per epoch.
         steps: optimizer steps per epoch; the last window of an epoch may be short.
         lr: peak learning rate of the decoder.
+        warmup_epochs: of a scaled rate; None: as the settings say.
     """
 
     number: int
@@ -34,6 +40,7 @@ class Stage:
     batches: int
     steps: int
     lr: float
+    warmup_epochs: float | None = None
 
     @property
     def last_epoch(self) -> int:
@@ -87,12 +94,14 @@ def make_plan(
     batch_size: int | None = None,
     accumulation_steps: int | None = None,
     stage2_batch_size: int | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Return the stages and steps for ``num_images`` training images of one process.
 
     The rate and the epochs of stage 1 must be set: see ``recipe``.
 
     ``batch_size``, ``accumulation_steps`` and ``stage2_batch_size`` replace those of the settings.
+    ``processes`` take a step together: with ``--scale-lr`` the rate is that of all their images.
     """
     chosen = batch_size or train.batch_size
     accumulation = accumulation_steps or train.accumulation_steps
@@ -111,13 +120,41 @@ def make_plan(
         if not epochs:
             continue
         batch = asked or chosen
-        batches = math.ceil(num_images / batch)
+        batches = epoch_batches(train.quick, math.ceil(num_images / batch), accumulation)
         steps = math.ceil(batches / accumulation)
-        stages.append(
-            Stage(number, epoch, epochs, step, batch, batches, steps, lr if lr else optim.lr)
-        )
+        rate, warmup = scaled_rate(optim, lr if lr else optim.lr, batch * accumulation * processes)
+        stages.append(Stage(number, epoch, epochs, step, batch, batches, steps, rate, warmup))
         epoch, step = epoch + epochs, step + epochs * steps
     return Plan(tuple(stages))
+
+
+def epoch_batches(quick: QuickConfig, batches: int, accumulation: int) -> int:
+    """Return the micro-batches of an epoch where a whole run has ``batches``.
+
+    What is learned by heart is repeated: an epoch of one batch would be validated and saved after
+    every step.
+    """
+    if quick.overfit_batches is not None:
+        return batches * math.ceil(OVERFIT_STEPS * accumulation / batches)
+    return min(batches, quick.limit_batches or batches)
+
+
+def scaled_rate(optim: OptimConfig, lr: float, images: int) -> tuple[float, float | None]:
+    """Return the peak rate of steps of so many images, and its epochs of warm-up.
+
+    A rate that is raised needs a longer warm-up: one epoch for each doubling, at most five, which
+    is what Goyal et al. (2017) took for 32 times the batch. A number of epochs that was set is
+    kept; None is that of the settings.
+    """
+    if optim.scale_lr == "none":
+        return lr, None
+    factor = images / optim.base_batch
+    if optim.scale_lr == "sqrt":
+        factor = math.sqrt(factor)
+    usual = OptimConfig().warmup_epochs
+    needed = min(max(math.log2(factor), 0.0), SLOWEST_WARMUP)
+    chosen = optim.warmup_epochs == usual and needed > usual
+    return lr * factor, needed if chosen else None
 
 
 def decay_factor(scheduler: str, progress: float) -> float:
@@ -144,7 +181,8 @@ def lr_at(plan: Plan, config: OptimConfig, step: int) -> float:
     stage = plan.stage_of_step(step)
     total = stage.epochs * stage.steps
     done = step - stage.first_step
-    warmup = min(config.warmup_epochs * stage.steps, total / 2)
+    epochs = config.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
+    warmup = min(epochs * stage.steps, total / 2)
     if config.scheduler == "onecycle":
         # The warm-up of OneCycle (Smith and Topin, 2018) takes 30 % of the steps.
         warmup = max(warmup, 0.3 * total)

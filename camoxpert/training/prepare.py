@@ -15,6 +15,7 @@ import torch
 from camoxpert import console, stop
 from camoxpert.config import Config
 from camoxpert.data.samples.augment import image_sides, training_sides
+from camoxpert.errors import ConfigError
 from camoxpert.losses import LARGE, SMALL, total_loss
 from camoxpert.models.backbone import STRIDES
 from camoxpert.models.camoxpert import CamoXpert, build_model
@@ -36,7 +37,9 @@ from camoxpert.training.data import find_data
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.guide import prepare_guide
 from camoxpert.training.initial import read_initial, start_from
+from camoxpert.training.modalities import decide_modalities
 from camoxpert.training.optim import backbone_scale, build_optimizer, lr_scales, starts_with_weights
+from camoxpert.training.overfit import Overfit
 from camoxpert.training.plan import Plan, make_plan
 from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.run import Run
@@ -144,6 +147,7 @@ def prepare(
         loss=total_loss,
         files=files,
         guide=guide,
+        overfit=None if config.train.quick.overfit_batches is None else Overfit(),
     )
 
 
@@ -157,7 +161,7 @@ def _build_network(
     covered = source is not None and source.config.model.backbone == settings.backbone
     if restored or covered:
         settings = replace(settings, pretrained=False, weights="")
-    model = build_model(settings, sides=image_sides(config.data))
+    model = build_model(settings, sides=image_sides(config.data), modalities=config.data.beside_rgb)
     model.config = config.model
     if source is not None:
         start_from(model, source)
@@ -173,6 +177,7 @@ def _build_network(
         f"{config.model.backbone}, {size:.2f} M parameters, {gmacs:.2f} GMACs an image; "
         f"{model.describe_decoder()}",
     )
+    decide_modalities(model, config)
     model.set_expert_dropout(config.train.expert_dropout)
     if config.train.expert_dropout and model.moe_levels:
         console.decide(
@@ -217,7 +222,9 @@ def _decide_plan(config: Config, batching: Batching, num_images: int, scale: flo
         batch_size=batching.size,
         accumulation_steps=batching.steps,
         stage2_batch_size=batching.stage2_size,
+        processes=batching.processes,
     )
+    _say_scaling(config, batching, plan)
     first = config.train.stage1_epochs
     stages = f"stage 1 takes {first} of them" if first else "all of it trains from the start"
     console.decide(
@@ -226,3 +233,29 @@ def _decide_plan(config: Config, batching: Batching, num_images: int, scale: flo
         "learning rate",
     )
     return plan
+
+
+def _say_scaling(config: Config, batching: Batching, plan: Plan) -> None:
+    """Print the rate of each stage where it is scaled, and the warm-up that this takes.
+
+    Raises:
+        ConfigError: a scaled rate is below the one at which the schedule ends.
+    """
+    optim = config.optim
+    if optim.scale_lr == "none":
+        return
+    for stage in plan.stages:
+        images = stage.batch_size * batching.steps * batching.processes
+        if stage.lr < optim.min_lr:
+            raise ConfigError(
+                f"--scale-lr {optim.scale_lr}: {images} images per step make --lr {optim.lr:g} "
+                f"{stage.lr:g}, which is below --min-lr {optim.min_lr:g}, where the schedule ends. "
+                f"Lower --min-lr or raise --lr."
+            )
+        warmup = optim.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
+        place = f"stage {stage.number}: " if len(plan.stages) > 1 else ""
+        console.decide(
+            "rate",
+            f"{place}{optim.lr:g} for {optim.base_batch} images is {stage.lr:.4g} for the {images} "
+            f"of a step (--scale-lr {optim.scale_lr}), after {warmup:g} epochs of warm-up",
+        )

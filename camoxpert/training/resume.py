@@ -21,7 +21,7 @@ from camoxpert.training.rundata import RunData
 from camoxpert.training.split import SAMPLES
 
 # Settings that decide what the weights mean or which samples are used.
-FIXED = ("model.", "data.", "train.seed")
+FIXED = ("model.", "data.", "train.seed", "train.quick.")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,10 @@ def data_changes(run_dir: Path, data: RunData) -> str:
         return ""
     now = {
         key: sizes
-        for part in (*data.real_and_made(), data.validation, data.calibration, data.unlabeled)
+        for part in (
+            *(*data.real_and_made(), data.validation),
+            *(data.calibration, data.unlabeled, data.left_out),
+        )
         for key, sizes in part.files().items()
     }
     kinds = {

@@ -22,6 +22,7 @@ from camoxpert.stop import Stop
 from camoxpert.training.batching import Batching
 from camoxpert.training.ema import ModelEma
 from camoxpert.training.guide import Guide
+from camoxpert.training.overfit import Overfit
 from camoxpert.training.plan import Plan
 from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.rundata import RunData
@@ -89,6 +90,8 @@ class Run:
         files: sha256 of the files that settings name, by dotted path.
         split: parts into which each micro-batch is split after the device ran out of memory.
         guide: the references that images are shown with, or None.
+        overfit: the losses of a run that learns batches by heart, or None.
+        ended: why training ends before the plan is done, or "".
     """
 
     asked: Config
@@ -115,6 +118,8 @@ class Run:
     split: int = 1
     files: dict[str, str] = field(default_factory=dict)
     guide: Guide | None = None
+    overfit: Overfit | None = None
+    ended: str = ""
 
     @property
     def evaluated_model(self) -> CamoXpert:

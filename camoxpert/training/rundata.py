@@ -24,6 +24,7 @@ class RunData:
         negatives: images without an object, real and made, trained on beside ``train``; where none
             are told apart, they are in ``train``.
         calibration: images of both kinds that calibrate the presence head.
+        left_out: training images that a quick run does not use.
         tests: test sets found beside the training data, by name; scored once, at the end.
         data_hash: content hash of all that is trained on or validated with.
         loading: workers, cache and teacher's maps of the training loader.
@@ -42,6 +43,7 @@ class RunData:
     unlabeled: Manifest = NO_IMAGES
     negatives: Manifest = NO_NEGATIVES
     calibration: Manifest = NO_IMAGES
+    left_out: Manifest = NO_IMAGES
 
     @property
     def trained(self) -> Manifest:
@@ -80,4 +82,4 @@ class RunData:
                 f"{NEGATIVES}_per_epoch": self.mix.negatives_seen,
                 "calibration": len(self.calibration),
             }
-        return counts
+        return counts | ({"left_out": len(self.left_out)} if len(self.left_out) else {})

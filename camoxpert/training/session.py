@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from camoxpert import console, stop
-from camoxpert.config import Config, to_yaml
+from camoxpert.config import Config, quick_words, to_yaml
 from camoxpert.errors import (
     CamoXpertError,
     CheckpointError,
@@ -31,6 +31,7 @@ from camoxpert.runtime.processes import World, join, named_faults
 from camoxpert.training.calibrate import calibrate_best
 from camoxpert.training.checkpoints import require_space, restore
 from camoxpert.training.data import hash_of_data
+from camoxpert.training.overfit import verdict
 from camoxpert.training.prepare import prepare
 from camoxpert.training.recipe import recipe_of_older_version
 from camoxpert.training.resume import Changes, changes_since, refuse_if_trained
@@ -84,6 +85,9 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
             scores = train_and_score(prepared)
         if world.first:
             _say_done(prepared, time.monotonic() - started)
+        fault = verdict(prepared)
+        if fault:
+            raise NumericError(fault)
         return Result(prepared.folder, scores)
 
 
@@ -231,7 +235,8 @@ def open_log(
             write_bytes(folder / "config.yaml", to_yaml(run.asked).encode())
             data = run.data
             real, made = data.real_and_made()
-            write_samples(folder, real, data.validation, made, data.unlabeled, data.calibration)
+            beside = (made, data.unlabeled, data.calibration, data.left_out)
+            write_samples(folder, real, data.validation, *beside)
             write_run_json(
                 folder,
                 argv=argv,
@@ -246,6 +251,7 @@ def open_log(
                     "precision": run.precision.name,
                     "parameters": run.parameters,
                     "gmacs": run.gmacs,
+                    "quick": quick_words(config.train.quick),
                     "batch": dataclasses.asdict(run.batching),
                     "guidance": {} if run.guide is None else dict(run.guide.facts),
                 },
@@ -264,6 +270,9 @@ def train_and_score(run: Run) -> dict[str, dict[str, float]]:
     status, scores = "failed", {}
     try:
         train(run)
+        fault = verdict(run)
+        if fault:
+            run.note_event(fault)
         if run.world.first:
             # Rank 0 scores and reports alone; the other ranks do not wait for it.
             outcome = f"Training is done and saved in {run.path}; the same command finishes it."
@@ -324,6 +333,8 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
         run.log.write({"kind": "event", "text": text})
         console.warn(text)
         return {}
+    # Again, now that its scores are known.
+    write_shared(run.folder / "model", load_checkpoint(best))
     rows = [result.to_dict() for result in results] + published_rows(results)
     console.say(text_table(rows, tuple(results[0].scores)))
     return {result.dataset: result.scores for result in results}
@@ -354,6 +365,8 @@ def _say_done(run: Run, seconds: float) -> None:
         console.say(
             f"skipped     {run.state.skipped} optimizer steps (non-finite); see metrics.jsonl"
         )
+    for words in quick_words(run.config.train.quick).values():
+        console.say(f"quick run   {words}: not a whole run")
     console.say(f"done        {seconds:.0f} s; weights {run.folder / 'checkpoints' / 'best.pt'}")
     if run.config.run.report:
         console.say(f"report      {run.folder / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from camoxpert.config import QuickConfig
 from camoxpert.data.loader import Batches, build_loader
 from camoxpert.training.plan import Stage
 from camoxpert.training.routing import active_experts
@@ -34,7 +35,7 @@ class Loaders:
         if self._loader is None or self._stage != stage.number:
             if self._loader is not None:
                 self._loader.close()
-            self._loader = training_loader(run, stage.batch_size)
+            self._loader = training_loader(run, stage.batch_size, batches=stage.batches)
             self._stage = stage.number
             if epoch == stage.first_epoch and done == 0:
                 run.note_event(f"stage {stage.number}: {freed}", coming=True)
@@ -50,8 +51,15 @@ class Loaders:
             self._loader.close()
 
 
-def training_loader(run: Run, batch_size: int) -> Batches:
-    """Build the training loader for one stage's batch size: this rank's share of every epoch."""
+def training_loader(run: Run, batch_size: int, *, batches: int | None = None) -> Batches:
+    """Build the training loader for one stage's batch size: this rank's share of every epoch.
+
+    Args:
+        run: what is trained.
+        batch_size: of the stage.
+        batches: of an epoch of a quick run.
+    """
+    quick = run.config.train.quick
     return build_loader(
         run.data.trained,
         run.config.data,
@@ -60,6 +68,8 @@ def training_loader(run: Run, batch_size: int) -> Batches:
         seed=run.config.train.seed,
         rank=run.world.rank,
         world_size=run.world.size,
+        batches=batches if quick != QuickConfig() else None,
+        by_heart=quick.overfit_batches is not None,
     )
 
 

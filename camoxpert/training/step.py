@@ -19,6 +19,7 @@ from camoxpert.runtime.processes import no_sync
 from camoxpert.runtime.regions import region
 from camoxpert.stop import STOP_CODES
 from camoxpert.training.compiling import run_eagerly
+from camoxpert.training.modalities import seen_in_training
 from camoxpert.training.run import Run
 
 T = TypeVar("T")
@@ -154,7 +155,7 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
             # Also where no image of the batch has one: with several processes every parameter
             # takes part in every pass.
             with region("references") if run.guide is not None else nullcontext():
-                shown = () if run.guide is None else (run.guide.reference(batch, run.state.epoch),)
+                shown = shown_beside(run, batch)
             with run.precision.autocast(run.device):
                 output = run.forward(batch.images, *shown)
             counts_LE = counts.add(output.routing)
@@ -178,6 +179,13 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
         for name, value in {"loss": loss.detach(), **terms}.items():
             values[name] = values.get(name, 0) + value * share
     return values, records
+
+
+def shown_beside(run: Run, batch: Batch) -> tuple[Any, ...]:
+    """Return what the model gets beside the images of a batch: references, modalities."""
+    if batch.modalities:
+        return None, seen_in_training(batch, run.config, run.state.epoch)
+    return () if run.guide is None else (run.guide.reference(batch, run.state.epoch),)
 
 
 def loss_options(run: Run, parts: list[Batch]) -> dict[str, Any]:

@@ -197,6 +197,8 @@ class StepLog:
             note_skipped(run, step, values)
         else:
             run.state.skipped_in_a_row = 0
+        if run.overfit is not None:
+            run.overfit.add(values["mask"])
         if step.number % run.config.run.log_every and step.number != 1:
             return
         terms = {k: v for k, v in values.items() if k not in NOT_TERMS and k not in requests}

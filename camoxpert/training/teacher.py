@@ -38,7 +38,8 @@ from camoxpert.files import file_digest, lock, why_missing
 from camoxpert.inference.score import forward_batch, probability_maps
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.models.zoom import ZOOM, zoomed_side
-from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
+from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
+from camoxpert.runs.hub import is_hub_name
 from camoxpert.runs.identity import model_file
 from camoxpert.runtime.device import Precision, choose_device, choose_precision
 from camoxpert.runtime.host import usable_cores
@@ -143,6 +144,12 @@ def _source(teacher: str, pairs: Sequence[Pair], *, digest: str, precision: str)
     """Return what a teacher's maps are made from."""
     path = Path(teacher)
     parts: list[object] = [FORMAT, digest]
+    if is_hub_name(path):
+        try:
+            path = resolve_checkpoint(path)
+        except CheckpointError as error:
+            if not digest:
+                raise CheckpointError(f"--teacher: {error}") from error
     if not path.exists():
         if not digest:
             raise DataError(f"--teacher: {why_missing(path)}")
@@ -351,7 +358,8 @@ def _plain_dataset(pair: Pair) -> str:
 
 
 def _built(checkpoint: Checkpoint, sides: Sequence[int]) -> CamoXpert:
-    model = build_model(checkpoint.model_config, sides=sides)
+    names = checkpoint.config.data.beside_rgb
+    model = build_model(checkpoint.model_config, sides=sides, modalities=names)
     try:
         model.load_state_dict(checkpoint.evaluated_weights)
     except RuntimeError as error:

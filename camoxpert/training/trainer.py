@@ -51,6 +51,8 @@ def epochs_left(run: Run) -> Iterator[int]:
 
 def stopped_early(run: Run) -> bool:
     """Return whether validation has not improved for too long; checked between epochs only."""
+    if run.ended:
+        return True
     patience = run.config.train.early_stopping
     return bool(patience) and not run.state.position and run.state.stale >= patience
 
@@ -94,6 +96,8 @@ def finish_epoch(run: Run, epoch: int, steps: StepLog, saver: Saver) -> None:
     state, train = run.state, run.config.train
     last = epoch + 1 == run.plan.epochs
     steps.share_unreadable()
+    if run.overfit is not None:
+        run.ended = run.overfit.end_epoch()
     log_routing(run, run.plan.stage_of_epoch(epoch), epoch)
     if not len(run.data.validation):
         state.epoch, state.position = epoch + 1, 0
@@ -108,7 +112,9 @@ def finish_epoch(run: Run, epoch: int, steps: StepLog, saver: Saver) -> None:
     keep_every = run.config.run.keep_every
     saver.save(stays=bool(keep_every) and state.epoch % keep_every == 0, epoch_done=True)
     if stopped_early(run):
-        text = f"early stopping: no better {train.select} since epoch {state.best_epoch}"
+        text = (
+            run.ended or f"early stopping: no better {train.select} since epoch {state.best_epoch}"
+        )
         run.note_event(text)
         console.say(text)
     elif run.world.agree_to_stop() and not last:

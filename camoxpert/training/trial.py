@@ -50,7 +50,11 @@ def trial_step(
     model.set_active_experts(config.model.num_experts if warm else config.model.top_k)
     try:
         with precision.autocast(device):
-            shown = () if model.guidance is None else (model.guidance.trial(batch_size),)
+            shown: tuple[object, ...] = ()
+            if model.guidance is not None:
+                shown = (model.guidance.trial(batch_size),)
+            elif model.modalities is not None:
+                shown = (None, model.modalities.trial(batch_size, size, device))
             output = model(images, *shown)
         loss, _ = total_loss(
             output, masks, config.loss, teacher_B1HW=masks if config.data.teacher else None

@@ -11,20 +11,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from camoxpert import console
+from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import Stopped
 from camoxpert.evaluation.presence import PresenceMeter
-from camoxpert.inference.score import Item, forward_batch, score
+from camoxpert.inference.score import Item, Shown, forward_batch, score
 from camoxpert.metrics import Evaluator, is_better
 from camoxpert.metrics.presence import PresenceScores, presence_scores
 from camoxpert.models.guidance import Reference
+from camoxpert.models.modalities import photograph_alone
 from camoxpert.pages.pictures import panel
 from camoxpert.runs.records import ValidationRecord
 from camoxpert.runtime.processes import World
 from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.guide import Guide
+from camoxpert.training.quick import evenly
 from camoxpert.training.run import Run
 
 
@@ -42,6 +45,7 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         with run.log.phase("validation"):
             scores, left_out, presence = validate(run)
             guided = validate(run, run.guide).scores if run.guide and run.guide.validates else None
+            alone = validate(run, shown=photograph_alone).scores if run.model.modalities else None
     except Stopped:
         run.log.truncate_after(state.step, epoch_done=False)
         raise saver.saved_and_stopped() from None
@@ -49,6 +53,9 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     # Without references a guided model must find everything that is hidden: half of its training.
     # What it does with them is what it is for.
     measure = (guided or scores)[config.select]
+    if alone:
+        # The model is for images with all of it as well as for photographs.
+        measure = (measure + alone[config.select]) / 2
     better = state.best is None or is_better(config.select, measure, state.best)
     if better:
         state.best, state.best_epoch, state.stale = measure, state.epoch, 0
@@ -66,6 +73,8 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     }
     if guided:
         record["guided"] = guided
+    if alone:
+        record["rgb"] = alone
     if left_out:
         record["unreadable"] = left_out
     if presence is not None:
@@ -78,12 +87,13 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         console.note(f"warning     {text}")
     judged = {} if presence is None else presence.scores
     every = {"validation": {**scores, **judged}, "validation_guided": guided or {}}
+    every["validation_rgb"] = alone or {}
     for name, values in every.items():
         run.log.scalars(state.step, {f"{name}/{k}": v for k, v in values.items()})
     console.say(
         f"epoch {state.epoch:>3}/{run.plan.epochs}  S {scores['Smeasure']:.3f}  wF "
         f"{scores['wFmeasure']:.3f}  E {scores['meanEm']:.3f}  IoU {scores['IoU']:.3f}  MAE "
-        f"{scores['MAE']:.3f}{_presence_words(judged)}{_guided_words(guided)}"
+        f"{scores['MAE']:.3f}{_presence_words(judged)}{_guided_words(guided)}{_alone_words(alone)}"
         f"{'  best so far' if better else ''}"
     )
 
@@ -100,10 +110,25 @@ def _guided_words(scores: dict[str, float] | None) -> str:
     return f"  with references wF {scores['wFmeasure']:.3f}  IoU {scores['IoU']:.3f}"
 
 
+def _alone_words(scores: dict[str, float] | None) -> str:
+    if not scores:
+        return ""
+    return f"  photograph alone S {scores['Smeasure']:.3f}  wF {scores['wFmeasure']:.3f}"
+
+
 def own_share(pairs: tuple[Pair, ...], world: World, size: int) -> tuple[Pair, ...]:
     """Return every ``world.size``-th block of ``size`` pairs, from that of this rank on."""
     blocks = range(world.rank * size, len(pairs), world.size * size)
     return tuple(pair for start in blocks for pair in pairs[start : start + size])
+
+
+def validated(run: Run) -> Manifest:
+    """Return the images of a validation; those of a quick run are the same in every epoch."""
+    limit = run.config.train.quick.limit_batches
+    if limit is None:
+        return run.data.validation
+    size = run.plan.stages[0].batch_size * run.world.size
+    return evenly(run.data.validation, limit * size)
 
 
 def empty_gt(run: Run) -> str:
@@ -112,7 +137,8 @@ def empty_gt(run: Run) -> str:
     Every mask measure is 0 for them, or a reward for an empty map: it would choose another epoch
     than the images with objects do.
     """
-    return "skip" if len(run.data.negatives) else "pysod"
+    apart = len(run.data.negatives) or any(pair.empty for pair in run.data.validation.pairs)
+    return "skip" if apart else "pysod"
 
 
 class Validated(NamedTuple):
@@ -129,7 +155,7 @@ class Validated(NamedTuple):
     presence: PresenceScores | None
 
 
-def validate(run: Run, guide: Guide | None = None) -> Validated:
+def validate(run: Run, guide: Guide | None = None, shown: Shown | None = None) -> Validated:
     """Score the evaluated weights on the validation split at original size.
 
     Every rank scores its share of the images, in the forward passes of one process: the scores are
@@ -138,18 +164,24 @@ def validate(run: Run, guide: Guide | None = None) -> Validated:
     Args:
         run: what is trained.
         guide: shows every image what the model remembers of its class; None shows nothing.
+        shown: which modalities count; None: all that there are.
 
     Raises:
         Stopped: any rank was asked to stop; raised on all of them.
     """
-    world, whole, count = run.world, run.data.validation, run.config.run.num_images
+    world, count = run.world, run.config.run.num_images
+    whole = validated(run)
     evaluator = Evaluator(empty_gt=empty_gt(run))
     loader = build_eval_loader(
         replace(whole, pairs=own_share(whole.pairs, world, forward_batch(run.device))),
         run.config.data,
         batch_size=run.plan.stages[0].batch_size,
         num_workers=run.data.loading.num_workers,
-        keep_images=count > 0 and run.config.run.tensorboard and world.first and guide is None,
+        keep_images=count > 0
+        and run.config.run.tensorboard
+        and world.first
+        and guide is None
+        and shown is None,
     )
     left_out: list[str] = []
     meter = PresenceMeter()
@@ -159,10 +191,10 @@ def validate(run: Run, guide: Guide | None = None) -> Validated:
             left_out.extend(f"{name} ({reason})" for name, reason in batch.unreadable)
             yield batch
 
-    shown = itertools.count()
+    pictures = itertools.count()
 
     def show(item: Item, prediction: Callable[[], np.ndarray], row: dict[str, Any]) -> None:
-        if item.original is not None and next(shown) < count:
+        if item.original is not None and next(pictures) < count:
             picture = panel(item.original, item.mask, prediction() / np.float32(255))
             run.log.image(f"validation/{row['name']}", picture, run.state.step)
 
@@ -181,6 +213,7 @@ def validate(run: Run, guide: Guide | None = None) -> Validated:
                 seen=show,
                 judged=meter.add,
                 references=None if guide is None else partial(remembered, run, guide),
+                shown=shown,
             )
             found = evaluator.state_dict()
     except Stopped:

@@ -47,14 +47,14 @@ def settings(folder: Path, side: int = 32, **options: object) -> DataConfig:
 def opened(data: Path, folder: Path, *, side: int = 32, mode: str = "disk", **options: object):
     """Return a cache of ``data``, the printed lines and the number of pairs decoded."""
     decoded = []
-    honest = build.square_pair
+    honest = build.decode_pair
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         decoded.append(1)
-        return honest(*arguments)
+        return honest(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, console.remembering() as lines:
-        patch.setattr(build, "square_pair", counted)
+        patch.setattr(build, "decode_pair", counted)
         found = open_cache(load_train([data]), settings(folder, side, **options), mode=mode)
     return found, "\n".join(lines), len(decoded)
 

@@ -18,7 +18,6 @@ from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.errors import DataError
 from camoxpert.evaluation.gallery import Gallery
-from camoxpert.evaluation.tables import safe_name
 from camoxpert.inference import engine
 from camoxpert.inference.prediction import Prediction
 from camoxpert.inference.predictor import load_predictor
@@ -26,6 +25,7 @@ from camoxpert.inference.score import score
 from camoxpert.inference.sources import find_photos
 from camoxpert.metrics import RESULT_KEYS, Evaluator
 from camoxpert.pages.tables import text_table
+from camoxpert.text import safe_name
 
 
 @pytest.fixture

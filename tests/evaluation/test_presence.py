@@ -30,10 +30,16 @@ TINY = {
 }  # fmt: skip
 
 
-def model_file(folder: Path, presence: str) -> Path:
+def model_file(folder: Path, presence: str, *, sure: bool = False) -> Path:
     """Write an untrained model; with the head its presence follows the stride-32 features."""
     torch.manual_seed(1)
     model = build_model(build_config(TINY | {"model.presence": presence}).model)
+    if sure:
+        # Edges alone count, a thousandfold: every map reaches from 0 to 1.
+        head = model.decoder.detail.head
+        head.weight.data -= head.weight.data.mean((2, 3), keepdim=True)
+        head.weight.data *= 1e3
+        head.bias.data.zero_()
     if model.presence is not None:
         torch.nn.init.normal_(model.presence.leave.weight, std=8.0)
         model.presence.calibration.set(2.0, 0.0, 40)
@@ -139,6 +145,20 @@ class TestEvaluate:
         assert not (tmp_path / "presence").exists()
         with next((tmp_path / "per_image").rglob("*.csv")).open() as file:
             assert "presence" not in next(csv.reader(file))
+
+    def test_the_false_masks_of_a_model_that_is_always_sure_are_counted(
+        self, both: Path, tmp_path: Path, capsys
+    ) -> None:
+        """Its maps reach from 0 to 255 like stretched files, but nobody stretched them."""
+        folder = model_file(tmp_path / "model", "off", sure=True)
+        predictor = load_predictor(folder, device="cpu")
+        for found in predictor.stream(str(both / "Imgs")):
+            levels = (found.probability_HW * 255).astype(np.uint8)
+            assert (levels.min(), levels.max()) == (0, 255)
+        assert evaluate(str(folder), "--data", str(both), "-o", str(tmp_path / "out")) == 0
+        presence = result_of(tmp_path / "out")["presence"]
+        assert presence["scores"]["FalseMasks"] == 1 and not presence["stretched"]
+        assert "stretched" not in capsys.readouterr().err
 
     def test_sets_with_objects_alone_say_nothing(
         self, model: Path, toy_data: Path, tmp_path: Path, capsys

@@ -345,7 +345,8 @@ class TestShared:
         self, tiny_run: Path, toy_data: Path, tmp_path: Path
     ) -> None:
         folder = tiny_run / "model"
-        assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model.safetensors"]
+        names = ["README.md", "config.json", "model.safetensors"]
+        assert sorted(p.name for p in folder.iterdir()) == names
         best, shared = (load_checkpoint(resolve_checkpoint(p)) for p in (tiny_run, folder))
         assert best.path.name == BEST and shared.path.suffix == ".safetensors"
         for name, weight in best.evaluated_weights.items():

@@ -18,6 +18,7 @@ VALUES = ("8", "64", "3", "0.25", "0.75", "0.00001", "cpu", "other")
 # What a flag cannot do without.
 NEEDED = {
     "--unlabeled": ("--teacher", "other"),
+    "--base-batch": ("--scale-lr", "linear"),
     "--synthetic-share": ("--synthetic", "other"),
     "--support-weights": ("--support-encoder", "other"),
     "--reference-data": ("--support-encoder", "other"),

@@ -155,12 +155,15 @@ def test_maps_that_were_stretched_before_they_were_saved_say_nothing():
         scaled = (noise.astype(float) - noise.min()) / (noise.max() - noise.min()) * 255
         stretched.add(f"{number}", scaled.astype(np.uint8), whole)
         binary.add(f"{number}", np.where(noise > 30, 255, 0).astype(np.uint8), whole)
-    assert presence_scores(faint.claims()).scores == {
+    assert presence_scores(faint.claims(), from_files=True).scores == {
         "FalseMasks": 0.0, "FalseArea": 0.0, "Missed": 0.0
     }  # fmt: skip
-    found = presence_scores(stretched.claims())
+    found = presence_scores(stretched.claims(), from_files=True)
     assert found.stretched and found.scores == {} and found.num_empty == 4
-    assert presence_scores(binary.claims()).scores["FalseMasks"] == 1
+    assert presence_scores(binary.claims(), from_files=True).scores["FalseMasks"] == 1
+    # The same maps as a model gives them are its own false masks: nothing was stretched.
+    live = presence_scores(stretched.claims())
+    assert not live.stretched and live.scores["FalseMasks"] == 1
 
 
 def test_claims_ignore_the_protocol_and_survive_states_and_skipping():

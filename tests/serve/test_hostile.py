@@ -173,6 +173,22 @@ def test_a_body_that_is_too_large_gets_its_answer(asked) -> None:
     assert not list(asked.server.uploads.folder.iterdir())
 
 
+@pytest.mark.parametrize("path", ["/api/map", "/"])
+def test_bytes_that_no_length_announced_cost_no_answer(asked, photo: Path, path: str) -> None:
+    """A connection that is closed with unread bytes is reset, and the answer lost with it."""
+    body = photo.read_bytes() if path != "/" else b""
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    if body:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+    reply = asked.raw(head.encode() + body + bytes(16_000_000))
+    assert reply.startswith(b"HTTP/1.1 200 ")
+    headers, _, content = reply.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(content)}".encode() in headers
+
+
 def test_a_body_is_asked_for_after_its_headers_were_checked(asked, photo: Path) -> None:
     body = photo.read_bytes()
     head = (
@@ -363,13 +379,15 @@ def test_a_decoder_that_breaks_is_a_refused_file(asked, photo: Path, monkeypatch
     [
         "threshold=nan", "threshold=2", "threshold=-0.1", "threshold=", "threshold",
         "threshold=0.5&threshold=0.4", f"{MARK}=1", "path=/etc/passwd", "threshold=0.5&path=x",
-        "threshold=1e999", "&" * 5000,
+        "threshold=1e999", "threshold=0.5_0", "threshold=+0.5", "threshold=%20.5", "threshold=0x1",
+        "threshold=%D9%A0", "&" * 5000,
     ],
 )  # fmt: skip
 def test_parameters_that_are_refused(asked, photo: Path, query: str) -> None:
     reply = asked.post(f"/api/mask?{query}", photo.read_bytes())
     assert reply.status == 400 and MARK.encode() not in reply.body
     assert threshold_of("threshold=0.25") == 0.25 and threshold_of("") is None
+    assert threshold_of("threshold=5e-2") == 0.05 and threshold_of("threshold=1") == 1.0
 
 
 def test_no_room_on_the_disk(asked, photo: Path, monkeypatch) -> None:

@@ -64,6 +64,8 @@ def test_a_mixture_of_copies_computes_what_the_single_expert_did(capsys) -> None
             assert torch.equal(tensor, fresh[name]), "the router is new"
     said = " ".join(capsys.readouterr().out.split())
     assert "4 of 4 experts of a level start as copies of its single hybrid expert;" in said
+    said, _, taken = said.partition(" taken: ")
+    assert "moe.experts.3 (" in taken
     assert "decoder.levels.0.moe.router" in said and "moe.experts" not in said
 
 
@@ -98,6 +100,8 @@ def test_other_kinds_are_new_and_other_sizes_are_not_copied(capsys) -> None:
     start_from(mixed, source)
     said = " ".join(capsys.readouterr().out.split())
     assert "2 of 3 experts of a level start as copies" in said and "at first 1/3" in said
+    said, _, taken = said.partition(" taken: ")
+    assert "moe.experts.0 (" in taken and "moe.experts.1 (" not in taken
     assert "decoder.levels.0.moe.experts.1 (" in said and "moe.experts.0" not in said
     own = mixed.moe_levels[0].experts
     for place in (0, 2):

@@ -24,10 +24,13 @@ from camoxpert.data.loader import LoaderPlan, build_loader, finish
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import read_json
 from camoxpert.inference.predictor import load_predictor
+from camoxpert.metrics.presence import probability_measures
 from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.runtime.processes import World
 from camoxpert.synthesis.toy import generate_toy, toy_pair
 from camoxpert.training.calibrate import fit_calibration
+from camoxpert.training.data import find_data
 from camoxpert.training.negatives import (
     Kinds,
     find_kinds,
@@ -68,6 +71,14 @@ class TestFiles:
         pairs = load_train([tmp_path], Search(noncam="include")).pairs
         found = {pair.name for pair in empty_pairs(pairs)}
         assert found == {"black", "COD10K-NonCAM-5-Background-5-Vegetation-4854"}
+        # Those of four channels, which deflate shortens to less.
+        large = np.zeros((3000, 4000, 4), np.uint8)
+        large[..., 3] = 255
+        write_png(tmp_path / "GT" / "black.png", large)
+        write_jpeg(tmp_path / "Imgs" / "black.jpg", large[..., :3])
+        pairs = load_train([tmp_path], Search(noncam="include")).pairs
+        assert (tmp_path / "GT" / "black.png").stat().st_size > 4096 + 12_000_000 // 400
+        assert "black" in {pair.name for pair in empty_pairs(pairs)}
         # Uncompressed masks are looked at as well.
         from PIL import Image
 
@@ -223,11 +234,61 @@ class TestKinds:
             return find_kinds(TrainingData(known), NO_MADE, config, kept)
 
         assert [kinds(n).head for n in (0, 3, 8, 20, 40)] == [False, False, True, True, False]
-        assert not kinds(3).apart and "needs" in kinds(3).reason
+        assert kinds(3).apart and "needs" in kinds(3).reason and not kinds(0).apart
+        assert kinds(3, kept="off").apart, "continued, they are told apart as before"
         assert kinds(3, "on").head and not kinds(20, "off").apart
         assert not kinds(20, kept="off").head and kinds(3, kept="on").head
         with pytest.raises(DataError, match="there is nothing to learn to find"):
             kinds(40, "on")
+
+    @pytest.mark.parametrize("number", [1, 3, 24])
+    def test_black_masks_and_a_folder_are_the_same(
+        self, toy_data: Path, negatives: Path, tmp_path: Path, number: int, capsys
+    ) -> None:
+        """The same images with black masks and as ``--negatives``: share, parts, words."""
+        folder = tmp_path / "Negatives"
+        whole = shutil.copytree(toy_data / "TrainDataset", tmp_path / "d" / "TrainDataset")
+        for image in sorted(negatives.iterdir())[:number]:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(image, folder)
+            shutil.copy(image, whole / "Imgs" / f"empty_{image.name}")
+            write_png(whole / "GT" / f"empty_{image.stem}.png", np.zeros((48, 48), np.uint8))
+        ways = [
+            {"data.roots": [str(tmp_path / "d")]},
+            {"data.roots": [str(toy_data)], "data.negatives": [str(folder)]},
+        ]
+        seen = []
+        for way in ways:
+            # Which copies fit into a part depends on their names, which differ.
+            data = find_data(build_config(way | {"data.group_copies": False}), World())
+            parts = {
+                "training": data.train, "validation": data.validation, "apart": data.negatives,
+                "calibration": data.calibration,
+            }  # fmt: skip
+            kinds = {
+                name: Counter(pair.empty for pair in part.pairs) for name, part in parts.items()
+            }
+            lines = [
+                line
+                for line in capsys.readouterr().out.splitlines()
+                if line.split()[0] in ("data", "presence", "negatives", "calibration", "masks")
+            ]
+            seen.append((kinds, data.mix, data.recipe.config.model.presence, lines))
+        assert seen[0][:3] == seen[1][:3] and seen[0][1].negatives
+        assert [" ".join(line.split()) for line in seen[0][3]] == [
+            " ".join(line.split()) for line in seen[1][3]
+        ]
+
+    def test_contradictions_of_black_masks_are_told(
+        self, toy_data: Path, tmp_path: Path, train: Callable[..., int], capsys
+    ) -> None:
+        whole = shutil.copytree(toy_data / "TrainDataset", tmp_path / "d" / "TrainDataset")
+        image = sorted((whole / "Imgs").iterdir())[0]
+        shutil.copy(image, whole / "Imgs" / f"other{image.suffix}")
+        write_png(whole / "GT" / "other.png", np.zeros((48, 48), np.uint8))
+        assert train(*SHORT, "--dry-run", "--dataset-path", str(tmp_path / "d")) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "1 image with a black mask is in the training data with an object as well" in said
 
     def test_both_kinds_are_set_aside_and_stay_so(self, toy_data, negatives) -> None:
         config = build_config({"data.negatives": [str(negatives)]})
@@ -247,17 +308,60 @@ class TestFit:
     def test_it_finds_what_made_the_labels(self) -> None:
         rng = np.random.default_rng(0)
         logits = rng.normal(0, 4, 20_000)
-        labels = (rng.random(20_000) < 1 / (1 + np.exp(-(logits / 2.5 - 0.7)))).astype(float)
+        labels = (rng.random(20_000) < _sigmoid(logits / 2.5 - 0.7)).astype(float)
         fit = fit_calibration(logits, labels)
         assert fit.temperature == pytest.approx(2.5, rel=0.05)
-        assert fit.bias == pytest.approx(-0.7, abs=0.06)
+        # Both kinds count alike: the share of objects among these images is taken out.
+        share = labels.mean()
+        assert share < 0.45
+        assert fit.bias == pytest.approx(-0.7 - np.log(share / (1 - share)), abs=0.06)
         assert fit.after < fit.before - 0.02
         assert fit.objects + fit.empty == 20_000
 
-    def test_kinds_that_are_apart_stay_finite_and_noise_becomes_the_share(self) -> None:
+    def test_by_hand(self) -> None:
+        """Logits of one value say nothing: half and half, whatever the share of objects."""
+        fit = fit_calibration(np.zeros(8), np.array([1.0] * 6 + [0] * 2))
+        # Targets 6.1 / 6.2 and 0.1 / 2.2, each kind a half.
+        mean = (6.1 / 6.2 + 0.1 / 2.2) / 2
+        assert fit.temperature == 1
+        assert fit.bias == pytest.approx(np.log(mean / (1 - mean)), rel=0.05)
+        assert fit.before == pytest.approx(np.log(2))
+
+    def test_the_share_of_the_images_set_aside_changes_nothing(self) -> None:
+        rng = np.random.default_rng(1)
+        objects, empty = rng.normal(2, 2, 4000), rng.normal(-1, 1, 4000)
+        fits = [
+            fit_calibration(np.r_[objects, empty[:n]], np.r_[np.ones(4000), np.zeros(n)])
+            for n in (4000, 400)
+        ]
+        assert fits[0].temperature == pytest.approx(fits[1].temperature, rel=0.1)
+        assert fits[0].bias == pytest.approx(fits[1].bias, abs=0.2)
+
+    def test_kinds_that_are_apart_stay_finite_and_noise_becomes_one_half(self) -> None:
         apart = fit_calibration(np.array([-3.0, -2, 2, 3]), np.array([0.0, 0, 1, 1]))
-        assert 0.01 <= apart.temperature <= 100 and np.isfinite(apart.bias)
-        # Platt's target for two images of either kind is 3/4.
-        assert 1 / (1 + np.exp(-(2.5 / apart.temperature + apart.bias))) < 0.9
+        assert 0.5 <= apart.temperature <= 2 and abs(apart.bias) < 0.1
+        # Two images of either kind are no reason to be surer than the head is.
+        assert _sigmoid(3 / apart.temperature + apart.bias) < 0.985
         wrong = fit_calibration(np.array([3.0, 2, -2, -3] * 5), np.array([0.0, 0, 1, 1] * 5))
         assert wrong.temperature == pytest.approx(100)
+        assert _sigmoid(3 / wrong.temperature + wrong.bias) == pytest.approx(0.5, abs=0.02)
+
+    @pytest.mark.parametrize("over", [1.0, 2.0])
+    def test_few_images_that_hardly_overlap_do_not_make_it_timid(self, over: float) -> None:
+        """Platt's targets of 32 images are .97 and .03 where the truth is nearly 1 and 0: an error
+        of .04 to .05 for these logits. Without a prior it is .035; chance alone gives .019."""
+        errors = []
+        for seed in range(30):
+            rng = np.random.default_rng(seed)
+            labels = np.tile([1.0, 0.0], 832)
+            # AUROC .98: the logarithm of the odds is normal, 8.4 apart.
+            odds = rng.normal(np.where(labels > 0.5, 4.22, -4.22), 2.9)
+            logits = over * odds + 1
+            fit = fit_calibration(logits[:64], labels[:64])
+            probability = _sigmoid(logits[64:] / fit.temperature + fit.bias)
+            errors.append(probability_measures(probability, labels[64:] > 0.5)["ECE"])
+        assert np.mean(errors) < 0.034
+
+
+def _sigmoid(logits):
+    return 1 / (1 + np.exp(-logits))

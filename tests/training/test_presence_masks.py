@@ -1,4 +1,4 @@
-"""With the presence head a run learns the masks that it learns without, and says what it found."""
+"""On the same images a run with the presence head learns the masks that it learns without it."""
 
 from __future__ import annotations
 

@@ -124,3 +124,50 @@ def test_a_split_that_cannot_be_read_is_empty(tmp_path: Path) -> None:
     assert read_split(tmp_path) == {}
     (tmp_path / SAMPLES).write_text("something else\n1\n")
     assert read_split(tmp_path) == {}
+
+
+def with_column(root: Path, group: dict[str, str]) -> Path:
+    """Write a CSV of the pictures in a folder with the column ``group``."""
+    lines = ["image,mask,group"]
+    for path in sorted((root / "Imgs").glob("*.jpg")):
+        lines.append(f"Imgs/{path.name},GT/{path.stem}.png,{group.get(path.stem, '')}")
+    table = root / "list.csv"
+    table.write_text("\n".join(lines))
+    return table
+
+
+def test_a_group_of_a_table_stays_on_one_side_with_its_copies(tmp_path: Path, capsys) -> None:
+    """Five pictures of a patient, and the twin of one of them, which is of another patient."""
+    root = with_copies(tmp_path / "data")
+    first = ("00", "05", "09", "14", "20")
+    table = with_column(root, dict.fromkeys(first, "p1") | {"twin00": "p2", "21": "p2"})
+    together = {*first, "twin00", "twin05", "twin09", "21"}
+    sides = set()
+    for seed in range(6):
+        config = config_for(table, tmp_path / "cache", train__seed=seed)
+        _, validation = decide_split(TrainingData(load_train([table])), config, {})
+        names = {pair.name.rpartition("/")[2] for pair in validation.pairs}
+        assert names >= together or not names & together
+        sides.add(bool(names & together))
+    assert "by the column group" in capsys.readouterr().out
+    # Without the column the same seeds separate them.
+    alone = with_column(root, {})
+    separated = 0
+    for seed in range(6):
+        config = config_for(alone, tmp_path / "cache", train__seed=seed)
+        _, validation = decide_split(TrainingData(load_train([alone])), config, {})
+        names = {pair.name.rpartition("/")[2] for pair in validation.pairs} & together
+        separated += 0 < len(names) < len(together)
+    assert separated
+
+
+def test_a_group_is_kept_without_the_search_for_copies(tmp_path: Path) -> None:
+    root = with_copies(tmp_path / "data")
+    table = with_column(root, {f"{i:02d}": f"video {i // 4}" for i in range(24)})
+    config = config_for(table, tmp_path / "cache", data__group_copies=False)
+    _, validation = decide_split(TrainingData(load_train([table])), config, {})
+    by_video: dict[str, int] = {}
+    for pair in validation.pairs:
+        if pair.series:
+            by_video[pair.series] = by_video.get(pair.series, 0) + 1
+    assert by_video and set(by_video.values()) == {4}

@@ -1,9 +1,10 @@
 """Build the cache: decoded pairs on disk or in memory, which epochs read instead of JPEGs.
 
-One uint8 array (N, S, S, 4), RGB and mask, is shared by workers and ranks. It is stored outside the
-data set, in a folder named after the data. A table beside it records the files, settings and code
-version it was made from, so that a cache of anything else is never used. Rows have checksums; the
-table is written last, atomically. A build that was killed resumes where it stopped.
+One uint8 array (N, S, S, 4 + M), RGB, mask and the planes of M modalities, is shared by workers and
+ranks. It is stored outside the data set, in a folder named after the data. A table beside it
+records the files, settings and code version it was made from, so that a cache of anything else is
+never used. Rows have checksums; the table is written last, atomically. A build that was killed
+resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from camoxpert.data.cache.table import (
     CHANNELS,
     Description,
     PixelCache,
+    channels_of,
     checksum,
     description,
     judge,
@@ -31,8 +33,8 @@ from camoxpert.data.cache.table import (
 )
 from camoxpert.data.files.labels import has_void
 from camoxpert.data.files.manifest import Manifest
-from camoxpert.data.files.unlabeled import read_files
-from camoxpert.data.samples.augment import source_side, square_pair
+from camoxpert.data.samples.augment import source_side
+from camoxpert.data.samples.decode import decode_pair
 from camoxpert.errors import DataError
 from camoxpert.files import lock, read_json, write_json, write_whole
 from camoxpert.runtime.host import available_memory, usable_cores
@@ -52,7 +54,7 @@ def find_cache(manifest: Manifest, data: DataConfig) -> tuple[PixelCache | None,
             decoded.
     """
     place = cache_place(manifest, data)
-    verdict = judge(place, description(manifest, source_side(data), data.max_pixels))
+    verdict = judge(place, _described(manifest, data))
     if verdict:
         return None, verdict
     try:
@@ -94,7 +96,7 @@ def open_cache(manifest: Manifest, data: DataConfig, *, mode: str) -> PixelCache
             f"--strict-cache to build it."
         )
     console.decide("", f"{verdict}; decoding into {place}")
-    wanted = description(manifest, source_side(data), data.max_pixels)
+    wanted = _described(manifest, data)
     with ExitStack() as stack:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -114,27 +116,31 @@ def open_cache(manifest: Manifest, data: DataConfig, *, mode: str) -> PixelCache
     return made
 
 
+def _described(manifest: Manifest, data: DataConfig) -> Description:
+    return description(manifest, source_side(data), data.max_pixels, data.beside_rgb)
+
+
 def _say_waiting() -> None:
     console.decide("", "another process is building this cache; waiting for it")
 
 
 def _in_memory(manifest: Manifest, data: DataConfig) -> PixelCache:
     side = source_side(data)
-    needed, free = cache_bytes(manifest, side), available_memory()
+    needed, free = cache_bytes(manifest, side, len(data.beside_rgb)), available_memory()
     if free is not None and needed > free:
         raise DataError(
             f"--cache ram needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are "
             f"free. Use --cache disk or none."
         )
     console.decide("", f"{len(manifest)} pairs are decoded now, and again in every run")
-    shape = (len(manifest), side, side, CHANNELS)
+    shape = (len(manifest), side, side, CHANNELS + len(data.beside_rgb))
     # Anonymous and shared: forked workers read the same pages.
     pixels = np.frombuffer(mmap.mmap(-1, max(1, needed)), np.uint8)[:needed].reshape(shape)
     sizes = np.zeros((len(manifest), 2), np.int32)
     todo = list(range(len(manifest)))
     faults: dict[int, str] = {}
     void = np.zeros(len(manifest), bool)
-    decoded = _decode(manifest, todo, pixels, sizes, void, faults, data.max_pixels)
+    decoded = _decode(manifest, todo, pixels, sizes, void, faults, data)
     for _ in console.track(decoded, "decoding", total=len(todo)):
         pass
     if data.unreadable == "error":
@@ -153,7 +159,8 @@ def _build(place: Path, wanted: Description, manifest: Manifest, data: DataConfi
     side, count = wanted["side"], len(manifest)
     progress = place / "progress.u4"
     _allocate_unless_begun(place, wanted, count)
-    pixels = np.memmap(place / "pixels.u8", np.uint8, "r+", shape=(count, side, side, CHANNELS))
+    shape = (count, side, side, channels_of(wanted))
+    pixels = np.memmap(place / "pixels.u8", np.uint8, "r+", shape=shape)
     # Per row: checksum, height, width, whether the mask has void; a height of 0 means not done.
     table = np.memmap(progress, np.uint32, "r+", shape=(count, PROGRESS_COLUMNS))
     todo = []
@@ -167,7 +174,7 @@ def _build(place: Path, wanted: Description, manifest: Manifest, data: DataConfi
         console.decide("", f"{count - len(todo)} of {count} pairs are already decoded")
     sizes, void = np.zeros((count, 2), np.int32), np.zeros(count, bool)
     faults: dict[int, str] = {}
-    decoded = _decode(manifest, todo, pixels, sizes, void, faults, data.max_pixels)
+    decoded = _decode(manifest, todo, pixels, sizes, void, faults, data)
     for index in console.track(decoded, "decoding", total=len(todo)):
         table[index] = (checksum(pixels[index]), *sizes[index], void[index])
     if data.unreadable == "error":
@@ -197,7 +204,7 @@ def _allocate_unless_begun(place: Path, wanted: Description, count: int) -> None
         return
     for name in ("table.json", "building.json", "pixels.u8", "sizes.npy", "progress.u4"):
         (place / name).unlink(missing_ok=True)
-    row = wanted["side"] ** 2 * CHANNELS
+    row = wanted["side"] ** 2 * channels_of(wanted)
     free = free_disk(place) or 0
     if count * row + DISK_RESERVE // 4 > free:
         raise DataError(
@@ -222,7 +229,7 @@ def _decode(
     sizes: np.ndarray,
     void: np.ndarray,
     faults: dict[int, str],
-    max_pixels: int,
+    data: DataConfig,
 ) -> Iterable[int]:
     """Decode rows in threads (the decoders release the GIL).
 
@@ -232,11 +239,13 @@ def _decode(
 
     def one(index: int) -> str:
         try:
-            image, mask = read_files(manifest.pairs[index], max_pixels=max_pixels, at_least=side)
+            found, mask = decode_pair(
+                manifest.pairs[index], side, data.beside_rgb, max_pixels=data.max_pixels
+            )
         except DataError as error:
             return str(error)
         sizes[index] = mask.shape
-        pixels[index] = square_pair(image, mask, side)
+        pixels[index] = found
         void[index] = has_void(mask)
         return ""
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from camoxpert.config import DataConfig
@@ -19,9 +20,9 @@ DISK_RESERVE = 1 << 30
 MEMORY_SHARE = 0.5
 
 
-def cache_bytes(manifest: Manifest, side: int) -> int:
+def cache_bytes(manifest: Manifest, side: int, modalities: int = 0) -> int:
     """Return the size of a data set's decoded pixels, in bytes."""
-    return len(manifest) * side * side * CHANNELS
+    return len(manifest) * side * side * (CHANNELS + modalities)
 
 
 def default_folder() -> Path:
@@ -44,18 +45,18 @@ def cache_root(data: DataConfig) -> Path:
 
 def cache_place(manifest: Manifest, data: DataConfig) -> Path:
     """Return the folder of the disk cache for these pairs."""
-    return cache_root(data) / cache_name(manifest, source_side(data))
+    return cache_root(data) / cache_name(manifest, source_side(data), data.beside_rgb)
 
 
-def cache_name(manifest: Manifest, side: int) -> str:
-    """Return a cache name made of the data's path and the size of the rows.
+def cache_name(manifest: Manifest, side: int, modalities: Sequence[str] = ()) -> str:
+    """Return a cache name made of the data's path, the size of the rows and the modalities.
 
     A changed data set keeps its name, so the new cache replaces the old one.
     """
     roots = sorted({str(pair.image.parent.resolve()) for pair in manifest.pairs})
     digest = hashlib.sha256("\n".join(roots).encode(errors="surrogateescape")).hexdigest()[:10]
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in manifest.dataset)[:40]
-    return f"{safe}-{side}-{digest}"
+    return "-".join([safe, str(side), *modalities, digest])
 
 
 def choose_cache(
@@ -76,7 +77,7 @@ def choose_cache(
         processes: training processes on this machine; each would keep its own copy in memory.
     """
     mode = "disk" if data.strict_cache else data.cache
-    needed = cache_bytes(manifest, source_side(data))
+    needed = cache_bytes(manifest, source_side(data), len(data.beside_rgb))
     words = f"{needed / 1e9:.2f} GB"
     copies = words if processes == 1 else f"{words} in each of {processes} processes"
     if mode != "auto":

@@ -41,8 +41,10 @@ class CacheReader:
         pin_memory: bool = False,
         skip: int = 0,
         soft: SoftMaps | None = None,
+        modalities: Sequence[str] = (),
     ) -> None:
         self.transform = transform
+        self._modalities = tuple(modalities)
         self._names = [pair.name for pair in manifest.pairs]
         self._cache = cache
         self._rows = cache.of(manifest)
@@ -115,11 +117,11 @@ class CacheReader:
         The kernel would otherwise clear megabytes of fresh pages for every batch, which takes
         longer than filling them. torch itself reuses page-locked memory.
         """
-        side = self._cache.pixels.shape[1]
+        row = self._cache.pixels.shape[1:]
         if self._pin:
-            return torch.empty((count, side, side, 4), dtype=torch.uint8, pin_memory=True)
+            return torch.empty((count, *row), dtype=torch.uint8, pin_memory=True)
         size = self._sampler.batch_size
-        whole = self._free.pop() if self._free else np.empty((size, side, side, 4), np.uint8)
+        whole = self._free.pop() if self._free else np.empty((size, *row), np.uint8)
         lent = whole[:count]
         # torch keeps a reference to this array while any tensor is a view of it.
         weakref.finalize(lent, self._free.append, whole).atexit = False
@@ -144,6 +146,7 @@ class CacheReader:
         names = [self._names[place] for place in places]
         void = bool(self._void[places].any())
         batch = RawBatch(pixels, names, sizes, list(indices), epochs[0], targets[0], replaced, void)
+        batch.modalities = self._modalities
         if self._soft is not None and self._pool is not None:
             maps = self._pool.map(self._soft.read, [self._maps[place] for place in places])
             soft = torch.from_numpy(np.stack(list(maps)))

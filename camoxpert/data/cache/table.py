@@ -1,10 +1,10 @@
 """The files of a disk cache, and the checks that decide whether it can be used.
 
-``pixels.u8`` is one uint8 array (N, S, S, 4), RGB and mask; ``sizes.npy`` holds the original sizes;
-``table.json`` records the files, settings and code version that the rows were made from, the
-checksum of each row, the rows with void pixels, and the files that could not be decoded under
-``--unreadable skip`` (their rows are empty, their height is 0). A cache is used only if all of this
-matches.
+``pixels.u8`` is one uint8 array (N, S, S, 4 + M), RGB, mask and the planes of M modalities;
+``sizes.npy`` holds the original sizes; ``table.json`` records the files, settings and code version
+that the rows were made from, the checksum of each row, the rows with void pixels, and the files
+that could not be decoded under ``--unreadable skip`` (their rows are empty, their height is 0). A
+cache is used only if all of this matches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,8 @@ class PixelCache:
     """Decoded pairs of one data set.
 
     Attributes:
-        pixels: uint8 (N, S, S, 4), RGB and mask (0 or 255, VOID on unlabelled pixels).
+        pixels: uint8 (N, S, S, 4 + M), RGB, mask (0 or 255, VOID on unlabelled pixels) and the
+            planes of M modalities (0 where nothing is known).
         sizes: original (height, width) of each, (N, 2).
         rows: (data set, name) -> row.
         path: file of the pixels; None if they are in memory only.
@@ -85,7 +86,7 @@ class PixelCache:
             )
 
 
-class Description(TypedDict):
+class Description(TypedDict, total=False):
     """Everything the pixels of a cache depend on.
 
     Attributes:
@@ -93,6 +94,7 @@ class Description(TypedDict):
         side: side of the images in the rows, in pixels.
         max_pixels: larger images were refused.
         versions: versions of the decoders.
+        modalities: planes behind RGB and mask, by name; absent: none.
         files: "data set/name" -> paths of image and mask, then size and modification time of each.
     """
 
@@ -101,9 +103,12 @@ class Description(TypedDict):
     max_pixels: int
     versions: dict[str, str]
     files: dict[str, list[Any]]
+    modalities: list[str]
 
 
-def description(manifest: Manifest, side: int, max_pixels: int) -> Description:
+def description(
+    manifest: Manifest, side: int, max_pixels: int, modalities: Sequence[str] = ()
+) -> Description:
     """Return everything that a cache of these pairs depends on."""
     files = {}
     for pair in manifest.pairs:
@@ -115,15 +120,28 @@ def description(manifest: Manifest, side: int, max_pixels: int) -> Description:
             *(["any size"] if pair.any_size else []),
             *([] if pair.labeled else ["no mask"]),
             *(["no object"] if pair.labeled and pair.mask == pair.image else []),
+            *(
+                value
+                for name, path in pair.modalities
+                for value in (name, str(path.resolve()), *_state(path))
+            ),
         ]
     versions = {"opencv": cv2.__version__, "pillow": PIL.__version__}
-    return {
+    found: Description = {
         "format": FORMAT,
         "side": side,
         "max_pixels": max_pixels,
         "versions": versions,
         "files": files,
     }
+    if modalities:
+        found["modalities"] = list(modalities)
+    return found
+
+
+def channels_of(table: Mapping[str, Any]) -> int:
+    """Return the channels of a cache's rows: RGB and mask, then a plane for each modality."""
+    return CHANNELS + len(table.get("modalities", ()))
 
 
 def judge(place: Path, wanted: Description) -> str:
@@ -155,6 +173,8 @@ def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     for key, words in names.items():
         if found.get(key) != wanted[key]:
             return f"{words} ({found.get(key)}, now {wanted[key]})"
+    if found.get("modalities", []) != wanted.get("modalities", []):
+        return f"other modalities ({found.get('modalities')}, now {wanted.get('modalities')})"
     old, new = found.get("files", {}), wanted["files"]
     changed = [name for name in new if name in old and old[name] != new[name]]
     added = [name for name in new if name not in old]
@@ -172,7 +192,7 @@ def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 def damage(place: Path, table: Mapping[str, Any]) -> str:
     """Return how the pixels differ from their checksums; "" if they do not."""
     checksums, side = table["checksums"], table["side"]
-    row = side * side * CHANNELS
+    row = side * side * channels_of(table)
     path = place / "pixels.u8"
     try:
         size = path.stat().st_size
@@ -218,7 +238,7 @@ def map_cache(place: Path, digest: str = "") -> PixelCache:
         )
     table = json.loads(data)
     names = list(table["files"])
-    shape = (len(names), table["side"], table["side"], CHANNELS)
+    shape = (len(names), table["side"], table["side"], channels_of(table))
     pixels: np.ndarray = np.zeros(shape, np.uint8)
     if names:
         pixels = np.memmap(place / "pixels.u8", np.uint8, "r", shape=shape)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from camoxpert import stop
 from camoxpert.data.files.image_io import MAX_PIXELS, pair_orientation, probe, require_whole
 from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.modalities import require_whole_file
 from camoxpert.data.files.pairing import Pair
 from camoxpert.errors import DataError
 from camoxpert.text import bullet_list
@@ -38,6 +39,8 @@ def unreadable_pairs(manifest: Manifest, *, max_pixels: int = MAX_PIXELS) -> lis
             )
             for path, head in zip((pair.image, pair.mask), heads, strict=True):
                 require_whole(path, head)
+            for _, path in pair.modalities:
+                require_whole_file(path, max_pixels=max_pixels)
         except DataError as error:
             return str(error)
         return None

@@ -211,6 +211,37 @@ def read_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return np.ascontiguousarray(planes[..., 0])
 
 
+def read_values(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode the values of a picture with one channel as they are stored, upright.
+
+    Understood: 8-bit and 16-bit grey, 32-bit integers and floating point, 1-bit, grey palettes, and
+    8-bit colour with three equal channels. An opaque alpha channel is ignored.
+
+    Returns:
+        (H, W), uint8, uint16, int32 or float32.
+
+    Raises:
+        DataError: unreadable, larger than ``max_pixels``, in colour or transparent.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        orientation = _header(image, path).orientation
+        picture = _upright(_load(image, path), orientation)
+        if picture.mode.startswith(("I", "F")):
+            values = np.asarray(picture)
+            return values.astype(values.dtype.newbyteorder("="))
+        if picture.mode in ("L", "1"):
+            return np.asarray(picture.convert("L"))
+        planes = np.asarray(picture.convert("RGBA"))
+    if (planes[..., 3] != 255).any() or (planes[..., :1] != planes[..., 1:3]).any():
+        raise DataError(
+            f"{path} is in colour or transparent, and one value for each pixel was expected. Save "
+            "what the sensor measured in one channel of 8 or 16 bits, not a picture of it in false "
+            "colours."
+        )
+    return np.ascontiguousarray(planes[..., 0])
+
+
 def read_pair(
     image_path: str | Path,
     mask_path: str | Path,

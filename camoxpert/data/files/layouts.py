@@ -8,7 +8,7 @@ whose name says that it is a split (``split_of``).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -248,8 +248,13 @@ LAYOUTS: tuple[Layout, ...] = (
 CSV_LAYOUT = "CSV"
 
 
-def recognise(root: Path, name: str = "auto") -> Recognised | None:
+def recognise(root: Path, name: str = "auto", *, beside: Sequence[str] = ()) -> Recognised | None:
     """Find the layout of a folder, or of the only folder inside it (archives often add one).
+
+    Args:
+        root: the folder.
+        name: of a known layout, or auto.
+        beside: names of other folders, in any case, that are read beside the images.
 
     Returns:
         The layout, its root folder and its sources on disk; None if no layout matches.
@@ -268,7 +273,7 @@ def recognise(root: Path, name: str = "auto") -> Recognised | None:
                 found = [f for source in layout.sources for f in locate(start, source, layout)]
                 if found:
                     places = dict.fromkeys((root, start))
-                    notes = (note for place in places for note in _unread(place, found))
+                    notes = (note for place in places for note in _unread(place, found, beside))
                     return Recognised(layout, start, tuple(found), tuple(dict.fromkeys(notes)))
     return None
 
@@ -399,7 +404,7 @@ def _stands_for(pattern: str, name: str, exact: bool, star: str | None) -> str |
     return middle if same and star in (None, middle) else None
 
 
-def _unread(root: Path, found: list[Found]) -> tuple[str, ...]:
+def _unread(root: Path, found: list[Found], beside: Sequence[str]) -> tuple[str, ...]:
     """Return a note about the folders in ``root`` that hold images which no source reads."""
     used = [path.resolve() for f in found for path in (f.images, f.masks)]
 
@@ -407,6 +412,8 @@ def _unread(root: Path, found: list[Found]) -> tuple[str, ...]:
         return any(p.is_relative_to(folder.resolve()) for p in used)
 
     left = [p for p in subfolders(root) if not holds_used(p) and not _inside(p, used)]
+    ends = tuple(f"-{name}" for name in beside)
+    left = [p for p in left if not (p.name.lower() in beside or p.name.lower().endswith(ends))]
     left = [p for p in left if _has_images(p)]
     notes = []
     if left:

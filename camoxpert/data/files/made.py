@@ -27,7 +27,12 @@ def find_made(folders: Sequence[str | Path], search: Search) -> Manifest:
     """
     if not folders:
         return NO_MADE
-    own = Search(noncam="include", allow_outside=search.allow_outside, any_size=search.any_size)
+    own = Search(
+        noncam="include",
+        allow_outside=search.allow_outside,
+        any_size=search.any_size,
+        modalities=search.modalities,
+    )
     try:
         found = load_train(folders, own)
     except DataError as error:

@@ -28,6 +28,7 @@ class Search:
         clean: pairs to leave out, as ``read_clean_list`` returns them.
         allow_outside: a CSV may name files outside its folder.
         any_size: a mask may have another size than its image.
+        modalities: what other sensors saw, by name, where images have it.
     """
 
     layout: str = "auto"
@@ -35,6 +36,7 @@ class Search:
     clean: CleanList = field(default_factory=dict)
     allow_outside: bool = False
     any_size: bool = False
+    modalities: tuple[str, ...] = ()
 
 
 USUAL = Search()
@@ -75,6 +77,10 @@ class Manifest:
         for (dataset, name), sizes in self.files().items():
             line = f"{dataset}/{name}\t{sizes[0]}\t{sizes[1]}\n"
             digest.update(line.encode(errors="surrogateescape"))
+        for pair in self.pairs:
+            for name, path in pair.modalities:
+                line = f"{pair.dataset}/{pair.name}\t{name}\t{_size(path)}\n"
+                digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -175,6 +181,7 @@ def _read(roots: Sequence[str | Path], search: Search) -> list[Root]:
         noncam=search.noncam,
         allow_outside=search.allow_outside,
         any_size=search.any_size,
+        modalities=search.modalities,
     )
 
 

@@ -85,13 +85,14 @@ def empty_pairs(pairs: Sequence[Pair], *, max_pixels: int = MAX_PIXELS) -> froze
 def _may_be_black(path: Path) -> bool:
     """Return whether a mask's file is as small as that of one value alone.
 
-    Deflate shortens one value to 1/1032, JPEG to 6 bits per block of 64 pixels; there is room for
-    headers and metadata. Files without compression are all looked at.
+    Deflate shortens one value to 1/1032, of up to 8 bytes where a pixel has several channels, JPEG
+    to 6 bits per block of 64 pixels; there is room for headers and metadata. Files without
+    compression are all looked at.
     """
     size, head = path.stat().st_size, probe(path)
     pixels = head.width * head.height
     if head.format == "PNG":
-        return size <= 4096 + pixels // 400
+        return size <= 4096 + pixels // (400 if head.mode in ("1", "L", "P") else 100)
     return size <= 4096 + pixels // 64 or head.format != "JPEG"
 
 

@@ -30,6 +30,9 @@ class Pair:
         empty: True for an image that is known to have no object and is treated as such; without a
             mask of its own, ``mask`` is the image itself.
         told: True where a table says the class, which a name only suggests.
+        series: patient, video or sequence that a table says the image is of, or "": images of one
+            series are never on both sides of a split.
+        modalities: (name, file) of what other sensors saw of it, as far as there is any.
     """
 
     name: str
@@ -42,6 +45,13 @@ class Pair:
     made: bool = False
     empty: bool = False
     told: bool = False
+    series: str = ""
+    modalities: tuple[tuple[str, Path], ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Image, mask and the files of the modalities."""
+        return (self.image, self.mask, *(path for _, path in self.modalities))
 
 
 @dataclass(frozen=True)

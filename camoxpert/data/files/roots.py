@@ -23,10 +23,11 @@ from camoxpert.data.files.layouts import (
     split_of,
 )
 from camoxpert.data.files.listing import ARCHIVE_SUFFIXES, is_side_file
+from camoxpert.data.files.modalities import counted, with_modalities
 from camoxpert.data.files.pairing import Pair, Pairing, pair_files
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import why_missing
-from camoxpert.text import shorten
+from camoxpert.text import count, shorten
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def read_roots(
     noncam: str,
     allow_outside: bool,
     any_size: bool = False,
+    modalities: Sequence[str] = (),
 ) -> list[Root]:
     """Read roots; those whose folders have the same name get data set names that differ.
 
@@ -62,13 +64,17 @@ def read_roots(
         noncam: exclude or include COD10K images without a camouflaged object.
         allow_outside: a CSV may name files outside its folder.
         any_size: a mask may have another size than its image.
+        modalities: what other sensors saw, by name; see ``modalities.with_modalities``.
 
     Raises:
         DataError: no such root, no layout matches, a faulty CSV.
         ConfigError: unknown layout name.
     """
     return with_distinct_names(
-        [read_root(Path(root), layout, noncam, allow_outside, any_size) for root in roots]
+        [
+            read_root(Path(root), layout, noncam, allow_outside, any_size, modalities)
+            for root in roots
+        ]
     )
 
 
@@ -79,10 +85,15 @@ def with_distinct_names(roots: Sequence[Root]) -> list[Root]:
 
 
 def read_root(
-    path: Path, layout: str, noncam: str, allow_outside: bool, any_size: bool = False
+    path: Path,
+    layout: str,
+    noncam: str,
+    allow_outside: bool,
+    any_size: bool = False,
+    modalities: Sequence[str] = (),
 ) -> Root:
     """Read one root; see ``read_roots``."""
-    root = _read_root(path, layout, noncam, allow_outside)
+    root = _read_root(path, layout, noncam, allow_outside, modalities)
     if not any_size:
         return root
     pairings = tuple(
@@ -92,7 +103,9 @@ def read_root(
     return replace(root, pairings=pairings)
 
 
-def _read_root(path: Path, layout: str, noncam: str, allow_outside: bool) -> Root:
+def _read_root(
+    path: Path, layout: str, noncam: str, allow_outside: bool, modalities: Sequence[str]
+) -> Root:
     known = [row.name for row in LAYOUTS] + [CSV_LAYOUT]
     if layout not in ("auto", *known):
         raise ConfigError(f"--layout {layout}: known layouts are auto, {', '.join(known)}.")
@@ -106,11 +119,11 @@ def _read_root(path: Path, layout: str, noncam: str, allow_outside: bool) -> Roo
                 else "not a CSV"
             )
             raise DataError(f"{path} is {kind}. Give a data set folder or a CSV file.")
-        return Root(path, path.resolve(), tuple(_read_csv(path, allow_outside)))
-    recognised = recognise(path, layout)
+        return Root(path, path.resolve(), tuple(_read_csv(path, allow_outside, modalities)))
+    recognised = recognise(path, layout, beside=modalities)
     if recognised is None:
         raise DataError(_unknown(path, known))
-    return _read_folder(path, recognised, noncam)
+    return _read_folder(path, recognised, noncam, modalities)
 
 
 def distinct_names(places: Sequence[Path]) -> dict[Path, str]:
@@ -141,8 +154,12 @@ def _parts(place: Path) -> tuple[str, ...]:
     return place.with_suffix("").parts if place.is_file() else place.parts
 
 
-def _read_folder(path: Path, recognised: Recognised, noncam: str) -> Root:
+def _read_folder(
+    path: Path, recognised: Recognised, noncam: str, modalities: Sequence[str]
+) -> Root:
     pairings = [pair_files(found, recognised.layout.name, noncam) for found in recognised.found]
+    if modalities:
+        pairings = [with_modalities(pairing, modalities) for pairing in pairings]
     return Root(path, recognised.root.resolve(), tuple(pairings), recognised.notes)
 
 
@@ -179,8 +196,9 @@ def _unknown(path: Path, known: Sequence[str]) -> str:
     )
 
 
-def _read_csv(path: Path, allow_outside: bool) -> list[Pairing]:
-    """Read columns image, mask and optionally split and class; paths are relative to the file."""
+def _read_csv(path: Path, allow_outside: bool, modalities: Sequence[str] = ()) -> list[Pairing]:
+    """Read columns image, mask and optionally split, class, group and modalities; paths are
+    relative to the file, and an empty cell of a modality says that the image has none."""
     splits: dict[str, dict[str, Pair]] = defaultdict(dict)
     lines: dict[tuple[str, str], int] = {}
     for number, row in read_table(path, ("image", "mask")):
@@ -188,7 +206,15 @@ def _read_csv(path: Path, allow_outside: bool) -> list[Pairing]:
             listed_file(path, row[key], number, column=key, allow_outside=allow_outside)
             for key in ("image", "mask")
         )
-        for file_path in (image, mask):
+        seen = tuple(
+            (
+                key,
+                listed_file(path, row[key], number, column=key, allow_outside=allow_outside)[0],
+            )
+            for key in modalities
+            if row.get(key)
+        )
+        for file_path in (image, mask, *(file for _, file in seen)):
             if not file_path.is_file():
                 raise DataError(f"{path}, line {number}: {why_missing(file_path)}")
         written = row.get("split", "")
@@ -206,7 +232,16 @@ def _read_csv(path: Path, allow_outside: bool) -> list[Pairing]:
         dataset = path.stem + ("-val" if split == "val" else "")
         told = row.get("class", "")
         group = told or class_of(image.stem)
-        splits[split][name] = Pair(name, image, mask, dataset, group, told=bool(told))
+        splits[split][name] = Pair(
+            name,
+            image,
+            mask,
+            dataset,
+            group,
+            told=bool(told),
+            series=row.get("group", ""),
+            modalities=seen,
+        )
     if not lines:
         raise DataError(f"{path} has no rows.")
     order = [split for split in (*SPLITS, "all") if split in splits]
@@ -221,6 +256,18 @@ def _read_csv(path: Path, allow_outside: bool) -> list[Pairing]:
             (),
             (),
             0,
+            _lacking(splits[split].values(), modalities, f"{path.stem} {split}"),
         )
         for split in order
     ]
+
+
+def _lacking(pairs: Iterable[Pair], modalities: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return a note for each modality that some rows of a table do not name."""
+    known = list(pairs)
+    have = counted(known, modalities)
+    return tuple(
+        f"{where}: {len(known) - number} of {count(len(known), 'image')} have no {name}"
+        for name, number in have.items()
+        if number < len(known)
+    )

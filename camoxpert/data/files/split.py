@@ -13,6 +13,8 @@ from camoxpert.data.files.pairing import Pair
 
 Unit = tuple[Pair, ...]
 """Pairs that are never separated."""
+Class = tuple[str, str, bool]
+"""Data set, group, and whether the images are known to have no object."""
 
 
 def split_validation(
@@ -20,10 +22,11 @@ def split_validation(
 ) -> tuple[Manifest, Manifest]:
     """Split off a part of the training data for validation.
 
-    Each class contributes its share (largest remainders first). The choice depends only on the
-    seed, the names and the families, not on the order of files on disk. A family that does not fit
-    into the share of its class stays in training; if the shares remain unfilled for this reason,
-    other families and pictures take the places.
+    The images that are known to have no object contribute their share, and so does each class of
+    either kind (largest remainders first). The choice depends only on the seed, the names and the
+    families, not on the order of files on disk. A family that does not fit into the share of its
+    class stays in training; if the shares remain unfilled for this reason, other families and
+    pictures take the places.
 
     Args:
         manifest: the training data.
@@ -43,16 +46,16 @@ def split_validation(
             f"{seed}/{pair.dataset}/{pair.name}".encode(errors="surrogateescape")
         ).hexdigest()
 
-    classes: dict[tuple[str, str], list[Unit]] = defaultdict(list)
-    sizes: dict[tuple[str, str], int] = defaultdict(int)
-    first: dict[tuple[str, str], str] = {}
+    classes: dict[Class, list[Unit]] = defaultdict(list)
+    sizes: dict[Class, int] = defaultdict(int)
+    first: dict[Class, str] = {}
     for pair in manifest.pairs:
-        sizes[pair.dataset, pair.group] += 1
-        first.setdefault((pair.dataset, pair.group), rank(pair))
+        sizes[_class_of(pair)] += 1
+        first.setdefault(_class_of(pair), rank(pair))
     for unit in _units(manifest, families):
         ranked = tuple(sorted(unit, key=rank))
-        classes[ranked[0].dataset, ranked[0].group].append(ranked)
-    counts = _shares(sizes, wanted, first)
+        classes[_class_of(ranked[0])].append(ranked)
+    counts = _shares_by_kind(sizes, wanted, first)
     chosen: list[Unit] = []
     left: list[Unit] = []
     for key, units in classes.items():
@@ -85,6 +88,10 @@ def split_validation(
     )
 
 
+def _class_of(pair: Pair) -> Class:
+    return pair.dataset, pair.group, pair.empty
+
+
 def _units(manifest: Manifest, families: Sequence[Sequence[int]]) -> Iterator[Unit]:
     """Yield the families, and every other pair alone."""
     members = {index for family in families for index in family}
@@ -95,9 +102,24 @@ def _units(manifest: Manifest, families: Sequence[Sequence[int]]) -> Iterator[Un
             yield (pair,)
 
 
-def _shares(
-    sizes: dict[tuple[str, str], int], wanted: int, rank: dict[tuple[str, str], str]
-) -> dict[tuple[str, str], int]:
+def _shares_by_kind(
+    sizes: dict[Class, int], wanted: int, rank: dict[Class, str]
+) -> dict[Class, int]:
+    """Distribute ``wanted`` pairs over images with and without an object, then over classes:
+    classes of a few images each would leave the share of a kind to chance."""
+    kinds = {
+        empty: {key: size for key, size in sizes.items() if key[2] is empty}
+        for empty in (False, True)
+    }
+    totals = {("", "", empty): sum(own.values()) for empty, own in kinds.items() if own}
+    of_kind = _shares(totals, wanted, dict.fromkeys(totals, ""))
+    counts: dict[Class, int] = {}
+    for (_, _, empty), number in of_kind.items():
+        counts |= _shares(kinds[empty], number, rank)
+    return counts
+
+
+def _shares(sizes: dict[Class, int], wanted: int, rank: dict[Class, str]) -> dict[Class, int]:
     """Distribute ``wanted`` pairs over classes, largest remainders first; ``rank`` breaks ties."""
     total = sum(sizes.values())
     shares = {key: wanted * size / total for key, size in sizes.items()}

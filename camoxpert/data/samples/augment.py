@@ -17,6 +17,7 @@ import numpy as np
 
 from camoxpert.config import AugmentConfig, DataConfig
 from camoxpert.data.files.labels import has_void, join_void, void_planes
+from camoxpert.data.files.modalities import joined_known
 from camoxpert.data.samples.corruptions import corrupt
 from camoxpert.data.samples.draw import Draw, draw, gaussian_kernel, scaled
 from camoxpert.data.samples.scenes import Scenes, guest_of, relit_one
@@ -128,6 +129,19 @@ class SampleTransform:
         side = target or self.img_size
         return self._operators.move(map_HW, self.draw(epoch=epoch, index=index, target=side), side)
 
+    def change_planes(
+        self, planes: np.ndarray, *, epoch: int, index: int, target: int | None = None
+    ) -> np.ndarray:
+        """Move the planes of modalities, uint8 (S, S, M), as ``change`` moves the pair.
+
+        Nothing but the geometry of the draw: light, colour and noise are the camera's. Unknown
+        pixels stay unknown.
+        """
+        side = target or self.img_size
+        sample = self.draw(epoch=epoch, index=index, target=side)
+        moved = [self._operators.move_known(plane, sample, side) for plane in cv2.split(planes)]
+        return np.stack(moved, axis=-1)
+
     def draw(self, *, epoch: int, index: int, target: int | None = None) -> Draw:
         """Return the augmentation of a sample."""
         return draw(
@@ -203,6 +217,16 @@ class Operators:
             np.ascontiguousarray(plane), matrix=matrix, output_shape=(target, target)
         )
         return moved
+
+    def move_known(self, plane: np.ndarray, sample: Draw, target: int) -> np.ndarray:
+        """As ``move``, for a plane in which 0 stands for unknown and must not blend."""
+        if sample.flips is not None:
+            return self.move(plane, sample, target)
+        total, share = (
+            self.move(part, sample, target).astype(np.float32)
+            for part in (plane, np.where(plane > 0, np.uint8(255), np.uint8(0)))
+        )
+        return joined_known(total, share / 255)
 
     def apply(self, pixels: np.ndarray, sample: Draw, target: int) -> tuple[np.ndarray, np.ndarray]:
         """Augment uint8 (S, S, 4) to an image (T, T, 3) and a mask (T, T) of 0, VOID and 255."""

@@ -68,6 +68,28 @@ def move_maps(maps_BHW: Tensor, draws: Sequence[Draw], target: int) -> Tensor:
     return moved.round().clamp(0, 255).to(torch.uint8)
 
 
+def move_planes(planes_BHWM: Tensor, draws: Sequence[Draw], target: int) -> Tensor:
+    """Apply the geometry of a batch's draws alone to the planes of modalities.
+
+    Args:
+        planes_BHWM: uint8 (B, S, S, M), 0 where nothing is known, which does not blend.
+        draws, target: see ``apply_draws``.
+
+    Returns:
+        uint8 (B, M, T, T).
+    """
+    planes = planes_BHWM.permute(0, 3, 1, 2)
+    flips = [sample.flips for sample in draws]
+    if all(flip is not None for flip in flips):
+        return _flip(planes, flips).contiguous()
+    number = planes.shape[1]
+    both = torch.cat([planes.float(), (planes > 0).float()], 1)
+    moved = warp(both, [sample.matrix for sample in draws], target)
+    total, share = moved[:, :number], moved[:, number:]
+    means = (total / share.clamp_min(1e-6)).round().clamp(1, 255)
+    return means.masked_fill(share < 0.5, 0).to(torch.uint8)
+
+
 def _warp_with_void(
     planes_BCHW: Tensor, matrices: Sequence[np.ndarray], target: int
 ) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from camoxpert.data.files.labels import VOID, has_void
 from camoxpert.data.samples.augment import SampleTransform
-from camoxpert.data.samples.augment_device import apply_draws, move_maps
+from camoxpert.data.samples.augment_device import apply_draws, move_maps, move_planes
 from camoxpert.data.samples.scenes import relit
 from camoxpert.data.unreadable import Fault
 from camoxpert.errors import DataError
@@ -35,6 +35,8 @@ class Batch:
         void: masks may have void pixels.
         soft: uint8 (B, 1, S, S), the teacher's maps, moved as the masks are; None without teacher.
         unlabeled: bool (B,), True for images without a mask; None: all have one.
+        modalities: name -> uint8 (B, 1, S, S), what other sensors saw, moved as the images are: 1
+            to 255, 0 where nothing is known; all 0 for images that lack the modality.
     """
 
     images: Tensor
@@ -46,16 +48,26 @@ class Batch:
     void: bool = False
     soft: Tensor | None = None
     unlabeled: Tensor | None = None
+    modalities: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by the name of their field."""
+        """Return the tensors by the name of their field, those of modalities by their own."""
         named = {name: getattr(self, name) for name in ("images", "masks", "soft", "unlabeled")}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {n: tensor for n, tensor in named.items() if tensor is not None} | self.modalities
+
+    def present(self) -> dict[str, Tensor]:
+        """Return name -> bool (B,): the images of which a modality knows any pixel."""
+        return {name: (plane > 0).flatten(1).any(1) for name, plane in self.modalities.items()}
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with every tensor changed."""
+        changed = {name: change(tensor) for name, tensor in self.tensors().items()}
+        own: dict[str, Any] = {n: t for n, t in changed.items() if n not in self.modalities}
+        return replace(self, **own, modalities={name: changed[name] for name in self.modalities})
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory: copies from it to the GPU are asynchronous."""
-        pinned: dict[str, Any] = {name: t.pin_memory() for name, t in self.tensors().items()}
-        return replace(self, **pinned)
+        return self._changed(lambda tensor: tensor.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
         """Return at most ``parts`` parts of nearly equal size, in order, as views.
@@ -76,6 +88,7 @@ class Batch:
                 self.void,
                 None if self.soft is None else self.soft[start : start + size],
                 None if self.unlabeled is None else self.unlabeled[start : start + size],
+                {name: plane[start : start + size] for name, plane in self.modalities.items()},
             )
             for start in range(0, len(self.names), size)
         ]
@@ -94,11 +107,7 @@ class Batch:
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """Return the batch with its tensors on ``device``."""
-        moved: dict[str, Any] = {
-            name: tensor.to(device, non_blocking=non_blocking)
-            for name, tensor in self.tensors().items()
-        }
-        return replace(self, **moved)
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -111,6 +120,8 @@ class EvalBatch:
         full_masks: uint8 (H, W) arrays, 0 or 255, VOID where nobody labelled the pixel.
         originals: uint8 (H, W, 3) RGB arrays, or empty.
         unreadable: (name, reason) of pairs that were left out; the batch may be empty.
+        planes: uint8 (B, M, S, S), what other sensors saw, in the order of the model; 0 where
+            nothing is known. None: nothing is read beside the images.
     """
 
     images: Tensor
@@ -119,6 +130,20 @@ class EvalBatch:
     full_masks: list[np.ndarray]
     originals: list[np.ndarray] = field(default_factory=list)
     unreadable: list[Fault] = field(default_factory=list)
+    planes: Tensor | None = None
+
+    def only(self, rows: Sequence[int]) -> EvalBatch:
+        """Return the images at these positions."""
+        chosen = list(rows)
+        return EvalBatch(
+            self.images[chosen],
+            [self.names[row] for row in chosen],
+            [self.sizes[row] for row in chosen],
+            [self.full_masks[row] for row in chosen],
+            [self.originals[row] for row in chosen] if self.originals else [],
+            self.unreadable,
+            None if self.planes is None else self.planes[chosen],
+        )
 
 
 @dataclass
@@ -126,13 +151,14 @@ class RawBatch:
     """Decoded pairs that are still to be augmented, on the device of the step.
 
     Attributes:
-        pixels: uint8 (B, S, S, 4), RGB and mask.
+        pixels: uint8 (B, S, S, 4 + M), RGB, mask and the planes of modalities.
         names, sizes, indices, replaced: as in Batch.
         epoch: epoch of the augmentation.
         target: side of the training images, in pixels.
         void: masks may have void pixels.
         soft: uint8 (B, S, S), the teacher's maps; None without a teacher.
         unlabeled: which images have no mask; None: all have one.
+        modalities: names of the planes.
     """
 
     pixels: Tensor
@@ -145,6 +171,7 @@ class RawBatch:
     void: bool = False
     soft: Tensor | None = None
     unlabeled: list[bool] | None = None
+    modalities: tuple[str, ...] = ()
 
     def pin_memory(self) -> RawBatch:
         """Return the batch in page-locked memory."""
@@ -158,6 +185,11 @@ class RawBatch:
             for index in self.indices
         ]
         pixels = self.pixels.to(device, non_blocking=True)
+        planes: dict[str, Tensor] = {}
+        if self.modalities:
+            own = move_planes(pixels[..., 4:], draws, self.target).split(1, 1)
+            planes = dict(zip(self.modalities, own, strict=True))
+            pixels = pixels[..., :4].contiguous()
         pixels = relit(pixels, draws, transform.scenes, self.unlabeled)
         images, masks = apply_draws(pixels, draws, self.target, void=self.void)
         soft = unlabeled = None
@@ -175,16 +207,18 @@ class RawBatch:
             self.void,
             soft,
             unlabeled,
+            planes,
         )
 
 
-def collate(samples: list[Any]) -> Batch | DataError:
-    """Stack (image, mask, name, size, index, faults, soft map or None, whether it has a mask)
-    samples, or return the first DataError."""
+def collate(samples: list[Any], *, modalities: Sequence[str] = ()) -> Batch | DataError:
+    """Stack (image, mask, name, size, index, faults, soft map or None, whether it has a mask,
+    planes or None) samples, or return the first DataError."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    images, masks, names, sizes, indices, faults, soft, labeled = zip(*samples, strict=True)
+    images, masks, names, sizes, indices, faults, soft, labeled, planes = zip(*samples, strict=True)
+    stacked = _stacked(planes)
     return Batch(
         _planes(images),
         torch.from_numpy(np.stack(masks))[:, None],
@@ -195,10 +229,17 @@ def collate(samples: list[Any]) -> Batch | DataError:
         any(has_void(mask) for mask in masks),
         None if soft[0] is None else torch.from_numpy(np.stack(soft))[:, None],
         None if all(labeled) else ~torch.tensor(labeled),
+        {} if stacked is None else dict(zip(modalities, stacked.split(1, 1), strict=True)),
     )
 
 
-def collate_raw(samples: list[Any]) -> RawBatch | DataError:
+def _stacked(planes: Sequence[np.ndarray | None]) -> Tensor | None:
+    """Return planes (H, W, M) as one tensor (B, M, H, W); None without any."""
+    known = [plane.transpose(2, 0, 1) for plane in planes if plane is not None]
+    return torch.from_numpy(np.stack(known)) if known else None
+
+
+def collate_raw(samples: list[Any], *, modalities: Sequence[str] = ()) -> RawBatch | DataError:
     """Stack (pixels, name, size, index, epoch, target, faults, soft map or None, whether it has a
     mask) samples, or return the first DataError."""
     for sample in samples:
@@ -218,6 +259,7 @@ def collate_raw(samples: list[Any]) -> RawBatch | DataError:
         any(has_void(cv2.extractChannel(np.ascontiguousarray(p), 3)) for p in pixels),
         None if soft[0] is None else torch.from_numpy(np.stack(soft)),
         None if all(labeled) else [not known for known in labeled],
+        tuple(modalities),
     )
 
 
@@ -234,10 +276,12 @@ def collate_eval(samples: Sequence[Any], *, img_size: int) -> EvalBatch | DataEr
     if not read:
         empty = torch.empty((0, 3, img_size, img_size), dtype=torch.uint8)
         return EvalBatch(empty, [], [], [], unreadable=skipped)
-    images, names, masks, originals = zip(*read, strict=True)
+    images, names, masks, originals, planes = zip(*read, strict=True)
     sizes = [(int(mask.shape[0]), int(mask.shape[1])) for mask in masks]
     kept = [image for image in originals if image is not None]
-    return EvalBatch(_planes(images), list(names), sizes, list(masks), kept, skipped)
+    return EvalBatch(
+        _planes(images), list(names), sizes, list(masks), kept, skipped, _stacked(planes)
+    )
 
 
 def collate_versions(

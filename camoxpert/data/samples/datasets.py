@@ -10,12 +10,15 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from camoxpert.config import DataConfig
-from camoxpert.data.cache.table import PixelCache
+from camoxpert.data.cache.table import CHANNELS, PixelCache
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.mixing import real_pairs
+from camoxpert.data.files.modalities import read_planes
+from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.unlabeled import read_files
-from camoxpert.data.samples.augment import SampleTransform, resize_pair, square_pair
+from camoxpert.data.samples.augment import SampleTransform, resize_pair
 from camoxpert.data.samples.corruptions import corrupt
+from camoxpert.data.samples.decode import decode_pair
 from camoxpert.data.samples.soft import SoftMaps
 from camoxpert.data.unreadable import first_readable, skippable
 from camoxpert.errors import DataError
@@ -50,6 +53,7 @@ class PairDataset(Dataset[Any]):
         self.names = [pair.name for pair in manifest.pairs]
         self.transform = transform
         self.max_pixels = data.max_pixels
+        self.modalities = data.beside_rgb
         self.cache = cache
         self.rows = None if cache is None else cache.of(manifest)
         self.bad = {} if cache is None else cache.unreadable_of(manifest)
@@ -78,10 +82,14 @@ class PairDataset(Dataset[Any]):
         name, labeled = self.names[place], self.pairs[place].labeled
         if self.raw:
             return pixels, name, size, index, epoch, target, faults, soft, labeled
+        planes = None
+        if self.modalities:
+            pixels, planes = pixels[..., :CHANNELS], pixels[..., CHANNELS:]
+            planes = self.transform.change_planes(planes, epoch=epoch, index=index, target=target)
         changed = self.transform.change(pixels, epoch=epoch, index=index, target=target)
         if soft is not None:
             soft = self.transform.change_map(soft, epoch=epoch, index=index, target=target)
-        return *changed, name, size, index, faults, soft, labeled
+        return *changed, name, size, index, faults, soft, labeled, planes
 
     def _composed(self, pixels: np.ndarray, place: int, *, epoch: int, index: int) -> np.ndarray:
         """Return a pair with the object of another image, if its draw has one."""
@@ -96,15 +104,19 @@ class PairDataset(Dataset[Any]):
         return self.transform.compose(pixels, place, sample, givers=self.givers, read=read)
 
     def _decoded(self, place: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return a pair as uint8 (S, S, 4), and its original (height, width)."""
+        """Return a pair as uint8 (S, S, 4 + M), and its original (height, width)."""
         if self.cache is not None and self.rows is not None:
             if place in self.bad:
                 raise DataError(self.bad[place])
             height, width = self.cache.sizes[self.rows[place]].tolist()
             return self.cache.pixels[self.rows[place]], (height, width)
-        source = self.transform.source
-        image, mask = read_files(self.pairs[place], max_pixels=self.max_pixels, at_least=source)
-        return square_pair(image, mask, source), (mask.shape[0], mask.shape[1])
+        pixels, mask = decode_pair(
+            self.pairs[place],
+            self.transform.source,
+            self.modalities,
+            max_pixels=self.max_pixels,
+        )
+        return pixels, (mask.shape[0], mask.shape[1])
 
 
 class EvalDataset(Dataset[Any]):
@@ -114,6 +126,7 @@ class EvalDataset(Dataset[Any]):
         self.pairs = manifest.pairs
         self.img_size = data.img_size
         self.max_pixels = data.max_pixels
+        self.modalities = data.beside_rgb
         self.keep_images = keep_images
         self.skip = data.unreadable == "skip"
 
@@ -121,21 +134,26 @@ class EvalDataset(Dataset[Any]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Any:
-        """Return (resized image, name, mask, original image or None).
+        """Return (resized image, name, mask, original image or None, planes or None).
 
         An unreadable pair gives the DataError or, with ``skip``, (name, reason).
         """
         pair = self.pairs[index]
         try:
             image, mask = read_files(pair, max_pixels=self.max_pixels)
+            planes = self._planes(pair, image.shape) if self.modalities else None
         except DataError as error:
             return (pair.name, str(error)) if self.skip else error
         resized, _ = resize_pair(image, mask, self.img_size)
         if not self.keep_images:
-            return resized, pair.name, mask, None
+            return resized, pair.name, mask, None, planes
         if image.shape[:2] != mask.shape:
             image = cv2.resize(image, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        return resized, pair.name, mask, image
+        return resized, pair.name, mask, image, planes
+
+    def _planes(self, pair: Pair, shape: tuple[int, ...]) -> np.ndarray:
+        size = (shape[0], shape[1])
+        return read_planes(pair, self.modalities, size, self.img_size, max_pixels=self.max_pixels)
 
 
 class CorruptedDataset(EvalDataset):

@@ -72,6 +72,8 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
             position), the same on every rank.
         mixed: other kinds of images, in the order of their indices, which follow those of the
             samples.
+        batches: of an epoch, if it has fewer than all; None: all.
+        by_heart: the samples come in their own order, again and again until there are ``batches``.
     """
 
     def __init__(
@@ -84,7 +86,11 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
         batch_size: int = 1,
         targets: Sequence[int] = (0,),
         mixed: Sequence[Mixed] = (),
+        batches: int | None = None,
+        by_heart: bool = False,
     ) -> None:
+        self.batches = batches
+        self.by_heart = by_heart
         self.num_samples = num_samples
         self.mixed = tuple(mixed)
         self.seed = seed
@@ -102,6 +108,9 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
 
     def order(self, epoch: int) -> np.ndarray:
         """Return this rank's indices in an epoch."""
+        if self.by_heart:
+            own = self._share(np.arange(self.num_samples))
+            return own if self.batches is None else np.resize(own, self.batches * self.batch_size)
         indices = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
         order, first = self._share(indices), self.num_samples
         for kind in self.mixed:
@@ -111,7 +120,7 @@ class EpochSampler(BatchPlaces, Sampler[tuple[int, int, int]]):
                 chosen = generator.permutation(kind.number)[: kind.per_epoch]
                 order = _spread(order, self._share(chosen + first))
             first += kind.number
-        return order
+        return order if self.batches is None else order[: self.batches * self.batch_size]
 
     def _share(self, indices: np.ndarray) -> np.ndarray:
         """Return this rank's part of indices that all ranks share, the same number for each."""

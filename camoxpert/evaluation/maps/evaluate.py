@@ -29,10 +29,10 @@ from camoxpert.evaluation.results import (
     ranked,
     summarise,
 )
-from camoxpert.evaluation.tables import file_names
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.presence import are_stretched
 from camoxpert.pages.pictures import comparison_panel
+from camoxpert.text import file_names
 
 METHODS_SHOWN = 5
 

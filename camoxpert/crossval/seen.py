@@ -1,0 +1,100 @@
+"""Keep what already saw the held-out images out of a cross-validation: other models, and stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from camoxpert import console
+from camoxpert.config import Config
+from camoxpert.crossval.divide import find_pool
+from camoxpert.data.cache.choice import cache_root
+from camoxpert.data.files.manifest import Manifest
+from camoxpert.doctor.leaks import LeakSearch, copies_of
+from camoxpert.errors import CheckpointError, DataError
+from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.runs.identity import model_file
+from camoxpert.stages.chain import Chain
+from camoxpert.text import count, shorten
+from camoxpert.training.data import hash_of_data
+
+
+def require_nothing_seen(config: Config, pool: Manifest) -> None:
+    """Refuse a start or a teacher that was trained on the images that folds hold out.
+
+    Raises:
+        DataError: a model was trained on this data.
+    """
+    for flag, value in (
+        ("--init-from", config.model.init_from),
+        ("--teacher", config.data.teacher),
+    ):
+        if not value or not Path(value).exists():
+            continue
+        try:
+            file = model_file(Path(value))
+            trained_on = None if file is None else load_checkpoint(file).values.get("data_hash")
+        except CheckpointError:
+            # Whoever reads it for training says what is wrong with it.
+            continue
+        if trained_on is not None and trained_on == hash_of_data(config):
+            raise DataError(
+                f"{flag} {value} was trained on these images, also on those that each fold holds "
+                f"out: its scores would be too good. Leave it out, or train it as a stage before "
+                f"(--stages), which holds out the same images."
+            )
+        console.warn(
+            f"{flag} {value}: if it was trained on some of {count(len(pool), 'image')}, the scores "
+            f"of the folds that hold them out are too good"
+        )
+
+
+def shared_stages(
+    chain: Chain | None, config: Config, pool: Manifest, *, write: bool = True
+) -> frozenset[str]:
+    """Return the names of the stages before the last that train on other images than the folds.
+
+    They are trained once for all folds. A stage that trains on the divided images holds out the
+    same as its fold, and is trained for each.
+
+    Args:
+        chain: the stages, or None.
+        config: settings that they share.
+        pool: the divided images.
+        write: keep the copies found in the cache folder.
+
+    Raises:
+        DataError: a stage trains on some of the images, or on copies of them.
+    """
+    if chain is None:
+        return frozenset()
+    keys = {(pair.dataset, pair.name) for pair in pool.pairs}
+    real = {pair.image.resolve() for pair in pool.pairs}
+    shared = set()
+    for stage in chain.resolve(config)[:-1]:
+        source = find_pool(stage.config)
+        if {(pair.dataset, pair.name) for pair in source.pairs} == keys and real == {
+            pair.image.resolve() for pair in source.pairs
+        }:
+            continue
+        seen = [pair.name for pair in source.pairs if pair.image.resolve() in real]
+        how = "are among those that the folds hold out"
+        if not seen and config.data.group_copies:
+            search = LeakSearch(
+                {}, config.data.max_pixels, cache_root(config.data) if write else None
+            )
+            copies = copies_of(
+                [p.image for p in source.pairs], [p.image for p in pool.pairs], search
+            )
+            seen = [
+                f"{source.pairs[a].name} ({pool.pairs[b].name}, {words})" for a, b, words in copies
+            ]
+            how = "are copies of images that the folds hold out"
+        if seen:
+            raise DataError(
+                f"Stage {stage.name}: {len(seen)} of {count(len(source), 'image')} {how}: "
+                f"{shorten(seen, 3)}. The scores of every fold would be too good. Remove them from "
+                f"the data of the stage (--clean-list), or let the stage train on the divided data "
+                f"alone, of which it holds out the same."
+            )
+        shared.add(stage.name)
+    return frozenset(shared)
