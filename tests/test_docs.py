@@ -107,7 +107,7 @@ def test_every_other_shell_line_names_what_exists(page: Path) -> None:
         if first == "pip":
             named = {e for group in re.findall(r"\[([\w,]+)\]", line) for e in group.split(",")}
             assert named <= known_extras, line
-        if first == "python" and words and words[0].endswith(".py"):
+        if first == "python" and words and words[0].endswith(".py") and not THEIRS.match(line):
             assert (ROOT / words[0]).is_file(), line
 
 
@@ -116,19 +116,17 @@ def known_flags() -> set[str]:
     return {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
 
 
-# Flags of other programs, and of the old script that coming-from.md describes.
+# Flags of other programs, and of the old script and the projects that coming-from.md describes.
 FOREIGN = {
-    *(
-        "--help",
-        "--version",
-        "--standalone",
-        "--nproc-per-node",
-        "--max-restarts",
-        "--numprocesses",
-    ),
-    *("--data-binary", "--rm", "--spec", "--no-isolation", "--no-deps"),
-    *("--t-mult", "--use-ddp", "--local_rank", "--use-cod-specialized", "--amp"),
+    *("--help", "--version", "--max-restarts", "--data-binary", "--rm", "--spec"),
+    *("--t-mult", "--use-ddp", "--local_rank", "--use-cod-specialized"),
+    *("--amp", "--cfg-options", "--show-dir"),
 }
+# Their scripts: what is typed after these names is not checked.
+THEIRS = re.compile(
+    r"(python|sh) (inference|eval_existingOnes|gen_best_ep|tools/(train|test|dist_train))\."
+    r"|\./train"
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -138,6 +136,8 @@ def test_every_flag_and_setting_of_a_page_exists(page: Path) -> None:
     groups = {path.partition(".")[0] for path in settings}
     text = page.read_text()
     for span in [*inline_code(text), *shell_lines(text)]:
+        if THEIRS.match(span):
+            continue
         ours = re.sub(r"\btorchrun .*?train_ultimate.py", "", span)
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", ours))
         script = re.match(r"python ((?:tools|tests)/\S+\.py)", span)
@@ -148,7 +148,9 @@ def test_every_flag_and_setting_of_a_page_exists(page: Path) -> None:
         for path in re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+(?:\.[a-z_]+)*)(?=$|=|\s(?!=))", span):
             if path.partition(".")[0] in groups and Path(path).suffix not in SUFFIXES:
                 inner = any(setting.startswith(f"{path}.") for setting in settings)
-                assert path in settings or inner, (span, path)
+                group, _, name = path.partition(".")
+                of_a_model = group == "model" and hasattr(camoxpert.Predictor, name)
+                assert path in settings or inner or of_a_model, (span, path)
 
 
 # Of files that are called like a group of settings: run.json, train.py, data.md.
@@ -215,7 +217,7 @@ def test_the_reader_of_commands() -> None:
 
 def test_pages_hold_commands_at_all() -> None:
     calls = [c for page in PAGES for line in shell_lines(page.read_text()) for c in commands(line)]
-    assert len(calls) > 80
+    assert len(calls) > 60
 
 
 def slugs(text: str) -> set[str]:

@@ -26,6 +26,8 @@ from camoxpert.cli import COMMANDS, KINDS, command_parser, overview  # noqa: E40
 
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = "````"
+# Shown as they are: a browser, or the program that opens them, knows better.
+COPIED = {".ipynb", ".jpg", ".png", ".svg"}
 LANGUAGES = {".py": "python", ".json": "json", ".yaml": "yaml", ".sh": "bash", ".toml": "toml"}
 
 
@@ -41,13 +43,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made."""
-    made = {"commands/index.md": commands_page()}
+    made: dict[str, str | Path] = {"commands/index.md": commands_page()}
     for words in [(name,) for name in COMMANDS] + list(KINDS):
         made[f"commands/{'-'.join(words)}.md"] = command_page(*words)
     made |= linked_pages(files, config)
-    for path, text in made.items():
-        page = File.generated(config, path, content=text, inclusion=InclusionLevel.NOT_IN_NAV)
-        files.append(page)
+    for path, content in made.items():
+        source = (
+            {"abs_src_path": str(content)} if isinstance(content, Path) else {"content": content}
+        )
+        files.append(File.generated(config, path, inclusion=InclusionLevel.NOT_IN_NAV, **source))
     return files
 
 
@@ -57,9 +61,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return markdown if page.file.generated_by else relinked(markdown, f"docs/{path}", path)
 
 
-def linked_pages(files: Files, config: MkDocsConfig) -> dict[str, str]:
-    """Return path in the site -> text for every file that a page, or one of these, links to."""
-    made: dict[str, str] = {}
+def linked_pages(files: Files, config: MkDocsConfig) -> dict[str, str | Path]:
+    """Return every file that a page, or one of these, links to: path in the site -> its page.
+
+    Of files that are copied it is their path.
+    """
+    made: dict[str, str | Path] = {}
     found = [(entry, "mkdocs.yml") for entry in config.extra["files_in_nav"]]
     for file in files.documentation_pages():
         page = f"docs/{file.src_uri}"
@@ -69,29 +76,28 @@ def linked_pages(files: Files, config: MkDocsConfig) -> dict[str, str]:
         place = place_of(target)
         if target.startswith("docs/") or place in made:
             continue
-        made[place], more = file_page(target, place, source)
+        if not (ROOT / target).exists():
+            raise FileNotFoundError(f"{source} links to {target}, which does not exist.")
+        made[place], more = file_page(target, place)
         found += [(further, target) for further in more]
     return made
 
 
-def file_page(target: str, place: str, source: str) -> tuple[str, list[str]]:
-    """Return the page of a file or folder, and the files that it links to.
+def file_page(target: str, place: str) -> tuple[str | Path, list[str]]:
+    """Return the page of a file or folder (the path of one that is copied), and what it links to.
 
     Args:
         target: its path in the repository.
         place: path of its page in the site.
-        source: the page that links to it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
     """
     path = ROOT / target
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.is_file() and p.suffix in LANGUAGES)
-        rows = [f"- [{name}]({name}.md)" for name in inside]
-        return f"# {target}/\n\n" + "\n".join(rows), [f"{target}/{name}" for name in inside]
-    if not path.is_file():
-        raise FileNotFoundError(f"{source} links to {target}, which does not exist.")
+        shown = sorted(p.name for p in path.iterdir() if p.suffix in {*LANGUAGES, *COPIED})
+        links = {name: PurePosixPath(place_of(f"{target}/{name}")).name for name in shown}
+        rows = [f"- [{name}]({link})" for name, link in links.items()]
+        return f"# {target}/\n\n" + "\n".join(rows), [f"{target}/{name}" for name in shown]
+    if path.suffix in COPIED:
+        return path, []
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return relinked(text, target, place), targets(text, target)
@@ -104,6 +110,8 @@ def place_of(target: str) -> str:
         return target.removeprefix("docs/")
     if target.endswith(".md"):
         return f"project/{target}"
+    if PurePosixPath(target).suffix in COPIED:
+        return f"source/{target}"
     return f"source/{target}/index.md" if (ROOT / target).is_dir() else f"source/{target}.md"
 
 

@@ -41,8 +41,8 @@ COMMANDS = {
 # How the overview arranges them; a command that is in no group stands under the last title.
 GROUPS = {
     "data": ("doctor", "synthesize"),
-    "models": ("train", "evaluate", "report"),
-    "use": ("predict", "serve", "export"),
+    "models": ("train", "crossval", "evaluate", "report"),
+    "use": ("predict", "serve", "export", "share"),
     "speed": ("profile", "benchmark"),
     "more": (),
 }

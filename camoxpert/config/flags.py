@@ -67,7 +67,10 @@ def add_flags(
         leaf = table[path]
         default = (defaults or {}).get(path, leaf.default)
         options: dict[str, Any] = {"dest": path.rpartition(".")[2]}
-        if leaf.choices or leaf.type not in (bool, str):  # any text is right for the others
+        if leaf.type == tuple[str, ...]:
+            options["type"] = _name_reader(leaf)
+            default = list(default)  # "extend" adds to it
+        elif leaf.choices or leaf.type not in (bool, str):  # any text is right for the others
             options["type"] = _reader(leaf)
         _declare(group, leaf, default=default, **options)
 
@@ -153,4 +156,15 @@ def _reader(leaf: Leaf) -> Callable[[str], Any]:
         return check_value(parse_text(text, leaf.type, leaf.path), leaf)
 
     read.__name__ = getattr(leaf.type, "__name__", str(leaf.type))
+    return read
+
+
+def _name_reader(leaf: Leaf) -> Callable[[str], str]:
+    """Return what checks one name of a setting that is a list of names."""
+
+    def read(text: str) -> str:
+        check_value((text,), leaf)
+        return text
+
+    read.__name__ = "name"
     return read

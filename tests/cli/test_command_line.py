@@ -12,7 +12,7 @@ import pytest
 
 import camoxpert
 from camoxpert import console
-from camoxpert.cli import COMMANDS, KINDS, Parser, main, no_overrides, overview
+from camoxpert.cli import COMMANDS, KINDS, Parser, command_parser, main, no_overrides, overview
 from camoxpert.cli.train import add_arguments
 from camoxpert.config import Config, get_setting
 from camoxpert.config.flags import read_config
@@ -213,7 +213,7 @@ def test_the_examples_of_the_help_can_be_pasted(words, capsys, monkeypatch) -> N
 
     def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         received.append(typed)
-        settings = command in ("train", "profile", "quality")
+        settings = command in ("train", "crossval", "profile", "quality")
         read_config(options, rest) if settings else no_overrides(rest)
         return 0
 
@@ -337,3 +337,16 @@ def test_help_of_a_command_in_either_order(capsys: pytest.CaptureFixture[str]) -
             main(typed)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and "--port" in texts[0]
+
+
+def test_a_list_of_names_in_a_command_without_settings() -> None:
+    """It was a tuple, to which argparse could add nothing: a traceback."""
+    parser, _, _ = command_parser(["doctor"])
+    for typed, names in (
+        ([], []),
+        (["--modalities", "rgb", "depth"], ["rgb", "depth"]),
+        (["--modalities", "rgb", "--modalities", "depth"], ["rgb", "depth"]),
+    ):
+        options, _ = parser.parse_checked(["data", *typed])
+        assert options.modalities == names
+    assert parser.parse_checked(["data"])[0].modalities == []

@@ -143,16 +143,42 @@ def test_help_is_shown_as_it_is() -> None:
     assert escaped == r"\<a\> \*b\* \[none\] `--c <d>` 50 %"
 
 
-def test_a_link_to_nothing_names_the_page() -> None:
-    with pytest.raises(FileNotFoundError, match=r"docs/api.md links to nowhere.py"):
-        load().file_page("nowhere.py", "source/nowhere.py.md", "docs/api.md")
-
-
-def test_a_warning_fails_the_build(tmp_path: Path) -> None:
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Return the settings of a site of one page, in a repository of its own."""
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "index.md").write_text("# Page\n\n[x](gone.md)\n")
+    (tmp_path / "tools").mkdir()
+    tool = (ROOT / "tools" / "docs_site.py").read_text()
+    (tmp_path / "tools" / "docs_site.py").write_text(tool)
+    (tmp_path / "camoxpert").symlink_to(ROOT / "camoxpert")
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    kept = {name: settings[name] for name in ("site_name", "strict", "validation", "theme")}
+    kept = {name: settings[name] for name in ("site_name", "strict", "validation", "hooks")}
+    kept |= {"theme": {"name": "material", "font": False}, "use_directory_urls": False}
+    kept["nav"] = ["index.md", {"More": ["*"]}]
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(kept))
-    done = build(tmp_path / "site", tmp_path)
-    assert done.returncode != 0 and "gone.md" in done.stderr
+    return tmp_path
+
+
+def test_files_that_pages_link_to_become_part_of_the_site(small: Path) -> None:
+    (small / "notebooks").mkdir()
+    (small / "notebooks" / "a.ipynb").write_text("{}")
+    (small / "notebooks" / "b.py").write_text("print(1)\n")
+    text = "# Page\n\n[x](../notebooks/a.ipynb) [y](../notebooks) [z](new.md)\n"
+    (small / "docs" / "index.md").write_text(text)
+    (small / "docs" / "new.md").write_text("# New\n")
+    done = build(small / "site", small)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    source = small / "site" / "source" / "notebooks"
+    assert (source / "a.ipynb").read_text() == "{}"
+    listed = Reader(source / "index.html").links
+    assert "a.ipynb" in listed and "b.py.html" in listed
+    page = Reader(small / "site" / "index.html")
+    assert "source/notebooks/a.ipynb" in page.links and "More" in page.text
+
+
+@pytest.mark.parametrize("link", ["../nowhere.py", "gone.md", "index.md#no-such-heading"])
+def test_a_link_to_nothing_fails_the_build(small: Path, link: str) -> None:
+    (small / "docs" / "index.md").write_text(f"# Page\n\n[x]({link})\n")
+    done = build(small / "site", small)
+    assert done.returncode != 0
+    assert link.removeprefix("../") in done.stderr and "index.md" in done.stderr
