@@ -197,7 +197,7 @@ class CamoXpert(nn.Module):
 def require_fit(
     config: ModelConfig, weights: Mapping[str, Tensor], *, sides: Sequence[int] = ()
 ) -> None:
-    """Raise CheckpointError unless weights have the names and shapes of a network's; without
+    """Raise CheckpointError unless weights have the shapes of a network's parameters; without
     building it, so that settings of a stranger cannot make it as large as they like.
 
     Args:
@@ -211,14 +211,15 @@ def require_fit(
             f"{len(weights)} tensors."
         )
     with torch.device("meta"):
-        state = CamoXpert(config, sides).state_dict()
-    for name in sorted(state.keys() | weights.keys()):
-        wanted, given = state.get(name), weights.get(name)
-        if wanted is None or given is None or wanted.shape != given.shape:
-            shapes = ["missing" if t is None else str(tuple(t.shape)) for t in (given, wanted)]
+        network = CamoXpert(config, sides)
+    # Not buffers, some of which grow as they are loaded: the classes that a guided model knows.
+    for name, wanted in network.named_parameters():
+        given = weights.get(name)
+        if given is None or wanted.shape != given.shape:
+            found = "missing" if given is None else str(tuple(given.shape))
             raise CheckpointError(
-                f"Its settings describe another network: of {name} the weights are {shapes[0]}, "
-                f"and the settings want {shapes[1]}."
+                f"Its settings describe another network: of {name} the weights are {found}, and "
+                f"the settings want {tuple(wanted.shape)}."
             )
 
 
