@@ -230,7 +230,7 @@ def require_fit(
     sides: Sequence[int] = (),
     modalities: Sequence[str] = (),
 ) -> None:
-    """Raise CheckpointError unless weights have the names and shapes of a network's; without
+    """Raise CheckpointError unless weights have the shapes of a network's parameters; without
     building it, so that settings of a stranger cannot make it as large as they like.
 
     Args:
@@ -240,21 +240,22 @@ def require_fit(
     # Each expert has tensors of its own, or a row of stacked ones: a list of millions is no model.
     for what, number in (
         ("model.num_experts", config.num_experts),
-        ("data.modalities", len(modalities)),
+        ("the number of data.modalities", len(modalities)),
     ):
         if number > max(len(weights), 64):
             raise CheckpointError(
-                f"{what}: {number} are named, and the weights are only {len(weights)} tensors."
+                f"{what} is {number}, and the weights are only {len(weights)} tensors."
             )
     with torch.device("meta"):
-        state = CamoXpert(config, sides, modalities).state_dict()
-    for name in sorted(state.keys() | weights.keys()):
-        wanted, given = state.get(name), weights.get(name)
-        if wanted is None or given is None or wanted.shape != given.shape:
-            shapes = ["missing" if t is None else str(tuple(t.shape)) for t in (given, wanted)]
+        network = CamoXpert(config, sides, modalities)
+    # Not buffers, some of which grow as they are loaded: the classes that a guided model knows.
+    for name, wanted in network.named_parameters():
+        given = weights.get(name)
+        if given is None or wanted.shape != given.shape:
+            found = "missing" if given is None else str(tuple(given.shape))
             raise CheckpointError(
-                f"Its settings describe another network: of {name} the weights are {shapes[0]}, "
-                f"and the settings want {shapes[1]}."
+                f"Its settings describe another network: of {name} the weights are {found}, and "
+                f"the settings want {tuple(wanted.shape)}."
             )
 
 

@@ -233,7 +233,7 @@ def push(folder: Path, name: HubName, *, private: bool = False, message: str = "
     hub = _library()
     api = hub.HfApi()
     try:
-        _refuse_foreign(hub, api, name)
+        _refuse_foreign(api, name)
         api.create_repo(name.repo, private=private, exist_ok=True)
         if name.revision:
             api.create_branch(name.repo, branch=name.revision, exist_ok=True)
@@ -260,12 +260,14 @@ def push(folder: Path, name: HubName, *, private: bool = False, message: str = "
     )
 
 
-def _refuse_foreign(hub: Any, api: Any, name: HubName) -> None:
+def _refuse_foreign(api: Any, name: HubName) -> None:
     """Raise ConfigError if a push would replace the model of another library."""
     try:
         info = api.model_info(name.repo, timeout=WAIT)
-    except hub.errors.RepositoryNotFoundError:
-        return
+    except Exception as error:
+        if type(error).__name__ == "RepositoryNotFoundError":
+            return
+        raise
     held = {str(file.rfilename) for file in info.siblings or ()}
     library = getattr(info, "library_name", None)
     if library != LIBRARY and held & {WEIGHTS, SETTINGS}:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-import nbformat
 import numpy as np
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 
 from camoxpert.data.files.image_io import read_mask, write_jpeg, write_png
 from camoxpert.synthesis.toy import toy_pair
@@ -20,6 +21,8 @@ LIMIT = 540.0
 """Seconds that a notebook may take on busy cores; on quiet ones it takes less than 120."""
 CLASSES = ("Aquatic-3-Crab", "Terrestrial-23-Cat", "Flying-53-Bird")
 SIDE = 48
+WHEEL = "0.0.1"
+"""Version of the wheel, which no release has: what is imported can only be from it."""
 
 
 def write_cod10k(root: Path, *, train: int = 24, test: int = 8, noncam: int = 2) -> Path:
@@ -50,10 +53,10 @@ def write_maps(folder: Path, data: Path, *, strength: float) -> None:
 def write_wheel(folder: Path) -> Path:
     """Write the package as a wheel, without the tools and the network that building one needs."""
     folder.mkdir(parents=True)
-    path = folder / "camoxpert-0.1.0-py3-none-any.whl"
-    info = "camoxpert-0.1.0.dist-info"
+    path = folder / f"camoxpert-{WHEEL}-py3-none-any.whl"
+    info = f"camoxpert-{WHEEL}.dist-info"
     about = {
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: camoxpert\nVersion: 0.1.0\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: camoxpert\nVersion: {WHEEL}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     with ZipFile(path, "w") as wheel:
@@ -85,21 +88,34 @@ def environment(inputs: Path, working: Path, site: Path) -> dict[str, str]:
     }
 
 
-def execute(name: str, working: Path) -> Any:
+def execute(book: Any, working: Path, *, limit: float = LIMIT) -> Any:
     """Execute a notebook and return it with its outputs.
+
+    Args:
+        book: the notebook.
+        working: the working folder of its kernel.
+        limit: seconds that it may take.
 
     Raises:
         CellExecutionError: a cell failed.
-        TimeoutError: it took longer than LIMIT; its kernel is ended.
+        TimeoutError: it took longer; its kernel is ended.
     """
-    book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     place = {"metadata": {"path": str(working)}}
-    client = NotebookClient(book, timeout=None, kernel_name="python3", resources=place)
+    client = NotebookClient(
+        book, timeout=None, startup_timeout=limit, kernel_name="python3", resources=place
+    )
 
     async def limited() -> None:
-        await asyncio.wait_for(client.async_execute(), LIMIT)
+        await asyncio.wait_for(client.async_execute(), limit)
 
-    asyncio.run(limited())
+    started = time.monotonic()
+    try:
+        asyncio.run(limited())
+    except (DeadKernelError, asyncio.TimeoutError) as error:
+        # nbclient takes the end of the wait for the death of its kernel.
+        if time.monotonic() - started < limit:
+            raise
+        raise TimeoutError(f"The notebook took longer than {limit:g} seconds.") from error
     return book
 
 

@@ -9,15 +9,18 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 from helpers.notebooks import (
     LIMIT,
     NOTEBOOKS,
     ROOT,
+    WHEEL,
     environment,
     execute,
     printed,
@@ -53,9 +56,10 @@ def in_smoke_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         working.mkdir()
         for key, value in (environment(inputs, working, site) | more).items():
             monkeypatch.setenv(key, value)
-        book = execute(name, working)
+        read = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        book = execute(read, working)
         assert (site / "camoxpert" / "__init__.py").is_file(), "the wheel was not installed"
-        assert "camoxpert 0.1.0" in printed(book, "install")
+        assert f"camoxpert {WHEEL}" in printed(book, "install")
         return book, working
 
     return call
@@ -194,6 +198,28 @@ def sources(name: str) -> dict[str, str]:
     return {cell["id"]: "".join(cell["source"]) for cell in book_of(name)["cells"]}
 
 
+def test_a_notebook_that_hangs_is_ended(tmp_path: Path) -> None:
+    """Together with the command that it waits for."""
+    cell = nbformat.v4.new_code_cell(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'])\n"
+        "open('pid', 'w').write(str(child.pid))\nchild.wait()"
+    )
+    with pytest.raises(TimeoutError, match="longer than 15 seconds"):
+        execute(nbformat.v4.new_notebook(cells=[cell]), tmp_path, limit=15.0)
+    started = tmp_path / "pid"
+    while started.is_file() and is_running(int(started.read_text())):
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return "State:\tZ" not in status
+
+
 def test_every_notebook_is_executed_here() -> None:
     source = Path(__file__).read_text()
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(NAMES)
@@ -229,8 +255,6 @@ def load_tool() -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_cells(name: str) -> None:
     """Ids are readable and unique, cells short, and no command's exit code is lost."""
-    import nbformat
-
     nbformat.validate(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))
     cells = book_of(name)["cells"]
     ids = [cell["id"] for cell in cells]
