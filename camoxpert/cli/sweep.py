@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         f"sweep       {sweep.folder}: {options.trials} trials of "
         f"{', '.join(dim.path for dim in space)}, by {config.train.select} on validation images"
     )
-    outside = results.unset_start(sweep)
+    outside = results.outside_of(sweep)
     if outside:
         console.say(
             f"start       drawn: {', '.join(outside)} as set lies outside of the space or is unset"

@@ -6,7 +6,10 @@ import csv
 import json
 import math
 import multiprocessing
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -373,6 +376,42 @@ def test_real_trials_are_runs_that_score_no_test_set(
     assert "are quick runs" in page and "optim.lr" in page
     assert main(["train", "--config", str(out / results.BEST), "--print-config"]) == 0
     assert main([*words, "--trials", "2"]) == 0 and "training:" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_process_is_killed_continues_its_trial(
+    toy_data: Path, tmp_path: Path, space: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    words = [
+        "sweep",
+        "--space",
+        str(space()),
+        "--dataset-path",
+        str(toy_data),
+        *TINY,
+        "-o",
+        str(out),
+    ]
+    words += ["--epochs", "4", "--trials", "2", "--device", "cpu", "--lr", "1e-3"]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "camoxpert", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = out / "trials" / "trial-0000" / "metrics.jsonl"
+    while first.poll() is None and not (
+        log.is_file() and len(records(log.parent, "validation")) > 1
+    ):
+        time.sleep(0.05)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert read_json(log.parent / "run.json")["status"] == "running"
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "trial 0 [0/2]: continues" in said.err and "trial 1 [1/2]: training" in said.err
+    assert sorted(path.name for path in (out / "trials").iterdir()) == ["trial-0000", "trial-0001"]
+    assert [r["epoch"] for r in records(log.parent, "validation")] == [1, 2, 3, 4]
 
 
 def test_a_listener_ends_a_run(train: Callable[..., int], tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def write_page(sweep: Sweep) -> Path | None:
         "a lower score on other images.",
         f"Searched: {', '.join(dim.path for dim in sweep.space)}.",
     ]
+    if not outside_of(sweep):
+        lead.append("Trial 0 has the settings as they were given.")
     lead += [f"Pruned: {text.shorten(pruned, 30)}."] if pruned else []
     lead += [f"Failed: {text.shorten(failed, 30)}."] if failed else []
     if len(trials) > MOST_COMPARED:
@@ -144,7 +146,7 @@ def write_page(sweep: Sweep) -> Path | None:
     return write_comparison(page, sweep.folder / PAGE)
 
 
-def unset_start(sweep: Sweep) -> list[str]:
+def outside_of(sweep: Sweep) -> list[str]:
     """Return the searched settings whose own value is outside of the space, so that the first
     trial does not try it."""
     return [dim.path for dim in sweep.space if dim.drawn(get_setting(sweep.base, dim.path)) is None]
