@@ -35,7 +35,8 @@ COMMANDS = {
     "doctor": "check the environment and the data before hours are spent",
     "profile": "show where a training step goes, what bounds it and which flag helps",
     "benchmark": "measure ours against the baseline in one run",
-    "report": "write one HTML page about a run, or print a ledger as a table",
+    "sweep": "search settings on the validation images, in ordinary runs",
+    "report": "write one HTML page about a run or several, or print a ledger as a table",
     "synthesize": "generate image and mask pairs with hidden objects",
 }
 # How the overview arranges them; a command that is in no group stands under the last title.

@@ -78,6 +78,7 @@ def plot_learning(
             shown = _smooth(values) if smooth else values
             axis.plot(places, shown, marker="" if smooth else ".", markersize=4, **style)
     axis.set(title=title, xlabel=xlabel)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     if len(curves) <= 2 * len(COLOURS):
         _legend(axis)
     return _png(figure)

@@ -213,10 +213,11 @@ def warnings_of(runs: Sequence[ComparedRun], settings: Sequence[Setting]) -> lis
 
 
 def _unfinished(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    for run in runs:
-        quick = quick_sentences(run.info)
-        if quick:
-            yield f"{run.name} is a quick run, not a whole one: {'; '.join(quick)}."
+    quick = [(run.name, "; ".join(quick_sentences(run.info))) for run in runs]
+    for words in dict.fromkeys(words for _, words in quick if words):
+        names = [name for name, own in quick if own == words]
+        are = "is a quick run, not a whole one" if len(names) == 1 else "are quick runs"
+        yield f"{shorten(names, PATHS_SHOWN)} {are}: {words}."
     open_runs = [run.name for run in runs if run.info.get("status") != "finished"]
     if open_runs:
         yield f"Not finished: {shorten(open_runs, PATHS_SHOWN)}."

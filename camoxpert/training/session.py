@@ -85,7 +85,8 @@ def run(config: Config, *, argv: Sequence[str] = ()) -> Result:
             scores = train_and_score(prepared)
         if world.first:
             _say_done(prepared, time.monotonic() - started)
-        fault = verdict(prepared)
+        # The others are done; an exit code of theirs would end rank 0 while it still writes.
+        fault = verdict(prepared) if world.first else ""
         if fault:
             raise NumericError(fault)
         return Result(prepared.folder, scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +30,20 @@ from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.guide import Guide
 from camoxpert.training.quick import evenly
 from camoxpert.training.run import Run
+
+Listener = Callable[[int, float], str]
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Call ``listener`` with (epoch, score of the measure that selects) after each validation
+    inside the block; a text that it returns ends the training and says why."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
@@ -96,6 +111,8 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         f"{scores['MAE']:.3f}{_presence_words(judged)}{_guided_words(guided)}{_alone_words(alone)}"
         f"{'  best so far' if better else ''}"
     )
+    for listener in _listeners:
+        run.ended = listener(state.epoch, measure) or run.ended
 
 
 def _presence_words(judged: Mapping[str, float]) -> str:

@@ -68,6 +68,17 @@ def test_batch_norm_is_scored_the_same_after_a_stop(
     assert ending(tmp_path / "a" / "r") == ending(tmp_path / "b" / "r")
 
 
+def test_what_cannot_be_learned_by_heart_ends_rank_0_alone(
+    runner: Runner, even: Path, tmp_path: Path
+) -> None:
+    """Torchrun ends the others at the first fault, and rank 0 still writes the run."""
+    words = ("--overfit-batches", "1", "--epochs", "1", "--accumulation-steps", "1")
+    assert runner.run(command(even, tmp_path, *words, batch=1), ranks=2) == [5, 0], runner.said()
+    assert "frozen all the time" in runner.said()
+    run = tmp_path / "r-quick-overfit1"
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
 class TestSameAsOne:
     """What a run learns does not depend on how many processes take its steps."""
 
@@ -102,6 +113,19 @@ class TestSameAsOne:
         assert runner.run(short(even, accumulated, *words, batch=2), ranks=2) == [0, 0]
         assert runner.run(short(even, tmp_path, "loss.balance=0.0", batch=8)) == [0]
         assert furthest(weights_of(tmp_path / "r"), weights_of(accumulated / "r")) < 1e-5
+
+    def test_a_scaled_rate_counts_the_images_of_all_processes(
+        self, runner: Runner, even: Path, tmp_path: Path
+    ) -> None:
+        """Scaled by the images of one process it would be half as high."""
+        words = ("--scale-lr", "linear", "--base-batch", "4", "--epochs", "1")
+        assert runner.run(short(even, tmp_path / "one", *words, batch=8)) == [0], runner.said()
+        assert runner.run(short(even, tmp_path / "two", *words), ranks=2) == [0, 0]
+        assert "is 0.0005 for the 8 of a step" in runner.said()
+        one, two = (weights_of(tmp_path / name / "r") for name in ("one", "two"))
+        assert furthest(one, two) < 1e-5
+        half = [*short(even, tmp_path / "half", "--epochs", "1", batch=8)]
+        assert runner.run(half) == [0] and furthest(one, weights_of(tmp_path / "half" / "r")) > 1e-4
 
     def test_two_machines_with_a_process_each(
         self, runner: Runner, even: Path, tmp_path: Path, one: Path

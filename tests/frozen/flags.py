@@ -23,6 +23,8 @@ NEEDED = {
     "--support-weights": ("--support-encoder", "other"),
     "--reference-data": ("--support-encoder", "other"),
 }
+# Commands whose flags of all settings are frozen with those of ``train``.
+LIKE_TRAIN = ("sweep",)
 
 
 class Built(Exception):
@@ -125,6 +127,7 @@ def collect() -> dict[str, Any]:
         f"{command}: {name}": entry | (found[name] if entry["default"] == argparse.SUPPRESS else {})
         for command, table in tables.items()
         for name, entry in table.items()
+        if command not in LIKE_TRAIN or entry["default"] != argparse.SUPPRESS
     }
     for kind in KINDS:
         # Those of all settings are frozen with ``train``.

@@ -208,6 +208,23 @@ class TestByHeart:
         assert WHOLE in (run / "report.html").read_text()
         assert not (run / "evaluation").exists()
 
+    def test_a_stopped_run_keeps_its_batches(
+        self,
+        train: Callable[..., int],
+        stopped: Callable[..., int],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(plan, "OVERFIT_STEPS", 4)
+        monkeypatch.setattr(overfit, "NEAR_ZERO", 9.0)
+        words = ["--overfit-batches", "2", "--batch-size", "4", "--epochs", "2", "--no-report"]
+        assert stopped(*words, steps=2) == 75
+        part = splits(only(tmp_path))
+        assert Counter(part.values()) == {"training": 8, "left out": 32}
+        assert train(*words) == 0
+        assert splits(only(tmp_path)) == part
+        assert len(records(only(tmp_path), "validation")) == 1
+
     def test_a_fault_is_named(
         self,
         train: Callable[..., int],
