@@ -403,6 +403,28 @@ class TestFolds:
         assert "the folds differ" not in text and text.count("small: miss") == 2
         assert "data.fold differs (1 -> 2)" in text
 
+    def test_the_last_stage_names_the_data(
+        self, easy: Path, source: Path, tmp_path: Path, cache: Path, capsys
+    ) -> None:
+        """Then the command names none; what the last stage trains on is divided."""
+        stages = two(tmp_path, source)
+        chain_file(tmp_path, stages.read_text() + f"    data: {{roots: ['{easy}']}}\n")
+        command = words(easy, tmp_path / "cv", "--stages", str(stages), "--dry-run")
+        place = command.index("--dataset-path")
+        del command[place : place + 2]
+        assert main(command) == 0
+        assert "5 of 18 images" in said(capsys)
+
+    def test_a_start_that_saw_the_images(
+        self, easy: Path, source: Path, tmp_path: Path, finished: Path, capsys
+    ) -> None:
+        """The first stage starts from a model that was trained on what the last one holds out."""
+        model = finished / "fold-1" / "checkpoints" / "best.pt"
+        stages = two(tmp_path, source, f"    model.init_from: '{model}'\n")
+        command = words(easy, tmp_path / "cv", "--stages", str(stages), "--dry-run")
+        assert main(command) == 3
+        assert "was trained on these images" in said(capsys)
+
     def test_killed_between_stage_and_fold(
         self, easy: Path, source: Path, tmp_path: Path, cache: Path, monkeypatch
     ) -> None:
