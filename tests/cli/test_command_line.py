@@ -211,7 +211,7 @@ def test_the_examples_of_the_help_can_be_pasted(words, capsys, monkeypatch) -> N
 
     def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
         received.append(typed)
-        settings = command in ("train", "profile", "quality")
+        settings = command in ("train", "crossval", "profile", "quality")
         read_config(options, rest) if settings else no_overrides(rest)
         return 0
 
