@@ -88,7 +88,7 @@ ADDED = (
     *("model.support.encoder", "model.support.weights", "model.support.side"),
     *("model.support.pretrained", "data.episodes.dropout", "data.episodes.shots"),
     *("data.episodes.references", "data.modalities", "data.modality_dropout"),
-    *("train.expert_dropout", "train.preset"),
+    *("train.expert_dropout", "train.preset", "train.keep_rgb"),
 )
 
 

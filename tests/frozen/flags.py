@@ -19,6 +19,7 @@ VALUES = ("8", "64", "3", "0.25", "0.75", "0.00001", "cpu", "other")
 NEEDED = {
     "--unlabeled": ("--teacher", "other"),
     "--synthetic-share": ("--synthetic", "other"),
+    "--keep-rgb --no-keep-rgb": ("--init-from", "other", "--modalities", "depth"),
     "--support-weights": ("--support-encoder", "other"),
     "--reference-data": ("--support-encoder", "other"),
 }
