@@ -16,9 +16,10 @@ from helpers.runs import ending
 from camoxpert.config import DataConfig, build_config, check_conflicts
 from camoxpert.data.files.image_io import write_jpeg, write_png
 from camoxpert.data.files.made import NO_MADE
-from camoxpert.data.files.manifest import Search, TrainingData, load_train
+from camoxpert.data.files.manifest import Manifest, Search, TrainingData, load_train
 from camoxpert.data.files.mixing import mix_of
 from camoxpert.data.files.negatives import empty_pairs, find_negatives, marked
+from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.unlabeled import joined
 from camoxpert.data.loader import LoaderPlan, build_loader, finish
 from camoxpert.errors import ConfigError, DataError
@@ -144,6 +145,7 @@ class TestRun:
         said = " ".join(capsys.readouterr().out.split())
         assert "presence on: 32 of 72 training images have no object" in said
         assert "are set aside: they neither train nor choose" in said
+        assert "fewer than 60 images of a kind calibrate the presence head" in said
         assert "presence calibrated on" in said
         run = tmp_path / "whole" / "r"
         rows = [line.split(",") for line in (run / "samples.csv").read_text().splitlines()[1:]]
@@ -302,6 +304,24 @@ class TestKinds:
         assert [part.pairs for part in again] == [rest.pairs, aside.pairs]
         off = build_config({"data.calibration_fraction": 0.0})
         assert not len(set_calibration_aside(found.whole, found.whole, NO_MADE, off, {})[1])
+
+    @pytest.mark.parametrize(
+        ("number", "fraction", "aside"),
+        [(2000, 0.05, 100), (400, 0.05, 60), (100, 0.05, 25), (100, 0.4, 40), (3, 0.05, 0)],
+    )
+    def test_how_many_calibrate(self, number: int, fraction: float, aside: int) -> None:
+        """5 %, at least 60, at most a quarter unless more was asked for; each kind by itself."""
+        place = Path("none")
+        pairs = [
+            Pair(f"{n}", place, place, "d", "", empty=n < number) for n in range(number + 2000)
+        ]
+        whole = Manifest(tuple(pairs), "d", "training", "")
+        config = build_config({"data.group_copies": False, "data.calibration_fraction": fraction})
+        rest, found = set_calibration_aside(whole, whole, NO_MADE, config, {})
+        if aside:
+            kinds = Counter(pair.empty for pair in found.pairs)
+            assert kinds == {True: aside, False: max(100, round(fraction * 2000))}
+        assert len(rest) + len(found) == number + 2000 and bool(len(found)) == bool(aside)
 
 
 class TestFit:
