@@ -61,6 +61,11 @@ def parse(words: list[str], *, tolerant: bool) -> None:
     if words[0] in ("--help", "--version", "-V") or words[0].isupper():
         return
     assert words[0] in COMMANDS, f"no command {words[0]}"
+    if "--config" in words:
+        at = words.index("--config")
+        # Another file than those of the project is the reader's own.
+        if not words[at + 1].startswith("configs/"):
+            words = [*words[:at], *words[at + 2 :]]
     parser, module, count = command_parser(words)
     if "--help" in words:
         return

@@ -36,13 +36,13 @@ COMMANDS = {
     "profile": "show where a training step goes, what bounds it and which flag helps",
     "benchmark": "measure ours against the baseline in one run",
     "sweep": "search settings on the validation images, in ordinary runs",
-    "report": "write one HTML page about a run or several, or print a ledger as a table",
+    "report": "write a page about one run or several, or print a ledger as a table",
     "synthesize": "generate image and mask pairs with hidden objects",
 }
 # How the overview arranges them; a command that is in no group stands under the last title.
 GROUPS = {
     "data": ("doctor", "synthesize"),
-    "models": ("train", "crossval", "evaluate", "report"),
+    "models": ("train", "crossval", "sweep", "evaluate", "report"),
     "use": ("predict", "serve", "export", "share"),
     "speed": ("profile", "benchmark"),
     "more": (),

@@ -292,7 +292,7 @@ def test_the_overview_names_every_command_and_kind_once() -> None:
     text = overview()
     first = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
     assert sorted(first) == sorted([*COMMANDS, *(kind for _, kind in KINDS)])
-    assert "more:" not in text and max(map(len, text.splitlines())) <= 90
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_a_command_in_no_group_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
