@@ -17,10 +17,12 @@ from helpers.pages import active_parts
 
 from camoxpert.cli import main
 from camoxpert.config import load_config
+from camoxpert.crossval import heldout
 from camoxpert.crossval.collect import collect, compare_methods
 from camoxpert.crossval.heldout import FINAL, MARKER, OUT_OF_FOLD
 from camoxpert.crossval.summary import spread
 from camoxpert.data.files.folds import read_splits
+from camoxpert.data.files.labels import VOID
 from camoxpert.errors import DataError
 from camoxpert.files import read_json, write_json
 from camoxpert.metrics import Evaluator
@@ -348,6 +350,19 @@ class TestComparison:
         found = spread([{"IoU": 0.1, "MAE": 1.0}, {"IoU": 0.3}, {"IoU": 0.5}])
         assert found == {"IoU": {"mean": pytest.approx(0.3), "deviation": pytest.approx(0.2)}}
         assert spread([{"IoU": 0.1}])["IoU"]["deviation"] is None
+
+
+def test_sure_by_hand() -> None:
+    """Only pixels where map and mask disagree count: 0 sure ones give 1, 128 gives almost 0."""
+    mask = np.array([[255, 255, 0, 0]], np.uint8)
+    for level, expected in ((0, 1.0), (64, 127 / 255), (127, 1 / 255)):
+        found = heldout._sure(np.array([[level, 255, 0, 0]], np.uint8), mask)
+        assert found == pytest.approx(expected)
+    # Of two wrong pixels the mean; none: nothing is contradicted.
+    assert heldout._sure(np.array([[0, 255, 255, 0]], np.uint8), mask) == 1.0
+    assert heldout._sure(mask, mask) == 0.0
+    void = np.array([[VOID, 255, 0, 0]], np.uint8)
+    assert heldout._sure(np.array([[0, 255, 0, 0]], np.uint8), void) == 0.0, "nobody labelled it"
 
 
 def _scores(errors: dict[str, float]) -> Scores:
