@@ -72,7 +72,7 @@ def check_modalities(
         having = [(p, path) for p in pairs for key, path in p.modalities if key == name]
         if not having:
             text = f"No image has {name}. Put its files into a folder {name}/ beside the images."
-            findings.append(Finding("error", "modalities", text))
+            findings.append(Finding("error", "sensors", text))
             continue
         chosen = {id(pair) for pair, _ in having[:: max(1, len(having) // LOOKED_AT)]}
         compared: list[np.ndarray] = []
@@ -85,7 +85,7 @@ def check_modalities(
                 size = (image.shape[0], image.shape[1])
                 require_aligned(plane.shape, size, what=str(path), image=f" {pair.image}")
             except DataError as error:
-                findings.append(Finding("error", "modalities", str(error), (str(path),)))
+                findings.append(Finding("error", "sensors", str(error), (str(path),)))
                 continue
             if not plane.any():
                 empty.append(path)
@@ -93,7 +93,7 @@ def check_modalities(
                 compared.append(correlations(image, plane))
         if empty:
             text = f"{name}: {count(len(empty), 'file')} without a measured value, seen as missing."
-            findings.append(Finding("warning", "modalities", text, tuple(map(str, empty))))
+            findings.append(Finding("warning", "sensors", text, tuple(map(str, empty))))
         findings.append(_judged(name, len(having), len(pairs), compared))
     return findings
 
@@ -158,7 +158,7 @@ def _judged(name: str, having: int, pairs: int, compared: Sequence[np.ndarray]) 
     """Return what the edges of a modality say."""
     start = f"{name}: {having} of {count(pairs, 'image')} have it"
     if not compared:
-        return Finding("note", "modalities", f"{start}.")
+        return Finding("note", "sensors", f"{start}.")
     fit = fit_of(compared)
     figures = f"edges of {count(fit.images, 'image')} correlate by {fit.still:.2f}"
     if fit.sure:
@@ -166,7 +166,7 @@ def _judged(name: str, having: int, pairs: int, compared: Sequence[np.ndarray]) 
         sides = ("right" if fit.shift[0] > 0 else "left", "down" if fit.shift[1] > 0 else "up")
         return Finding(
             "warning",
-            "modalities",
+            "sensors",
             f"{start}; {figures}, but by {fit.best:.2f} where it is taken {across} further "
             f"{sides[0]} and {down} further {sides[1]}: it does not lie on the photographs. "
             f"Register the files again, or every pixel will be told about another one.",
@@ -174,7 +174,7 @@ def _judged(name: str, having: int, pairs: int, compared: Sequence[np.ndarray]) 
     if fit.best <= FAINT:
         return Finding(
             "note",
-            "modalities",
+            "sensors",
             f"{start}; {figures}: too little to say whether it lies on the photographs.",
         )
-    return Finding("note", "modalities", f"{start}; {figures}, and no shift fits better.")
+    return Finding("note", "sensors", f"{start}; {figures}, and no shift fits better.")

@@ -355,7 +355,7 @@ class TestDoctor:
     def said(root: Path, name: str = "thermal") -> list[tuple[str, str]]:
         data = DataConfig(roots=(str(root),), modalities=("rgb", name))
         found = examine_data(data, copies=False).findings
-        return [(f.level, f.text) for f in found if f.check == "modalities"]
+        return [(f.level, f.text) for f in found if f.check == "sensors"]
 
     def test_shifted_copies_are_told(self, tmp_path: Path) -> None:
         ((level, text),) = self.said(self.shifted(tmp_path / "still", 0))
