@@ -13,7 +13,7 @@ from camoxpert.errors import ConfigError
 
 EXAMPLES = """examples:
   camoxpert crossval --dataset-path DATA --folds 5 --epochs 60 -o cv/ours
-  camoxpert crossval --dataset-path DATA --fold 2 -o cv/ours
+  camoxpert crossval --dataset-path DATA --folds 5 --epochs 60 -o cv/ours --fold 2
   camoxpert crossval --dataset-path DATA --splits cv/ours/splits.json model.experts=hybrid \\
       -o cv/hybrid --compare-with cv/ours"""
 

@@ -36,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="look for identical files only, not for copies by content",
     )
+    parser.add_argument(
+        "--modalities",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="what other sensors saw, as train spells it: read every file, and compare its edges "
+        "with those of the photograph",
+    )
     planned = parser.add_argument_group("of the training that is planned")
     add_flags(
         planned,
@@ -46,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "data.allow_outside",
                 "data.val_fraction",
                 "data.resize",
-                "data.modalities",
             ),
             *("data.max_pixels", "train.seed", "train.device"),
         ),

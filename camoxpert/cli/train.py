@@ -83,6 +83,11 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Train; see ``training.session`` for the life of a run."""
     try:
         config, _, stages = read_settings(options, rest)
+        if stages and config.data.splits:
+            raise ConfigError(
+                "--splits and --stages: `camoxpert crossval --fold N` trains one fold with its "
+                "stages."
+            )
         runs = [stage.config for stage in stages] or [config]
         if options.print_config:
             print("---\n".join(to_yaml(one) for one in runs), end="")

@@ -201,6 +201,13 @@ def _check_modalities(config: Config) -> None:
             f"data.modality_dropout {data.modality_dropout:g} is for modalities beside the "
             f"photograph, and none is named. Name them with --modalities, or leave it out."
         )
+    if config.train.keep_rgb and not (names and config.model.init_from):
+        missing = "--init-from" if names else "--modalities"
+        raise ConfigError(
+            f"--keep-rgb keeps what the model of --init-from finds in photographs and trains the "
+            f"parts of --modalities alone, and there is no {missing}. Add it, or leave --keep-rgb "
+            f"out."
+        )
     beside = {
         f"--decoder {config.model.decoder}": config.model.decoder != "moe",
         f"--support-encoder {config.model.support.encoder}": bool(config.model.support.encoder),

@@ -94,7 +94,7 @@ def read_config(
     types = accepted()
     typed = {path: value for path, value in vars(options).items() if path in types}
     overrides = list(rest)
-    for path in {"data.roots", "data.test_roots"} & typed.keys():
+    for path in {"data.roots", "data.test_roots", "data.modalities"} & typed.keys():
         # `--dataset-path A B optim.lr=3e-4`: the list of folders swallows the override.
         overrides += [root for root in typed[path] if OVERRIDE.fullmatch(root)]
         typed[path] = [root for root in typed[path] if not OVERRIDE.fullmatch(root)]

@@ -35,6 +35,12 @@ class TrainConfig:
         "stage 2 unfreezes the backbone level by level, deepest first",
         flag="--progressive-unfreeze",
     )
+    keep_rgb: bool = setting(
+        False,
+        "train the parts of --modalities alone: a photograph alone stays exactly what the model of "
+        "--init-from finds in it",
+        flag="--keep-rgb",
+    )
     batch_size: int | None = setting(
         16,
         "images per micro-batch; auto: the largest that fits the memory, with as many "

@@ -142,7 +142,7 @@ def open_folder(
 
     Args:
         folder: receives the folds.
-        config: settings of all folds.
+        config: settings of all folds; ``--splits`` and ``--fold`` among them are the user's.
         division: what the user says about the folds.
         chain: stages of every fold.
         write: False writes nothing.
@@ -151,14 +151,19 @@ def open_folder(
         ConfigError: settings that cannot be cross-validated, or other folds than the folder has.
         DataError: the images are not those that the folds were made for.
     """
-    _check(config)
-    pool = find_pool(config)
+    # Each fold sets its own; a stage that all folds share has none.
+    shared_settings = replace(config, data=replace(config.data, splits="", fold=None))
+    stages = chain.resolve(shared_settings) if chain else []
+    configs = [stage.config for stage in stages] or [shared_settings]
+    target = configs[-1]
+    _check(target)
+    pool = find_pool(target)
     path = folder / SPLITS
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         # Folds may be started at the same moment.
         with lock(folder / ".lock"):
-            splits, where = _settle(path, pool, config, division)
+            splits, where = _settle(path, pool, target, division)
             if not path.is_file():
                 if division.file:
                     write_bytes(path, Path(division.file).read_bytes(), durable=True)
@@ -166,15 +171,13 @@ def open_folder(
                     write_splits(path, splits)
             _settle_chain(folder, chain)
     else:
-        splits, where = _settle(path, pool, config, division, write=False)
+        splits, where = _settle(path, pool, target, division, write=False)
     if config.data.fold is not None:
         require_fold(splits, config.data.fold, path)
     console.decide("folds", f"{splits.total} of {count(len(splits.images), 'image')}: {where}")
-    # Each fold sets its own; a stage that all folds share has none.
-    config = replace(config, data=replace(config.data, splits="", fold=None))
-    require_nothing_seen(config, pool)
-    shared = shared_stages(chain, config, pool, write=write)
-    return CrossValidation(folder, config, pool, splits, chain, shared)
+    require_nothing_seen(configs, pool)
+    shared = shared_stages(chain, shared_settings, pool, write=write)
+    return CrossValidation(folder, shared_settings, pool, splits, chain, shared)
 
 
 def _check(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from camoxpert import console
@@ -18,16 +19,19 @@ from camoxpert.text import count, shorten
 from camoxpert.training.data import hash_of_data
 
 
-def require_nothing_seen(config: Config, pool: Manifest) -> None:
+def require_nothing_seen(configs: Sequence[Config], pool: Manifest) -> None:
     """Refuse a start or a teacher that was trained on the images that folds hold out.
+
+    Args:
+        configs: the settings of all stages; the last are those of the folds.
+        pool: the divided images.
 
     Raises:
         DataError: a model was trained on this data.
     """
-    for flag, value in (
-        ("--init-from", config.model.init_from),
-        ("--teacher", config.data.teacher),
-    ):
+    named = [("--init-from", config.model.init_from) for config in configs]
+    named += [("--teacher", config.data.teacher) for config in configs]
+    for flag, value in dict.fromkeys(named):
         if not value or not Path(value).exists():
             continue
         try:
@@ -36,7 +40,7 @@ def require_nothing_seen(config: Config, pool: Manifest) -> None:
         except CheckpointError:
             # Whoever reads it for training says what is wrong with it.
             continue
-        if trained_on is not None and trained_on == hash_of_data(config):
+        if trained_on is not None and trained_on == hash_of_data(configs[-1]):
             raise DataError(
                 f"{flag} {value} was trained on these images, also on those that each fold holds "
                 f"out: its scores would be too good. Leave it out, or train it as a stage before "
@@ -70,7 +74,9 @@ def shared_stages(
     keys = {(pair.dataset, pair.name) for pair in pool.pairs}
     real = {pair.image.resolve() for pair in pool.pairs}
     shared = set()
-    for stage in chain.resolve(config)[:-1]:
+    *before, last = chain.resolve(config)
+    data = last.config.data
+    for stage in before:
         source = find_pool(stage.config)
         if {(pair.dataset, pair.name) for pair in source.pairs} == keys and real == {
             pair.image.resolve() for pair in source.pairs
@@ -78,10 +84,8 @@ def shared_stages(
             continue
         seen = [pair.name for pair in source.pairs if pair.image.resolve() in real]
         how = "are among those that the folds hold out"
-        if not seen and config.data.group_copies:
-            search = LeakSearch(
-                {}, config.data.max_pixels, cache_root(config.data) if write else None
-            )
+        if not seen and data.group_copies:
+            search = LeakSearch({}, data.max_pixels, cache_root(data) if write else None)
             copies = copies_of(
                 [p.image for p in source.pairs], [p.image for p in pool.pairs], search
             )

@@ -27,6 +27,8 @@ WIDTHS = (24, 32, 48, 64)
 JOINT = 32
 """Channels in which the maps of photograph and modality meet."""
 LEVELS = 254
+PART = "modalities."
+"""Start of the names of the parameters in a model."""
 
 
 class Modalities(NamedTuple):

@@ -88,7 +88,7 @@ ADDED = (
     *("model.support.encoder", "model.support.weights", "model.support.side"),
     *("model.support.pretrained", "data.episodes.dropout", "data.episodes.shots"),
     *("data.episodes.references", "data.modalities", "data.modality_dropout"),
-    *("train.expert_dropout", "train.preset", "data.splits", "data.fold"),
+    *("train.expert_dropout", "train.preset", "train.keep_rgb", "data.splits", "data.fold"),
     *("train.quick.data_fraction", "train.quick.limit_batches", "train.quick.overfit_batches"),
     *("optim.scale_lr", "optim.base_batch"),
 )

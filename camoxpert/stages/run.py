@@ -12,7 +12,8 @@ from typing import TypedDict
 from camoxpert import console
 from camoxpert.config import Config
 from camoxpert.data.cache.choice import cache_root
-from camoxpert.errors import ConfigError, DataError
+from camoxpert.errors import CheckpointError, ConfigError, DataError
+from camoxpert.runs.checkpoint import BEST, load_checkpoint
 from camoxpert.runs.info import update_run_json
 from camoxpert.runs.records import read_info
 from camoxpert.stages import store
@@ -42,7 +43,7 @@ def plan(stages: Sequence[Stage]) -> list[Planned]:
     """Return what the result of each stage depends on, the stages before it included.
 
     Raises:
-        ConfigError: several processes; chains are trained by one.
+        ConfigError: several processes, or a run to continue: a chain has several.
         DataError: the data of a stage cannot be found.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -50,6 +51,12 @@ def plan(stages: Sequence[Stage]) -> list[Planned]:
             "--stages trains in one process. Under torchrun start each stage as a run of its own, "
             "with --init-from RUN for those after the first."
         )
+    for stage in stages:
+        if stage.config.train.resume not in ("auto", "never"):
+            raise ConfigError(
+                f"--resume {stage.config.train.resume} names one run, and --stages has several. "
+                f"Leave it out: the same command continues the stage that was stopped."
+            )
     found: list[Planned] = []
     for stage in stages:
         parent = found[-1].facts.key if found else ""
@@ -124,20 +131,15 @@ def _obtain(
 ) -> tuple[str, StageRecord]:
     """Return the weights of a stage, from the cache or trained now, and its record."""
     stage, facts = one.stage, one.facts
-    root = cache_root(stage.config.data)
-
-    def look() -> store.Found:
-        found = store.find(root, facts)
-        trained = "" if found.weights else "; trained now"
-        if found.verdict.startswith("corrupt"):
-            trained = ": trained again"
-        if stage.config.data.strict_cache and not found.weights:
-            trained = ""
-        console.decide("stage", f"{stage.name}: {found.verdict}{trained}")
-        return found
-
-    found = look()
-    if found.weights is None and stage.config.data.strict_cache:
+    root, strict = cache_root(stage.config.data), stage.config.data.strict_cache
+    found = store.find(root, facts)
+    run = None if found.weights else _finished(_run_folder(one, folder))
+    done = ""
+    if found.weights is None and not strict:
+        again = "again" if found.verdict.startswith("corrupt") else "now"
+        done = f": trained {again}" if run is None else f"; its run {run} is finished"
+    console.decide("stage", f"{stage.name}: {found.verdict}{done}")
+    if found.weights is None and strict:
         raise DataError(
             f"--strict-cache: the result of stage {stage.name} is not kept: {found.verdict}. Run "
             f"once without --strict-cache to train it."
@@ -145,34 +147,43 @@ def _obtain(
     if found.weights is None:
         with store.held(root, facts.key):
             # Another process may have trained it while this one waited.
-            again = store.find(root, facts)
-            if again.weights is None:
-                weights, seconds = _train(one, parent, deadline, argv, folder)
+            again_found = store.find(root, facts)
+            if again_found.weights is None:
+                run = run or _train(one, parent, deadline, argv, folder)
+                seconds = _seconds_of(run)
+                weights = store.keep(root, facts, run, name=stage.name, seconds=seconds)
                 return str(weights), _record(one, found.verdict, seconds)
-            found = again
+            found = again_found
             console.decide("", f"{found.verdict}, made by another process")
     return str(found.weights), _record(one, found.verdict, found.seconds)
 
 
+def _run_folder(one: Planned, folder: Path | None) -> Path:
+    """Return where a stage before the last is trained; the name says what it depends on."""
+    place = folder or Path(one.stage.config.run.dir)
+    return place / f"{one.stage.name}-{one.facts.key}"
+
+
+def _finished(run: Path) -> Path | None:
+    """Return the run of a stage if it is finished and whole: it was stopped before its result was
+    kept, or what was kept is gone."""
+    if read_info(run).get("status") != "finished":
+        return None
+    try:
+        load_checkpoint(run / "checkpoints" / BEST)
+    except CheckpointError:
+        return None
+    return run
+
+
 def _train(
     one: Planned, parent: str, deadline: _Deadline, argv: Sequence[str], folder: Path | None
-) -> tuple[Path, float]:
-    """Train a stage as a run of its own, and keep its result; return weights and seconds."""
-    stage, key = one.stage, one.facts.key
-    config = _starting_from(stage.config, parent, deadline)
-    place = folder or Path(config.run.dir)
-    name = f"{stage.name}-{key}"
-    config = replace(config, run=replace(config.run, dir=str(place), name=name))
-    run = place / name
-    # Finished and not kept: stopped in between, or the cache was deleted. The name says the key.
-    finished = read_info(run).get("status") == "finished"
-    if finished and (run / "checkpoints" / "best.pt").is_file():
-        console.decide("", f"trained before in {run}")
-    else:
-        run = session.run(config, argv=argv).path
-    seconds = float(read_info(run).get("phases", {}).get("training", 0.0)) or _seconds_of(run)
-    weights = store.keep(cache_root(config.data), one.facts, run, name=stage.name, seconds=seconds)
-    return weights, seconds
+) -> Path:
+    """Train a stage as a run of its own; return its folder."""
+    config = _starting_from(one.stage.config, parent, deadline)
+    path = _run_folder(one, folder)
+    config = replace(config, run=replace(config.run, dir=str(path.parent), name=path.name))
+    return session.run(config, argv=argv).path
 
 
 def _seconds_of(run: Path) -> float:

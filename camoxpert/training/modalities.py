@@ -45,6 +45,12 @@ def draw_subset(
     return others[int(second * len(others))]
 
 
+def share_alone(config: Config) -> float:
+    """Return the share of the images that training shows as the photograph alone: 0 where that
+    would teach nothing, because what sees it is kept."""
+    return 0.0 if config.train.keep_rgb else config.data.modality_dropout
+
+
 def seen_in_training(batch: Batch, config: Config, epoch: int) -> Modalities:
     """Return what the images of a batch are shown with; see ``draw_subset``.
 
@@ -54,7 +60,7 @@ def seen_in_training(batch: Batch, config: Config, epoch: int) -> Modalities:
     drawn = [
         draw_subset(
             len(data.beside_rgb),
-            data.modality_dropout,
+            share_alone(config),
             seed=config.train.seed,
             epoch=epoch,
             index=index,
@@ -93,7 +99,7 @@ def decide_modalities(model: CamoXpert, config: Config) -> None:
     if model.modalities is None:
         return
     size = sum(parameter.numel() for parameter in model.modalities.parameters()) / 1e6
-    alone = config.data.modality_dropout
+    alone = share_alone(config)
     console.decide(
         "",
         f"light stems for {', '.join(model.modality_names)}: {size:.2f} M of the parameters; the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from camoxpert.config import QuickConfig
 from camoxpert.data.loader import Batches, build_loader
+from camoxpert.models.modalities import PART
 from camoxpert.training.plan import Stage
 from camoxpert.training.routing import active_experts
 from camoxpert.training.run import Run
@@ -85,6 +86,10 @@ def set_trainable(run: Run, stage: Stage, epoch: int) -> str:
     intervals over its first half.
     """
     levels = run.model.backbone.parameter_levels()
+    if run.config.train.keep_rgb:
+        for name, parameter in run.model.named_parameters():
+            parameter.requires_grad_(name.startswith(PART))
+        return "the parts of the modalities alone"
     if stage.number == 1:
         free = 0
     elif run.config.train.progressive_unfreeze:

@@ -55,6 +55,11 @@ COMMANDS = {
         "-o",
         "camoxpert.benchmark.quality.build_arms",
     ),
+    "crossval": (
+        ("crossval", "--dataset-path", "{data}"),
+        "-o",
+        "camoxpert.crossval.run.find_pool",
+    ),
     "profile": (
         ("profile", "--dataset-path", "{data}"),
         "-o",

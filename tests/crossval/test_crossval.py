@@ -11,9 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from helpers.folds import result, rows
 from helpers.pages import active_parts
 
+from camoxpert.cli import main
 from camoxpert.config import load_config
 from camoxpert.crossval.collect import collect, compare_methods
 from camoxpert.crossval.heldout import FINAL, MARKER, OUT_OF_FOLD
@@ -100,6 +102,13 @@ class TestScores:
         scored = read_json(finished / "summary.json")["out_of_fold"]
         for key, value in evaluator.results().items():
             assert scored[key]["value"] == pytest.approx(value, abs=1e-12), key
+
+    def test_maps_are_a_teacher(self, finished: Path, easy: Path, tmp_path: Path, capsys) -> None:
+        """What models that never saw an image say of it, for the model that sees all of them."""
+        run = ["train", "--dataset-path", str(easy), "--checkpoint-dir", str(tmp_path), *TINY]
+        run += ["--epochs", "1", "--stage1-epochs", "0", "--no-report", "--no-test"]
+        assert main([*run, "--teacher", str(finished / "maps" / "repeat-1")]) == 0
+        assert f"maps in {finished / 'maps' / 'repeat-1'}" in said(capsys)
 
     def test_checkpoints_to_continue_from_are_gone(self, finished: Path) -> None:
         assert not list(finished.rglob("step_*.pt"))
@@ -375,3 +384,62 @@ def test_repeats_and_two_data_sets_with_names_in_common(
     assert summary["wrong_always"] == never
     first = summary["suspects"][0]
     assert first["suspicion"] == max(one["suspicion"] for one in summary["suspects"])
+
+
+QUICK = ("--epochs", "1", "--stage1-epochs", "0")
+
+
+def test_leave_class_out(crossval: Crossval, easy: Path, tmp_path: Path, capsys) -> None:
+    """Two classes and images of none: a fold for each class, and a score for its images alone."""
+    data = copy(easy / "TrainDataset", tmp_path / "data")
+    names = sorted(path.stem for path in (data / "Imgs").iterdir())
+    lines = ["image,mask,class,group"]
+    for number, name in enumerate(names):
+        # A video that shows both classes: its frames of the other class are on neither side.
+        video = "v" if number in (0, 1) else ""
+        label = "" if number >= 14 else ("crab", "owl")[number % 2]
+        suffix = next((data / "Imgs").glob(f"{name}.*")).suffix
+        image = Path("Imgs") / f"{number}{suffix}"
+        (data / "Imgs" / f"{name}{suffix}").rename(data / image)
+        lines.append(f"{image},GT/{name}.png,{label},{video}")
+    (data / "list.csv").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    assert crossval(out, "--leave-class-out", *QUICK, data=data / "list.csv") == 0
+    assert "1 image on neither side" in said(capsys)
+    summary = read_json(out / "summary.json")
+    assert [fold["name"] for fold in summary["folds"]] == ["1: crab", "2: owl"]
+    assert [fold["images"] for fold in summary["folds"]] == [7, 7]
+    assert summary["splits"]["held_out"] == 14 and summary["splits"]["images"] == 18
+    assert "4 images have no score: no class is known" in (out / "summary.md").read_text()
+    assert crossval(out, "--leave-class-out", "--folds", "3") == 2
+
+
+def test_images_without_an_object(crossval: Crossval, easy: Path, tmp_path: Path, capsys) -> None:
+    """They are divided as well; masks are scored of the others, presence of both kinds."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        cv2.imwrite(str(empty / f"{number}.png"), rng.integers(0, 255, (32, 32, 3), np.uint8))
+    out = tmp_path / "out"
+    assert crossval(out, "--folds", "2", "--negatives", str(empty), *QUICK) == 0
+    summary = read_json(out / "summary.json")
+    assert summary["splits"]["images"] == 30 and summary["splits"]["held_out"] == 18
+    assert summary["empty_gt"] == "skip" and "AUROC" in summary["presence"]
+    assert len(list((out / "maps" / "repeat-1").rglob("*.png"))) == 30
+    splits = read_splits(out / "splits.json")
+    assert [sum(i.size == "none" for i in splits.held_out(n)) for n in (1, 2)] == [6, 6]
+
+
+def test_images_that_cannot_be_read(crossval: Crossval, easy: Path, tmp_path: Path, capsys) -> None:
+    data = copy(easy, tmp_path / "data")
+    bad = sorted((data / "TrainDataset" / "Imgs").iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:200])
+    out = tmp_path / "out"
+    skip = ("--unreadable", "skip", "data.max_unreadable=0.5")
+    assert crossval(out, "--folds", "2", *QUICK, data=data) == 3
+    assert crossval(out, "--folds", "2", *skip, *QUICK, data=data) == 0
+    summary = read_json(out / "summary.json")
+    assert summary["splits"]["held_out"] == 17
+    assert sum(len(fold["unreadable"]) for fold in summary["folds"]) == 1
+    assert "1 image could not be read" in (out / "summary.md").read_text()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from camoxpert.crossval import seen
 from camoxpert.errors import ConfigError
 from camoxpert.files import read_json
 from camoxpert.runs.checkpoint import load_checkpoint
-from camoxpert.stages import key
+from camoxpert.stages import key, store
 from camoxpert.stages.chain import read_chain
 from camoxpert.stages.key import Facts, differences, facts_of
 from camoxpert.synthesis.toy import generate_toy
@@ -169,7 +170,7 @@ class TestTrain:
         stages = two(tmp_path, source)
         assert train(stages) == 0
         words = said(capsys)
-        assert "pretrain: miss: no stage is kept yet; trained now" in words
+        assert "pretrain: miss: no stage is kept yet: trained now" in words
         assert "tensors from" in words and "finetune: the run that is asked for" in words
         assert started == [source.name, f"{easy.name}+"]
         folder = kept(cache, "pretrain")
@@ -252,9 +253,28 @@ class TestTrain:
         assert train(stages) == 0
         shutil.rmtree(cache / "stages")
         assert train(stages) == 0
-        assert "trained before in" in said(capsys)
+        assert "pretrain: miss: no stage is kept yet; its run" in said(capsys)
         assert len(started) == 3, "the last stage alone is trained twice"
         assert kept(cache, "pretrain").is_dir()
+        # A run whose weights are damaged is not taken, and neither is it overwritten.
+        shutil.rmtree(cache / "stages")
+        (run,) = (tmp_path / "runs").glob("pretrain-*")
+        (run / "checkpoints" / "best.pt").write_bytes(b"no")
+        assert train(stages) == 0
+        assert len(started) == 5 and len(list((tmp_path / "runs").glob("pretrain-*"))) == 2
+
+    @pytest.mark.parametrize(
+        ("more", "text"),
+        [
+            (("--resume", "runs/x"), "--resume runs/x names one run"),
+            (("--splits", "x.json", "--fold", "1"), "trains one fold with its stages"),
+        ],
+    )
+    def test_what_belongs_to_one_run(
+        self, train: Train, source: Path, tmp_path: Path, capsys, more: tuple[str, ...], text: str
+    ) -> None:
+        assert train(two(tmp_path, source), *more) == 2
+        assert text in said(capsys)
 
     def test_a_later_stage_that_is_kept_needs_no_earlier_one(
         self, train: Train, source: Path, easy: Path, tmp_path: Path, cache: Path, started, capsys
@@ -266,6 +286,27 @@ class TestTrain:
         words = said(capsys)
         assert "a: not needed, a later one is kept" in words and "b: hit" in words
         assert started == [source.name, f"{easy.name}+", f"{easy.name}+"]
+
+    def test_two_processes_train_a_stage_once(
+        self, train: Train, source: Path, tmp_path: Path, cache: Path, started, capsys, monkeypatch
+    ) -> None:
+        """The other process trained it while this one waited for the lock."""
+        stages = two(tmp_path, source)
+        assert train(stages) == 0
+        made, away = kept(cache, "pretrain"), tmp_path / "away"
+        shutil.move(str(made), away)
+        honest = store.held
+
+        @contextmanager
+        def held(root: Path, name: str) -> Iterator[None]:
+            with honest(root, name):
+                shutil.move(str(away), made)
+                yield
+
+        monkeypatch.setattr(store, "held", held)
+        assert train(stages, out="other") == 0
+        assert "made by another process" in said(capsys)
+        assert started.count(source.name) == 1
 
     def test_a_deadline_in_the_first_stage(
         self, train: Train, source: Path, tmp_path: Path, monkeypatch, capsys, started
@@ -308,19 +349,19 @@ class TestFolds:
     def test_three_folds_share_a_stage(
         self, easy: Path, source: Path, tmp_path: Path, cache: Path, started, capsys
     ) -> None:
-        """Trained once, taken twice; a second method with the same stage trains none."""
+        """Trained once by the fold that is trained first, and taken by the others; a second method
+        with the same stage trains none."""
         stages = two(tmp_path, source)
         more = ["--stages", str(stages), "--cache-dir", str(cache), "--folds", "3"]
-        assert (
-            main(words(easy, tmp_path / "cv", *more, "--epochs", "1", "--stage1-epochs", "0")) == 0
-        )
+        command = words(easy, tmp_path / "cv", *more, "--epochs", "1", "--stage1-epochs", "0")
+        assert main([*command, "--fold", "2"]) == 0
+        assert started == [source.name, f"{easy.name}+"]
+        assert main(command) == 0
         text = said(capsys)
         assert started == [source.name, *[f"{easy.name}+"] * 3]
         assert text.count("pretrain: miss") == 1 and text.count("pretrain: hit") == 2
-        assert (
-            "Stages before the last: 1 trained, 2 taken"
-            in (tmp_path / "cv" / "summary.md").read_text()
-        )
+        markdown = (tmp_path / "cv" / "summary.md").read_text()
+        assert "Stages before the last: 1 trained, 2 taken" in markdown
         folder = kept(cache, "pretrain")
         for fold in (1, 2, 3):
             config = load_config(file=tmp_path / "cv" / f"fold-{fold}" / "config.yaml")
@@ -361,6 +402,28 @@ class TestFolds:
         text = said(capsys)
         assert "the folds differ" not in text and text.count("small: miss") == 2
         assert "data.fold differs (1 -> 2)" in text
+
+    def test_the_last_stage_names_the_data(
+        self, easy: Path, source: Path, tmp_path: Path, cache: Path, capsys
+    ) -> None:
+        """Then the command names none; what the last stage trains on is divided."""
+        stages = two(tmp_path, source)
+        chain_file(tmp_path, stages.read_text() + f"    data: {{roots: ['{easy}']}}\n")
+        command = words(easy, tmp_path / "cv", "--stages", str(stages), "--dry-run")
+        place = command.index("--dataset-path")
+        del command[place : place + 2]
+        assert main(command) == 0
+        assert "5 of 18 images" in said(capsys)
+
+    def test_a_start_that_saw_the_images(
+        self, easy: Path, source: Path, tmp_path: Path, finished: Path, capsys
+    ) -> None:
+        """The first stage starts from a model that was trained on what the last one holds out."""
+        model = finished / "fold-1" / "checkpoints" / "best.pt"
+        stages = two(tmp_path, source, f"    model.init_from: '{model}'\n")
+        command = words(easy, tmp_path / "cv", "--stages", str(stages), "--dry-run")
+        assert main(command) == 3
+        assert "was trained on these images" in said(capsys)
 
     def test_killed_between_stage_and_fold(
         self, easy: Path, source: Path, tmp_path: Path, cache: Path, monkeypatch

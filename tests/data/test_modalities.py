@@ -13,6 +13,7 @@ import torch
 from helpers.sensors import views
 from PIL import Image
 
+from camoxpert.cli import main
 from camoxpert.config import AugmentConfig, DataConfig, build_config
 from camoxpert.config.checks import check_conflicts
 from camoxpert.data.cache.build import find_cache, open_cache
@@ -362,6 +363,13 @@ class TestDoctor:
         ((level, text),) = self.said(self.shifted(tmp_path / "moved", 6))
         # 6 of 96 pixels are 8 of 128.
         assert level == "warning" and "6.2% further right and 0.0% further" in text
+
+    def test_on_the_command_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["doctor", str(self.shifted(tmp_path / "moved", 6)), "--no-copies"]
+        words += ["-o", str(tmp_path / "page"), "--device", "cpu"]
+        main([*words, "--modalities", "rgb", "thermal"])
+        assert "does not lie on the photographs" in " ".join(capsys.readouterr().out.split())
+        assert main([*words, "--modalities", "rgb", "Depth!"]) == 2
 
     def test_files_and_missing_ones(self, tmp_path: Path) -> None:
         root = self.shifted(tmp_path / "data", 0)

@@ -151,6 +151,12 @@ class TestTraining:
         second = trained()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
+    def test_an_override_behind_the_names(self, whole: Path, tmp_path: Path) -> None:
+        """The list of names would swallow it."""
+        assert TINY_WORDS[-1] == "thermal"
+        base = ["train", "--dataset-path", str(whole), "--checkpoint-dir", str(tmp_path)]
+        assert main([*base, *TINY_WORDS, "optim.lr=3e-4", "--dry-run"]) == 0
+
     def test_a_modality_that_no_image_has_is_refused(
         self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -164,6 +170,23 @@ class TestTraining:
         words = ("--init-from", str(tiny_run), "--dry-run")
         assert command(whole, tmp_path, *words) == 0
         assert "new here: modalities" in capsys.readouterr().out
+
+    def test_photographs_are_kept_exactly(
+        self, whole: Path, tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        image, seen = one(whole)
+        words = ("--init-from", str(tiny_run), "--run-name", "kept", "--no-test", "--lr", "3e-3")
+        before = camoxpert.load(tiny_run).predict(image).probability_HW
+        for more, same in ((("--keep-rgb",), True), ((), False)):
+            out = tmp_path / str(same)
+            assert command(whole, out, *words, *more) == 0
+            model = camoxpert.load(out / "kept")
+            assert np.array_equal(model.predict(image).probability_HW, before) == same
+            taught = model.predict(image, modalities=seen).probability_HW
+            assert not np.array_equal(taught, before), "and the modalities were learned"
+        capsys.readouterr()
+        assert command(whole, tmp_path, "--keep-rgb") == 2
+        assert "there is no --init-from" in capsys.readouterr().err
 
     def test_as_a_teacher_it_looks_at_photographs(
         self, run: Path, toy_data: Path, tmp_path: Path, train: Callable[..., int]

@@ -20,6 +20,7 @@ NEEDED = {
     "--unlabeled": ("--teacher", "other"),
     "--base-batch": ("--scale-lr", "linear"),
     "--synthetic-share": ("--synthetic", "other"),
+    "--keep-rgb --no-keep-rgb": ("--init-from", "other", "--modalities", "depth"),
     "--support-weights": ("--support-encoder", "other"),
     "--reference-data": ("--support-encoder", "other"),
 }

@@ -121,8 +121,9 @@ def test_init_from_matches_experts_by_kind_and_lists_the_others(
 ) -> None:
     words = ("--dry-run", "--init-from", str(tiny_run))
     assert train(*words, "model.experts=[edge, texture, hybrid]") == 0
-    said = capsys.readouterr().out
+    said, _, taken = capsys.readouterr().out.partition("taken: ")
     assert "experts.0" in said and "experts.1" not in said, "texture and hybrid moved; edge is new"
+    assert "experts.1" in taken and "experts.0" not in taken
     assert train(*words, "--expert-family", "uniform") == 0
     assert "decoder.levels.0.moe.experts" in capsys.readouterr().out
     assert train(*words, "model.width=24", "--backbone", "resnet10t") == 0
