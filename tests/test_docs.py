@@ -74,7 +74,8 @@ def parse(words: list[str], *, tolerant: bool) -> None:
         if hasattr(module, "read_config"):
             module.read_config(options, rest)
         else:
-            assert not rest, rest
+            known = {leaf.path for leaf in leaves()}
+            assert all("=" in word and word.partition("=")[0] in known for word in rest), rest
     except ConfigError as error:
         left_out = re.search(r"required|expected|: '[A-Z]+'|'[A-Z_]+' ", str(error))
         if not (tolerant and left_out):

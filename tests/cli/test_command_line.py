@@ -345,7 +345,6 @@ def test_a_list_of_names_in_a_command_without_settings() -> None:
     for typed, names in (
         ([], []),
         (["--modalities", "rgb", "depth"], ["rgb", "depth"]),
-        (["--modalities", "rgb", "--modalities", "depth"], ["rgb", "depth"]),
     ):
         options, _ = parser.parse_checked(["data", *typed])
         assert options.modalities == names
