@@ -53,7 +53,7 @@ def collect(folder: Path) -> Collected:
         )
     splits = read_splits(folder / SPLITS)
     require_all(folder, splits)
-    folds = tuple(read_fold(folder / f"fold-{n}") for n in range(1, splits.total + 1))
+    folds = tuple(read_fold(fold_folder(folder, n)) for n in range(1, splits.total + 1))
     for number, fold in enumerate(folds, 1):
         if fold.about.get("splits") != splits.digest or fold.fold != number:
             raise DataError(
@@ -93,7 +93,29 @@ def require_all(folder: Path, splits: Splits) -> None:
 
 def missing_folds(folder: Path, splits: Splits) -> list[int]:
     """Return the folds that are not trained or not scored."""
-    return [n for n in range(1, splits.total + 1) if not is_scored(folder / f"fold-{n}")]
+    return [n for n in range(1, splits.total + 1) if not is_scored(fold_folder(folder, n))]
+
+
+def fold_folders(folder: Path, number: int) -> list[Path]:
+    """Return the run folders that a fold may have: the whole run's, and those of quick ones."""
+    return [folder / f"fold-{number}", *sorted(folder.glob(f"fold-{number}-quick-*"))]
+
+
+def fold_folder(folder: Path, number: int) -> Path:
+    """Return the run folder of a fold that is scored, else that of a whole run.
+
+    Raises:
+        DataError: there are several, whole or quick in different ways.
+    """
+    folders = fold_folders(folder, number)
+    scored = [path for path in folders if is_scored(path)]
+    if len(scored) > 1:
+        raise DataError(
+            f"{folder} holds fold {number} more than once "
+            f"({', '.join(path.name for path in scored)}): quick runs and whole ones are other "
+            f"methods. Remove or move the run that does not belong here."
+        )
+    return scored[0] if scored else folders[0]
 
 
 def units_of(splits: Splits, names: Sequence[str]) -> NDArray[np.int64]:

@@ -25,6 +25,7 @@ from camoxpert.pages.tables import format_value
 
 JSON, MARKDOWN, PAGE = "summary.json", "summary.md", "report.html"
 SHORT = ("Smeasure", "wFmeasure", "meanEm", "IoU", "MAE")
+QUICK = "Quick runs, not whole ones:"
 PICTURES = 12
 """Images shown on the page."""
 OPTIMISTIC = (
@@ -53,6 +54,7 @@ def write_summary(
         CrossvalReport(
             folder=str(folder),
             headline=headline(summary),
+            quick=summary["quick"],
             tiles=_tiles(summary),
             scores=score_rows(summary),
             optimistic=OPTIMISTIC if summary["best_epoch"] else "",
@@ -75,6 +77,8 @@ def write_summary(
     console.say("")
     console.say(text.table(score_rows(summary)))
     console.say(headline(summary))
+    if summary["quick"]:
+        console.say(f"{QUICK} {'; '.join(summary['quick'])}.")
     if summary["best_epoch"]:
         console.say(OPTIMISTIC)
     for difference in summary["comparisons"]:
@@ -243,6 +247,7 @@ def markdown(summary: Summary) -> str:
     """Return the summary as Markdown."""
     parts = [
         "# Cross-validation",
+        *([f"**{QUICK}** {'; '.join(summary['quick'])}."] if summary["quick"] else []),
         headline(summary),
         _markdown_table(score_rows(summary)),
         *([OPTIMISTIC] if summary["best_epoch"] else []),

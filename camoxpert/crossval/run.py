@@ -14,7 +14,7 @@ from pathlib import Path
 
 from camoxpert import console
 from camoxpert.config import Config, TrainConfig, load_config
-from camoxpert.crossval.collect import Collected, require_same_digest
+from camoxpert.crossval.collect import Collected, fold_folders, require_same_digest
 from camoxpert.crossval.divide import divide, find_pool
 from camoxpert.crossval.heldout import (
     MARKER,
@@ -36,7 +36,7 @@ from camoxpert.data.files.folds import (
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.errors import CheckpointError, ConfigError, Stopped
 from camoxpert.files import lock, read_json, write_bytes, write_json
-from camoxpert.runs.folder import recorded_hashes
+from camoxpert.runs.folder import recorded_hashes, run_name
 from camoxpert.runs.identity import file_hashes, setting_differences
 from camoxpert.runs.records import read_info
 from camoxpert.stages.chain import Chain, Stage
@@ -85,8 +85,8 @@ class CrossValidation:
     shared: frozenset[str] = frozenset()
 
     def path(self, fold: int) -> Path:
-        """Return the run folder of a fold."""
-        return self.folder / f"fold-{fold}"
+        """Return the run folder of a fold, whose name says if it is a quick run."""
+        return self.folder / run_name(self.config_of(fold))
 
     def config_of(self, fold: int) -> Config:
         """Return the settings of a fold's run, that of its last stage."""
@@ -186,6 +186,11 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "--early-stopping would choose the length of the training on the images that are "
             "scored. Leave it out: every fold is scored with the weights of its last epoch."
+        )
+    if config.train.quick.overfit_batches is not None:
+        raise ConfigError(
+            "--overfit-batches learns a few batches by heart and holds nothing out. Use it with "
+            "`camoxpert train`; folds that are quick take --data-fraction or --limit-batches."
         )
     if config.train.resume not in ("auto", "never"):
         raise ConfigError(
@@ -385,6 +390,13 @@ def _is_trained(found: CrossValidation, fold: int) -> bool:
         CheckpointError: it was trained with other settings, or on other folds.
     """
     path = found.path(fold)
+    for other in fold_folders(found.folder, fold):
+        if other != path and (other / "config.yaml").is_file():
+            raise CheckpointError(
+                f"{other} is there: quick runs and whole ones, or runs that are quick in other "
+                f"ways, are not folds of one cross-validation. Give another folder with -o, or "
+                f"remove that run."
+            )
     if not (path / "config.yaml").is_file():
         return False
     info, config = read_info(path), found.config_of(fold)

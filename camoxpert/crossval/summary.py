@@ -14,6 +14,7 @@ from camoxpert.evaluation.results import break_down, deciding_key
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.presence import presence_scores
 from camoxpert.metrics.statistics import confidence_intervals
+from camoxpert.pages.report import quick_sentences
 from camoxpert.runs.info import versions
 from camoxpert.runs.records import read_info
 
@@ -80,6 +81,7 @@ class Summary(TypedDict):
     versions: dict[str, str]
     settings: dict[str, Any]
     splits: dict[str, Any]
+    quick: list[str]  # what makes its runs quick ones; [] for whole ones
     empty_gt: str
     out_of_fold: dict[str, Pooled]
     over_folds: dict[str, Spread]
@@ -123,6 +125,7 @@ def summarise(
             "groups": len({image.group for image in found.splits.images}),
             "held_out": len(found.scores.names),
         },
+        "quick": quick_sentences(read_info(found.folds[0].path)),
         "empty_gt": found.repeats[0].empty_gt,
         "out_of_fold": _pooled(found),
         "over_folds": spread([fold["scores"] for fold in folds]),

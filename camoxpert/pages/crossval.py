@@ -18,6 +18,7 @@ class CrossvalReport:
 
     Attributes:
         folder: of the cross-validation.
+        quick: what makes its runs quick ones; empty for whole ones.
         headline: the answer, a sentence.
         tiles: (value, what it is).
         scores, folds, suspects: tables.
@@ -32,6 +33,7 @@ class CrossvalReport:
     """
 
     folder: str
+    quick: Sequence[str]
     headline: str
     tiles: Sequence[tuple[str, str]]
     scores: Rows

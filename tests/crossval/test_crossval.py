@@ -20,6 +20,7 @@ from camoxpert.config import load_config
 from camoxpert.crossval import heldout
 from camoxpert.crossval.collect import collect, compare_methods
 from camoxpert.crossval.heldout import FINAL, MARKER, OUT_OF_FOLD
+from camoxpert.crossval.report import PAGE
 from camoxpert.crossval.summary import spread
 from camoxpert.data.files.folds import read_splits
 from camoxpert.data.files.labels import VOID
@@ -247,6 +248,28 @@ class TestRefusals:
         assert crossval(out, "--early-stopping", "2") == 2
         assert crossval(out, "--fold", "4") == 3
         assert "has 3 folds, numbered from 1" in said(capsys)
+
+    def test_quick_folds_say_so_and_mix_with_no_others(
+        self, crossval: Crossval, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "quick"
+        assert crossval(out, "--folds", "3", "--limit-batches", "1") == 0
+        assert [path.name for path in sorted(out.glob("fold-*"))] == [
+            f"fold-{number}-quick-limit1" for number in (1, 2, 3)
+        ]
+        summary = read_json(out / "summary.json")
+        assert len(summary["quick"]) == 1 and "at most 1 batch" in summary["quick"][0]
+        for text in (said(capsys), (out / "summary.md").read_text(), (out / PAGE).read_text()):
+            assert "Quick runs, not whole ones" in text
+        assert "Quick runs" not in (finished / PAGE).read_text()
+        assert crossval(out) == 4
+        assert "fold-1-quick-limit1 is there: quick runs and whole ones" in said(capsys)
+        # Copied together by hand.
+        shutil.copytree(finished / "fold-1", out / "fold-1")
+        with pytest.raises(DataError, match="fold 1 more than once"):
+            collect(out)
+        assert crossval(tmp_path / "heart", "--folds", "3", "--overfit-batches", "1") == 2
+        assert "learns a few batches by heart" in said(capsys)
 
     def test_a_fold_of_another_method(
         self, crossval: Crossval, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
