@@ -35,6 +35,7 @@ from camoxpert.export.gate import Agreement, Parity, judge, varied_images
 from camoxpert.export.graph import IMAGES, LOGITS, REFERENCE, ExportGraph, check_exportable
 from camoxpert.export.images import Scored, calibration_of, data_of, gate_images
 from camoxpert.export.job import ExportOptions, Made, about_of, write_int8
+from camoxpert.export.skip import skip_unused
 from camoxpert.export.write import (
     InBfloat16,
     check_format,
@@ -193,10 +194,14 @@ def build_variants(
         variants[title] = Variant(runtime, precision, files_of(file), details)
 
     add("torch program fp32", folder / "model.pt2", "fp32", {})
-    add("ONNX Runtime fp32", onnx_file, "fp32", {})
+    branches = folder / "branches.onnx"
+    branches.write_bytes(onnx_file.read_bytes())
+    skip_unused(branches)
+    add("ONNX Runtime fp32", branches, "fp32", {})
+    add("ONNX Runtime fp32, all experts", onnx_file, "fp32", {})
     for precision in ("fp32", "bf16"):
         file = folder / f"{precision}.xml"
-        write_openvino(onnx_file, file, precision=precision)
+        write_openvino(branches, file, precision=precision)
         put_about(file, about("openvino", precision))
         add(f"OpenVINO {precision}", file, precision, {})
     for title, name, suffix in (
@@ -205,6 +210,8 @@ def build_variants(
     ):
         made = Made(graph, folder / f"int8{suffix}", scored, about(name, "int8"))
         write_int8(made, calibration)
+        if name == "onnx":
+            skip_unused(made.file)
         put_about(made.file, made.about)
         add(title, made.file, "int8", made.about["int8"])
     left_out = {}

@@ -34,6 +34,7 @@ from camoxpert.export.images import (
 )
 from camoxpert.export.quantize import Quantizer
 from camoxpert.export.sensitivity import quantise
+from camoxpert.export.skip import skip_unused
 from camoxpert.export.usage import Usage, count_usage
 from camoxpert.export.write import (
     FORMATS,
@@ -130,6 +131,8 @@ def export_model(
         write_graph(made, options)
         if calibration is not None:
             write_int8(made, calibration)
+            if options.format == "onnx":
+                skip(made, file, options)
         put_about(file, about)
         gate = run_gate(predictor, made, options)
         console.decide("gate", describe(gate))
@@ -186,10 +189,20 @@ def write_graph(made: Made, options: ExportOptions) -> None:
     made.nodes.update(write_onnx(program, made.graph, made.onnx_file, precision=precision))
     if options.precision == "int8":
         return
+    skip(made, made.onnx_file, options)
     if options.format == "openvino":
         write_openvino(made.onnx_file, made.file, precision=options.precision)
     else:
         made.file.write_bytes(made.onnx_file.read_bytes())
+
+
+def skip(made: Made, onnx_file: Path, options: ExportOptions) -> None:
+    """Let a file leave out the experts that no image of a batch uses, unless its size is fixed.
+
+    Compilers for one size (TensorRT, ExecuTorch) want a graph without branches.
+    """
+    if options.static is None:
+        made.about["experts_in_branches"] = skip_unused(onnx_file)
 
 
 def write_int8(made: Made, calibration: Calibration) -> None:
