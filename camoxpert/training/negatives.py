@@ -109,7 +109,8 @@ def find_kinds(
     if asked == "auto":
         head = len(empty) >= ENOUGH and ENOUGH_SHARE <= share < 1
         if not head:
-            reason = f"{words}; --presence auto needs {ENOUGH_SHARE:.0%} of them" if empty else ""
+            needs = f"--presence auto needs {ENOUGH}, and {ENOUGH_SHARE:.0%} of all"
+            reason = f"{words}; {needs}" if empty else ""
     elif asked == "on" and not empty:
         raise DataError(
             "--presence on: the training data has no image without an object, and the head learns "

@@ -226,14 +226,14 @@ def slow_decoding() -> None:
     """Make building a cache take long enough to be interrupted."""
     from camoxpert.data.cache import build as cache
 
-    honest = cache.read_files
+    honest = cache.decode_pair
 
     def slow(*arguments, **options):
         print("[decoding]", flush=True)
         time.sleep(0.15)
         return honest(*arguments, **options)
 
-    cache.read_files = slow
+    cache.decode_pair = slow
     cache.usable_cores = lambda: 1
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 
+import camoxpert
 from camoxpert.data.files.image_io import read_mask, write_jpeg, write_png
 from camoxpert.synthesis.toy import toy_pair
 
@@ -64,7 +65,13 @@ def write_wheel(folder: Path) -> Path:
         for file in sorted((ROOT / "camoxpert").rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:
                 files.append(file.relative_to(ROOT).as_posix())
-                wheel.write(file, files[-1])
+                content = file.read_bytes()
+                if files[-1] == "camoxpert/__init__.py":
+                    # The program says the version that its source has.
+                    own, wanted = (f'"{v}"'.encode() for v in (camoxpert.__version__, WHEEL))
+                    assert content.count(own) == 1
+                    content = content.replace(own, wanted)
+                wheel.writestr(files[-1], content)
         for name, text in about.items():
             wheel.writestr(name, text)
         names = [*files, *about, f"{info}/RECORD"]
