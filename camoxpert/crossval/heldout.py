@@ -122,6 +122,7 @@ def score_fold(
         img_size=predictor.img_size,
         max_pixels=config.data.max_pixels,
         unreadable=config.data.unreadable,
+        modalities=predictor.modalities,
     )
     loader = build_eval_loader(
         held_out,

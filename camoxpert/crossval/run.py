@@ -197,6 +197,12 @@ def _check(config: Config) -> None:
             f"--resume {config.train.resume} names one run, and a cross-validation has several. "
             f"Leave it out: the same command continues every fold."
         )
+    if config.train.resume == "never":
+        raise ConfigError(
+            "--resume never would train a stopped fold a second time in another folder, and the "
+            "fold's own folder would be scored. Leave it out; to train a fold from its beginning, "
+            "remove its run folder (fold-N) first."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "crossval trains its folds in one process. Start `camoxpert train --splits FILE --fold "
@@ -349,13 +355,32 @@ def _train(found: CrossValidation, config: Config, fold: int, argv: Sequence[str
     """Train a fold's run, after the stages that lead to it."""
     stages = found.stages_of(fold)
     if not stages:
-        session.run(config, argv=argv)
+        _require_own(found, fold, session.run(config, argv=argv).path)
         return
     stages = [
         replace(stage, config=replace(stage.config, train=_with_hours(stage.config, config)))
         for stage in stages
     ]
-    run_chain(stages, argv=argv, folder=found.folder / "stages", keep_last=False)
+    result = run_chain(stages, argv=argv, folder=found.folder / "stages", keep_last=False)
+    _require_own(found, fold, result.path)
+
+
+def _require_own(found: CrossValidation, fold: int, trained: Path) -> None:
+    """Raise CheckpointError unless what was trained is the run that is scored, and finished."""
+    path = found.path(fold)
+    if trained.resolve() != path.resolve():
+        raise CheckpointError(
+            f"Fold {found.splits.name_of(fold)} was trained in {trained}, as {path} belongs to a "
+            f"run that this one could not continue; another process may be training it. Nothing "
+            f"is scored. Let that process end and give the same command again; then remove "
+            f"{trained}. To keep the new run instead, remove {path} and rename {trained}."
+        )
+    status = read_info(path).get("status")
+    if status != "finished":
+        raise CheckpointError(
+            f"{path} was trained, and its run.json says {status or 'nothing'} and not finished. "
+            f"Nothing is scored: the same command continues it."
+        )
 
 
 def _with_hours(config: Config, limit: Config) -> TrainConfig:
