@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from camoxpert import console
-from camoxpert.config import Config
+from camoxpert.config import Config, get_setting
 from camoxpert.crossval.divide import find_pool
 from camoxpert.data.cache.choice import cache_root
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.doctor.leaks import LeakSearch, copies_of
-from camoxpert.errors import CheckpointError, DataError
+from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.runs.checkpoint import load_checkpoint
 from camoxpert.runs.identity import model_file
-from camoxpert.stages.chain import Chain
+from camoxpert.stages.chain import Chain, Stage
 from camoxpert.text import count, shorten
 from camoxpert.training.data import hash_of_data
+
+BESIDE = {"data.synthetic": "[]", "data.unlabeled": "''", "data.negatives": "[]"}
+"""Settings that bring images beside the roots, and how a stage says that it has none."""
 
 
 def require_nothing_seen(configs: Sequence[Config], pool: Manifest) -> None:
@@ -67,6 +70,7 @@ def shared_stages(
         write: keep the copies found in the cache folder.
 
     Raises:
+        ConfigError: a stage inherits images beside its own data from the command.
         DataError: a stage trains on some of the images, or on copies of them.
     """
     if chain is None:
@@ -82,6 +86,7 @@ def shared_stages(
             pair.image.resolve() for pair in source.pairs
         }:
             continue
+        _require_own_images(chain, stage)
         seen = [pair.name for pair in source.pairs if pair.image.resolve() in real]
         how = "are among those that the folds hold out"
         if not seen and data.group_copies:
@@ -102,3 +107,23 @@ def shared_stages(
             )
         shared.add(stage.name)
     return frozenset(shared)
+
+
+def _require_own_images(chain: Chain, stage: Stage) -> None:
+    """Raise ConfigError where a stage of all folds inherits images that belong to the divided data.
+
+    It holds no image out: those made from images of every fold would be trained on, as would the
+    photographs without masks beside them.
+    """
+    own = dict(chain.stages)[stage.name]
+    for path, empty in BESIDE.items():
+        value = get_setting(stage.config, path)
+        if value and path not in own:
+            shown = value if isinstance(value, str) else " ".join(value)
+            raise ConfigError(
+                f"{chain.path}, stage {stage.name}: it trains on other data once for all folds, "
+                f"holds nothing out, and inherits {path} {shown} from the command: images that "
+                f"were made from held-out ones, or lie beside them, would be trained on, and the "
+                f"scores of every fold would be too good. Set it in that stage: `{path}: {empty}`, "
+                f"or to images of the stage's own data."
+            )

@@ -1,0 +1,69 @@
+"""A stage that all folds share holds nothing out, so it takes no images of the command."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.folds import words
+
+from camoxpert.cli import main
+from camoxpert.config import build_config, load_config
+from camoxpert.crossval import seen
+from camoxpert.errors import ConfigError
+from camoxpert.stages.chain import Chain, read_chain
+from camoxpert.synthesis.toy import generate_toy
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Return another data set than the divided one."""
+    generate_toy(tmp_path / "source", num_train=6, num_test=2, size=32, difficulty=0.3, seed=9)
+    return tmp_path / "source"
+
+
+def two(folder: Path, source: Path, more: str = "") -> Path:
+    path = folder / "stages.yaml"
+    first = f"- name: pretrain\n  data.roots: ['{source}']\n{more}"
+    path.write_text(f"stages:\n{first}- name: finetune\n")
+    return path
+
+
+def with_own(chain: Chain, path: str, value: Any) -> Chain:
+    """Return the chain whose first stage says a setting itself."""
+    (name, own), *others = chain.stages
+    return replace(chain, stages=((name, {**own, path: value}), *others))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("data.synthetic", ["made"]), ("data.unlabeled", "more"), ("data.negatives", ["none"])],
+)
+def test_what_is_inherited_is_refused(tmp_path: Path, source: Path, path: str, value: Any) -> None:
+    chain = read_chain(two(tmp_path, source))
+    stage = chain.resolve(load_config())[0]
+    seen._require_own_images(chain, stage)
+    inherits = replace(stage, config=build_config({path: value}))
+    with pytest.raises(ConfigError, match=f"stage pretrain: .*inherits {path} .*`{path}: "):
+        seen._require_own_images(chain, inherits)
+    # What the stage itself names is its own.
+    seen._require_own_images(with_own(chain, path, value), inherits)
+
+
+@pytest.mark.slow
+def test_a_stage_that_says_that_it_has_none(
+    easy: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    shutil.copytree(source / "TrainDataset", made / "TrainDataset")
+    stages = two(tmp_path, source)
+    more = ["--stages", str(stages), "--synthetic", str(made), "--folds", "2", "--dry-run"]
+    more += ["--cache-dir", str(tmp_path / "cache")]
+    assert main(words(easy, tmp_path / "cv", *more)) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert "stage pretrain" in text and "`data.synthetic: []`" in text
+    two(tmp_path, source, "  data.synthetic: []\n")
+    assert main(words(easy, tmp_path / "cv", *more)) == 0
