@@ -109,9 +109,9 @@ def headline(summary: Summary) -> str:
     """Return the answer as a sentence."""
     key = main_measure(summary)
     pooled, splits = summary["out_of_fold"][key], summary["splits"]
-    over = summary["over_folds"][key]
+    over = summary["over_folds"].get(key)
     deviation = ""
-    if over["deviation"] is not None:
+    if over is not None and over["deviation"] is not None:
         deviation = f"; over folds {over['mean']:.3f}, standard deviation {over['deviation']:.3f}"
     return (
         f"{key} {pooled['value']:.3f} (95 % interval {pooled['low']:.3f} to {pooled['high']:.3f}) "
@@ -139,7 +139,7 @@ def score_rows(summary: Summary) -> list[list[str]]:
 
 def fold_rows(summary: Summary) -> list[list[str]]:
     """Return the table of folds, with its heading."""
-    keys = _shown(summary["folds"][0]["scores"])
+    keys = _shown(summary["out_of_fold"])
     best = bool(summary["best_epoch"])
     rows = [["fold", "images", *keys, *(["best epoch", "its wFmeasure"] if best else []), "hours"]]
     for fold in summary["folds"]:
@@ -220,6 +220,12 @@ def remarks(summary: Summary) -> list[str]:
         why = "no class is known" if splits["classes"] else "they have no object"
         lines.append(
             f"{splits['images'] - splits['held_out'] - unreadable} images have no score: {why}."
+        )
+    blank = [fold["name"] for fold in summary["folds"] if not fold["scores"]]
+    if blank:
+        lines.append(
+            f"Left out of the mean over folds, as none of their images has a score: "
+            f"{text.shorten(blank)}."
         )
     if splits["repeats"] > 1:
         lines.append(
@@ -322,6 +328,10 @@ def _pictures(
             continue
         if found is None or found.shape != mask.shape:
             continue
+        if image.shape[:2] != mask.shape:
+            # A mask of another size than its image (--resize bilinear).
+            size = (mask.shape[1], mask.shape[0])
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         pixels = panel(image, mask, found.astype("float32") / 255)
         _, data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
         caption = (

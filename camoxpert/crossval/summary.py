@@ -10,6 +10,7 @@ import numpy as np
 
 from camoxpert.config import changed_settings, load_config
 from camoxpert.crossval.collect import Collected, compare_methods
+from camoxpert.crossval.heldout import FoldScores
 from camoxpert.evaluation.results import break_down, deciding_key
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.presence import presence_scores
@@ -140,8 +141,13 @@ def summarise(
 
 
 def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
-    """Return mean and deviation of each measure that all folds have; {} if one has none."""
-    keys = [key for key in scores[0] if all(key in own for own in scores)]
+    """Return mean and deviation of each measure, over the folds that scored an image.
+
+    A fold of images without an object, or of unreadable ones alone, has no scores and is left out.
+    Measures that another fold lacks are left out as well; {} if no fold has scores.
+    """
+    scores = [own for own in scores if own]
+    keys = [key for key in scores[0] if all(key in own for own in scores)] if scores else []
     found: dict[str, Spread] = {}
     for key in keys:
         values = np.array([own[key] for own in scores], np.float64)
@@ -169,12 +175,17 @@ def _fold(found: Collected, number: int) -> FoldEntry:
         "repeat": found.splits.repeat_of(number) + 1,
         "images": fold.evaluator.num_images,
         "unreadable": list(fold.about.get("unreadable", [])),
-        "scores": fold.evaluator.results(),
+        "scores": _scores_of(fold),
         "best_epoch": best.get("epoch"),
         "best_scores": dict(best.get("scores", {})),
         "hours": sum(info.get("phases", {}).values()) / 3600,
         "stages": list(info.get("stages", [])),
     }
+
+
+def _scores_of(fold: FoldScores) -> dict[str, float]:
+    """Return the scores of a fold; {} where none of its images was scored."""
+    return fold.evaluator.results() if fold.evaluator.num_images else {}
 
 
 def _suspects(found: Collected) -> list[Suspect]:
@@ -236,10 +247,11 @@ def _presence(found: Collected) -> dict[str, float]:
 
 def _difference(found: Collected, other: Collected) -> Difference:
     measures = compare_methods(found, other)
-    gaps = [
-        {key: one.evaluator.results()[key] - two.evaluator.results()[key] for key in measures}
+    pairs = [
+        (_scores_of(one), _scores_of(two))
         for one, two in zip(found.folds, other.folds, strict=True)
     ]
+    gaps = [{k: one[k] - two[k] for k in measures if k in one and k in two} for one, two in pairs]
     return {
         "other": str(other.folder),
         "measures": {key: dict(value._asdict()) for key, value in measures.items()},

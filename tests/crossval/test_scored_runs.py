@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from helpers.folds import words
@@ -12,7 +15,10 @@ from helpers.sensors import TINY_WORDS, views
 
 from camoxpert.cli import main
 from camoxpert.crossval import heldout
-from camoxpert.files import lock, read_json
+from camoxpert.crossval.report import _pictures
+from camoxpert.data.files.manifest import Search, load_train
+from camoxpert.files import file_digest, lock, read_json, write_json
+from camoxpert.metrics import Evaluator
 from camoxpert.training import session
 
 pytestmark = pytest.mark.slow
@@ -83,3 +89,40 @@ def test_a_run_that_is_not_finished_is_not_scored(
     assert main(words(easy, out, *SHORT, "--fold", "1")) == 4
     assert "says failed and not finished" in said(capsys)
     assert not (out / "fold-1" / "out_of_fold" / "fold.json").exists()
+
+
+def test_a_fold_without_scores(finished: Path, easy: Path, tmp_path: Path, capsys) -> None:
+    """None of its images has an object, or could be read: the summary is that of the others."""
+    out = Path(shutil.copytree(finished, tmp_path / "cv"))
+    folder = out / "fold-1" / "out_of_fold"
+    about = read_json(folder / "fold.json")
+    options = heldout.read_fold(out / "fold-1").evaluator
+    blank = Evaluator(empty_gt=options.empty_gt, keys=options.keys)
+    heldout._write_state(folder / heldout.STATE, blank, {"sure": {}, "presence": {}})
+    state = file_digest(folder / heldout.STATE)
+    write_json(folder / "fold.json", {**about, "scores": {}, "state": state})
+    assert main(words(easy, out, "--folds", "3")) == 0
+    summary, before = read_json(out / "summary.json"), read_json(finished / "summary.json")
+    assert summary["folds"][0]["scores"] == {} and summary["folds"][1:] == before["folds"][1:]
+    own = [fold["scores"]["IoU"] for fold in before["folds"][1:]]
+    assert summary["over_folds"]["IoU"]["mean"] == pytest.approx(sum(own) / 2)
+    assert summary["over_folds"]["IoU"]["deviation"] == pytest.approx(np.std(own, ddof=1))
+    assert "none of their images has a score: 1." in (out / "summary.md").read_text()
+    # Compared with itself: no difference, over the folds that have scores.
+    other = Path(shutil.copytree(out, tmp_path / "other"))
+    assert main(words(easy, out, "--folds", "3", "--compare-with", str(other))) == 0
+    (difference,) = read_json(out / "summary.json")["comparisons"]
+    assert difference["folds"]["IoU"]["mean"] == 0
+
+
+def test_a_mask_of_another_size_than_its_image(tmp_path: Path, easy: Path) -> None:
+    """Such images are pictured as well: the map has the size of the mask."""
+    root = Path(shutil.copytree(easy, tmp_path / "data"))
+    image = sorted((root / "TrainDataset" / "Imgs").iterdir())[0]
+    cv2.imwrite(str(image), cv2.resize(cv2.imread(str(image)), (64, 48)))
+    pool = load_train([root], Search(any_size=True))
+    maps = tmp_path / "maps" / "repeat-1"
+    maps.mkdir(parents=True)
+    cv2.imwrite(str(maps / f"{image.stem}.png"), np.full((32, 32), 90, np.uint8))
+    suspect = {"name": image.stem, "suspicion": 0.5, "IoU": [0.1]}
+    assert len(_pictures(tmp_path, [suspect], pool, several=False)) == 1
