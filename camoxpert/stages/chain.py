@@ -18,11 +18,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from camoxpert.config import Config, changed_settings, load_config, read_yaml, settings_of
+from camoxpert.config import Config, build_config, changed_settings, read_yaml, settings_of
+from camoxpert.config.checks import check_conflicts
 from camoxpert.errors import ConfigError
 from camoxpert.files import expand_user, why_missing
 
@@ -82,11 +83,18 @@ class Chain:
             if number > 1:
                 beneath = {path: value for path, value in beneath.items() if path != INIT_FROM}
             try:
-                config = load_config(flags={**beneath, **own})
+                config = build_config({**beneath, **own})
+                check_conflicts(config if number == 1 else _with_start(config, self.path))
             except ConfigError as error:
                 raise ConfigError(f"{self.path}, stage {name}: {error}") from error
             found.append(Stage(name, config, last))
         return found
+
+
+def _with_start(config: Config, start: Path) -> Config:
+    """Return settings as they are once the stage before has left its weights, for checks."""
+    # Weights of the backbone are those of the first stage; the stage before replaces them.
+    return replace(config, model=replace(config.model, init_from=str(start), weights=""))
 
 
 def read_chain(path: str | Path) -> Chain:

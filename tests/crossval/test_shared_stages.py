@@ -67,3 +67,16 @@ def test_a_stage_that_says_that_it_has_none(
     assert "stage pretrain" in text and "`data.synthetic: []`" in text
     two(tmp_path, source, "  data.synthetic: []\n")
     assert main(words(easy, tmp_path / "cv", *more)) == 0
+
+
+def test_settings_that_need_a_start_in_a_later_stage(tmp_path: Path) -> None:
+    """The stage before is the start; the first stage has none, and is refused."""
+    path = tmp_path / "stages.yaml"
+    base = load_config(flags={"model.weights": "x.pt", "data.modalities": ["rgb", "depth"]})
+    for setting in ("train.keep_rgb: true", "model.upcycle_noise: 0.1"):
+        path.write_text(f"stages:\n- name: a\n- {{name: b, {setting}}}\n")
+        last = read_chain(path).resolve(base)[-1].config
+        assert last.model.init_from == "" and last.model.weights == "x.pt"
+        path.write_text(f"stages:\n- {{name: a, {setting}}}\n- name: b\n")
+        with pytest.raises(ConfigError, match=r"stage a: .*--init-from"):
+            read_chain(path).resolve(base)
