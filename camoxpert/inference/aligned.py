@@ -120,7 +120,8 @@ def with_files(
         folders: modality -> folder.
 
     Raises:
-        DataError: no such folder, two of its files share a name, or none belongs to a photo.
+        DataError: no such folder, two of its files share a name, one has the name of two photos, or
+            none belongs to a photo.
     """
     files: list[list[tuple[str, Path]]] = [[] for _ in photos]
     notes = []
@@ -130,12 +131,20 @@ def with_files(
         except DataError as error:
             raise DataError(f"--modality {name}: {error}") from error
         lacking = []
+        taken: dict[Path, Photo] = {}
         for photo, own in zip(photos, files, strict=True):
             path = named.get(photo.name) or named.get(photo.path.stem)
             if path is None:
                 lacking.append(photo.name)
-            else:
-                own.append((name, path))
+                continue
+            other = taken.setdefault(path, photo)
+            if other.path != photo.path:
+                raise DataError(
+                    f"--modality {name}: {path} has the name of {other.path} and of {photo.path}, "
+                    f"and belongs to one of them. Put it in the folder below {folder} that its "
+                    f"photo has, or predict the folders in calls of their own."
+                )
+            own.append((name, path))
         if len(lacking) == len(photos):
             raise DataError(
                 f"--modality {name} {folder}: no file there has the name of a photo (photos: "

@@ -22,8 +22,9 @@ from camoxpert.data.files.manifest import Search, load_train
 from camoxpert.data.samples.batches import Batch
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import read_json, read_jsonl
-from camoxpert.inference.aligned import say_photographs_alone
+from camoxpert.inference.aligned import say_photographs_alone, with_files
 from camoxpert.inference.predictor import Predictor, load_predictor
+from camoxpert.inference.sources import Photo
 from camoxpert.models.modalities import subsets
 from camoxpert.runs.checkpoint import load_checkpoint
 from camoxpert.runs.share import read_shared, write_shared
@@ -415,3 +416,19 @@ class TestFiles:
             expected = model.network(images).logits_B1HW
             torch.testing.assert_close(graph(images)[1], expected, atol=1e-4, rtol=1e-4)
         assert not any("modalities" in name for name, _ in graph.named_parameters())
+
+
+def test_a_file_with_the_name_of_two_photos(tmp_path: Path) -> None:
+    """It shows one of them; each has its own where the folders say so."""
+    photos = [Photo(Path(part, "x.jpg"), f"{part}/x") for part in ("a", "b")]
+    depth = tmp_path / "depth"
+    for part in ("a", "b"):
+        (depth / part).mkdir(parents=True)
+    Image.new("L", (4, 4)).save(depth / "x.png")
+    with pytest.raises(DataError, match=r"has the name of a/x\.jpg and of b/x\.jpg"):
+        with_files(photos, {"depth": depth})
+    (depth / "x.png").unlink()
+    for part in ("a", "b"):
+        Image.new("L", (4, 4)).save(depth / part / "x.png")
+    found, _ = with_files(photos, {"depth": depth})
+    assert [dict(p.modalities)["depth"].parent.name for p in found] == ["a", "b"]
