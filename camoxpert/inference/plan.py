@@ -316,10 +316,11 @@ def remove_unfinished(folder: Path, product: Product = PREDICTIONS) -> None:
 
     The caller holds the lock of the folder, and no process of its own writes.
     """
-    for name in (*product.folders.values(), *product.scratch):
-        for path in (folder / name).rglob(".*.tmp"):
-            if TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+    found = [folder.glob(".*.tmp")]  # Of the table and of what is said about the call.
+    found += [(folder / n).rglob(".*.tmp") for n in (*product.folders.values(), *product.scratch)]
+    for path in (path for paths in found for path in paths):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def has_changed(ledger: Ledger, item: Made) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,6 +139,17 @@ class TorchProgram:
         return [found[self._names.index(name)].cpu().numpy() for name in outputs]
 
 
+EXAMPLES = "data/sample_inputs/model.pt"
+NUMBERS = re.compile(r"(weight|tensor)_\d+")
+OURS = re.compile(
+    r"data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+    rf"|models/model\.json|{EXAMPLES}|extra/{re.escape(ABOUT_FILE)}"
+    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)"
+)
+"""Members of an archive that ``export`` writes."""
+
+
 RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVino] | type[TorchProgram]] = {
     ".onnx": OnnxRuntime,
     ".xml": OpenVino,
@@ -213,42 +225,45 @@ def read_about(path: Path, text: str | bytes | None) -> dict[str, Any]:
 
 
 def refuse_code(path: Path) -> None:
-    """Raise CheckpointError for an archive with pickles that could run code.
+    """Raise CheckpointError for an archive that is more than a program and plain numbers.
 
-    ``torch.export.load`` tries the safe reader first and any pickle after it; so whatever the safe
-    reader refuses must not get there.
+    ``torch.export.load`` reads pickles of any kind and loads compiled libraries where an archive
+    asks for it. So this is a list of what ``export`` writes, and nothing else is opened.
     """
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            data = archive.read(name)
-            # A pickle, or a zip of torch.save, whatever its name is.
-            # Raw weights may start with any bytes; they are not read as pickles.
-            if not data.startswith((b"PK\x03\x04", b"\x80")) or _is_raw(archive, name):
-                continue
-            try:
-                torch.load(io.BytesIO(data), weights_only=True)
-            except Exception as error:
-                raise CheckpointError(
-                    f"{path} holds pickled objects that are not tensors ({name}); loading them "
-                    "could run code. Export the model again, or use an .onnx file."
-                ) from error
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            roots = {name.partition("/")[0] for name in names}
+            members = [name.partition("/")[2] for name in names]
+            strange = [name for name in members if not OURS.fullmatch(name)]
+            if len(roots) != 1 or len(set(names)) < len(names) or strange:
+                raise _holds_code(path, strange[0] if strange else "several archives in one")
+            for name in names:
+                if name.endswith("_config.json"):
+                    for entry in json.loads(archive.read(name))["config"].values():
+                        member = str(entry["path_name"])
+                        if entry["use_pickle"] is not False or not NUMBERS.fullmatch(member):
+                            raise _holds_code(path, member)
+                elif name.endswith(EXAMPLES) and archive.getinfo(name).file_size:
+                    # Ours is empty; what the safe reader takes is harmless.
+                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile archive raises
+        raise damaged(path, "a torch.export program", error) from error
+
+
+def _holds_code(path: Path, member: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds more than a program and plain numbers ({member}); loading it could run "
+        "code. Export the model again, or use an .onnx file."
+    )
 
 
 def damaged(path: Path, what: str, error: Exception) -> CheckpointError:
     """Return the error for a file that a library cannot read."""
     reason = " ".join(str(error).split())[:200]
     return CheckpointError(f"{path} cannot be read as {what} ({type(error).__name__}: {reason}).")
-
-
-def _is_raw(archive: zipfile.ZipFile, member: str) -> bool:
-    """Return whether an archive's own index says that a member holds plain numbers."""
-    for name in archive.namelist():
-        if name.endswith("_config.json"):
-            index = json.loads(archive.read(name)).get("config", {})
-            for entry in index.values():
-                if member.endswith("/" + str(entry.get("path_name"))):
-                    return not entry.get("use_pickle", True)
-    return False
 
 
 def _member_of(path: Path, name: str) -> bytes | None:

@@ -13,6 +13,7 @@ from conftest import TINY
 from helpers.folds import result, words
 from helpers.runs import weights_of
 
+import camoxpert
 from camoxpert.cli import main
 from camoxpert.config import load_config
 from camoxpert.crossval import seen
@@ -152,7 +153,8 @@ class TestFacts:
         assert words[0] == ["optim.lr differs (unset -> 0.5)"]
         assert words[1] == ["the stage before it differs"]
         assert words[2] == ["the training data differs"]
-        assert len(words[3]) == 1 and words[3][0].startswith("the program differs (0.1.0 ")
+        program = f"the program differs ({camoxpert.__version__} "
+        assert len(words[3]) == 1 and words[3][0].startswith(program)
 
     def test_moved_data_is_the_same(self, easy: Path, tmp_path: Path) -> None:
         moved = shutil.copytree(easy, tmp_path / "deep" / easy.name)

@@ -90,11 +90,34 @@ def test_raw_weights_are_not_read_as_pickles(tmp_path: Path) -> None:
         refuse_code(archive(tmp_path / "m.pt2", b"\x80\xc9\x00\x01", use_pickle=False))
 
 
-def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
-    class Runs:
-        def __reduce__(self) -> object:
-            return print, ("ran",)
+class Runs:
+    def __reduce__(self) -> object:
+        return print, ("ran",)
 
-    path = archive(tmp_path / "m.pt2", pickle.dumps(Runs()), use_pickle=True)
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickles_with_code_are_refused(tmp_path: Path, protocol: int) -> None:
+    path = archive(tmp_path / "m.pt2", pickle.dumps(Runs(), protocol), use_pickle=True)
     with pytest.raises(CheckpointError, match="could run code"):
+        refuse_code(path)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        "m/data/aotinductor/model/model.so",
+        "m/data/constants/custom_obj_0",
+        "m/data/constants/opaque_obj_0",
+        "m/data/constants/model.pt",
+        "m/x_config.json",
+        "other/data/weights/weight_0",
+        "m/data/sample_inputs/model.pt",
+    ],
+)
+def test_members_that_export_does_not_write_are_refused(tmp_path: Path, member: str) -> None:
+    path = archive(tmp_path / "m.pt2", b"1234", use_pickle=False)
+    refuse_code(path)
+    with zipfile.ZipFile(path, "a") as more:
+        more.writestr(member, pickle.dumps(Runs(), 0))
+    with pytest.raises(CheckpointError):
         refuse_code(path)
