@@ -7,11 +7,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import camoxpert
+from camoxpert import __version__
 from camoxpert.config import Config
 from camoxpert.data.files.folds import read_splits
 from camoxpert.runs.identity import FILES, PLACES, file_hashes, what_is_trained
@@ -92,11 +92,7 @@ def code_digest() -> str:
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(f"{file.relative_to(root).as_posix()}\n".encode())
             digest.update(file.read_bytes())
-    try:
-        version = metadata.version("camoxpert")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
-    return f"{version} {digest.hexdigest()[:12]}"
+    return f"{__version__} {digest.hexdigest()[:12]}"
 
 
 def differences(old: Mapping[str, Any], new: Facts) -> list[str]:
