@@ -51,7 +51,8 @@ def test_workers_that_outlive_a_killed_process_do_not_keep_its_lock(tmp_path: Pa
     (ready, write_ready), (wait, end) = os.pipe(), os.pipe()
     if not (owner := os.fork()):
         held = try_lock(path)
-        if os.fork() and held is not None:
+        # The worker itself says when it runs: before that it still holds the lock it inherited.
+        if not os.fork() and held is not None:
             os.write(write_ready, b"x")
         os.close(end)
         os.read(wait, 1)
