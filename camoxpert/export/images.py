@@ -20,6 +20,7 @@ from camoxpert.data.files.image_io import write_jpeg, write_png
 from camoxpert.data.files.manifest import (
     Manifest,
     Search,
+    evenly,
     find_test_sets,
     load_eval,
     load_train,
@@ -41,10 +42,17 @@ CALIBRATION_IMAGES = 300
 
 @dataclass(frozen=True)
 class GateImages:
-    """The images of the gate and where they come from."""
+    """The images of the gate.
+
+    Attributes:
+        sets: the images.
+        source: where they come from, in words.
+        real: how many are of data sets; the others were generated.
+    """
 
     sets: tuple[Manifest, ...]
     source: str
+    real: int
 
 
 class Scored:
@@ -85,7 +93,7 @@ def gate_images(
 
     Args:
         predictor: of the checkpoint.
-        roots: data sets; empty: the test sets of its run.
+        roots: data sets; empty: the test sets of its run, those of ``--test-data`` among them.
         search: how their pairs are found.
         scratch: folder for generated images.
     """
@@ -93,25 +101,36 @@ def gate_images(
     if roots:
         sets = list(load_eval(roots, search).values())
     else:
+        data, own = predictor.config.data, _own(predictor, search)
+        # Either may have been moved since.
         with contextlib.suppress(DataError):
-            sets = list(
-                find_test_sets(predictor.config.data.roots, _own(predictor, search)).values()
-            )
-    left = MOST_IMAGES
-    chosen = []
-    for manifest in sets:
-        taken = manifest.pairs[: max(left, 0)]
-        left -= len(taken)
-        if taken:
-            chosen.append(replace(manifest, pairs=taken))
+            sets += find_test_sets(data.roots, own).values()
+        if data.test_roots:
+            with contextlib.suppress(DataError):
+                sets += load_eval(data.test_roots, own).values()
+    chosen = share_out(sets, MOST_IMAGES)
     source = ", ".join(manifest.dataset for manifest in chosen)
-    missing = LEAST_IMAGES - (MOST_IMAGES - left)
+    real = sum(map(len, chosen))
+    missing = LEAST_IMAGES - real
     if missing > 0:
         made = Path(scratch) / "made"
         generate_images(made, missing, side=max(64, min(predictor.img_size, 256)))
         chosen += find_test_sets([str(made)]).values()
         source = f"{source} and {missing} generated" if source else "generated"
-    return GateImages(tuple(chosen), source)
+    return GateImages(tuple(chosen), source, real)
+
+
+def share_out(sets: Sequence[Manifest], most: int) -> list[Manifest]:
+    """Return at most ``most`` images of data sets: as many of each, as far as they go, and evenly
+    spread over its classes. Sets that give none are left out."""
+    taken = [0] * len(sets)
+    left = most
+    # The smallest first: what they lack is for the others.
+    order = sorted(range(len(sets)), key=lambda index: len(sets[index]))
+    for place, index in enumerate(order):
+        taken[index] = min(len(sets[index]), left // (len(order) - place))
+        left -= taken[index]
+    return [evenly(m, number) for m, number in zip(sets, taken, strict=True) if number]
 
 
 def generate_images(root: Path, number: int, *, side: int) -> None:
@@ -169,9 +188,7 @@ def calibration_of(
             f"int8 is calibrated on training images, and there are none ({error}). Name a data set "
             "like the one the model was trained on: --calibration DIR."
         ) from error
-    number = min(CALIBRATION_IMAGES, len(manifest.pairs))
-    pairs = tuple(manifest.pairs[i * len(manifest.pairs) // number] for i in range(number))
-    chosen = replace(manifest, pairs=pairs)
+    chosen = evenly(manifest, CALIBRATION_IMAGES)
     digest, inputs = hashlib.sha256(), []
     loader = build_eval_loader(chosen, data_of(predictor), batch_size=1)
     for index, batch in enumerate(console.track(loader, f"read {manifest.dataset}")):

@@ -16,6 +16,7 @@ from camoxpert.data.files.manifest import Search
 from camoxpert.errors import ConfigError
 from camoxpert.export.forced import force, forced_copy
 from camoxpert.export.gate import (
+    LEAST_IMAGES,
     Force,
     Gate,
     Parity,
@@ -27,6 +28,7 @@ from camoxpert.export.gate import (
 from camoxpert.export.graph import STRIDE, ExportGraph, check_exportable
 from camoxpert.export.images import (
     Calibration,
+    GateImages,
     Scored,
     calibration_of,
     data_of,
@@ -118,6 +120,7 @@ def export_model(
         images = gate_images(predictor, options.data, search, scratch)
         usage = None
         if options.prune:
+            require_real(images)
             usage = count_usage(network, images.sets, data_of(predictor))
             _decide_usage(usage)
         graph = ExportGraph(network, None if usage is None else usage.kept)
@@ -173,6 +176,17 @@ def check_target(target: Path, name: str) -> None:
     suffix = FORMATS[name]
     if target.suffix.lower() != suffix:
         raise ConfigError(f"-o {target}: a file of --format {name} ends in {suffix}.")
+
+
+def require_real(images: GateImages) -> None:
+    """Raise ConfigError for too few images of data sets to say which experts are never used."""
+    if images.real < LEAST_IMAGES:
+        raise ConfigError(
+            f"--prune-experts leaves out what no image uses, and {LEAST_IMAGES} images or more have "
+            f"to say so: {count(images.real, 'image')} of the model's test sets can be read. "
+            "Generated ones do not count: experts that only photographs use would be removed. Name "
+            "data sets like the images that the model is for: --data DIR."
+        )
 
 
 def write_graph(made: Made, options: ExportOptions) -> None:

@@ -145,16 +145,6 @@ def stratified(
     return {places[pair.dataset, pair.name] for pair in chosen}
 
 
-def evenly(manifest: Manifest, number: int) -> Manifest:
-    """Return at most ``number`` pairs of a manifest, evenly spread over it."""
-    total = len(manifest)
-    if number >= total:
-        return manifest
-    return replace(
-        manifest, pairs=tuple(manifest.pairs[i * total // number] for i in range(number))
-    )
-
-
 def _families(train: Manifest, whole: Manifest, config: Config, *, write: bool) -> list[list[int]]:
     """Return the positions in ``train`` of pictures that are copies of each other."""
     place = {(pair.dataset, pair.name): index for index, pair in enumerate(train.pairs)}

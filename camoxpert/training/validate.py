@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from camoxpert import console
-from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.manifest import Manifest, evenly
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
@@ -28,7 +28,6 @@ from camoxpert.runs.records import ValidationRecord
 from camoxpert.runtime.processes import World
 from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.guide import Guide
-from camoxpert.training.quick import evenly
 from camoxpert.training.run import Run
 
 Listener = Callable[[int, float], str]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from camoxpert.cli import main
 from camoxpert.config import build_config, load_config
-from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.manifest import Manifest, evenly
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.samples.sampler import EpochSampler
 from camoxpert.errors import ConfigError
@@ -25,7 +25,7 @@ from camoxpert.files import read_json
 from camoxpert.runs.folder import run_name
 from camoxpert.training import overfit, plan
 from camoxpert.training.prepare import prepare
-from camoxpert.training.quick import evenly, stratified
+from camoxpert.training.quick import stratified
 from camoxpert.training.stages import training_loader
 from camoxpert.training.validate import validated
 

@@ -216,6 +216,16 @@ def _by_name(manifests: Sequence[Manifest], search: Search) -> dict[str, Manifes
     return sets
 
 
+def evenly(manifest: Manifest, number: int) -> Manifest:
+    """Return at most ``number`` pairs of a manifest, evenly spread over it."""
+    total = len(manifest)
+    if number >= total:
+        return manifest
+    return replace(
+        manifest, pairs=tuple(manifest.pairs[i * total // number] for i in range(number))
+    )
+
+
 def concat(manifests: Sequence[Manifest]) -> Manifest:
     """Join manifests of one split; pairs keep the name of their data set."""
     pairs = tuple(pair for manifest in manifests for pair in manifest.pairs)
