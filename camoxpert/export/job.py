@@ -182,7 +182,7 @@ def require_real(images: GateImages) -> None:
     """Raise ConfigError for too few images of data sets to say which experts are never used."""
     if images.real < LEAST_IMAGES:
         raise ConfigError(
-            f"--prune-experts leaves out what no image uses, and {LEAST_IMAGES} images or more have "
+            f"--prune-experts leaves out what no image uses, and {LEAST_IMAGES} images have "
             f"to say so: {count(images.real, 'image')} of the model's test sets can be read. "
             "Generated ones do not count: experts that only photographs use would be removed. Name "
             "data sets like the images that the model is for: --data DIR."
