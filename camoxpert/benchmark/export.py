@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,7 +238,9 @@ def why_not_compiled(
     console.say("compiling for each batch size: minutes")
     call: Callable[..., Any] = torch.compile(graph, dynamic=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # The compiler's notes to itself.
+            warnings.simplefilter("ignore", FutureWarning)
             for given in inputs.values():
                 stop.check()
                 call(*(torch.from_numpy(array) for array in given.values()))
