@@ -159,10 +159,13 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Training:
 @pytest.fixture
 def opened(space: Callable[[str], Path], tmp_path: Path) -> Callable[..., search.Sweep]:
     """Return a function that opens the sweep of a folder."""
+    spaces: dict[str, tuple[Dimension, ...]] = {}  # read once: processes that share a sweep never rewrite the file
 
     def call(trials: int = 6, text: str = SPACE, **settings: Any) -> search.Sweep:
+        if text not in spaces:
+            spaces[text] = read_space(space(text))
         config = load_config(flags=BASE | settings)
-        return search.open_sweep(config, read_space(space(text)), tmp_path / "sweep", trials)
+        return search.open_sweep(config, spaces[text], tmp_path / "sweep", trials)
 
     return call
 
