@@ -157,9 +157,14 @@ def train(out: Path, name: str, options: argparse.Namespace, *words: object, epo
             *("--num-workers", 0, "--seed", options.seed),
             *("--no-tensorboard", "--no-test", "--no-report", "--cache", "ram"),
             *(("--lr", options.lr) if options.lr else ()),
-            *words,
+            *(words if NOTHING_ASIDE in words else (*words, aside(options))),
         )
     return run
+
+
+def aside(options: argparse.Namespace) -> str:
+    """Return the setting of the share of images that calibrate."""
+    return f"data.calibration_fraction={options.calibration_fraction}"
 
 
 def judge(out: Path, model: Any, *, calibrated: bool) -> dict[str, Any]:
@@ -295,6 +300,7 @@ if __name__ == "__main__":
     parser.add_argument("--img-size", type=int, default=96)
     parser.add_argument("--difficulty", type=float, default=0.3)
     parser.add_argument("--negative-share", type=float, default=0.4)
+    parser.add_argument("--calibration-fraction", type=float, default=0.05)
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--lr", type=float, default=0, help="0: of the preset")
     parser.add_argument("--seed", type=int, default=0)
