@@ -37,10 +37,10 @@ from camoxpert.export.graph import IMAGES, LOGITS, REFERENCE, ExportGraph, check
 from camoxpert.export.images import Scored, calibration_of, data_of, gate_images
 from camoxpert.export.job import ExportOptions, Made, about_of, write_int8
 from camoxpert.export.skip import skip_unused
+from camoxpert.export.target import files_of
 from camoxpert.export.write import (
     InBfloat16,
     check_format,
-    files_of,
     put_about,
     trace,
     write_onnx,

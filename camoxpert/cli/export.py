@@ -11,6 +11,7 @@ from camoxpert.cli import no_overrides
 from camoxpert.cli.outputs import check_file
 from camoxpert.config.flags import add_flags
 from camoxpert.errors import ConfigError
+from camoxpert.export.target import check_replaceable, format_of
 
 EXAMPLES = """Exit code 5: the file would not be the same model; none is written.
 
@@ -70,24 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Export, compare, write."""
     no_overrides(rest)
-    suffixes = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
-    chosen = options.format or suffixes.get(Path(options.output).suffix.lower())
-    if chosen is None:
-        raise ConfigError(
-            f"-o {options.output}: its name does not say the format. End it in "
-            f"{', '.join(suffixes)}."
-        )
+    target = Path(options.output)
+    chosen = format_of(target, options.format)
     if options.batch_size is not None and not options.static:
         raise ConfigError("--batch-size is of a --static file: other files take any batch.")
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1; {options.batch_size} is not.")
     if options.calibration and options.precision != "int8":
         raise ConfigError("--calibration is for --precision int8 alone.")
-    check_file("-o", options.output)
+    check_file("-o", target)
+    check_replaceable(target)
     from camoxpert.data.files.manifest import Search
     from camoxpert.export.job import ExportOptions, export_model, written_files
+    from camoxpert.export.write import check_format
     from camoxpert.inference.predictor import load_predictor
 
+    check_format(chosen, options.precision)
     model, static = Path(options.checkpoint), None
     if options.static:
         predictor = load_predictor(model, device="cpu")
@@ -104,7 +103,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     )
     search = Search(options.layout, options.noncam, allow_outside=options.allow_outside)
     with stop.watch(options.max_hours), stop.outcome("No file was written."):
-        exported = export_model(model, Path(options.output), wanted, search)
+        exported = export_model(model, target, wanted, search)
     for path in written_files(exported):
         console.say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -93,9 +93,20 @@ def gate_images(
 
     Args:
         predictor: of the checkpoint.
-        roots: data sets; empty: the test sets of its run, those of ``--test-data`` among them.
+        roots: see ``real_sets``.
         search: how their pairs are found.
         scratch: folder for generated images.
+    """
+    return fill_up(real_sets(predictor, roots, search), predictor.img_size, scratch)
+
+
+def real_sets(predictor: Predictor, roots: Sequence[str], search: Search) -> list[Manifest]:
+    """Return at most ``MOST_IMAGES`` images of data sets; nothing is decoded.
+
+    Args:
+        predictor: of the checkpoint.
+        roots: data sets; empty: the test sets of its run, those of ``--test-data`` among them.
+        search: how their pairs are found.
     """
     sets: list[Manifest] = []
     if roots:
@@ -108,14 +119,19 @@ def gate_images(
         if data.test_roots:
             with contextlib.suppress(DataError):
                 sets += load_eval(data.test_roots, own).values()
-    chosen = share_out(sets, MOST_IMAGES)
+    return share_out(sets, MOST_IMAGES)
+
+
+def fill_up(chosen: Sequence[Manifest], img_size: int, scratch: str) -> GateImages:
+    """Return the images of the gate: those of data sets, and generated ones up to
+    ``LEAST_IMAGES``."""
     source = ", ".join(manifest.dataset for manifest in chosen)
     real = sum(map(len, chosen))
     missing = LEAST_IMAGES - real
     if missing > 0:
         made = Path(scratch) / "made"
-        generate_images(made, missing, side=max(64, min(predictor.img_size, 256)))
-        chosen += find_test_sets([str(made)]).values()
+        generate_images(made, missing, side=max(64, min(img_size, 256)))
+        chosen = [*chosen, *find_test_sets([str(made)]).values()]
         source = f"{source} and {missing} generated" if source else "generated"
     return GateImages(tuple(chosen), source, real)
 

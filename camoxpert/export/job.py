@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,27 @@ from camoxpert.export.gate import (
 from camoxpert.export.graph import STRIDE, ExportGraph, check_exportable
 from camoxpert.export.images import (
     Calibration,
-    GateImages,
     Scored,
     calibration_of,
     data_of,
-    gate_images,
+    fill_up,
+    real_sets,
 )
 from camoxpert.export.quantize import Quantizer
 from camoxpert.export.sensitivity import quantise
 from camoxpert.export.skip import skip_unused
+from camoxpert.export.target import (
+    FORMATS,
+    check_replaceable,
+    digests_of,
+    files_of,
+    format_of,
+    report_of,
+)
 from camoxpert.export.usage import Usage, count_usage
 from camoxpert.export.write import (
-    FORMATS,
     InBfloat16,
     check_format,
-    files_of,
     move_into_place,
     put_about,
     trace,
@@ -50,7 +55,7 @@ from camoxpert.export.write import (
     write_openvino,
     write_torch,
 )
-from camoxpert.files import file_digest, write_json
+from camoxpert.files import file_digest
 from camoxpert.inference.aligned import say_photographs_alone
 from camoxpert.inference.exported import LAYOUT, memory_of
 from camoxpert.inference.predictor import Predictor, load_predictor
@@ -106,7 +111,8 @@ def export_model(
         NumericError: the file is not the same model within the limits of the gate.
         CheckpointError, DataError: the model or the data cannot be read.
     """
-    check_target(target, options.format)
+    format_of(target, options.format)
+    check_replaceable(target)
     check_format(options.format, options.precision)
     if is_exported(model):
         raise ConfigError(f"{model} is exported already; give its run folder or checkpoint.")
@@ -117,19 +123,23 @@ def export_model(
     say_photographs_alone(predictor.modalities, "the exported file")
     search = search or Search("auto", "exclude")
     with tempfile.TemporaryDirectory(prefix="camoxpert-export-") as scratch:
-        images = gate_images(predictor, options.data, search, scratch)
+        real = real_sets(predictor, options.data, search)
+        if options.prune:
+            require_real(sum(map(len, real)))
+        calibration = None
+        if options.precision == "int8":
+            # Before the work: the images may not be there.
+            whole = ExportGraph(network)
+            calibration = calibration_of(predictor, whole, options.calibration, search)
+        images = fill_up(real, predictor.img_size, scratch)
         usage = None
         if options.prune:
-            require_real(images)
             usage = count_usage(network, images.sets, data_of(predictor))
             _decide_usage(usage)
         graph = ExportGraph(network, None if usage is None else usage.kept)
         about = about_of(predictor, graph, options, usage)
         file = Path(scratch) / f"model{FORMATS[options.format]}"
         console.decide("export", f"{options.format}, {options.precision}, {_sizes(options)}")
-        calibration = None
-        if options.precision == "int8":
-            calibration = calibration_of(predictor, graph, options.calibration, search)
         made = Made(graph, file, Scored(predictor, images, data_of(predictor)), about)
         write_graph(made, options)
         if calibration is not None:
@@ -142,8 +152,8 @@ def export_model(
         gate.require()
         figures = {**gate.fields(), "usage": None if usage is None else asdict(usage)}
         put_about(file, {**about, "gate": figures})
-        move_into_place(file, target)
-    write_json(target.with_name(f"{target.name}.json"), {**about, "gate": figures})
+        report = {**about, "gate": figures, "files": digests_of(file, target)}
+        move_into_place(file, target, report)
     return Exported(target, gate)
 
 
@@ -171,19 +181,12 @@ class Made:
         return self.file.with_name("graph.onnx")
 
 
-def check_target(target: Path, name: str) -> None:
-    """Raise ConfigError for a file whose name does not say its format."""
-    suffix = FORMATS[name]
-    if target.suffix.lower() != suffix:
-        raise ConfigError(f"-o {target}: a file of --format {name} ends in {suffix}.")
-
-
-def require_real(images: GateImages) -> None:
+def require_real(number: int) -> None:
     """Raise ConfigError for too few images of data sets to say which experts are never used."""
-    if images.real < LEAST_IMAGES:
+    if number < LEAST_IMAGES:
         raise ConfigError(
-            f"--prune-experts leaves out what no image uses, and {LEAST_IMAGES} images have "
-            f"to say so: {count(images.real, 'image')} of the model's test sets can be read. "
+            f"--prune-experts leaves out what no image uses, and {LEAST_IMAGES} images of "
+            f"data sets have to say so; {number} can be had. "
             "Generated ones do not count: experts that only photographs use would be removed. Name "
             "data sets like the images that the model is for: --data DIR."
         )
@@ -335,7 +338,6 @@ def _sizes(options: ExportOptions) -> str:
     return f"fixed: {count(batch, 'image')} of {width} x {height} px"
 
 
-def written_files(exported: Exported) -> Iterator[Path]:
-    """Yield the files of an export, the gate's figures last."""
-    report = exported.path.with_name(f"{exported.path.name}.json")
-    return itertools.chain(files_of(exported.path), [report])
+def written_files(exported: Exported) -> list[Path]:
+    """Return the files of an export, the gate's figures last."""
+    return [*files_of(exported.path), report_of(exported.path)]

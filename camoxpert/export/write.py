@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from camoxpert import stop
 from camoxpert.errors import ConfigError
 from camoxpert.export.graph import ExportGraph
+from camoxpert.export.target import FORMATS, files_of, report_of
+from camoxpert.files import write_json
 from camoxpert.inference.runtimes import ABOUT, ABOUT_FILE, check_library
 
-FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-"""``--format`` -> suffix of the file."""
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "fp16", "bf16", "int8"),
@@ -237,20 +238,29 @@ def _replace_member(path: Path, name: str, data: bytes) -> None:
     again.replace(path)
 
 
-def files_of(path: Path) -> list[Path]:
-    """Return the files that an exported model consists of."""
-    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+def move_into_place(source: Path, target: Path, figures: Mapping[str, Any]) -> None:
+    """Move an exported model where it was asked for, weights first.
 
-
-def move_into_place(source: Path, target: Path) -> None:
-    """Move an exported model where it was asked for, weights first."""
+    Args:
+        source: the model.
+        target: its new place.
+        figures: for the file beside it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    pairs = zip(files_of(source), files_of(target), strict=True)
-    for old, new in sorted(pairs, key=lambda pair: pair[0] == source):
-        # Renamed on one disk, so that a model is there whole or not at all.
-        near = new.with_name(f".{new.name}.part")
-        shutil.copyfile(old, near)
-        near.replace(new)
+    # Renamed on one disk, so that a model is there whole or not at all.
+    near = {
+        new: new.with_name(f".{new.name}.part") for new in (*files_of(target), report_of(target))
+    }
+    try:
+        for old, new in zip(files_of(source), files_of(target), strict=True):
+            shutil.copyfile(old, near[new])
+        write_json(near[report_of(target)], figures)
+        with stop.current().deferred():
+            for new in reversed(near):
+                near[new].replace(new)
+    finally:
+        for part in near.values():
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

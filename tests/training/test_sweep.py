@@ -159,7 +159,9 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Training:
 @pytest.fixture
 def opened(space: Callable[[str], Path], tmp_path: Path) -> Callable[..., search.Sweep]:
     """Return a function that opens the sweep of a folder."""
-    spaces: dict[str, tuple[Dimension, ...]] = {}  # read once: processes that share a sweep never rewrite the file
+    spaces: dict[
+        str, tuple[Dimension, ...]
+    ] = {}  # read once: processes that share a sweep never rewrite the file
 
     def call(trials: int = 6, text: str = SPACE, **settings: Any) -> search.Sweep:
         if text not in spaces:
