@@ -9,6 +9,7 @@ settings. They lie in the cache of huggingface_hub, so that other tools, ``HF_HO
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 
 from camoxpert import console
 from camoxpert.errors import CheckpointError, ConfigError
-from camoxpert.files import file_digest
+from camoxpert.files import file_digest, read_json
 from camoxpert.text import shorten
 
 PREFIX = "hf:"
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
+PUSHED = (WEIGHTS, SETTINGS, CARD)
 LIBRARY = "camoxpert"
 """What ``library_name`` says in the card and the settings of our models."""
 MOST_BYTES = {WEIGHTS: 8 * 2**30, SETTINGS: 2**20}
@@ -118,9 +120,11 @@ def fetch(name: HubName) -> Path:
             ) from error
         return _verified(name, local, f"{unreachable}: the local copy")
     sizes = _checked_files(name, info.siblings or ())
+    digest = _digest_of(info.siblings or ())
     if local is not None and local.parent.name == info.sha:
-        return _verified(name, local, "the local copy, which is the newest")
-    return _download(hub, name, str(info.sha), sizes)
+        return _verified(name, local, "the local copy, which is the newest", digest)
+    path = _download(hub, name, str(info.sha), sizes)
+    return _verified(name, path, "downloaded", digest)
 
 
 def _library() -> Any:
@@ -186,18 +190,36 @@ def _download(hub: Any, name: HubName, commit: str, sizes: dict[str, int]) -> Pa
             raise CheckpointError(
                 f"{name} changed on the Hub while it was downloaded. Run the same command again."
             )
-    return _verified(name, path, "downloaded")
+    return path
 
 
-def _verified(name: HubName, path: Path, how: str) -> Path:
-    """Compare the weights with the hash that the cache names them by, and say where they are from.
+def _digest_of(listed: Sequence[Any]) -> str:
+    """Return the sha256 of the weights as the Hub tells it; "" where it does not."""
+    for file in listed:
+        if file.rfilename == WEIGHTS and getattr(file, "lfs", None):
+            return str(file.lfs.sha256)
+    return ""
+
+
+def _verified(name: HubName, path: Path, how: str, digest: str = "") -> Path:
+    """Compare the weights with their hash, and say where they are from.
+
+    Args:
+        name: of the model.
+        path: of the weights.
+        how: they were had.
+        digest: their sha256 by the Hub; "": the one that the cache names them by, if it does.
 
     Raises:
         CheckpointError: they differ.
     """
     # Snapshots link to files named by their hash, one step away; a shared store may lie behind.
     blob = path.readlink().name if path.is_symlink() else ""
-    if SHA256.fullmatch(blob) and file_digest(path) != blob:
+    known = [text for text in (digest, blob) if SHA256.fullmatch(text)]
+    if not known:
+        # A cache without links, and no answer of the Hub.
+        how = f"{how}, whose sha256 is not known here"
+    elif set(known) != {file_digest(path)}:
         raise CheckpointError(
             f"{name}: the copy in {path.parent} is damaged (its sha256 differs). Delete "
             f"{path.parents[2]} and run the same command again."
@@ -217,8 +239,7 @@ def repo_of(path: Path) -> str:
 def push(folder: Path, name: HubName, *, private: bool = False, message: str = "") -> str:
     """Upload a folder of shared weights as one commit; return the address of its page.
 
-    The repository is created where there is none. One with a model of another library stays as it
-    is.
+    The repository is created where there is none. A model or a card of others stays as it is.
 
     Args:
         folder: with the three files of ``runs.share``.
@@ -228,21 +249,24 @@ def push(folder: Path, name: HubName, *, private: bool = False, message: str = "
 
     Raises:
         CheckpointError: the Hub cannot be reached or refuses.
-        ConfigError: the repository holds another model; or huggingface_hub is not installed.
+        ConfigError: the repository holds another model; a commit in place of a branch; or
+            huggingface_hub is not installed.
     """
+    if COMMIT.fullmatch(name.revision):
+        raise ConfigError(
+            f"{name}: a commit never changes, so nothing can be pushed to one. Name a branch, or "
+            f"{PREFIX}{name.repo} for the main one."
+        )
     hub = _library()
     api = hub.HfApi()
     try:
-        _refuse_foreign(api, name)
+        _refuse_foreign(hub, name)
         api.create_repo(name.repo, private=private, exist_ok=True)
         if name.revision:
             api.create_branch(name.repo, branch=name.revision, exist_ok=True)
         done = api.create_commit(
             name.repo,
-            [
-                hub.CommitOperationAdd(file, str(folder / file))
-                for file in (WEIGHTS, SETTINGS, CARD)
-            ],
+            [hub.CommitOperationAdd(file, str(folder / file)) for file in PUSHED],
             commit_message=message or "CamoXpert weights",
             revision=name.revision or None,
         )
@@ -260,22 +284,68 @@ def push(folder: Path, name: HubName, *, private: bool = False, message: str = "
     )
 
 
-def _refuse_foreign(api: Any, name: HubName) -> None:
-    """Raise ConfigError if a push would replace the model of another library."""
+def _refuse_foreign(hub: Any, name: HubName) -> None:
+    """Raise ConfigError if a push would replace the model, or the card, of another library.
+
+    What the branch holds counts, and where it is missing what main holds, of which it is made.
+    """
+    api = hub.HfApi()
     try:
-        info = api.model_info(name.repo, timeout=WAIT)
+        info = _info_of(api, name)
     except Exception as error:
         if type(error).__name__ == "RepositoryNotFoundError":
             return
         raise
-    held = {str(file.rfilename) for file in info.siblings or ()}
-    library = getattr(info, "library_name", None)
-    if library != LIBRARY and held & {WEIGHTS, SETTINGS}:
-        what = f"of {library}" if library else "that CamoXpert did not share"
-        raise ConfigError(
-            f"{name} holds a model {what}, whose files a push would replace. Nothing was pushed. "
-            "Name another repository."
+    held = {str(file.rfilename): file for file in info.siblings or () if file.rfilename in PUSHED}
+    if not held:
+        return
+    told, written = "", bool(held.keys() - {CARD})
+    with tempfile.TemporaryDirectory(prefix="camoxpert-push-") as scratch:
+        for file in sorted(held.keys() & {SETTINGS, CARD}, reverse=True):
+            # Those that could not be ours are not downloaded.
+            if not 0 <= (held[file].size or 0) <= MOST_BYTES[SETTINGS]:
+                continue
+            path = Path(hub.hf_hub_download(name.repo, file, revision=info.sha, local_dir=scratch))
+            library, words = (read_json(path), "") if file == SETTINGS else _read_card(path)
+            told = str(library.get("library_name") or told)
+            if told == LIBRARY:
+                return
+            written |= bool(words.strip())
+    if not told and not written:
+        # The page of the Hub on which a repository is created writes a licence.
+        return
+    what = f"a model of {told}" if told else "files that CamoXpert did not share"
+    raise ConfigError(
+        f"{name} holds {what}, and a push would replace {', '.join(sorted(held))}. Nothing was "
+        "pushed. Name another repository."
+    )
+
+
+def _info_of(api: Any, name: HubName) -> Any:
+    """Return what the Hub says of a branch, or of main where it is missing."""
+    try:
+        return api.model_info(
+            name.repo, revision=name.revision or None, files_metadata=True, timeout=WAIT
         )
+    except Exception as error:
+        if type(error).__name__ != "RevisionNotFoundError" or not name.revision:
+            raise
+    return api.model_info(name.repo, files_metadata=True, timeout=WAIT)
+
+
+def _read_card(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the front matter of a model card, {} if there is none, and the text after it."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
+    if found is None:
+        return {}, text
+    try:
+        front = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        return {}, text
+    return front if isinstance(front, dict) else {}, text[found.end() :]
 
 
 def why_unreachable(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -143,7 +143,10 @@ class Handler(BaseHTTPRequestHandler):
         files = repo.commits.get(sha or "", {})
         listed = [self.entry(file, data, repo) for file, data in files.items()]
         front = files.get("README.md", b"").decode().split("---\n")
-        about = yaml.safe_load(front[1]) if len(front) > 2 else {}
+        about = {}
+        # The real one lists a repository whose card it cannot read.
+        with suppress(yaml.YAMLError):
+            about = yaml.safe_load(front[1]) if len(front) > 2 else {}
         library = about.get("library_name")
         self.answer(
             200, {"id": name, "sha": sha, "siblings": listed, "library_name": library, "tags": []}

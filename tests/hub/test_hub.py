@@ -25,6 +25,7 @@ from camoxpert.runs.checkpoint import load_checkpoint, resolve_checkpoint
 from camoxpert.runs.hub import WEIGHTS, HubName, hub_name, repo_of
 
 ROOT = Path(__file__).parents[2]
+FOREIGN = b"---\nlibrary_name: transformers\n---\n# A model\n"
 OURS = ["README.md", "config.json", "model.safetensors"]
 
 
@@ -215,6 +216,23 @@ class TestOffline:
         blob.write_bytes(data)
         assert main(["evaluate", "hf:owner/beetle"]) == 4
         assert "is damaged (its sha256 differs). Delete" in said(capsys)
+
+    def test_a_cache_without_links(self, shared: Repo, hub: Hub, capsys) -> None:
+        """As on Windows: the Hub knows the hash, and without it a note says that none is known."""
+        file = resolve_checkpoint(Path("hf:owner/beetle"))
+        data = file.read_bytes()
+        file.unlink()
+        file.write_bytes(data)
+        said(capsys)
+        assert resolve_checkpoint(Path("hf:owner/beetle")) == file
+        assert "not known" not in said(capsys)
+        hub.broken = True
+        assert resolve_checkpoint(Path("hf:owner/beetle")) == file
+        assert "the local copy, whose sha256 is not known here" in said(capsys)
+        hub.broken = False
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match="its sha256 differs"):
+            resolve_checkpoint(Path("hf:owner/beetle"))
 
     def test_by_the_environment_as_users_set_it(
         self, shared: Repo, hub: Hub, toy_data: Path, tmp_path: Path
@@ -484,13 +502,89 @@ class TestSharing:
         assert page.startswith(f"{hub.address}/owner/beetle/tree/v2")
         assert shared.branches["v2"] != shared.branches["main"]
 
-    def test_the_model_of_another_library_is_kept(self, hub: Hub, tiny_run: Path, capsys) -> None:
+    @pytest.mark.parametrize(
+        ("files", "says"),
+        [
+            ({"README.md": FOREIGN, "config.json": b"{}", WEIGHTS: b"x"}, "a model of trans"),
+            # Its weights have other names: the card alone would go.
+            ({"README.md": FOREIGN, "pytorch_model.bin": b"x"}, "a push would replace README.md"),
+            ({"README.md": b"# My project"}, "files that CamoXpert did not share"),
+            ({"README.md": b"---\nlicense: mit\n---\nmy words"}, "did not share"),
+            ({"README.md": b"---\n[: no yaml\n---\n"}, "did not share"),
+            ({"README.md": b"---\nlicense: mit\n---\n", WEIGHTS: b"x"}, "did not share"),
+            ({WEIGHTS: b"x"}, "did not share"),
+            ({"config.json": b'{"library_name": "timm"}'}, "a model of timm"),
+        ],
+    )
+    @pytest.mark.parametrize("branch", ["", "@v2", "@new"])
+    def test_models_and_cards_of_others_are_kept(
+        self, hub: Hub, tiny_run: Path, capsys, files: dict[str, bytes], says: str, branch: str
+    ) -> None:
         repo = hub.repos["owner/bert"] = Repo()
-        card = b"---\nlibrary_name: transformers\n---\n"
-        first = repo.commit({"README.md": card, "config.json": b"{}", WEIGHTS: b"x"})
-        assert main(["share", str(tiny_run), "--to", "hf:owner/bert"]) == 2
-        assert "holds a model of transformers" in said(capsys)
-        assert repo.branches["main"] == first
+        repo.commit(files)
+        repo.commit(files, "v2")
+        before = dict(repo.branches)
+        assert main(["share", str(tiny_run), "--to", f"hf:owner/bert{branch}"]) == 2
+        assert says in said(capsys) and repo.branches == before
+
+    def test_the_branch_counts_that_is_pushed_to(
+        self, hub: Hub, shared: Repo, tiny_run: Path, capsys
+    ) -> None:
+        ours = dict(shared.commits[shared.branches["main"]])
+        shared.branches["theirs"] = ""
+        shared.commit({"README.md": FOREIGN, "config.json": b"{}", WEIGHTS: b"x"}, "theirs")
+        kept = shared.branches["theirs"]
+        model = camoxpert.load(tiny_run)
+        with pytest.raises(ConfigError, match="beetle@theirs holds a model of transformers"):
+            model.push_to_hub("owner/beetle@theirs")
+        assert shared.branches["theirs"] == kept
+        # The other way round: main is of others, the branch is ours.
+        shared.branches["main"], shared.branches["ours"] = kept, shared.branches["main"]
+        model.push_to_hub("owner/beetle@ours", licence="mit")
+        assert shared.branches["main"] == kept
+        assert shared.commits[shared.branches["ours"]][WEIGHTS] != ours[WEIGHTS]
+
+    @pytest.mark.parametrize("branch", ["", "@v2"])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {},
+            # Edited on the page of the Hub.
+            {"README.md": b"# My words"},
+            {"config.json": b"{}"},
+        ],
+    )
+    def test_a_model_of_ours_is_updated(
+        self, shared: Repo, tiny_run: Path, change: dict[str, bytes], branch: str
+    ) -> None:
+        before = shared.commit(change)
+        camoxpert.load(tiny_run).push_to_hub(f"owner/beetle{branch}")
+        after = shared.branches[branch[1:] or "main"]
+        assert after != before and sorted(shared.commits[after]) == OURS
+        assert b"library_name: camoxpert" in shared.commits[after]["README.md"]
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {".gitattributes": b""},
+            {"README.md": b"---\nlicense: mit\n---\n"},
+            {"README.md": b"---\r\nlicense: mit\r\n---\r\n\r\n"},
+            {"photo.jpg": b"x"},
+        ],
+    )
+    def test_a_repository_without_a_model_is_filled(
+        self, hub: Hub, tiny_run: Path, files: dict[str, bytes]
+    ) -> None:
+        repo = hub.repos["owner/moth"] = Repo()
+        repo.commit(files)
+        camoxpert.load(tiny_run).push_to_hub("owner/moth")
+        assert set(OURS) <= set(repo.commits[repo.branches["main"]])
+
+    def test_nothing_is_pushed_to_a_commit(self, shared: Repo, hub: Hub, tiny_run: Path) -> None:
+        model = camoxpert.load(tiny_run)
+        with pytest.raises(ConfigError, match="a commit never changes"):
+            model.push_to_hub(f"owner/beetle@{shared.branches['main']}")
+        assert not hub.requests
 
     @pytest.mark.parametrize("fault", ["token", "owner", "cut off", "offline"])
     def test_a_push_that_cannot_be(
