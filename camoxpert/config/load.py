@@ -205,6 +205,8 @@ def _flatten(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
     known = accepted().keys()
     groups = {path.rsplit(".", 1)[0] for path in known} | {path.split(".", 1)[0] for path in known}
     flat: dict[str, Any] = {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"Settings are names with values{source}; got {tree!r}.")
 
     def descend(node: Mapping[str, Any], prefix: str) -> None:
         for key, value in node.items():

@@ -57,9 +57,9 @@ from camoxpert.export.write import (
 )
 from camoxpert.files import file_digest
 from camoxpert.inference.aligned import say_photographs_alone
-from camoxpert.inference.exported import LAYOUT, memory_of
+from camoxpert.inference.exported import memory_of
 from camoxpert.inference.predictor import Predictor, load_predictor
-from camoxpert.inference.runtimes import Runtime, is_exported, open_runtime
+from camoxpert.inference.runtimes import LAYOUT, Runtime, is_exported, open_runtime
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.runs.share import shared_settings
 from camoxpert.text import count

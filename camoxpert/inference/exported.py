@@ -20,11 +20,10 @@ from camoxpert.models.camoxpert import ModelOutput
 from camoxpert.models.guidance import Guidance, Reference
 from camoxpert.models.support import NOT_GUIDED
 from camoxpert.runs.checkpoint import FORMAT, Checkpoint
+from camoxpert.runs.metadata import wrong
 
 MEMORY = ("prototypes_KD", "class_text", "encoder_sha256")
 """Buffers of ``Guidance`` that an exported file takes along."""
-LAYOUT = 1
-"""Version of the metadata."""
 STRIDE = 32
 
 
@@ -51,8 +50,8 @@ class ExportedNetwork(nn.Module):
         # Tells where the network is, as the buffer of this name does in ``CamoXpert``.
         self.register_buffer("mean", torch.zeros(1, device=device), persistent=False)
         self.outputs = [name for name in self.about["outputs"] if name != "probability"]
-        self.static: list[int] | None = self.about["static"]
-        self.guidance = _memory(self.about["guidance"]) if self.about["guidance"] else None
+        self.static: list[int] | None = self.about.get("static")
+        self.guidance = _memory(self.about["guidance"]) if self.about.get("guidance") else None
         self.reference_D: Tensor | None = None
 
     def forward(self, images_BCHW: Tensor, reference: Reference | None = None) -> ModelOutput:
@@ -176,26 +175,30 @@ def open_exported(
     """
     runtime = open_runtime(path, device)
     about = runtime.about
-    if about.get("layout") != LAYOUT:
-        raise CheckpointError(
-            f"{path} has metadata of layout {about.get('layout')}; this version reads {LAYOUT}."
-        )
     if precision not in ("auto", about["precision"]):
         raise ConfigError(
             f"--precision {precision}: {path} was exported as {about['precision']}, and its "
             "precision is fixed. Leave --precision out, or export it again."
         )
-    network = ExportedNetwork(runtime, device)
+    try:
+        config = config_from_dict(about["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path} was made by another version: {error}") from error
+    try:
+        network = ExportedNetwork(runtime, device)
+    except (KeyError, TypeError, ValueError) as error:
+        # What it remembers of its references are arrays as text.
+        raise wrong(path, "guidance", about.get("guidance"), "what export wrote") from error
     values = {
         "format": FORMAT,
         "config": about["config"],
         # Where weights are asked for their names or their hash, the file's stands for them.
         "model": {"exported.sha256": torch.tensor(list(bytes.fromhex(digest_of(path))))},
         "ema": None,
-        "scores": about.get("scores", {}),
-        "state": about.get("state", {}),
+        "scores": about.get("scores") or {},
+        "state": about.get("state") or {},
     }
-    return Checkpoint(path, config_from_dict(about["config"]), values), network
+    return Checkpoint(path, config, values), network
 
 
 def digest_of(path: Path) -> str:

@@ -29,6 +29,7 @@ from camoxpert.inference.sources import ImageInput, find_photos, name_of
 from camoxpert.inference.stream import Iterated, StreamStages, or_raise
 from camoxpert.inference.timing import Timing
 from camoxpert.inference.tta import Looked
+from camoxpert.inference.values import finite_number, whole_number
 from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
 from camoxpert.models.backbone import BACKBONES
 from camoxpert.models.camoxpert import CamoXpert, build_model, require_fit
@@ -45,6 +46,8 @@ from camoxpert.runtime.device import (
 )
 
 Input = TypeVar("Input", bound=ImageInput)
+MOST_SIDE, STRIDE = 8192, 32
+"""Largest side of the network's input, and what it is a multiple of."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -75,7 +78,14 @@ class Predictor(Searching):
         self.device = device
         self.precision = precision
         self.img_size = self.config.data.img_size
-        self.max_pixels = max_pixels or self.config.data.max_pixels
+        if self.img_size > MOST_SIDE or self.img_size % STRIDE:
+            raise CheckpointError(
+                f"{checkpoint.path}: its metadata is damaged, or not of this program: "
+                f"data.img_size is {self.img_size}; sides are multiples of {STRIDE} of at most "
+                f"{MOST_SIDE} px."
+            )
+        own = self.config.data.max_pixels
+        self.max_pixels = own if max_pixels is None else whole_number("max_pixels", max_pixels, 1)
         self.zoom, self.exported = zoom, exported
         built = self._built() if exported is None else exported
         self.model: CamoXpert | Zoomed | ExportedNetwork = built
@@ -122,14 +132,14 @@ class Predictor(Searching):
     def has_presence(self) -> bool:
         """Whether the model says how probable it is that an image holds any object."""
         if self.exported is not None:
-            return self.exported.about["presence"] is not None
+            return self.exported.about.get("presence") is not None
         return self.checkpoint.model_config.presence == "on"
 
     @property
     def presence_is_calibrated(self) -> bool:
         """Whether images that neither trained nor chose anything calibrated the presence."""
         if self.exported is not None:
-            return bool((self.exported.about["presence"] or {}).get("images"))
+            return bool((self.exported.about.get("presence") or {}).get("images"))
         fitted_on = self.checkpoint.evaluated_weights.get("presence.calibration.images")
         return fitted_on is not None and int(fitted_on) > 0
 
@@ -137,6 +147,7 @@ class Predictor(Searching):
         """Raise ConfigError if a least presence cannot be asked for."""
         if least is None:
             return
+        least = finite_number("min_presence", least)
         if not 0 <= least <= 1:
             raise ConfigError(f"--min-presence must be between 0 and 1; {least:g} is not.")
         if not self.has_presence:
@@ -304,11 +315,9 @@ class Predictor(Searching):
             DataError: no image was found; or, during the iteration, an image cannot be read.
             ConfigError: a value is out of range.
         """
-        if batch_size < 1 or not 0 <= threshold <= 1:
-            raise ConfigError(
-                "batch_size must be at least 1 and threshold between 0 and 1; they are "
-                f"{batch_size} and {threshold}."
-            )
+        batch_size = whole_number("batch_size", batch_size, 1)
+        if not 0 <= finite_number("threshold", threshold) <= 1:
+            raise ConfigError(f"threshold must be between 0 and 1; got {threshold:g}.")
         self.check_min_presence(min_presence)
         chosen = find_photos([str(images)]) if isinstance(images, (str, Path)) else images
         attempts = self.attempts(

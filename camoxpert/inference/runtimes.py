@@ -20,10 +20,14 @@ from numpy.typing import NDArray
 
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.runs.hub import is_hub_name
+from camoxpert.runs.metadata import EXPORTED_SHAPE, check_shape, wrong
 
 Array = NDArray[Any]
 ABOUT = "camoxpert"
 """Key of the metadata in an exported file."""
+LAYOUT = 1
+"""Version of the metadata."""
+OUTPUTS = ("probability", "logits", "presence")
 ABOUT_FILE = "camoxpert.json"
 """The same inside a ``.pt2`` archive."""
 
@@ -211,7 +215,8 @@ def read_about(path: Path, text: str | bytes | None) -> dict[str, Any]:
     """Return the metadata of an exported file.
 
     Raises:
-        CheckpointError: there is none, so that the file is not one of ours.
+        CheckpointError: there is none, so that the file is not one of ours; it is of a later
+            version, or holds what cannot be.
     """
     try:
         about = json.loads(text or "null")
@@ -221,6 +226,19 @@ def read_about(path: Path, text: str | bytes | None) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a model that `camoxpert export` wrote: it holds no settings."
         )
+    if about.get("layout") != LAYOUT:
+        raise CheckpointError(
+            f"{path} has metadata of layout {about.get('layout')}; this version reads {LAYOUT}."
+        )
+    check_shape(path, about, EXPORTED_SHAPE)
+    for name in ("format", "precision"):
+        if not about.get(name):
+            raise wrong(path, name, about.get(name), "text")
+    outputs, static = about.get("outputs") or (), about.get("static")
+    if "logits" not in outputs or not set(outputs) <= set(OUTPUTS):
+        raise wrong(path, "outputs", about.get("outputs"), f"of {', '.join(OUTPUTS)}")
+    if static is not None and (len(static) != 3 or min(static) < 1):
+        raise wrong(path, "static", static, "batch, height and width")
     return about
 
 

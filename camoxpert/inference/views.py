@@ -19,6 +19,7 @@ from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.tiles import Grid, blended, joined, make_grid, stride
 from camoxpert.inference.tta import FLIP, Looked, averaged, mirrored_too, parse_tta, sides_of
+from camoxpert.inference.values import finite_number, whole_number
 
 T = TypeVar("T")
 OVERLAP = 0.25
@@ -61,8 +62,11 @@ def choose_views(
     Raises:
         ConfigError: a value is out of range, or an overlap has no tiles.
     """
+    if tta is not None and not isinstance(tta, str):
+        raise ConfigError(f"--tta must be flip, scales or flip,scales; got {tta!r}.")
     words = parse_tta(tta)
-    if overlap is not None and not 0 <= overlap < OVERLAP_LIMIT:
+    tile = None if tile is None else whole_number("--tile", tile)
+    if overlap is not None and not 0 <= finite_number("--overlap", overlap) < OVERLAP_LIMIT:
         raise ConfigError(
             f"--overlap must be at least 0 and less than {OVERLAP_LIMIT}; {overlap:g} is not."
         )

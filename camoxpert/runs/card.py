@@ -86,10 +86,10 @@ def _front_matter(about: Mapping[str, Any], title: str) -> dict[str, Any]:
     results = [
         {
             "task": {"type": "image-segmentation"},
-            "dataset": {"name": _plain(row["dataset"]), "type": _plain(row["dataset"])},
+            "dataset": {"name": _plain(row.get("dataset")), "type": _plain(row.get("dataset"))},
             "metrics": [
                 {"type": _plain(key), "name": _plain(key), "value": round(value, 4)}
-                for key, value in _shown(row["scores"])
+                for key, value in _shown(row.get("scores"))
             ],
         }
         for row in about["results"] or ()
@@ -106,10 +106,10 @@ def _measures(about: Mapping[str, Any]) -> list[str]:
         ends = row.get("intervals") or {}
         lines = "".join(
             f"| {_plain(key)} | {value:.3f} | {_between(ends.get(key))} |\n"
-            for key, value in _shown(row["scores"])
+            for key, value in _shown(row.get("scores"))
         )
-        head = f"**{_plain(row['dataset'])}**, {_number(row['num_images'])} test images"
-        how = f"protocol {_plain(row['protocol'])}, {_number(row['img_size'])} px"
+        head = f"**{_plain(row.get('dataset'))}**, {_number(row.get('num_images'))} test images"
+        how = f"protocol {_plain(row.get('protocol'))}, {_number(row.get('img_size'))} px"
         parts.append(f"{head} ({how}):")
         parts.append(f"| measure | value | 95 % interval |\n| --- | --- | --- |\n{lines}".rstrip())
         presence = _shown(row.get("presence") or {}, ())

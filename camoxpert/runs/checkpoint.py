@@ -142,6 +142,10 @@ def verified(path: Path, values: Any) -> Checkpoint:
             f"{path} has checkpoint format {values.get('format')}; this version reads format "
             f"{FORMAT}."
         )
+    ema = values.get("ema") or {"weights": {}}
+    held = (values["model"], ema.get("weights") if isinstance(ema, dict) else None)
+    if not all(isinstance(w, dict) and all(map(torch.is_tensor, w.values())) for w in held):
+        raise CheckpointError(f"{path} is damaged: its weights are not tensors with names.")
     try:
         config = config_from_dict(values["config"])
     except ConfigError as error:

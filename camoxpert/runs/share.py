@@ -18,6 +18,7 @@ from camoxpert.files import finite, read_json, write_bytes, write_json
 from camoxpert.runs.card import card
 from camoxpert.runs.checkpoint import SHARED, Checkpoint, verified
 from camoxpert.runs.hub import CARD, LIBRARY, SETTINGS
+from camoxpert.runs.metadata import SHARED_SHAPE, check_shape
 from camoxpert.runs.origin import backbone_origin, calibration_of, scored, training_facts
 
 # Settings with paths on the author's machine, which are not shared.
@@ -93,7 +94,7 @@ def save_shared(folder: Path, checkpoint: Checkpoint, *, licence: str = "", repo
 def about_of(checkpoint: Checkpoint, *, licence: str = "") -> dict[str, Any]:
     """Return what is said of shared weights, as JSON holds it."""
     values = checkpoint.values
-    state = values.get("state", {})
+    state = values.get("state") or {}
     # What was shared before knows its origin, and its run is elsewhere.
     before = values if checkpoint.path.suffix == ".safetensors" else {}
     about: dict[str, Any] = {
@@ -131,6 +132,7 @@ def read_shared(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} is not a CamoXpert checkpoint. Backbone weights are given with --weights."
         )
+    check_shape(path, about, SHARED_SHAPE)
     beside = read_json(path.parent / SETTINGS) if path.name == SHARED else {}
     if beside.get("library_name") == LIBRARY and beside.get("config") != about["config"]:
         raise CheckpointError(

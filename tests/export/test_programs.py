@@ -62,7 +62,8 @@ def test_a_torch_file_can_be_made_to_use_any_expert(tmp_path: Path) -> None:
     graph = ExportGraph(drawn_network("model.backbone=tiny_test", "model.num_experts=3"))
     file, copy = tmp_path / "m.pt2", tmp_path / "copy.pt2"
     write_torch(trace(graph, (1, SIDE, SIDE)), file)
-    put_about(file, {"config": {}, "outputs": list(graph.output_names)})
+    about = {"layout": 1, "format": "torch", "precision": "fp32", "config": {}}
+    put_about(file, {**about, "outputs": list(graph.output_names)})
     made, biases = force(graph, [[2], [1], [0], [2]])
     forced_copy(file, copy, biases, {})
     images = graph.example(1, SIDE, SIDE)
