@@ -18,6 +18,9 @@ from camoxpert.runs.records import RoutingRecord, TrainRecord, ValidationRecord
 GREY = "#808893"
 COLOURS = ("#2f81f7", "#e5834b", "#3fa66b", "#b164c9", "#c9a227", "#d9536f", "#4bb3b8")
 
+HALVES = {"photographs alone": "--", "with references": ":"}
+"""What else a validation scores -> how its curve is drawn."""
+
 
 def plot_training(records: Sequence[TrainRecord]) -> bytes:
     """Plot loss, its terms and the learning rate over steps; PNG."""
@@ -44,7 +47,14 @@ def plot_scores(validation: Sequence[ValidationRecord]) -> bytes:
         values = [r["scores"].get(key) for r in validation]
         left.plot(epochs, values, color=colour, label=key, marker=".", linewidth=1.4)
     mae = [r["scores"].get("MAE") for r in validation]
-    right.plot(epochs, mae, color=COLOURS[5], marker=".", linewidth=1.4)
+    right.plot(epochs, mae, color=COLOURS[5], label="MAE", marker=".", linewidth=1.4)
+    halves = half_curves(validation, ("Smeasure", "MAE"))
+    for (words, key), (places, values) in halves.items():
+        axis, colour = (right, COLOURS[5]) if key == "MAE" else (left, COLOURS[0])
+        style = HALVES[words]
+        axis.plot(places, values, color=colour, label=f"{key}, {words}", linestyle=style)
+    if halves:
+        _legend(right)
     left.set(title="validation, higher is better", xlabel="epoch")
     right.set(title="validation MAE, lower is better", xlabel="epoch")
     best = [r["epoch"] for r in validation if r.get("best")]
@@ -53,6 +63,20 @@ def plot_scores(validation: Sequence[ValidationRecord]) -> bytes:
             axis.axvline(best[-1], color=GREY, linestyle=":", linewidth=1)
     _legend(left)
     return _png(figure)
+
+
+def half_curves(
+    validation: Sequence[ValidationRecord], keys: Sequence[str]
+) -> dict[tuple[str, str], tuple[list[int], list[Any]]]:
+    """Return (half, measure) -> (epochs, values) of what a validation scores beside ``scores``."""
+    found = {}
+    for words, half in (("photographs alone", "rgb"), ("with references", "guided")):
+        scored: list[tuple[int, Any]] = [(r["epoch"], r.get(half)) for r in validation]
+        known = [(epoch, scores) for epoch, scores in scored if scores]
+        for key in keys if known else ():
+            values = [scores.get(key) for _, scores in known]
+            found[words, key] = ([epoch for epoch, _ in known], values)
+    return found
 
 
 def plot_learning(

@@ -51,6 +51,18 @@ class ValidationRecord(_Validation, total=False):
     rgb: dict[str, float]  # photographs alone, of a model with other modalities
 
 
+def deciding_score(record: ValidationRecord, measure: str) -> float:
+    """Return the score by which a validation chooses weights.
+
+    Without references a guided model must find everything that is hidden: half of its training.
+    What it does with them is what it is for. A model with other modalities is for images with all
+    of them as well as for photographs: the mean.
+    """
+    score = (record.get("guided") or record["scores"])[measure]
+    alone = record.get("rgb")
+    return (score + alone[measure]) / 2 if alone else score
+
+
 class LevelRouting(TypedDict):
     """How one level of the model used its experts; lists are in the experts' order."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from camoxpert.training.optim import (
     saved_names,
     starts_with_weights,
 )
+from camoxpert.training.overfit import Overfit
 from camoxpert.training.run import Run, TrainState
 
 
@@ -33,7 +35,8 @@ def snapshot(run: Run) -> dict[str, Any]:
     rngs = run.world.gather(rng)
     run.meter.merge(run.world.sum, first=run.world.first)
     batching = run.batching
-    return {
+    overfit = {} if run.overfit is None else {"overfit": dataclasses.asdict(run.overfit)}
+    return overfit | {
         "format": FORMAT,
         "config": to_dict(run.asked),
         "data_hash": run.data.data_hash,
@@ -109,8 +112,12 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
             for model in {run.model, run.evaluated_model}:
                 run.guide.teach(model.require_guidance(), restored=True)
         run.state = TrainState.from_dict(values["state"])
+        if run.overfit is not None and "overfit" in values:
+            run.overfit = Overfit(**values["overfit"])
         if restart_epoch:
             run.state.position = 0
+            if run.overfit is not None:
+                run.overfit.steps = []
         elif "routing" in values:
             # Counts of an epoch that was stopped midway: rank 0 keeps them for all.
             run.meter.load_state_dict(values["routing"], run.device)

@@ -24,7 +24,7 @@ from camoxpert.metrics.presence import PresenceScores, presence_scores
 from camoxpert.models.guidance import Reference
 from camoxpert.models.modalities import photograph_alone
 from camoxpert.pages.pictures import panel
-from camoxpert.runs.records import ValidationRecord
+from camoxpert.runs.records import ValidationRecord, deciding_score
 from camoxpert.runtime.processes import World
 from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.guide import Guide
@@ -64,25 +64,13 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         run.log.truncate_after(state.step, epoch_done=False)
         raise saver.saved_and_stopped() from None
     state.epoch, state.position = epoch + 1, 0
-    # Without references a guided model must find everything that is hidden: half of its training.
-    # What it does with them is what it is for.
-    measure = (guided or scores)[config.select]
-    if alone:
-        # The model is for images with all of it as well as for photographs.
-        measure = (measure + alone[config.select]) / 2
-    better = state.best is None or is_better(config.select, measure, state.best)
-    if better:
-        state.best, state.best_epoch, state.stale = measure, state.epoch, 0
-        saver.save_best(scores)
-    else:
-        state.stale += 1
     record: ValidationRecord = {
         "kind": "validation",
         "step": state.step,
         "epoch": state.epoch,
         "stage": run.plan.stage_of_epoch(epoch).number,
         "scores": scores,
-        "best": better,
+        "best": False,
         "weights": "ema" if run.ema else "model",
     }
     if guided:
@@ -93,6 +81,13 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         record["unreadable"] = left_out
     if presence is not None:
         record["presence"] = asdict(presence)
+    measure = deciding_score(record, config.select)
+    better = record["best"] = state.best is None or is_better(config.select, measure, state.best)
+    if better:
+        state.best, state.best_epoch, state.stale = measure, state.epoch, 0
+        saver.save_best(scores)
+    else:
+        state.stale += 1
     run.log.write(record)
     if left_out and state.epoch <= config.validate_every:
         # Said at the first validation only; every record has the names.

@@ -7,12 +7,14 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from camoxpert.config import load_config, to_yaml
 from camoxpert.data.files.image_io import write_jpeg
 from camoxpert.files import write_json
+from camoxpert.pages import charts
 from camoxpert.pages.report import MEASURES, write_report
 from camoxpert.runs.info import write_run_json
 from camoxpert.runs.log import RunLog
@@ -148,3 +150,21 @@ def test_a_run_without_tests_shows_its_validation(tmp_path: Path) -> None:
     (folder / "evaluation" / "toy.json").unlink()
     page = write_report(folder).read_text()
     assert "validation, best: epoch 1" in page
+
+
+def test_validation_of_photographs_alone_has_its_curve() -> None:
+    """Runs with other modalities score both; an epoch without leaves a gap, not a zero."""
+    both: dict[str, Any] = {"scores": {"Smeasure": 0.8, "MAE": 0.1}}
+    records: list[Any] = [
+        {"epoch": 1, **both, "rgb": {"Smeasure": 0.6, "MAE": 0.2}},
+        {"epoch": 2, **both},
+        {"epoch": 3, **both, "rgb": {"Smeasure": 0.7, "MAE": 0.15}},
+    ]
+    assert charts.half_curves(records, ("Smeasure", "MAE")) == {
+        ("photographs alone", "Smeasure"): ([1, 3], [0.6, 0.7]),
+        ("photographs alone", "MAE"): ([1, 3], [0.2, 0.15]),
+    }
+    plain: list[Any] = [{"epoch": number, **both} for number in (1, 2, 3)]
+    assert charts.half_curves(plain, ("MAE",)) == {}
+    drawn, without = charts.plot_scores(records), charts.plot_scores(plain)
+    assert drawn.startswith(b"\x89PNG") and drawn != without == charts.plot_scores(plain)

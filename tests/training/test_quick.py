@@ -261,6 +261,34 @@ class TestByHeart:
         assert train(*words, data=tmp_path / "data", out=tmp_path / "runs") == 5
         assert "all 4 masks are empty" in " ".join(capsys.readouterr().err.split())
 
+    def test_losses_before_a_stop_count(
+        self,
+        train: Callable[..., int],
+        stopped: Callable[..., int],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Stopped in the second epoch and continued: given up when an unbroken run is."""
+        monkeypatch.setattr(plan, "OVERFIT_STEPS", 3)
+        words = ["--overfit-batches", "1", "--epochs", "8", "--lr", "2e-6", "--no-report"]
+        words += ["--stage1-epochs", "8", "--batch-size", "2"]
+        seen = []
+        honest = overfit.Overfit.end_epoch
+
+        def end_epoch(watch: overfit.Overfit) -> str:
+            text = honest(watch)
+            seen.append(list(watch.losses))
+            return text
+
+        monkeypatch.setattr(overfit.Overfit, "end_epoch", end_epoch)
+        assert train(*words, out=tmp_path / "whole") == 5
+        whole = seen.copy()
+        seen.clear()
+        assert stopped(*words, steps=5, out=tmp_path / "parts") not in (0, 5)
+        assert len(seen) == 1, "stopped within the second epoch"
+        assert train(*words, out=tmp_path / "parts") == 5
+        assert seen == whole and len(whole[-1]) == 1 + overfit.PATIENCE
+
     def test_a_loss_that_is_not_a_number_is_no_success(self) -> None:
         watch = overfit.Overfit()
         for _ in range(1 + overfit.PATIENCE):

@@ -21,6 +21,7 @@ from helpers.runs import events, records
 
 from camoxpert.cli import main
 from camoxpert.config import Config, get_setting, load_config, to_yaml
+from camoxpert.config.checks import PATHS
 from camoxpert.errors import CheckpointError, ConfigError, NumericError, Stopped
 from camoxpert.files import read_json, read_jsonl, write_json
 from camoxpert.runs.folder import run_name
@@ -100,6 +101,12 @@ class TestSpace:
             ("train.quick.data_fraction: [0.1, 0.2]", "cannot be searched"),
             ("data.val_fraction: [0.1, 0.2]", "could not be compared"),
             ("train.seed: [1, 2]", "could not be compared"),
+            ("train.select: [MAE, IoU]", "could not be compared"),
+            ("data.fold: [0, 1]", "could not be compared"),
+            ("data.modalities: [[rgb], [rgb, depth]]", "could not be compared"),
+            ("train.validate_every: [1, 2]", "could not be compared"),
+            ("train.max_skipped_steps: [10, 20]", "cannot be searched"),
+            ("model.drop_path: {low: 0, high: 0.4, step: 0.5}", "more than from 0 to 0.4"),
             ("{}", "names no setting"),
             ("[1, 2]", "mapping"),
             ("a: *x", "alias"),
@@ -109,6 +116,38 @@ class TestSpace:
         with pytest.raises(ConfigError) as found:
             read_space(space(text))
         assert words in str(found.value), found.value
+
+    @pytest.mark.parametrize("path", sorted(PATHS))
+    def test_no_path_is_searched(self, space: Callable[[str], Path], path: str) -> None:
+        with pytest.raises(ConfigError, match="cannot be searched"):
+            read_space(space(f"{path}: [a, b]"))
+
+    @pytest.mark.parametrize(
+        ("entry", "value", "drawn"),
+        [
+            # 0.3 % 0.1 is 0.09999999999999998.
+            ("{low: 0, high: 0.4, step: 0.1}", 0.3, 0.3),
+            ("{low: 0.1, high: 0.7, step: 0.2}", 0.5, 0.5),
+            ("{low: 0, high: 0.4, step: 0.1}", 0.35, None),
+            ("{low: 0, high: 0.4, step: 0.1}", 0.5, None),
+            ("{low: 0, high: 4, int: true}", 1.5, None),
+            ("{low: 0, high: 4, int: true, step: 2}", 2.0, 2),
+            ("{low: 0, high: 4, int: true, step: 2}", 3.0, None),
+        ],
+    )
+    def test_the_first_trial_has_the_settings_as_they_are_if_it_can(
+        self, space: Callable[[str], Path], tmp_path: Path, entry: str, value: float, drawn: Any
+    ) -> None:
+        dims = read_space(space(f"optim.weight_decay: {entry}"))
+        start = start_of(dims, load_config(flags={"optim.weight_decay": value}))
+        assert start == ({} if drawn is None else {"optim.weight_decay": drawn})
+        if drawn is None:
+            return
+        assert isinstance(start["optim.weight_decay"], type(drawn))
+        book = Book(tmp_path, dims, higher_is_better=True, epochs=4, seed=0, start=start)
+        claim = book.claim(1)
+        assert claim is not None and claim.drawn == start
+        claim.lock.release()
 
     def test_a_missing_file(self, space: Callable[[str], Path], tmp_path: Path) -> None:
         space()
@@ -200,6 +239,32 @@ class TestSearch:
         assert len(rows) == 8 and float(rows[0]["optim.lr"]) == best["optim.lr"]
         assert best["optim.lr"] != 1e-3 and len({row["optim.lr"] for row in rows}) == 8
         assert results.table_text(sweep).splitlines()[1].split()[0] == rows[0]["trial"]
+
+    @pytest.mark.parametrize(
+        ("halves", "score"), [({}, 0.6), ({"rgb": 0.2}, 0.4), ({"guided": 0.8, "rgb": 0.2}, 0.5)]
+    )
+    def test_a_trial_has_the_score_that_chose_its_weights(
+        self,
+        opened: Opened,
+        monkeypatch: pytest.MonkeyPatch,
+        halves: dict[str, float],
+        score: float,
+    ) -> None:
+        """Of a model with other modalities: the mean with photographs alone."""
+
+        def run(config: Config, **_: Any) -> None:
+            folder = Path(config.run.dir) / run_name(config)
+            folder.mkdir(parents=True)
+            record = {"kind": "validation", "epoch": 1, "best": True, "scores": {"Smeasure": 0.6}}
+            record |= {half: {"Smeasure": value} for half, value in halves.items()}
+            (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+            write_json(folder / "run.json", {"status": "finished"})
+
+        monkeypatch.setattr(session, "run", run)
+        sweep = opened(1, **{"train.select": "Smeasure"})
+        search.search(sweep)
+        (trial,) = sweep.book.trials("COMPLETE")
+        assert trial.value == pytest.approx(score) == trial.user_attrs["score"]
 
     def test_lower_is_better_for_mae(self, opened: Opened, training: Training) -> None:
         sweep = opened(5, **{"train.select": "MAE"})

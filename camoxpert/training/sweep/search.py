@@ -28,7 +28,7 @@ from camoxpert.files import read_json, write_bytes, write_json
 from camoxpert.metrics import HIGHER_IS_BETTER
 from camoxpert.runs.folder import run_name
 from camoxpert.runs.identity import setting_differences
-from camoxpert.runs.records import read_info, read_records
+from camoxpert.runs.records import deciding_score, read_info, read_records
 from camoxpert.text import shorten
 from camoxpert.training import session
 from camoxpert.training.sweep.space import Dimension, start_of, values_of
@@ -223,7 +223,7 @@ def _finish(sweep: Sweep, claim: Claim, path: Path, seconds: float) -> None:
     best = records.best
     if best is None:
         raise ConfigError(f"{path} has no validation: there is nothing to compare.")
-    score = (best.get("guided") or best["scores"])[measure]
+    score = deciding_score(best, measure)
     reason = next((e["text"] for e in records.events if e["text"].startswith(PRUNED)), "")
     for name in ("score", "epoch", "seconds"):
         value = {"score": score, "epoch": best["epoch"], "seconds": round(seconds, 1)}[name]

@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 
 KEYS = ("low", "high", "log", "int", "step", "choices")
 """What may be said of a setting."""
+NEAR = 1e-8
+"""Parts of a step by which a value of a range may be off."""
+NOT_LEARNED = ("data.source_size", "train.max_skipped_steps")
 SPLITTING = (
     *("data.val_fraction", "data.group_copies", "data.calibration_fraction", "data.layout"),
     *("data.noncam", "data.resize", "data.max_pixels", "train.seed", "train.select"),
+    *("data.fold", "data.modalities", "train.validate_every"),
 )
 """Settings that decide what the score of a trial is."""
 
@@ -75,10 +79,16 @@ class Dimension:
         if self.choices:
             plain = list(value) if isinstance(value, tuple) else value
             known = [list(c) if isinstance(c, tuple) else c for c in self.choices]
-            return json.dumps(plain) if plain in known else None
-        inside = isinstance(value, (int, float)) and self.low <= value <= self.high
-        if not inside or (self.step is not None and (value - self.low) % self.step):
+            return json.dumps(known[known.index(plain)]) if plain in known else None
+        if not isinstance(value, (int, float)) or not self.low <= value <= self.high:
             return None
+        if self.step is not None:
+            # 0.3 % 0.1 is not 0: as near as Optuna asks for.
+            steps = (value - self.low) / self.step
+            if abs(steps - round(steps)) > NEAR:
+                return None
+        if self.whole:
+            return int(value) if value == int(value) else None
         return value
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +144,12 @@ def _entries(node: Mapping[str, Any], file: Path, prefix: str = "") -> Iterator[
 
 def _dimension(leaf: Leaf, entry: Any, file: Path) -> Dimension:
     where = f"--space {file}: {leaf.path}"
-    if leaf.path.startswith(("run.", "train.quick.")) or leaf.path in {*FREE, *PLACES, *FILES}:
+    if leaf.path.startswith(("run.", "train.quick.")) or leaf.path in {
+        *NOT_LEARNED,
+        *FREE,
+        *PLACES,
+        *FILES,
+    }:
         raise ConfigError(
             f"{where} does not say what a model learns and cannot be searched. Use its flag."
         )
@@ -189,6 +204,8 @@ def _range(leaf: Leaf, entry: Mapping[str, Any], where: str) -> Dimension:
             raise ConfigError(f"{where}: a step is above 0 and not on a logarithmic scale.")
     if None in (low, high) or low >= high:
         raise ConfigError(f"{where}: low must be below high; got {low} and {high}.")
+    if step is not None and step > high - low:
+        raise ConfigError(f"{where}: a step of {step:g} is more than from {low:g} to {high:g}.")
     if log and low <= 0:
         raise ConfigError(f"{where}: on a logarithmic scale low must be above 0; got {low:g}.")
     if whole and (low != int(low) or high != int(high)):
