@@ -23,6 +23,7 @@ from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import Row
 from camoxpert.synthesis.toy import toy_pair
+from camoxpert.text import count
 
 MOST_DIFFERENCE = 1e-4
 """Largest difference of a probability in fp32."""
@@ -48,6 +49,7 @@ class Parity:
         shapes: (batch, height, width) that were compared.
         difference: largest difference of a probability, over all of them.
         presence_difference: the same of the presence; None without the head.
+        not_finite: shapes for which an output holds NaN or infinity.
         spread: highest minus lowest logit of the network.
         reached: share of the experts of all levels that some image used.
         forced: those that none used, as level and number: compared in a copy of the file whose
@@ -58,6 +60,7 @@ class Parity:
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
     difference: float = 0.0
     presence_difference: float | None = None
+    not_finite: list[tuple[int, int, int]] = field(default_factory=list)
     spread: float = 0.0
     reached: float = 1.0
     forced: list[str] = field(default_factory=list)
@@ -136,6 +139,12 @@ def judge(precision: str, parity: Parity, agreement: Agreement) -> Gate:
             f"the network's logits spread over {parity.spread:.2g} only (more than "
             f"{LEAST_SPREAD:g} is needed), so that nothing can be compared: it is not trained"
         )
+    if parity.not_finite:
+        batch, height, width = parity.not_finite[0]
+        broken.append(
+            f"it returns NaN or infinity for {batch} x 3 x {height} x {width} (in "
+            f"{len(parity.not_finite)} of {count(len(parity.shapes), 'shape')})"
+        )
     # "not <=" is true of NaN as well.
     if precision == "fp32" and not parity.difference <= MOST_DIFFERENCE:
         broken.append(
@@ -159,12 +168,22 @@ def judge(precision: str, parity: Parity, agreement: Agreement) -> Gate:
     return Gate(precision, parity, agreement, broken)
 
 
-def shapes_for(side: int, static: Sequence[int] | None) -> list[tuple[int, int, int]]:
-    """Return the shapes to compare: of a graph with open sizes six or more, most not square."""
+def shapes_for(
+    side: int, static: Sequence[int] | None, least: int = STRIDE
+) -> list[tuple[int, int, int]]:
+    """Return the shapes to compare: of a graph with open sizes six or more, most not square.
+
+    Args:
+        side: of the images that the network was trained on.
+        static: the only shape there is.
+        least: shortest side that the file is given.
+    """
     if static:
         return [(static[0], static[1], static[2])] * 6
-    half = max(STRIDE, side // 2 // STRIDE * STRIDE)
-    sizes = [(64, 64), (64, 96), (128, 32), (half, side), (side, half), (96, 160), (side, side)]
+    side = max(side, least)
+    half = max(least, side // 2 // STRIDE * STRIDE)
+    sizes = [(64, 64), (64, 96), (128, least), (half, side), (side, half), (96, 160)]
+    sizes += [(least, 160), (side, side)]
     shapes = [(5 if index % 3 == 1 else 1, *size) for index, size in enumerate(sizes)]
     return list(dict.fromkeys(shapes))
 
@@ -254,6 +273,8 @@ def _compare_one(
                 f"The exported model returns {name} of shape {given[name].shape} for images of "
                 f"shape {tuple(images.shape)}; the network {wanted[name].shape}."
             )
+    if not all(np.isfinite(given[name]).all() for name in names):
+        found.not_finite.append((len(images), *images.shape[-2:]))
     logits = wanted["logits"]
     found.spread = max(found.spread, float(logits.max() - logits.min()))
     # max() of Python drops NaN; that of NumPy keeps it.

@@ -30,8 +30,8 @@ STRIDE = 32
 class ExportedNetwork(nn.Module):
     """Stands for ``CamoXpert`` where an exported graph runs.
 
-    Images of any size are padded (their border repeated) to multiples of 32, and to the one size
-    and batch of a static graph.
+    Images of any size are padded (their border repeated) to multiples of 32, to the shortest side
+    that the file may be given, and to the one size and batch of a static graph.
 
     Args:
         runtime: runs the graph.
@@ -51,6 +51,7 @@ class ExportedNetwork(nn.Module):
         self.register_buffer("mean", torch.zeros(1, device=device), persistent=False)
         self.outputs = [name for name in self.about["outputs"] if name != "probability"]
         self.static: list[int] | None = self.about.get("static")
+        self.least_side: int = self.about.get("least_side") or STRIDE
         self.guidance = _memory(self.about["guidance"]) if self.about.get("guidance") else None
         self.reference_D: Tensor | None = None
 
@@ -124,7 +125,9 @@ class ExportedNetwork(nn.Module):
                     "--tta scales out."
                 )
         else:
-            rows, columns = (-(-side // STRIDE) * STRIDE for side in (height, width))
+            rows, columns = (
+                max(self.least_side, -(-side // STRIDE) * STRIDE) for side in (height, width)
+            )
         if (rows, columns) == (height, width):
             return images_BCHW
         pad = (0, columns - width, 0, rows - height)

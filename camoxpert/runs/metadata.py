@@ -25,6 +25,7 @@ EXPORTED_SHAPE: dict[str, Any] = {
     "precision": str,
     "outputs": [str],
     "static": [int],
+    "least_side": int,
     "presence": {"images": int},
     "guidance": {"features": int},
     "scores": {},

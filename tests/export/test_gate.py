@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from camoxpert.errors import NumericError
 from camoxpert.export.forced import force, rounds_of
 from camoxpert.export.gate import Agreement, Parity, compare, judge, shapes_for
 from camoxpert.export.graph import ExportGraph
+from camoxpert.inference.exported import ExportedNetwork
 from camoxpert.models import experts
 
 SAME = Agreement(50, "generated", {"Smeasure": (0.8, 0.8), "MAE": (0.05, 0.05)}, 1.0, 1.0, "a")
@@ -80,6 +81,42 @@ def test_pooling_of_one_size_fails(graph: ExportGraph, monkeypatch: pytest.Monke
     assert verdict(graph, traced, [(1, SIDE, SIDE)]) == []
     assert "a probability differs" in verdict(graph, traced)[0]
     assert "a probability differs" in verdict(graph, traced, [(1, 2 * SIDE, 2 * SIDE)])[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_what_is_not_finite_is_refused_in_every_precision(
+    graph: ExportGraph, precision: str, value: float
+) -> None:
+    def narrow(images: Tensor) -> Sequence[Tensor]:
+        probability, logits = graph(images)
+        return probability, logits * (value if images.shape[-1] == 32 else 1)
+
+    found = compare(graph, graph, run_by(narrow, graph), SHAPES)
+    assert found.not_finite and {shape[2] for shape in found.not_finite} == {32}
+    named = " x ".join(map(str, (found.not_finite[0][0], 3, *found.not_finite[0][1:])))
+    assert f"NaN or infinity for {named}" in judge(precision, found, SAME).broken[0]
+    wide = compare(graph, graph, run_by(narrow, graph), shapes_for(SIDE, None, least=64))
+    assert wide.not_finite == [] and judge(precision, wide, SAME).broken == []
+
+
+def test_a_file_is_never_given_less_than_its_shortest_side() -> None:
+    class Sizes:
+        title, about = "", {"outputs": ["probability", "logits"], "config": {}, "least_side": 64}
+        seen: ClassVar[list[tuple[int, ...]]] = []
+
+        def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+            self.seen.append(inputs["images"].shape)
+            return [inputs["images"][:, :1].astype("float32")]
+
+    runtime = Sizes()
+    images = torch.arange(2 * 3 * 96 * 20, dtype=torch.int32).reshape(2, 3, 96, 20) % 256
+    found = ExportedNetwork(runtime, torch.device("cpu"))(images.to(torch.uint8))
+    assert runtime.seen == [(2, 3, 96, 64)]
+    assert torch.equal(found.logits_B1HW, images[:, :1].float())
+    runtime.about.pop("least_side")  # of an earlier version
+    ExportedNetwork(runtime, torch.device("cpu"))(images.to(torch.uint8))
+    assert runtime.seen[-1] == (2, 3, 96, 32)
 
 
 def test_weights_that_say_nothing_are_refused() -> None:
