@@ -8,50 +8,65 @@ from pathlib import Path
 from camoxpert import console
 from camoxpert.config import Config, get_setting
 from camoxpert.crossval.divide import find_pool
+from camoxpert.crossval.learned import lineage, overlap
 from camoxpert.data.cache.choice import cache_root
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.doctor.leaks import LeakSearch, copies_of
 from camoxpert.errors import CheckpointError, ConfigError, DataError
-from camoxpert.runs.checkpoint import load_checkpoint
-from camoxpert.runs.identity import model_file
+from camoxpert.runs.hub import is_hub_name
 from camoxpert.stages.chain import Chain, Stage
 from camoxpert.text import count, shorten
 from camoxpert.training.data import hash_of_data
 
+STARTS = (
+    *(("--init-from", "model.init_from"), ("--teacher", "data.teacher")),
+    *(("--weights", "model.weights"), ("--support-weights", "model.support.weights")),
+)
+"""Settings that name a model to start from or to learn from, with their flags."""
 BESIDE = {"data.synthetic": "[]", "data.unlabeled": "''", "data.negatives": "[]"}
 """Settings that bring images beside the roots, and how a stage says that it has none."""
 
 
 def require_nothing_seen(configs: Sequence[Config], pool: Manifest) -> None:
-    """Refuse a start or a teacher that was trained on the images that folds hold out.
+    """Refuse a start or a teacher that learned from the images that folds hold out: under any
+    splits, in other folders, through a model before it, or from the Hub.
+
+    What cannot be known is said.
 
     Args:
         configs: the settings of all stages; the last are those of the folds.
         pool: the divided images.
 
     Raises:
-        DataError: a model was trained on this data.
+        DataError: a model learned from some of these images.
     """
-    named = [("--init-from", config.model.init_from) for config in configs]
-    named += [("--teacher", config.data.teacher) for config in configs]
-    for flag, value in dict.fromkeys(named):
-        if not value or not Path(value).exists():
-            continue
+    named = [(flag, get_setting(one, path)) for flag, path in STARTS for one in configs]
+    asked = [(f, v) for f, v in dict.fromkeys(named) if v and (is_hub_name(v) or Path(v).exists())]
+    if not asked:
+        return
+    digests = {pool.content_hash(), *map(hash_of_data, configs[-1:])}
+    for flag, value in asked:
+        known = True
         try:
-            file = model_file(Path(value))
-            trained_on = None if file is None else load_checkpoint(file).values.get("data_hash")
+            for learned in lineage(value):
+                known = known and bool(learned.samples)
+                found = overlap(pool, learned, digests)
+                if found:
+                    raise DataError(
+                        f"{flag} {learned.name} was trained on these images ({found}), also on "
+                        f"those that each fold holds out: its scores would be too good. Leave it "
+                        f"out, or train it as a stage before (--stages), which holds out the same "
+                        f"images."
+                    )
         except CheckpointError:
             # Whoever reads it for training says what is wrong with it.
-            continue
-        if trained_on is not None and trained_on == hash_of_data(configs[-1]):
-            raise DataError(
-                f"{flag} {value} was trained on these images, also on those that each fold holds "
-                f"out: its scores would be too good. Leave it out, or train it as a stage before "
-                f"(--stages), which holds out the same images."
-            )
+            known = False
+        why = "none of its images has the name and the size of one here, and copies may differ"
+        if not known:
+            why = "what it was trained on is not recorded"
         console.warn(
-            f"{flag} {value}: if it was trained on some of {count(len(pool), 'image')}, the scores "
-            f"of the folds that hold them out are too good"
+            f"{flag} {value}: {why}. If it learned from some of {count(len(pool), 'image')}, the "
+            f"scores of the folds that hold them out are too good"
         )
 
 

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import NamedTuple
 
 SAMPLES = "samples.csv"
+
+
+class Sample(NamedTuple):
+    """An image of a run."""
+
+    dataset: str
+    name: str
+    split: str
+    image_bytes: int
+    mask_bytes: int
 
 
 def read_samples(run_dir: Path) -> dict[tuple[str, str], str]:
@@ -16,3 +27,22 @@ def read_samples(run_dir: Path) -> dict[tuple[str, str], str]:
             return {(row["dataset"], row["name"]): row["split"] for row in rows}
     except (OSError, KeyError, csv.Error):
         return {}
+
+
+def read_sample_rows(file: Path) -> list[Sample]:
+    """Return every row of a ``samples.csv`` with the sizes of its files; [] if it cannot be read or
+    has none, as those of the first versions."""
+    try:
+        with file.open(encoding="utf-8", errors="surrogateescape") as text:
+            return [
+                Sample(
+                    row["dataset"],
+                    row["name"],
+                    row["split"],
+                    int(row["image_bytes"]),
+                    int(row["mask_bytes"]),
+                )
+                for row in csv.DictReader(text)
+            ]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+        return []

@@ -23,6 +23,7 @@ from camoxpert.cli import main
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.runs.checkpoint import load_checkpoint, resolve_checkpoint
 from camoxpert.runs.hub import WEIGHTS, HubName, hub_name, repo_of
+from camoxpert.synthesis.toy import generate_toy
 
 ROOT = Path(__file__).parents[2]
 FOREIGN = b"---\nlibrary_name: transformers\n---\n# A model\n"
@@ -170,6 +171,19 @@ class TestReading:
         assert "the local copy, which is the newest" in said(capsys)
         new = shared.commit({"README.md": b"other"})
         assert resolve_checkpoint(Path("hf:owner/beetle")).parent.name == new
+
+
+def test_crossval_knows_what_a_model_saw(
+    shared: Repo, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shared weights name the hash of their data; a model of other data is warned of."""
+    words = ["crossval", "--init-from", "hf:owner/beetle", "--dry-run", "--no-pretrained"]
+    words += ["-o", str(tmp_path / "cv"), "--cache-dir", str(tmp_path / "cache")]
+    assert main([*words, "--dataset-path", str(toy_data)]) == 3
+    assert "--init-from hf:owner/beetle was trained on these images" in said(capsys)
+    generate_toy(tmp_path / "other", num_train=6, num_test=1, size=32, difficulty=0.3, seed=9)
+    assert main([*words, "--dataset-path", str(tmp_path / "other")]) == 0
+    assert "--init-from hf:owner/beetle: what it was trained on is not recorded" in said(capsys)
 
 
 class TestOffline:
