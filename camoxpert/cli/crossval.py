@@ -82,17 +82,23 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     check_folder("-o", options.output)
     from camoxpert.crossval import run as folds
     from camoxpert.crossval.collect import collect, missing_folds
+    from camoxpert.crossval.opening import Division, describe, open_folder
     from camoxpert.crossval.report import write_summary
     from camoxpert.crossval.summary import summarise
 
     folder = Path(options.output)
-    division = folds.Division(
-        options.folds, options.repeats, options.leave_class_out, config.data.splits
-    )
+    division = Division(options.folds, options.repeats, options.leave_class_out, config.data.splits)
     command = ["camoxpert", *typed]
     with stop.watch():
-        found = folds.open_folder(folder, config, division, chain=chain, write=not options.dry_run)
-        console.say(folds.describe(found.splits))
+        found = open_folder(
+            folder,
+            config,
+            division,
+            chain=chain,
+            write=not options.dry_run,
+            train=not options.summary_only,
+        )
+        console.say(describe(found.splits))
         if options.dry_run:
             console.say("dry run     nothing was trained or written")
             return 0

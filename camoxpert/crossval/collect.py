@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from camoxpert.config import Config, load_config
 from camoxpert.crossval.heldout import OUT_OF_FOLD, FoldScores, is_scored, read_fold
+from camoxpert.crossval.method import method_differences, method_of_run
 from camoxpert.data.files.folds import SPLITS, Splits, read_splits
 from camoxpert.errors import DataError
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.statistics import Comparison, Scores, compare
-from camoxpert.runs.identity import setting_differences
 from camoxpert.text import count, shorten
 
 
@@ -61,7 +60,7 @@ def collect(folder: Path) -> Collected:
                 f"folds. Copy the run that was trained with this file, or remove it and train it "
                 f"again."
             )
-    _require_one_method(folds)
+    _require_one_method(folds, splits)
     repeats = []
     for repeat in range(splits.repeats):
         own = [fold for fold in folds if splits.repeat_of(fold.fold) == repeat]
@@ -149,13 +148,13 @@ def require_same_digest(first: Splits, folder: Path, second: Splits, other: Path
         )
 
 
-def _require_one_method(folds: Sequence[FoldScores]) -> None:
-    """Raise DataError where folds were trained with other settings than the first."""
-    configs = [_neutral(load_config(file=fold.path / "config.yaml")) for fold in folds]
-    for fold, config in zip(folds[1:], configs[1:], strict=True):
-        changes = setting_differences(configs[0], config, before={}, now={})
-        # Machines have the data in different places; the folds know their images.
-        other = [text for path, text in changes.items() if not path.startswith("data.roots")]
+def _require_one_method(folds: Sequence[FoldScores], splits: Splits) -> None:
+    """Raise DataError where a fold was trained in another way than the first."""
+    methods = [
+        method_of_run(fold.path, fold.about, repeat=splits.repeat_of(fold.fold)) for fold in folds
+    ]
+    for fold, method in zip(folds[1:], methods[1:], strict=True):
+        other = method_differences(methods[0], method)
         if other:
             raise DataError(
                 f"{fold.path} was trained with other settings than {folds[0].path} "
@@ -167,13 +166,3 @@ def _require_one_method(folds: Sequence[FoldScores]) -> None:
                 f"{fold.path / OUT_OF_FOLD} scores images without an object in another way than "
                 f"that of {folds[0].path}. Score the folds with one version."
             )
-
-
-def _neutral(config: Config) -> Config:
-    """Return settings without what differs from fold to fold."""
-    return replace(
-        config,
-        data=replace(config.data, splits="", fold=None),
-        model=replace(config.model, init_from=""),
-        train=replace(config.train, seed=0),
-    )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from camoxpert.data.files.folds import Splits
 from camoxpert.data.files.image_io import write_png
 from camoxpert.data.files.labels import split_void
 from camoxpert.data.files.manifest import Manifest
+from camoxpert.data.files.unlabeled import NO_IMAGES
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import CheckpointError, DataError
@@ -47,10 +48,11 @@ from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import Claim, Row
-from camoxpert.runs.checkpoint import FORMAT, Checkpoint, load_checkpoint
+from camoxpert.runs.checkpoint import FORMAT, PRESENCE, Checkpoint, load_checkpoint
 from camoxpert.runs.records import read_records
 from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime.device import choose_device, choose_precision
+from camoxpert.training.calibrate import calibrate
 
 OUT_OF_FOLD = "out_of_fold"
 FINAL, MAPS = "final.pt", "maps"
@@ -90,7 +92,15 @@ def with_datasets(manifest: Manifest, several: bool) -> Manifest:
 
 
 def score_fold(
-    run: Path, config: Config, held_out: Manifest, *, fold: int, splits: Splits, empty_gt: str
+    run: Path,
+    config: Config,
+    held_out: Manifest,
+    *,
+    fold: int,
+    splits: Splits,
+    empty_gt: str,
+    calibration: Manifest = NO_IMAGES,
+    stages: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> None:
     """Score the held-out images of a finished run and write ``out_of_fold/``; then delete the
     checkpoints to continue from, which a finished fold no longer needs.
@@ -101,6 +111,8 @@ def score_fold(
         held_out: the images; their names are unique.
         fold, splits: which fold it is.
         empty_gt: how images without an object are scored; see ``Evaluator``.
+        calibration: the images that the run set aside to calibrate its presence head.
+        stages: (name, what its result depends on) of those before the run, for ``fold.json``.
 
     Raises:
         CheckpointError: there are no final weights.
@@ -111,25 +123,34 @@ def score_fold(
     folder = run / OUT_OF_FOLD
     checkpoint = final_weights(run)
     device = choose_device(config.train.device)
-    predictor = Predictor(
-        checkpoint, device=device, precision=choose_precision(config.train, device)
+    precision = choose_precision(config.train, device)
+    batch_size, workers = config.train.batch_size or 8, config.data.num_workers or 0
+    data = DataConfig(
+        img_size=checkpoint.config.data.img_size,
+        max_pixels=config.data.max_pixels,
+        unreadable=config.data.unreadable,
+        modalities=checkpoint.config.data.beside_rgb,
     )
+    if not _is_calibrated(checkpoint):
+        # That of best.pt holds for the weights of another epoch.
+        fit = calibrate(
+            checkpoint,
+            calibration,
+            data,
+            batch_size=batch_size,
+            num_workers=workers,
+            device=device,
+            precision=precision,
+        )
+        if fit is not None:
+            step = int(checkpoint.values["state"]["step"])
+            CheckpointFolder(folder).save_weights(FINAL, checkpoint.values, step=step)
+    predictor = Predictor(checkpoint, device=device, precision=precision)
     evaluator = Evaluator(empty_gt=empty_gt)
     sure: dict[str, float] = {}
     unreadable: list[str] = []
     meter = PresenceMeter()
-    data = DataConfig(
-        img_size=predictor.img_size,
-        max_pixels=config.data.max_pixels,
-        unreadable=config.data.unreadable,
-        modalities=predictor.modalities,
-    )
-    loader = build_eval_loader(
-        held_out,
-        data,
-        batch_size=config.train.batch_size or 8,
-        num_workers=config.data.num_workers or 0,
-    )
+    loader = build_eval_loader(held_out, data, batch_size=batch_size, num_workers=workers)
 
     def read() -> Iterator[EvalBatch]:
         for batch in console.track(loader, f"images held out by fold {fold}"):
@@ -167,6 +188,7 @@ def score_fold(
         "unreadable": unreadable,
         "scores": evaluator.results() if evaluator.num_images else {},
         "empty_gt": empty_gt,
+        "stages": [{"name": name, "facts": facts} for name, facts in stages],
         "epoch": state["epoch"],
         "step": state["step"],
         "best": _best_epoch(run),
@@ -208,6 +230,12 @@ def final_weights(run: Path) -> Checkpoint:
     (run / OUT_OF_FOLD).mkdir(exist_ok=True)
     CheckpointFolder(path.parent).save_weights(FINAL, values, step=values["state"]["step"])
     return load_checkpoint(path)
+
+
+def _is_calibrated(checkpoint: Checkpoint) -> bool:
+    """Return whether the presence head of weights is calibrated; False for those without one."""
+    images = checkpoint.values["model"].get(f"{PRESENCE}calibration.images")
+    return images is not None and bool(images > 0)
 
 
 def is_scored(run: Path) -> bool:

@@ -9,12 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from camoxpert import console, stop
+from camoxpert.config import DataConfig
+from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import chunks, forward_batch, modalities_of
-from camoxpert.runs.checkpoint import BEST, PRESENCE, load_checkpoint, read_index
+from camoxpert.runs.checkpoint import BEST, PRESENCE, Checkpoint, load_checkpoint, read_index
 from camoxpert.runs.info import update_run_json
 from camoxpert.runs.store import CheckpointFolder
+from camoxpert.runtime.device import Precision
 from camoxpert.training.run import Run
 
 STEEPEST = 100.0
@@ -127,8 +130,10 @@ def _log_loss(
 
 
 @torch.inference_mode()
-def presence_logits(run: Run, predictor: Predictor) -> tuple[list[float], list[bool]]:
-    """Return the presence logits of the calibration images, and whether each has an object.
+def presence_logits(
+    predictor: Predictor, images: Manifest, data: DataConfig, *, batch_size: int, num_workers: int
+) -> tuple[list[float], list[bool]]:
+    """Return the presence logits of images, and whether each has an object.
 
     Images without one of which some pixels are unlabelled are left out: it is not known.
 
@@ -136,22 +141,23 @@ def presence_logits(run: Run, predictor: Predictor) -> tuple[list[float], list[b
         Stopped: the command was asked to stop.
     """
     loader = build_eval_loader(
-        run.data.calibration,
+        images,
         # A broken image must not keep a trained run from finishing.
-        replace(run.config.data, unreadable="skip"),
-        batch_size=run.plan.stages[-1].batch_size,
-        num_workers=run.data.loading.num_workers,
+        replace(data, unreadable="skip"),
+        batch_size=batch_size,
+        num_workers=num_workers,
     )
     logits: list[float] = []
     labels: list[bool] = []
-    size = forward_batch(run.device)
+    device = predictor.device
+    size = forward_batch(device)
     for items in chunks(loader, size):
         stop.check()
         filled = [*items, *[items[-1]] * (size - len(items))]
-        images = torch.stack([item.image for item in filled]).to(run.device)
-        with predictor.precision.autocast(run.device):
-            seen = modalities_of(filled, run.device)
-            output = predictor.model(images, *(() if seen is None else (None, seen)))
+        pixels = torch.stack([item.image for item in filled]).to(device)
+        with predictor.precision.autocast(device):
+            seen = modalities_of(filled, device)
+            output = predictor.model(pixels, *(() if seen is None else (None, seen)))
         found = output.presence_logit_B.float().cpu().tolist()
         for item, logit in zip(items, found, strict=False):
             label = bool((item.mask == 255).any())
@@ -159,6 +165,49 @@ def presence_logits(run: Run, predictor: Predictor) -> tuple[list[float], list[b
                 logits.append(logit)
                 labels.append(label)
     return logits, labels
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    images: Manifest,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    precision: Precision,
+) -> Fit | None:
+    """Fit the presence head of a checkpoint to images and set it in ``checkpoint.values["model"]``;
+    return None where there is no head, or nothing to fit it on.
+
+    Args:
+        checkpoint: evaluated weights without an EMA beside them, whose head is not calibrated yet.
+        images: of both kinds, none of which was trained on or chose anything.
+        data: how they are read.
+        batch_size, num_workers: of reading.
+        device, precision: of the forward passes.
+
+    Raises:
+        Stopped: the command was asked to stop.
+    """
+    if checkpoint.model_config.presence == "off" or not len(images):
+        return None
+    predictor = Predictor(checkpoint, device=device, precision=precision)
+    logits, labels = presence_logits(
+        predictor, images, data, batch_size=batch_size, num_workers=num_workers
+    )
+    if len(set(labels)) < 2:
+        console.warn("presence is not calibrated: too few images could be read for it")
+        return None
+    fit = fit_calibration(np.array(logits), np.array(labels, np.float64))
+    weights = checkpoint.values["model"]
+    for name, value in (
+        ("temperature", fit.temperature),
+        ("bias", fit.bias),
+        ("images", len(labels)),
+    ):
+        weights[f"{PRESENCE}calibration.{name}"].fill_(value)
+    return fit
 
 
 def calibrate_best(run: Run) -> Fit | None:
@@ -173,19 +222,17 @@ def calibrate_best(run: Run) -> Fit | None:
     if checkpoint.model_config.presence == "off" or not len(run.data.calibration):
         return None
     with run.log.phase("calibration"):
-        predictor = Predictor(checkpoint, device=run.device, precision=run.precision)
-        logits, labels = presence_logits(run, predictor)
-        if len(set(labels)) < 2:
-            console.warn("presence is not calibrated: too few images could be read for it")
+        fit = calibrate(
+            checkpoint,
+            run.data.calibration,
+            run.config.data,
+            batch_size=run.plan.stages[-1].batch_size,
+            num_workers=run.data.loading.num_workers,
+            device=run.device,
+            precision=run.precision,
+        )
+        if fit is None:
             return None
-        fit = fit_calibration(np.array(logits), np.array(labels, np.float64))
-        weights = checkpoint.values["model"]
-        for name, value in (
-            ("temperature", fit.temperature),
-            ("bias", fit.bias),
-            ("images", len(labels)),
-        ):
-            weights[f"{PRESENCE}calibration.{name}"].fill_(value)
         entry = next((e for e in read_index(store.folder) if e["file"] == BEST), {})
         known = ("file", "step", "bytes", "sha256", "pending")
         about = {name: value for name, value in entry.items() if name not in known}

@@ -58,7 +58,7 @@ COMMANDS = {
     "crossval": (
         ("crossval", "--dataset-path", "{data}"),
         "-o",
-        "camoxpert.crossval.run.find_pool",
+        "camoxpert.crossval.opening.find_pool",
     ),
     "profile": (
         ("profile", "--dataset-path", "{data}"),

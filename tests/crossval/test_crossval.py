@@ -204,6 +204,35 @@ class TestResume:
         assert result(joined) == result(finished)
 
 
+class TestPlaces:
+    def test_folds_from_another_machine(
+        self,
+        crossval: Crossval,
+        finished: Path,
+        easy: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """Its data lay elsewhere; only its content counts, in the summary and where it is
+        continued."""
+        out = copy(finished, tmp_path / "out")
+        settings = out / "fold-2" / "config.yaml"
+        text = settings.read_text()
+        settings.write_text(text.replace(str(easy), f"/elsewhere/{easy.name}"))
+        assert settings.read_text() != text
+        monkeypatch.setattr(session, "run", lambda *a, **o: pytest.fail("a run was started"))
+        assert crossval(out, "--summary-only") == 0
+        assert crossval(out) == 0
+        assert result(out) == result(finished)
+        # The control: other data of that name.
+        info = read_json(out / "fold-2" / "run.json")
+        write_json(out / "fold-2" / "run.json", info | {"data_hash": "0" * 64})
+        assert crossval(out, "--summary-only") == 3
+        assert crossval(out) == 4
+        assert said(capsys).count("has other content") == 2
+
+
 class TestRefusals:
     def test_a_missing_fold_is_named(
         self, crossval: Crossval, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -452,6 +481,10 @@ def test_leave_class_out(crossval: Crossval, easy: Path, tmp_path: Path, capsys)
     assert crossval(out, "--leave-class-out", "--folds", "3") == 2
 
 
+def out_of_fold_and_best(run: Path) -> tuple[Path, Path]:
+    return run / OUT_OF_FOLD / FINAL, run / "checkpoints" / "best.pt"
+
+
 def test_images_without_an_object(crossval: Crossval, easy: Path, tmp_path: Path, capsys) -> None:
     """They are divided as well; masks are scored of the others, presence of both kinds."""
     empty = tmp_path / "empty"
@@ -467,6 +500,15 @@ def test_images_without_an_object(crossval: Crossval, easy: Path, tmp_path: Path
     assert len(list((out / "maps" / "repeat-1").rglob("*.png"))) == 30
     splits = read_splits(out / "splits.json")
     assert [sum(i.size == "none" for i in splits.held_out(n)) for n in (1, 2)] == [6, 6]
+    for number in (1, 2):
+        # After one epoch the best weights are the last ones, and so is their calibration.
+        files = out_of_fold_and_best(out / f"fold-{number}")
+        final, best = (load_checkpoint(file).values["model"] for file in files)
+        for name in ("temperature", "bias", "images"):
+            name = f"presence.calibration.{name}"
+            assert final[name] == best[name], name
+        assert final["presence.calibration.images"] > 0
+        assert final["presence.calibration.bias"] != 0
 
 
 def test_images_that_cannot_be_read(crossval: Crossval, easy: Path, tmp_path: Path, capsys) -> None:
