@@ -56,7 +56,14 @@ from camoxpert.training.negatives import (
 from camoxpert.training.quick import as_trained, choose_part, images_per_epoch, say_quick
 from camoxpert.training.recipe import Recipe, choose_recipe
 from camoxpert.training.rundata import RunData
-from camoxpert.training.split import BESIDE, Split, asked_splits, decide_split, uses_given
+from camoxpert.training.split import (
+    BESIDE,
+    Split,
+    asked_splits,
+    decide_split,
+    on_neither_side,
+    uses_given,
+)
 from camoxpert.training.teacher import find_soft_maps
 
 MASKS_LOOKED_AT = 16
@@ -109,6 +116,7 @@ def find_data(
     # A cache that fits its files was made from files that could be read.
     faults = unreadable_in(cache, every) if cache is not None else _look_for_faults(every, data)
     train, validation = decide_split(found, config, kept or {}, splits=splits, write=write)
+    apart = on_neither_side(whole, train, validation)
     tests = {} if by_heart else _find_tests(data, search)
     calibration = NO_IMAGES
     if kinds.head:
@@ -116,7 +124,7 @@ def find_data(
             train, whole, made, config, kept or {}, write=write
         )
     held_out = joined(validation, without_made(calibration))
-    made = without_leaks(made, data.synthetic, train, held_out, tests)
+    made = without_leaks(made, data.synthetic, train, held_out, tests, apart)
     require_no_leaks(whole, tests)
     train, left_out = choose_part(train, whole, config, kept or {}, world.size, write=write)
     (train, negatives), (made, made_negatives) = divided(train), divided(made)

@@ -11,10 +11,13 @@ from camoxpert.data.files.made import MADE
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.provenance import PROVENANCE, Finder, Known, Origin, read_origins
+from camoxpert.data.files.unlabeled import NO_IMAGES
 from camoxpert.errors import DataError
 from camoxpert.text import count, shorten
 
 TRAINING, VALIDATION = "training", "validation"
+APART = "held out"
+"""Word for images of a fold that it neither trains on nor is scored by."""
 
 
 def without_leaks(
@@ -23,8 +26,10 @@ def without_leaks(
     train: Manifest,
     validation: Manifest,
     tests: Mapping[str, Manifest],
+    apart: Manifest = NO_IMAGES,
 ) -> Manifest:
-    """Return made images without those that come from validation images, printing their names.
+    """Return made images without those that come from validation images or others that are held
+    out, printing their names.
 
     Which images validate is decided by each run, so data that was made from TRAIN usually holds
     some that come from them.
@@ -33,6 +38,7 @@ def without_leaks(
         made: the made images.
         folders: where they lie, each with its provenance.
         train, validation, tests: the real images of the run.
+        apart: images that are on neither side of a fold, as others of their group are held out.
 
     Raises:
         DataError: made images come from test images, or are real training images.
@@ -40,7 +46,8 @@ def without_leaks(
     if not len(made):
         return made
     # Held out first: where an old path fits two images, the careful answer counts.
-    finder = Finder({**_by_name(tests), VALIDATION: validation, TRAINING: train})
+    held_out_parts = {VALIDATION: validation, APART: apart}
+    finder = Finder({**_by_name(tests), **held_out_parts, TRAINING: train})
     origins: dict[Path, Origin] = {}
     for folder in folders:
         origins |= read_origins(Path(folder))
@@ -56,7 +63,7 @@ def without_leaks(
             leaked.append((pair, held_out))
         elif found[0] is not None:
             real.append(pair.name)
-    tested = [(pair, known) for pair, known in leaked if known.part != VALIDATION]
+    tested = [(pair, known) for pair, known in leaked if known.part not in held_out_parts]
     if tested:
         raise DataError(
             f"--synthetic: {len(tested)} of {count(len(made), 'made image')} come from test "
@@ -82,10 +89,11 @@ def without_leaks(
         )
     if not leaked:
         return made
+    what = VALIDATION if all(known.part == VALIDATION for _, known in leaked) else "held-out"
     console.decide(
         MADE,
-        f"{len(leaked)} of {count(len(made), 'made image')} come from validation images and are "
-        f"not used: {_named(leaked)}",
+        f"{len(leaked)} of {count(len(made), 'made image')} come from {what} images and are not "
+        f"used: {_named(leaked)}",
     )
     left_out = {pair for pair, _ in leaked}
     return replace(made, pairs=tuple(pair for pair in made.pairs if pair not in left_out))

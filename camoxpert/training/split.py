@@ -138,6 +138,13 @@ def decide_split(
     return train, validation
 
 
+def on_neither_side(whole: Manifest, train: Manifest, validation: Manifest) -> Manifest:
+    """Return the images that are neither trained on nor held out: their group is divided by
+    ``--leave-class-out``."""
+    used = {*train.pairs, *validation.pairs}
+    return replace(whole, pairs=tuple(pair for pair in whole.pairs if pair not in used))
+
+
 def _say_families(families: Sequence[Sequence[int]], whole: Manifest) -> None:
     joined = sum(map(len, families))
     if any(pair.series for pair in whole.pairs):

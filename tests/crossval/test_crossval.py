@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from camoxpert.files import read_json, write_json
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.statistics import Scores, compare, confidence_intervals
 from camoxpert.runs.checkpoint import load_checkpoint
+from camoxpert.synthesis.toy import generate_toy
 from camoxpert.training import session
 
 pytestmark = pytest.mark.slow
@@ -456,6 +458,19 @@ def test_repeats_and_two_data_sets_with_names_in_common(
 QUICK = ("--epochs", "1", "--stage1-epochs", "0")
 
 
+def made_from(data: Path, number: int, folder: Path) -> tuple[Path, list[str]]:
+    """Make a data set, each image of which says that it comes from the image of that number."""
+    generate_toy(folder, num_train=number, num_test=1, size=32, difficulty=0.1, seed=3)
+    images = sorted((folder / "TrainDataset" / "Imgs").iterdir())
+    lines = []
+    for image, place in zip(images, range(number), strict=True):
+        (source,) = (data / "Imgs").glob(f"{place}.*")
+        row = {"image": str(image.relative_to(folder)), "sources": [{"path": str(source)}]}
+        lines.append(json.dumps(row))
+    (folder / "provenance.jsonl").write_text("\n".join(lines))
+    return folder, [image.stem for image in images]
+
+
 def test_leave_class_out(crossval: Crossval, easy: Path, tmp_path: Path, capsys) -> None:
     """Two classes and images of none: a fold for each class, and a score for its images alone."""
     data = copy(easy / "TrainDataset", tmp_path / "data")
@@ -470,9 +485,16 @@ def test_leave_class_out(crossval: Crossval, easy: Path, tmp_path: Path, capsys)
         (data / "Imgs" / f"{name}{suffix}").rename(data / image)
         lines.append(f"{image},GT/{name}.png,{label},{video}")
     (data / "list.csv").write_text("\n".join(lines))
+    made, own = made_from(data, 4, tmp_path / "made")
     out = tmp_path / "out"
-    assert crossval(out, "--leave-class-out", *QUICK, data=data / "list.csv") == 0
-    assert "1 image on neither side" in said(capsys)
+    more = ("--leave-class-out", "--synthetic", str(made), *QUICK)
+    assert crossval(out, *more, data=data / "list.csv") == 0
+    words = said(capsys)
+    assert "1 image on neither side" in words and "3 of 4 made images come from held-out" in words
+    # Images 0 and 2 are crabs, 1 and 3 owls; 1 is apart from the crabs and 0 from the owls.
+    for fold, kept in ((1, own[3]), (2, own[2])):
+        samples = (out / f"fold-{fold}" / "samples.csv").read_text().splitlines()
+        assert [row.split(",")[2] for row in samples if row.startswith("synthetic,")] == [kept]
     summary = read_json(out / "summary.json")
     assert [fold["name"] for fold in summary["folds"]] == ["1: crab", "2: owl"]
     assert [fold["images"] for fold in summary["folds"]] == [7, 7]
