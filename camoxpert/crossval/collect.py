@@ -129,13 +129,41 @@ def units_of(splits: Splits, names: Sequence[str]) -> NDArray[np.int64]:
 
 
 def compare_methods(first: Collected, second: Collected) -> dict[str, Comparison]:
-    """Return the paired differences, first minus second, over all held-out images.
+    """Return the paired differences, first minus second, over all held-out images that both score.
 
     Raises:
         DataError: the two were not trained on the same folds.
     """
     require_same_digest(first.splits, first.folder, second.splits, second.folder)
-    return compare(first.scores, second.scores, units_N=first.units_N)
+    names = compared_images(first, second)
+    scores = [found.scores.part(names) for found in (first, second)]
+    return compare(*scores, units_N=units_of(first.splits, scores[0].names))
+
+
+def compared_images(first: Collected, second: Collected) -> frozenset[str]:
+    """Return the images by which two methods are compared.
+
+    A method that tells images without an object apart does not score their maps, and one without
+    does (``--presence off``): then those with an object are compared.
+
+    Raises:
+        DataError: images are missing in one of them for another reason, or there are none.
+    """
+    ours, theirs = set(first.scores.names), set(second.scores.names)
+    unexplained = (ours ^ theirs) - _without_object(first) - _without_object(second)
+    if unexplained or not ours & theirs:
+        alone = sorted(unexplained or ours ^ theirs)
+        raise DataError(
+            f"{first.folder} and {second.folder} cannot be compared: not scored in both: "
+            f"{count(len(alone), 'image')} ({shorten(alone, 3)}). Score both with the same images, "
+            f"which can be read in both."
+        )
+    return frozenset(ours & theirs)
+
+
+def _without_object(found: Collected) -> set[str]:
+    """Return the images that were seen and not scored, as they have no object."""
+    return {name for repeat in found.repeats for name in repeat.claims()} - set(found.scores.names)
 
 
 def require_same_digest(first: Splits, folder: Path, second: Splits, other: Path) -> None:

@@ -13,7 +13,15 @@ import cv2
 from camoxpert import console, text
 from camoxpert.crossval.collect import Collected
 from camoxpert.crossval.heldout import MAPS, OUT_OF_FOLD, with_datasets
-from camoxpert.crossval.summary import FOUND, Pooled, Spread, Summary, Suspect, main_measure
+from camoxpert.crossval.summary import (
+    FOUND,
+    Difference,
+    Pooled,
+    Spread,
+    Summary,
+    Suspect,
+    main_measure,
+)
 from camoxpert.data.files.image_io import read_image, read_mask
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.errors import DataError
@@ -61,7 +69,10 @@ def write_summary(
             folds=fold_rows(summary),
             breakdowns=_breakdowns(summary),
             comparisons=[
-                (difference["other"], comparison_rows(difference["measures"], difference["folds"]))
+                (
+                    compared_words(difference),
+                    comparison_rows(difference["measures"], difference["folds"]),
+                )
                 for difference in summary["comparisons"]
             ],
             suspects=suspect_rows(summary["suspects"]),
@@ -82,7 +93,7 @@ def write_summary(
     if summary["best_epoch"]:
         console.say(OPTIMISTIC)
     for difference in summary["comparisons"]:
-        console.say(f"\nthis method minus {difference['other']}, on the same folds:")
+        console.say(f"\nthis method minus {compared_words(difference)}:")
         console.say(text.table(comparison_rows(difference["measures"], difference["folds"])))
     console.say(wrong_words(summary))
     return page
@@ -169,6 +180,17 @@ def comparison_rows(
             ]
         )
     return rows
+
+
+def compared_words(difference: Difference) -> str:
+    """Return the name of the other method, and on what the two are compared."""
+    words = f"{difference['other']}, on the same folds"
+    if difference["left_out"]:
+        words += (
+            f", by the {text.count(difference['images'], 'image')} with an object: one of the two "
+            f"does not score the {difference['left_out']} without"
+        )
+    return words
 
 
 def suspect_rows(suspects: Sequence[Suspect]) -> list[list[str]]:
@@ -261,7 +283,7 @@ def markdown(summary: Summary) -> str:
         _markdown_table(fold_rows(summary)),
     ]
     for difference in summary["comparisons"]:
-        parts.append(f"## This method minus {difference['other']}, on the same folds")
+        parts.append(f"## This method minus {compared_words(difference)}")
         parts.append(_markdown_table(comparison_rows(difference["measures"], difference["folds"])))
     parts += ["## Look at these images", wrong_words(summary)]
     parts.append(_markdown_table(suspect_rows(summary["suspects"])))

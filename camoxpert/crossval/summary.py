@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
 from camoxpert.config import changed_settings, load_config
-from camoxpert.crossval.collect import Collected, compare_methods
+from camoxpert.crossval.collect import Collected, compare_methods, compared_images
 from camoxpert.crossval.heldout import FoldScores
 from camoxpert.evaluation.results import break_down, deciding_key
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.presence import presence_scores
-from camoxpert.metrics.statistics import confidence_intervals
+from camoxpert.metrics.statistics import Scores, confidence_intervals
 from camoxpert.pages.report import quick_sentences
 from camoxpert.runs.info import versions
 from camoxpert.runs.records import read_info
@@ -73,6 +73,8 @@ class Difference(TypedDict):
     other: str
     measures: dict[str, dict[str, float]]  # difference, low, high, p_value
     folds: dict[str, Spread]  # of the differences of folds
+    images: int  # scored by both
+    left_out: int  # without an object, scored by one of the two alone
 
 
 class Summary(TypedDict):
@@ -183,9 +185,11 @@ def _fold(found: Collected, number: int) -> FoldEntry:
     }
 
 
-def _scores_of(fold: FoldScores) -> dict[str, float]:
-    """Return the scores of a fold; {} where none of its images was scored."""
-    return fold.evaluator.results() if fold.evaluator.num_images else {}
+def _scores_of(fold: FoldScores, names: Collection[str] | None = None) -> dict[str, float]:
+    """Return the scores of a fold, or those of some images; {} where none of them was scored."""
+    if not fold.evaluator.num_images:
+        return {}
+    return fold.evaluator.results() if names is None else Scores(fold.evaluator).part(names).means()
 
 
 def _suspects(found: Collected) -> list[Suspect]:
@@ -246,9 +250,9 @@ def _presence(found: Collected) -> dict[str, float]:
 
 
 def _difference(found: Collected, other: Collected) -> Difference:
-    measures = compare_methods(found, other)
+    measures, names = compare_methods(found, other), compared_images(found, other)
     pairs = [
-        (_scores_of(one), _scores_of(two))
+        (_scores_of(one, names), _scores_of(two, names))
         for one, two in zip(found.folds, other.folds, strict=True)
     ]
     gaps = [{k: one[k] - two[k] for k in measures if k in one and k in two} for one, two in pairs]
@@ -256,6 +260,8 @@ def _difference(found: Collected, other: Collected) -> Difference:
         "other": str(other.folder),
         "measures": {key: dict(value._asdict()) for key, value in measures.items()},
         "folds": spread(gaps),
+        "images": len(names),
+        "left_out": len(set(found.scores.names) ^ set(other.scores.names)),
     }
 
 

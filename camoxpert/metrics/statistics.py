@@ -6,7 +6,7 @@ from the resampled curves, not averaged over images: the statistic is the one in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,6 +76,23 @@ class Scores:
             for letter in parts[0].curves_NL
         }
         return mean
+
+    def part(self, names: Collection[str]) -> Scores:
+        """Return the scores of some of the images, in the same order."""
+        kept = np.array([name in names for name in self.names], bool)
+        found = Scores.__new__(Scores)
+        found.names = tuple(name for name in self.names if name in names)
+        found.keys, found.table_NK = self.keys, self.table_NK[kept]
+        found.curves_NL = {letter: curve[kept] for letter, curve in self.curves_NL.items()}
+        return found
+
+    def means(self) -> dict[str, float]:
+        """Return the measures of all images; {} of none."""
+        number = len(self.names)
+        if not number:
+            return {}
+        values_K = self.statistics(np.full((1, number), 1 / number))[0]
+        return dict(zip(self.keys, map(float, values_K), strict=True))
 
     def statistics(self, weights_RN: Floats) -> Floats:
         """Return the measures of weighted images, (R, K): one row for each row of weights.
