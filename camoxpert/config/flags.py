@@ -89,7 +89,8 @@ def read_config(
     Args:
         options: what was typed.
         rest: the overrides.
-        beneath: settings of another file, between those of ``--config`` and what was typed.
+        beneath: settings of another file, between those of ``--config`` and what was typed; it
+            makes several trainings of them, and checks the settings of each for contradictions.
     """
     types = accepted()
     typed = {path: value for path, value in vars(options).items() if path in types}
@@ -102,7 +103,12 @@ def read_config(
         path: parse_text(value, types[path], path) if isinstance(value, str) else value
         for path, value in typed.items()
     }
-    return load_config(file=options.config, flags={**(beneath or {}), **flags}, overrides=overrides)
+    return load_config(
+        file=options.config,
+        flags={**(beneath or {}), **flags},
+        overrides=overrides,
+        conflicts=beneath is None,
+    )
 
 
 def _declare(

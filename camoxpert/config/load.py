@@ -38,6 +38,7 @@ def load_config(
     file: str | Path | None = None,
     flags: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
+    conflicts: bool = True,
 ) -> Config:
     """Merge defaults < file < flags < overrides, check everything, return the frozen tree.
 
@@ -45,6 +46,7 @@ def load_config(
         file: YAML file with any part of the tree, or None.
         flags: dotted path -> value, only what the user typed.
         overrides: ``path=value`` strings.
+        conflicts: False leaves contradictions between settings to the caller.
 
     Raises:
         ConfigError: unknown name (with the nearest one), wrong type, out of range, or a conflict.
@@ -55,7 +57,8 @@ def load_config(
         merge(merged, _flatten(read_yaml(path), f" (in {file})"))
     merge(merged, {**(flags or {}), **dict(_parse_override(text) for text in overrides)})
     config = build_config(merged)
-    check_conflicts(config)
+    if conflicts:
+        check_conflicts(config)
     return config
 
 

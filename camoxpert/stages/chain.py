@@ -28,6 +28,8 @@ from camoxpert.errors import ConfigError
 from camoxpert.files import expand_user, why_missing
 
 INIT_FROM = "model.init_from"
+KEEP_RGB, UPCYCLE_NOISE = "train.keep_rgb", "model.upcycle_noise"
+"""Settings that need a model to start from."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,30 @@ class Chain:
                 beneath = {path: value for path, value in beneath.items() if path != INIT_FROM}
             try:
                 config = build_config({**beneath, **own})
+                if not last:
+                    config = _with_what_applies(config, own, started=number > 1)
                 check_conflicts(config if number == 1 else _with_start(config, self.path))
             except ConfigError as error:
                 raise ConfigError(f"{self.path}, stage {name}: {error}") from error
             found.append(Stage(name, config, last))
         return found
+
+
+def _with_what_applies(config: Config, own: Mapping[str, Any], *, started: bool) -> Config:
+    """Return the settings of a stage before the last without those that all stages share and that
+    need a start, or modalities, which this one does not have.
+
+    Args:
+        config: its settings.
+        own: those that it says itself, which stay.
+        started: whether a stage comes before it.
+    """
+    started = started or bool(config.model.init_from)
+    if not (started and config.data.beside_rgb) and KEEP_RGB not in own:
+        config = replace(config, train=replace(config.train, keep_rgb=False))
+    if not started and UPCYCLE_NOISE not in own:
+        config = replace(config, model=replace(config.model, upcycle_noise=0.0))
+    return config
 
 
 def _with_start(config: Config, start: Path) -> Config:

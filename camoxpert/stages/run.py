@@ -106,13 +106,44 @@ def run_chain(
 
 
 def preview(stages: Sequence[Stage]) -> None:
-    """Print what the cache says of each stage, and take one step of each; write nothing."""
-    for one in plan(stages):
-        verdict = "the run that is asked for"
+    """Print what the cache says of each stage, and take one step of each; write nothing.
+
+    A stage whose start is not kept yet is tried without one, and so without the settings that need
+    it.
+    """
+    weights: Path | None = None
+    for number, one in enumerate(plan(stages)):
+        config, verdict = one.stage.config, "the run that is asked for"
+        if number and weights is None:
+            config, words = _without_start(config)
+        else:
+            words = ""
+            if weights is not None:
+                config = replace(config, model=replace(config.model, init_from=str(weights)))
         if not one.stage.last:
-            verdict = store.find(cache_root(one.stage.config.data), one.facts).verdict
+            found = store.find(cache_root(config.data), one.facts)
+            verdict, weights = found.verdict, found.weights
         console.say(f"stage       {one.stage.name}: {verdict}")
-        session.dry_run(one.stage.config)
+        if words:
+            console.say(f"            {words}")
+        session.dry_run(config)
+
+
+def _without_start(config: Config) -> tuple[Config, str]:
+    """Return settings that can be tried before there is a start, and what is not tried, in words;
+    "": everything is."""
+    given = {
+        "--keep-rgb": config.train.keep_rgb,
+        "model.upcycle_noise": config.model.upcycle_noise > 0,
+    }
+    tried = replace(
+        config,
+        train=replace(config.train, keep_rgb=False),
+        model=replace(config.model, upcycle_noise=0.0),
+    )
+    names = " and ".join(name for name, there in given.items() if there)
+    words = f"{names} not tried: the stage before, the start, is not trained yet" if names else ""
+    return tried, words
 
 
 def _first_needed(planned: Sequence[Planned]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.folds import words
+from helpers.sensors import TINY_WORDS, views
 
 from camoxpert.cli import main
 from camoxpert.config import build_config, load_config
@@ -80,3 +81,45 @@ def test_settings_that_need_a_start_in_a_later_stage(tmp_path: Path) -> None:
         path.write_text(f"stages:\n- {{name: a, {setting}}}\n- name: b\n")
         with pytest.raises(ConfigError, match=r"stage a: .*--init-from"):
             read_chain(path).resolve(base)
+
+
+def test_settings_that_need_a_start_for_all_stages(tmp_path: Path) -> None:
+    """Given by the command, those stages take them that have a start, and modalities."""
+    path = tmp_path / "stages.yaml"
+    path.write_text(
+        "stages:\n- {name: a, data.modalities: [rgb]}\n- {name: b, data.modalities: [rgb]}\n"
+        "- name: c\n- name: d\n"
+    )
+    flags = {"train.keep_rgb": True, "model.upcycle_noise": 0.1}
+    base = load_config(flags={"data.modalities": ["rgb", "depth"], **flags}, conflicts=False)
+    found = [stage.config for stage in read_chain(path).resolve(base)]
+    assert [one.train.keep_rgb for one in found] == [False, False, True, True]
+    assert [one.model.upcycle_noise for one in found] == [0.0, 0.1, 0.1, 0.1]
+    # A start of the first stage is one.
+    started = replace(base, model=replace(base.model, init_from="x.pt"))
+    assert read_chain(path).resolve(started)[0].config.model.upcycle_noise == 0.1
+    # The last stage is what was asked for: there it is never dropped.
+    path.write_text("stages:\n- name: a\n- {name: b, data.modalities: [rgb]}\n")
+    with pytest.raises(ConfigError, match=r"stage b: --keep-rgb .* no --modalities"):
+        read_chain(path).resolve(base)
+    path.write_text("stages:\n- name: a\n")
+    with pytest.raises(ConfigError, match=r"stage a: .*--init-from"):
+        read_chain(path).resolve(base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["stage", "command"])
+def test_a_dry_run_of_a_stage_that_keeps_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    """The start is not trained yet; the rest is tried."""
+    data, path = views(tmp_path / "data"), tmp_path / "stages.yaml"
+    own = ", train.keep_rgb: true" if where == "stage" else ""
+    path.write_text(f"stages:\n- {{name: a, data.modalities: [rgb]}}\n- {{name: b{own}}}\n")
+    words = ["train", "--dataset-path", str(data), "--checkpoint-dir", str(tmp_path / "runs")]
+    words += [*TINY_WORDS, "--stages", str(path), "--cache-dir", str(tmp_path / "cache")]
+    words += ["--keep-rgb"] if where == "command" else []
+    assert main([*words, "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("one step forward and back") == 2
+    assert "stage b: the run that is asked for --keep-rgb not tried: the stage before" in text
