@@ -1,5 +1,5 @@
-"""``report``: one self-contained HTML page about a run, several runs or predictions; a ledger as a
-table."""
+"""``report``: one self-contained HTML page about a run, several runs, folds or predictions; a
+ledger as a table."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   camoxpert report runs/NAME
   camoxpert report runs/BASE runs/OTHER runs/OTHER-seed2 -o compared.html
   camoxpert report predictions/
+  camoxpert report cv/ours
   camoxpert report scores.jsonl --dataset NC4K --format latex"""
 
 
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         nargs="+",
-        help="a run folder, a folder of `predict -o`, or a ledger of `evaluate --ledger`; several "
-        "run folders are compared with the first",
+        help="a run folder, a folder of `predict -o` or `crossval -o`, or a ledger of "
+        "`evaluate --ledger`; several run folders are compared with the first",
     )
     parser.add_argument(
         "-o",
@@ -62,15 +63,29 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
 
         console.say(str(write_report(path, page)))
         return 0
+    if (path / "splits.json").is_file():
+        return _crossval(path, options)
     from camoxpert.inference.ledger import LEDGER
 
     if not (path / LEDGER).is_file():
         raise CheckpointError(
             f"{path} is neither a run folder (it holds no config.yaml) nor a folder of predictions "
-            f"(no {LEDGER}) nor a ledger file."
+            f"(no {LEDGER}) nor one of a cross-validation (no splits.json) nor a ledger file."
         )
     check_file("-o", page)
     _predictions(path, page)
+    return 0
+
+
+def _crossval(folder: Path, options: argparse.Namespace) -> int:
+    if options.output:
+        raise ConfigError(
+            f"-o: the page of a cross-validation is in its folder, with its tables and maps. Leave "
+            f"-o out; the page is {folder / 'report.html'}."
+        )
+    from camoxpert.crossval.report import rewrite
+
+    console.say(f"report      {rewrite(folder)}")
     return 0
 
 
@@ -81,6 +96,11 @@ def _comparison(paths: list[Path], options: argparse.Namespace) -> int:
     for path in paths:
         if not (path / "config.yaml").is_file():
             missing = "" if path.exists() else f" {why_missing(path)}"
+            if (path / "splits.json").is_file():
+                missing = (
+                    " It is a cross-validation: compare it with another by `camoxpert crossval -o "
+                    "DIR --summary-only --compare-with OTHER` and the flags of its data."
+                )
             raise CheckpointError(
                 f"{path} is not a run folder (it holds no config.yaml); only runs are compared."
                 f"{missing}"

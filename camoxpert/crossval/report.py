@@ -11,7 +11,9 @@ from pathlib import Path
 import cv2
 
 from camoxpert import console, text
-from camoxpert.crossval.collect import Collected
+from camoxpert.config import Config, load_config
+from camoxpert.crossval.collect import Collected, collect
+from camoxpert.crossval.divide import find_pool
 from camoxpert.crossval.heldout import MAPS, OUT_OF_FOLD, with_datasets
 from camoxpert.crossval.summary import (
     FOUND,
@@ -21,11 +23,13 @@ from camoxpert.crossval.summary import (
     Summary,
     Suspect,
     main_measure,
+    summarise,
 )
+from camoxpert.data.files.folds import SPLITS, require_same_images
 from camoxpert.data.files.image_io import read_image, read_mask
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.errors import DataError
-from camoxpert.files import write_bytes, write_json
+from camoxpert.files import read_json, write_bytes, write_json
 from camoxpert.pages.crossval import CrossvalReport, write_crossval_page
 from camoxpert.pages.pictures import panel
 from camoxpert.pages.render import Picture, inline_jpeg
@@ -97,6 +101,37 @@ def write_summary(
         console.say(text.table(comparison_rows(difference["measures"], difference["folds"])))
     console.say(wrong_words(summary))
     return page
+
+
+def rewrite(folder: Path) -> Path:
+    """Sum up the folds of a finished cross-validation again, with the settings and the data of its
+    own runs; returns the page.
+
+    Raises:
+        DataError: folds are missing, or the data is not where any of them had it.
+    """
+    found, earlier = collect(folder), read_json(folder / JSON)
+    configs = [load_config(file=fold.path / "config.yaml") for fold in found.folds]
+    here = [one for one in configs if all(Path(root).exists() for root in _data_of(one))]
+    if not here:
+        raise DataError(
+            f"{folder} is a cross-validation, whose page shows images, and its data is not here "
+            f"({text.shorten(_data_of(configs[0]))}). Name it: camoxpert crossval --dataset-path "
+            f"DATA -o {folder} --summary-only."
+        )
+    pool = find_pool(here[0])
+    require_same_images(found.splits, pool, folder / SPLITS)
+    others = [Path(str(one.get("other"))) for one in earlier.get("comparisons") or ()]
+    for gone in (other for other in others if not other.is_dir()):
+        console.warn(f"{gone} is gone: the page does not compare with it any more")
+    compared = [collect(other) for other in others if other.is_dir()]
+    summary = summarise(found, compared, command=[str(w) for w in earlier.get("command") or ()])
+    several = len({pair.dataset for pair in pool.pairs}) > 1
+    return write_summary(folder, summary, found, pool, several=several)
+
+
+def _data_of(config: Config) -> list[str]:
+    return [*config.data.roots, *config.data.negatives]
 
 
 def gather_maps(folder: Path, found: Collected) -> None:

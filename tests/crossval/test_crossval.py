@@ -342,6 +342,32 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
 
 
+class TestReport:
+    def test_the_page_is_written_again(self, finished: Path, tmp_path: Path, capsys) -> None:
+        out = copy(finished, tmp_path / "out")
+        for name in (PAGE, "summary.md"):
+            (out / name).unlink()
+        assert main(["report", str(out)]) == 0
+        assert str(out / PAGE) in said(capsys)
+        assert result(out) == result(finished)
+        assert (out / "summary.md").read_text() == (finished / "summary.md").read_text()
+        assert (out / PAGE).read_text().count("<img") == (finished / PAGE).read_text().count("<img")
+        assert read_json(out / "summary.json")["command"][:2] == ["camoxpert", "crossval"]
+
+    def test_what_it_cannot_do(self, finished: Path, easy: Path, tmp_path: Path, capsys) -> None:
+        out = copy(finished, tmp_path / "out")
+        for settings in out.glob("fold-*/config.yaml"):
+            settings.write_text(settings.read_text().replace(str(easy), "/gone"))
+        assert main(["report", str(out)]) == 3
+        assert "its data is not here (/gone)" in said(capsys)
+        assert main(["report", str(out), "-o", "page.html"]) == 2
+        assert main(["report", str(out), str(finished)]) == 4
+        assert "It is a cross-validation: compare it" in said(capsys)
+        shutil.rmtree(out / "fold-2")
+        assert main(["report", str(out)]) == 3
+        assert "1 fold of 3 is missing" in said(capsys)
+
+
 class TestComparison:
     def test_a_second_method_on_the_same_splits(
         self, crossval: Crossval, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
