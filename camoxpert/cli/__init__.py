@@ -15,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from camoxpert import __version__
 from camoxpert.errors import CamoXpertError, ConfigError, Stopped
@@ -69,11 +69,11 @@ KINDS = {
 class Parser(argparse.ArgumentParser):
     """argparse that answers a typo with the nearest flag and raises instead of exiting."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         # Examples are lines to paste, not a paragraph to wrap.
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with argparse's message, made a sentence."""

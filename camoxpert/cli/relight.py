@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from camoxpert import stop
 from camoxpert.cli import generator, no_overrides
@@ -130,7 +130,7 @@ def light_settings(options: argparse.Namespace) -> RelightSettings:
     from camoxpert.synthesis.relight.draw import LIMITS, RelightSettings
     from camoxpert.text import did_you_mean
 
-    values: dict[str, object] = {"strength": options.strength}
+    values: dict[str, Any] = {"strength": options.strength}
     if options.patterns is not None:
         values["patterns"] = tuple(options.patterns)
         if not options.patterns:
@@ -147,4 +147,4 @@ def light_settings(options: argparse.Namespace) -> RelightSettings:
             values[name] = (float(low), float(high))
         except ValueError:
             raise ConfigError(f"--range {name} takes two numbers, not {low} {high}.") from None
-    return RelightSettings(**values)  # type: ignore[arg-type]
+    return RelightSettings(**values)

@@ -184,12 +184,16 @@ class DeviceEngine:
                         # It just died: its end is noticed next.
                         return
 
+    def _heard(self) -> list[_Worker]:
+        """Return the processes that sent something or died; wait a moment for the first."""
+        waiting = [worker for worker in self._workers if not worker.ended]
+        ready = wait([worker.connection for worker in waiting], POLL_SECONDS)
+        return [worker for worker in waiting if worker.connection in ready]
+
     def _receive(self) -> Iterator[ChunkResult]:
         """Wait for messages and deaths; yield the chunks that they complete."""
-        connections = {worker.connection: worker for worker in self._workers if not worker.ended}
         stop.check()
-        for connection in wait(list(connections), POLL_SECONDS):
-            worker = connections[connection]  # type: ignore[index]
+        for worker in self._heard():
             try:
                 kind, content = worker.connection.recv()
             except (EOFError, OSError):
@@ -261,9 +265,7 @@ class DeviceEngine:
                 continue
         deadline = time.monotonic() + GRACE_SECONDS
         while any(not worker.ended for worker in self._workers) and time.monotonic() < deadline:
-            connections = {w.connection: w for w in self._workers if not w.ended}
-            for connection in wait(list(connections), POLL_SECONDS):
-                worker = connections[connection]  # type: ignore[index]
+            for worker in self._heard():
                 try:
                     kind, content = worker.connection.recv()
                 except (EOFError, OSError):

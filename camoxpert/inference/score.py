@@ -120,6 +120,7 @@ def presence_of(model: nn.Module, output: ModelOutput) -> Tensor | None:
     """Return the calibrated probabilities (B,) that images hold any object; None without a head."""
     if output.presence_logit_B is None:
         return None
+    # A plain module has no such method; only networks that have it return such a logit.
     judge: Callable[[ModelOutput], Tensor] = model.presence_probability  # type: ignore[assignment]
     return judge(output)
 

@@ -181,7 +181,6 @@ def _compared(head: Mapping[str, object] | None) -> dict[str, object]:
 
 def _alternating(parts: Sequence[Iterator[Row]]) -> Iterator[Row]:
     """Yield rows in the order of the undivided items."""
-    missing = object()
-    for row in chain.from_iterable(zip_longest(*parts, fillvalue=missing)):
-        if row is not missing:
-            yield row  # type: ignore[misc]
+    for row in chain.from_iterable(zip_longest(*parts)):
+        if row is not None:
+            yield row

@@ -336,9 +336,9 @@ class VideoRun:
                 yield head | {"status": "failed", **as_fields(before), "reason": str(error)}
                 continue
             unchanged = before if source_of(video.path) == before else None
-            options = {"every": self.options.every, "smooth": self.options.smooth}
+            options: Row = {"every": self.options.every, "smooth": self.options.smooth}
             if "video" in self.kinds:
-                options["shows"] = self.options.shows  # type: ignore[assignment]
+                options["shows"] = self.options.shows
             known = {"status": "ok", **as_fields(unchanged), "digest": digest}
             yield head | known | {"kinds": list(self.kinds)} | options | facts
 

@@ -235,7 +235,7 @@ def _before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 def _after_norm(module: nn.Module, inputs: object, output: object) -> None:
     if getattr(module, "single_value", False):
         module.training = True
-        module.single_value = False  # type: ignore[assignment]
+        module.single_value = False  # type: ignore[assignment]  # as above
 
 
 def require_name(name: str, *, option: str) -> None:

@@ -104,10 +104,11 @@ class Guidance(nn.Module):
         self.features = features
         self.enter = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
         self.steering = nn.ModuleList(Steering(c, width) for c in channels[-GUIDED_LEVELS:])
-        self.routers = nn.ModuleList(nn.Linear(width, size) for size in hidden)
-        for router in self.routers:
-            nn.init.zeros_(router.weight)  # type: ignore[arg-type]  # of a Linear
-            nn.init.zeros_(router.bias)  # type: ignore[arg-type]  # of a Linear
+        routers = [nn.Linear(width, size) for size in hidden]
+        for router in routers:
+            nn.init.zeros_(router.weight)
+            nn.init.zeros_(router.bias)
+        self.routers = nn.ModuleList(routers)
         # The class memory, and the encoder whose features all of this understands; saved with the
         # weights, because a checkpoint must carry what it was trained with.
         self.register_buffer("prototypes_KD", torch.zeros(0, features))

@@ -177,9 +177,10 @@ class ModalityBranch(nn.Module):
             }
         )
         # Without a bias: of a photograph alone every input is 0, and so is what is added.
-        self.routers = nn.ModuleList(nn.Linear(1 + len(names), size, bias=False) for size in hidden)
-        for router in self.routers:
-            nn.init.zeros_(router.weight)  # type: ignore[arg-type]  # of a Linear
+        routers = [nn.Linear(1 + len(names), size, bias=False) for size in hidden]
+        for router in routers:
+            nn.init.zeros_(router.weight)
+        self.routers = nn.ModuleList(routers)
 
     def forward(
         self, features: Sequence[Tensor], seen: Modalities

@@ -155,10 +155,10 @@ def _label(names: Sequence[str]) -> str:
 
 def setting_columns(settings: Sequence[Setting]) -> list[tuple[str, list[str]]]:
     """Return the settings that differ: (dotted path, value of each)."""
-    known = [setting.runs[0] for setting in settings if setting.runs[0].config is not None]
+    known = [config for s in settings if (config := s.runs[0].config) is not None]
     if not known:
         return []
-    paths = [path for path in what_is_trained(known[0].config) if path != "train.seed"]  # type: ignore[arg-type]
+    paths = [path for path in what_is_trained(known[0]) if path != "train.seed"]
     columns = []
     for path in paths:
         values = [_value(setting.runs[0], path) for setting in settings]

@@ -142,6 +142,7 @@ def set_tf32(enabled: bool, device: torch.device) -> str:
         return "n/a"
     mode = "tf32" if enabled else "ieee"
     torch.backends.cuda.matmul.fp32_precision = mode
+    # torch's annotations do not know the switch of single operators.
     torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
     if not enabled:
         return "off"

@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
     def _receive(self, length: int, file: IO[bytes]) -> None:
         """Read the body into a file."""
         try:
-            receive(self.rfile, length, file)  # type: ignore[arg-type]
+            receive(self.rfile, length, file)
         except Fault:
             if self.server.closed:
                 raise closing() from None

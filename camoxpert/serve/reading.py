@@ -65,6 +65,7 @@ class LimitedReader(io.RawIOBase):
         """Return True."""
         return True
 
+    # Narrower than any writable buffer: BufferedReader gives one of these two.
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """Read what is there; return the number of bytes, 0 at the end.
 
@@ -84,7 +85,7 @@ class LimitedReader(io.RawIOBase):
         return number
 
 
-def receive(source: io.BufferedReader, length: int, file: IO[bytes]) -> None:
+def receive(source: io.BufferedIOBase, length: int, file: IO[bytes]) -> None:
     """Copy a body of known length into a file, piece by piece.
 
     Raises:

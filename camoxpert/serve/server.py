@@ -77,7 +77,8 @@ class Server(ThreadingHTTPServer):
                 address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
             self.address_family, *_, where = found[0]
-            super().__init__(where[:2], Handler)  # type: ignore[arg-type]
+            host, port = str(where[0]), int(where[1])
+            super().__init__((host, port), Handler)
         except (OSError, UnicodeError) as error:
             raise ConfigError(_why(address, error)) from error
         self.host: str = address.host
