@@ -159,6 +159,15 @@ def _ledger(path: Path, options: argparse.Namespace) -> int:
     unknown = [key for key in options.measures or () if key not in keys]
     if unknown:
         raise ConfigError(f"--measures: no row has {unknown[0]}; there are {', '.join(keys)}.")
+    lines: list[tables.Row] = [
+        {
+            "dataset": row["dataset"],
+            "method": row["method"],
+            "num_images": row["num_images"],
+            "scores": row["scores"],
+        }
+        for row in rows
+    ]
     make = tables.FORMATS[options.format or "text"]
-    console.say(make(rows, tuple(options.measures or keys)).rstrip("\n"))
+    console.say(make(lines, tuple(options.measures or keys)).rstrip("\n"))
     return 0

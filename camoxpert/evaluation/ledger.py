@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, TYPE_CHECKING, Literal, TypedDict, TypeGuard
 
 from camoxpert.errors import DataError
 from camoxpert.evaluation.results import EvaluationResult, MapSource
@@ -19,26 +19,39 @@ from camoxpert.files import finite, lock, require_writable, why_unwritable
 from camoxpert.runs.info import git_commit, versions
 from camoxpert.text import shorten
 
+if TYPE_CHECKING:
+    from typing import NotRequired
+
 TEXTS = ("method", "dataset", "data_hash", "protocol", "empty_gt")
+OTHERWISE: dict[Literal["data_hash", "protocol", "empty_gt"], str] = {
+    "data_hash": "other images or masks (data hash)",
+    "protocol": "another --protocol",
+    "empty_gt": "another --empty-gt",
+}
+"""What it means that rows differ in a key."""
 START = '{"time"'
 """How a row begins. A killed writer can leave a shorter line."""
 
 
 class LedgerRow(TypedDict):
-    """A row of the ledger: the result of one method on one data set."""
+    """A row of the ledger: the result of one method on one data set.
 
-    time: str
+    A file may hold rows of older releases and of other programs, which need not have the optional
+    keys; every row that is written has all of them.
+    """
+
+    time: NotRequired[str]
     method: str
     dataset: str
     num_images: int
-    num_unreadable: int
+    num_unreadable: NotRequired[int]
     data_hash: str
     protocol: str
     empty_gt: str
-    resize: str
-    gt_threshold: int | None
-    version: str
-    commit: str | None
+    resize: NotRequired[str]
+    gt_threshold: NotRequired[int | None]
+    version: NotRequired[str]
+    commit: NotRequired[str | None]
     scores: dict[str, float]
 
 
@@ -106,7 +119,7 @@ def _ends_line(file: IO[bytes]) -> bool:
     return file.read(1) == b"\n"
 
 
-def read_ledger(path: Path) -> list[dict[str, Any]]:
+def read_ledger(path: Path) -> list[LedgerRow]:
     """Return all rows; half a line, left by a killed writer, is skipped.
 
     Raises:
@@ -116,7 +129,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The ledger {path} cannot be read: {error}.") from error
-    rows = []
+    rows: list[LedgerRow] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -136,7 +149,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_row(row: Any) -> bool:
+def _is_row(row: object) -> TypeGuard[LedgerRow]:
     if not isinstance(row, dict) or not isinstance(row.get("num_images"), int):
         return False
     scores = row.get("scores")
@@ -147,16 +160,16 @@ def _is_row(row: Any) -> bool:
     )
 
 
-def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def comparable(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
     """Return the newest row of each method and data set, ready for a table.
 
     Raises:
         DataError: a data set's rows were scored on different images or masks, or under different
             protocols, so their numbers are not comparable.
     """
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    newest: dict[tuple[str, str], LedgerRow] = {}
     for row in rows:
-        entry = dict(row)
+        entry = row.copy()
         if row.get("resize") == "bilinear":
             # Resizing changes the third decimal: these scores do not depend on the method alone.
             entry["method"] = f"{row['method']} (resized)"
@@ -164,11 +177,7 @@ def comparable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     problems = []
     for dataset in dict.fromkeys(row["dataset"] for row in newest.values()):
         group = [row for (own, _), row in newest.items() if own == dataset]
-        for field, meaning in (
-            ("data_hash", "other images or masks (data hash)"),
-            ("protocol", "another --protocol"),
-            ("empty_gt", "another --empty-gt"),
-        ):
+        for field, meaning in OTHERWISE.items():
             kinds: dict[str, list[str]] = {}
             for row in group:
                 kinds.setdefault(str(row[field]), []).append(row["method"])
