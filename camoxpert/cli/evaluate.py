@@ -214,10 +214,9 @@ def _print(results: Sequence[EvaluationResult], form: str) -> None:
     if form == "csv" and not corrupted:
         rows = [with_presence(row) for row in rows]
         keys = tuple(dict.fromkeys(key for row in rows for key in row["scores"]))
-    if form == "text":
-        # For readers; files and the other formats hold what was measured.
-        rows += published_rows(results)
-    tables = [] if corrupted and form == "csv" else [FORMATS[form](rows, keys)]
+    # For readers; files and the other formats hold what was measured.
+    published = published_rows(results) if form == "text" else []
+    tables = [] if corrupted and form == "csv" else [FORMATS[form]([*rows, *published], keys)]
     if form != "csv" and (text := presence_table(rows, form)):
         tables.append(text)
     if corrupted:

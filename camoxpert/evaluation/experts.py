@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from camoxpert.metrics.scoring import Row
 from camoxpert.metrics.statistics import group_p_value
+from camoxpert.runs.scores import ExpertEntry, ExpertsEntry
 
 SCORES = ("wFmeasure", "IoU")
 """Measures of the table, where they were computed."""
@@ -55,6 +56,20 @@ class ExpertTable:
     keys: tuple[str, ...]
     uses: tuple[ExpertUse, ...]
     p_values: dict[str, dict[str, float]]
+
+    def entry(self) -> ExpertsEntry:
+        """Return it as ``scores.json`` holds it."""
+        uses: list[ExpertEntry] = [
+            {
+                "level": use.level,
+                "expert": use.expert,
+                "images": use.images,
+                "share": use.share,
+                "means": use.means,
+            }
+            for use in self.uses
+        ]
+        return {"keys": self.keys, "uses": uses, "p_values": self.p_values}
 
 
 def column(level: str) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camoxpert.data.files.image_io import write_jpeg
-from camoxpert.evaluation.results import GalleryEntry
 from camoxpert.metrics.scoring import Claim, Row
+from camoxpert.runs.scores import GalleryEntry
 from camoxpert.text import safe_name
 
 Picture = NDArray[np.uint8]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from camoxpert.inference.score import Item, forward_batch, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.statistics import Scores, compare
 from camoxpert.models.guidance import Reference, combine
+from camoxpert.runs.scores import CacheCounts
 from camoxpert.text import count, shorten
 
 NONE, MEMORY = "no reference", "class memory"
@@ -43,7 +43,7 @@ class Prepared:
 
     shots: Shots
     targets: dict[str, dict[str, Tensor]]
-    cache: dict[str, Any]
+    cache: CacheCounts
 
 
 def prepare_shots(

@@ -29,7 +29,6 @@ from camoxpert.evaluation.output import OutputFolder, write_evaluation
 from camoxpert.evaluation.presence import PresenceMeter
 from camoxpert.evaluation.results import (
     EvaluationResult,
-    GalleryEntry,
     ModelSource,
     Scored,
     note_void,
@@ -44,6 +43,7 @@ from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import FAST_KEYS, Row
 from camoxpert.pages.pictures import panel, side_by_side
 from camoxpert.runs.hub import repo_of
+from camoxpert.runs.scores import GalleryEntry
 from camoxpert.text import count, file_names, shorten
 
 

@@ -25,16 +25,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from camoxpert import console, stop
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.evaluation.options import ScoringOptions
-from camoxpert.evaluation.results import GalleryEntry, Scored, compare_all
+from camoxpert.evaluation.results import Scored, compare_all
 from camoxpert.evaluation.tables import (
     write_curves,
     write_presence,
@@ -52,6 +52,14 @@ from camoxpert.files import (
 )
 from camoxpert.pages.evaluation import write_evaluation_page
 from camoxpert.runs.info import versions
+from camoxpert.runs.scores import (
+    ComparisonEntry,
+    EarlierScores,
+    GalleryEntry,
+    ResultEntry,
+    ScoresFile,
+    holds_results,
+)
 from camoxpert.text import file_names
 
 UNFINISHED = ".evaluation-"
@@ -269,29 +277,24 @@ def _own_files(target: Path) -> list[str]:
     return names
 
 
-def _earlier(target: Path) -> dict[str, Any]:
+def _earlier(target: Path) -> EarlierScores:
     """Return the content of ``scores.json`` if it lists results; else {}: nothing can be kept."""
     content = read_json(target / MARKER)
-    results = content.get("results")
-    known = isinstance(results, list) and all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("scores"), dict)
-        and isinstance(entry.get("curves"), dict)
-        and {"method", "dataset", "protocol", "empty_gt"} <= entry.keys()
-        for entry in results
-    )
-    return content if known and isinstance(content.get("gallery"), list) else {}
+    return content if holds_results(content) else {}
 
 
 def _require_same_protocol(
-    earlier: Mapping[str, Any], scoring: ScoringOptions, target: Path | None
+    earlier: EarlierScores, scoring: ScoringOptions, target: Path | None
 ) -> None:
     """Raise ConfigError if the folder's scores cannot stand beside the new ones."""
     for entry in earlier.get("results", ()):
-        for key, asked in (("protocol", scoring.protocol), ("empty_gt", scoring.empty_gt)):
-            if entry[key] != asked:
+        for flag, there, asked in (
+            ("--protocol", entry["protocol"], scoring.protocol),
+            ("--empty-gt", entry["empty_gt"], scoring.empty_gt),
+        ):
+            if there != asked:
                 raise ConfigError(
-                    f"{target} holds scores with --{key.replace('_', '-')} {entry[key]}, and these "
+                    f"{target} holds scores with {flag} {there}, and these "
                     f"will be with {asked}: one table cannot show both. Name another folder with "
                     "-o."
                 )
@@ -355,7 +358,7 @@ def write_evaluation(
     write_tables(folder, grouped, keys)
     write_robustness(folder, kept.results, keys, datasets)
     write_presence(folder, kept.results, datasets)
-    summary = {
+    summary: ScoresFile = {
         "command": list(command),
         "versions": versions(),
         "results": kept.results,
@@ -373,12 +376,12 @@ class _Kept(NamedTuple):
     evaluation that stay.
     """
 
-    results: list[dict[str, Any]]
-    comparisons: list[Any]
-    gallery: list[dict[str, Any]]
+    results: list[ResultEntry]
+    comparisons: list[ComparisonEntry]
+    gallery: list[GalleryEntry]
 
 
-def _kept(earlier: Mapping[str, Any], entries: Sequence[dict[str, Any]]) -> _Kept:
+def _kept(earlier: EarlierScores, entries: Sequence[ResultEntry]) -> _Kept:
     """Merge results with those of the earlier evaluation, by method and data set.
 
     Results of the same method with other weights are stale and left out, with a remark.
@@ -413,7 +416,7 @@ def _kept(earlier: Mapping[str, Any], entries: Sequence[dict[str, Any]]) -> _Kep
     )
 
 
-def _note_other_images(old: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
+def _note_other_images(old: ResultEntry, entries: Sequence[ResultEntry]) -> None:
     for entry in entries:
         if entry["dataset"] != old["dataset"]:
             continue

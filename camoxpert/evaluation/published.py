@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from camoxpert.evaluation.results import EvaluationResult
+from camoxpert.runs.scores import TableEntry
 
 IMAGES = {"COD10K": 2026, "NC4K": 4121, "CAMO": 250}
 """Official test set -> number of its images."""
@@ -53,9 +53,9 @@ def official_name(dataset: str, num_images: int) -> str | None:
     return None
 
 
-def published_rows(results: Iterable[EvaluationResult]) -> list[dict[str, Any]]:
+def published_rows(results: Iterable[EvaluationResult]) -> list[TableEntry]:
     """Return table rows of published methods for the official test sets among the results."""
-    rows = []
+    rows: list[TableEntry] = []
     seen = set()
     for result in results:
         name = official_name(result.dataset, result.num_images)

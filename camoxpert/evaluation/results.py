@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, TypedDict
 
 import numpy as np
 
@@ -20,14 +19,19 @@ from camoxpert.metrics.groups import count_label, size_label
 from camoxpert.metrics.presence import PresenceScores, presence_scores
 from camoxpert.metrics.scoring import Row
 from camoxpert.metrics.statistics import Scores, breakdown, compare, confidence_intervals
+from camoxpert.runs.scores import (
+    AskedTables,
+    Breakdown,
+    ComparisonEntry,
+    ResultEntry,
+    SourceEntry,
+)
 from camoxpert.text import count
 
 DECIDING = ("wFmeasure", "Smeasure", "IoU", "MAE")
 """The first of these that was computed ranks images and methods."""
 FEW_METHODS = 4
 """Up to this many methods, every pair is compared; of more, each method with the best."""
-
-Breakdown = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,16 @@ class ModelSource:
     precision: str
     baseline: dict[str, dict[str, float]]
 
+    def entry(self) -> SourceEntry:
+        """Return it as ``scores.json`` holds it."""
+        return {
+            "checkpoint": self.checkpoint,
+            "weights": self.weights,
+            "img_size": self.img_size,
+            "precision": self.precision,
+            "baseline": self.baseline,
+        }
+
 
 @dataclass(frozen=True)
 class MapSource:
@@ -65,6 +79,15 @@ class MapSource:
     num_extra: int
     resize: str
     gt_threshold: int | None
+
+    def entry(self) -> SourceEntry:
+        """Return it as ``scores.json`` holds it."""
+        return {
+            "num_missing": self.num_missing,
+            "num_extra": self.num_extra,
+            "resize": self.resize,
+            "gt_threshold": self.gt_threshold,
+        }
 
 
 @dataclass(frozen=True)
@@ -112,15 +135,37 @@ class EvaluationResult:
     shots: ShotTable | None = None
     modalities: SubsetTable | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ResultEntry:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        source = asdict(values.pop("source"))
-        for name in ("robustness", "experts", "presence", "shots", "modalities"):
-            part = values.pop(name)
-            if part is not None:
-                values[name] = asdict(part)
-        return {**values, "num_unreadable": len(self.unreadable), **source}
+        asked: AskedTables = {}
+        if self.robustness is not None:
+            asked["robustness"] = self.robustness.entry()
+        if self.experts is not None:
+            asked["experts"] = self.experts.entry()
+        if self.presence is not None:
+            asked["presence"] = self.presence.entry()
+        if self.shots is not None:
+            asked["shots"] = self.shots.entry()
+        if self.modalities is not None:
+            asked["modalities"] = self.modalities.entry()
+        return {
+            "dataset": self.dataset,
+            "method": self.method,
+            "num_images": self.num_images,
+            "num_skipped": self.num_skipped,
+            "scores": self.scores,
+            "intervals": self.intervals,
+            "protocol": self.protocol,
+            "empty_gt": self.empty_gt,
+            "data_hash": self.data_hash,
+            "breakdown": self.breakdown,
+            "curves": self.curves,
+            "seconds": self.seconds,
+            "unreadable": self.unreadable,
+            **asked,
+            "num_unreadable": len(self.unreadable),
+            **self.source.entry(),
+        }
 
 
 @dataclass(frozen=True)
@@ -145,37 +190,6 @@ class Scored:
                 rows[name] = {**nothing, "name": name, "object_fraction": 0.0, "num_objects": 0}
                 rows[name] |= own
         return [rows[name] for name in sorted(rows)]
-
-
-class ComparisonEntry(TypedDict):
-    """Method a against method b on one data set."""
-
-    dataset: str
-    a: str
-    b: str
-    measures: dict[str, dict[str, float]]
-
-
-class _Scores(TypedDict, total=False):
-    scores: dict[str, float]
-
-
-class GalleryEntry(_Scores):
-    """One picture: an image that scored best, worst or most differently, or was taken for the other
-    kind.
-
-    The kinds ``false_alarm`` and ``missed`` are those of images without and with an object that
-    look most as if it were the other way round. ``values`` holds the score of each method in
-    ``measure``, ``scores`` the main ones of a single model; ``panel`` is a path relative to
-    ``scores.json``.
-    """
-
-    dataset: str
-    kind: str
-    name: str
-    measure: str
-    values: dict[str, float]
-    panel: str
 
 
 def summarise(

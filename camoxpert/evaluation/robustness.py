@@ -9,6 +9,7 @@ import numpy as np
 
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.statistics import ratio_intervals
+from camoxpert.runs.scores import RobustnessEntry
 
 OVERALL = "mean"
 """Key of the mean over all corruptions, beside their names."""
@@ -52,6 +53,26 @@ class Robustness:
     means: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     picture: str = ""
+
+    def entry(self) -> RobustnessEntry:
+        """Return it as ``scores.json`` holds it."""
+        return {
+            "measure": self.measure,
+            "severities": self.severities,
+            "seed": self.seed,
+            "scores": [
+                {
+                    "corruption": one.corruption,
+                    "severity": one.severity,
+                    "scores": one.scores,
+                    "retention": one.retention,
+                }
+                for one in self.scores
+            ],
+            "means": self.means,
+            "intervals": self.intervals,
+            "picture": self.picture,
+        }
 
 
 def compare_with_clean(

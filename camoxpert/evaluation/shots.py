@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from camoxpert.data.files.classes import object_classes
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.files.pairing import Pair
 from camoxpert.files import file_digest
+from camoxpert.runs.scores import CacheCounts, ShotsEntry, ShownEntry, SubsetsEntry
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ class ShotScore:
     differences: dict[str, dict[str, float]]
     images: int
 
+    def entry(self) -> ShownEntry:
+        """Return it as ``scores.json`` holds it."""
+        return {
+            "shown": self.shown,
+            "scores": self.scores,
+            "differences": self.differences,
+            "images": self.images,
+        }
+
 
 @dataclass(frozen=True)
 class ShotTable:
@@ -59,7 +68,18 @@ class ShotTable:
     left_out: int
     seed: int
     rows: tuple[ShotScore, ...]
-    cache: dict[str, Any]
+    cache: CacheCounts
+
+    def entry(self) -> ShotsEntry:
+        """Return it as ``scores.json`` holds it."""
+        return {
+            "images": self.images,
+            "classes": self.classes,
+            "left_out": self.left_out,
+            "seed": self.seed,
+            "rows": [row.entry() for row in self.rows],
+            "cache": self.cache,
+        }
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,16 @@ class SubsetTable:
     rows: tuple[ShotScore, ...]
     mean: dict[str, float]
     worst: dict[str, float]
+
+    def entry(self) -> SubsetsEntry:
+        """Return it as ``scores.json`` holds it."""
+        return {
+            "images": self.images,
+            "have": self.have,
+            "rows": [row.entry() for row in self.rows],
+            "mean": self.mean,
+            "worst": self.worst,
+        }
 
 
 class Shots:

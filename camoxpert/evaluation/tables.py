@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from camoxpert import console
 from camoxpert.files import write_bytes
 from camoxpert.pages import charts, retention, tables
 from camoxpert.pages.presence import presence_table
+from camoxpert.runs.scores import ResultEntry
 from camoxpert.text import safe_name
 
 SUFFIXES = (("csv", "csv"), ("md", "markdown"), ("tex", "latex"))
@@ -24,7 +24,7 @@ def write_tables(folder: Path, rows: Sequence[tables.Row], keys: Sequence[str]) 
 
 
 def write_robustness(
-    folder: Path, entries: Sequence[tables.Row], keys: Sequence[str], files: Mapping[str, str]
+    folder: Path, entries: Sequence[ResultEntry], keys: Sequence[str], files: Mapping[str, str]
 ) -> None:
     """Write retention under corruptions as tables and a picture for each data set, if any has it.
 
@@ -53,14 +53,14 @@ def write_robustness(
         write_bytes(folder / "robustness" / f"{name}.png", picture)
 
 
-def write_presence(folder: Path, entries: Sequence[tables.Row], files: Mapping[str, str]) -> None:
+def write_presence(folder: Path, entries: Sequence[ResultEntry], files: Mapping[str, str]) -> None:
     """Write how images with and without an object are told apart, if there are any without: tables,
     and a reliability curve for each data set where a method gives probabilities."""
     for suffix, form in SUFFIXES:
         text = presence_table(entries, form)
         if text:
             write_bytes(folder / f"presence.{suffix}", text.encode("utf-8", "surrogateescape"))
-    found = [entry for entry in entries if (entry.get("presence") or {}).get("bins")]
+    found = [e for e in entries if (part := e.get("presence")) and part.get("bins")]
     for dataset in dict.fromkeys(entry["dataset"] for entry in found):
         own = [entry for entry in found if entry["dataset"] == dataset]
         curves = {entry["method"]: entry["presence"]["bins"] for entry in own}
@@ -72,9 +72,7 @@ def write_presence(folder: Path, entries: Sequence[tables.Row], files: Mapping[s
         write_bytes(folder / "presence" / f"{files[dataset]}.png", picture)
 
 
-def write_curves(
-    folder: Path, results: Sequence[Mapping[str, Any]], files: Mapping[str, str]
-) -> None:
+def write_curves(folder: Path, results: Sequence[ResultEntry], files: Mapping[str, str]) -> None:
     """Write the precision-recall, F and E curves of each data set as PNG, a line per method.
 
     Args:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,18 @@ class ReliabilityBin:
     images: float
 
 
+class PresenceEntry(TypedDict):
+    """``PresenceScores`` in ``scores.json`` and in ``metrics.jsonl``."""
+
+    num_present: int
+    num_empty: int
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    bins: list[dict[str, float]]
+    calibrated_ece: float | None
+    stretched: bool
+
+
 @dataclass(frozen=True)
 class PresenceScores:
     """How well one method tells images with an object from those without.
@@ -80,6 +93,18 @@ class PresenceScores:
     bins: tuple[ReliabilityBin, ...]
     calibrated_ece: float | None = None
     stretched: bool = False
+
+    def entry(self) -> PresenceEntry:
+        """Return it as files hold it."""
+        return {
+            "num_present": self.num_present,
+            "num_empty": self.num_empty,
+            "scores": self.scores,
+            "intervals": self.intervals,
+            "bins": [asdict(part) for part in self.bins],
+            "calibrated_ece": self.calibrated_ece,
+            "stretched": self.stretched,
+        }
 
 
 def presence_scores(

@@ -20,6 +20,7 @@ from camoxpert.runs.identity import PLACES, what_is_trained
 from camoxpert.runs.per_image import ImageScores, image_scores
 from camoxpert.runs.records import Records, RunInfo, read_info, read_records
 from camoxpert.runs.samples import read_samples
+from camoxpert.runs.scores import RunResult
 from camoxpert.text import count, free_name, shorten
 
 PATHS_SHOWN = 2
@@ -44,7 +45,7 @@ class ComparedRun:
     info: RunInfo
     records: Records
     config: Config | None
-    tests: Mapping[str, Mapping[str, Any]]
+    tests: Mapping[str, RunResult]
     images: Mapping[str, ImageScores]
 
     @property
@@ -97,7 +98,7 @@ def read_run(path: Path, name: str) -> ComparedRun:
     except ConfigError:
         config = None
     results = run_results(path)
-    own: dict[str, Mapping[str, Any]] = {}
+    own: dict[str, RunResult] = {}
     # A folder may hold scores of other methods: its own are under its name, or came first.
     for result in sorted(results, key=lambda entry: entry.get("method") != path.resolve().name):
         own.setdefault(str(result["dataset"]), result)

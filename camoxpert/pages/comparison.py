@@ -27,6 +27,7 @@ from camoxpert.pages.compared import (
 from camoxpert.pages.render import Chart, draw, write_page
 from camoxpert.pages.report import MEASURES
 from camoxpert.pages.tables import LOWER_IS_BETTER, best_values, format_value
+from camoxpert.runs.scores import DatasetScores
 
 PAIRED = ("wFmeasure", "Smeasure", "IoU", "MAE")
 """Measures that are means over images, so that images and seeds can be resampled."""
@@ -206,7 +207,7 @@ def _part(
     note: str,
 ) -> SetPart:
     measures = [key for key in MEASURES if any(key in own for own in scores)]
-    rows = [
+    rows: list[DatasetScores] = [
         {"dataset": name, "scores": {key: fmean(values) for key, values in own.items()}}
         for own in scores
     ]

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from camoxpert.pages import charts
 from camoxpert.pages.experts import expert_cells
@@ -16,6 +16,7 @@ from camoxpert.pages.retention import retention_cells, retention_curves
 from camoxpert.pages.shots import shot_cells, shot_title
 from camoxpert.pages.subsets import subset_cells, subset_title
 from camoxpert.pages.tables import best_values, format_value
+from camoxpert.runs.scores import ComparisonEntry, GalleryEntry, ResultEntry, ScoresFile
 from camoxpert.text import count
 
 KINDS = {
@@ -25,7 +26,10 @@ KINDS = {
     "false_alarm": "Images without an object that look most as if they had one",
     "missed": "Images with an object that look least as if they had one",
 }
-LEFT_OUT = {
+LEFT_OUT: dict[
+    Literal["num_skipped", "num_missing", "num_extra", "num_unreadable"],
+    str,
+] = {
     "num_skipped": "without an object skipped",
     "num_missing": "masks without a map left out",
     "num_extra": "maps without a mask left out",
@@ -34,9 +38,6 @@ LEFT_OUT = {
 PAIRS_SHOWN = 12
 SHORT = ("Smeasure", "wFmeasure", "meanEm", "IoU", "MAE")
 """Measures of the smaller tables, where they were computed."""
-
-Result = Mapping[str, Any]
-"""An entry of ``results`` in ``scores.json``: one method on one data set."""
 
 
 class Cell(NamedTuple):
@@ -139,7 +140,7 @@ class EvaluationPage:
     versions: list[tuple[str, str]]
 
 
-def write_evaluation_page(path: Path, summary: Mapping[str, Any], measures: Sequence[str]) -> Path:
+def write_evaluation_page(path: Path, summary: ScoresFile, measures: Sequence[str]) -> Path:
     """Write the page.
 
     Args:
@@ -161,7 +162,7 @@ def write_evaluation_page(path: Path, summary: Mapping[str, Any], measures: Sequ
     return write_page(path, "evaluation.html.j2", page)
 
 
-def _facts(first: Result, num_methods: int, num_datasets: int) -> list[str]:
+def _facts(first: ResultEntry, num_methods: int, num_datasets: int) -> list[str]:
     facts = [
         f"{count(num_methods, 'method')} on {count(num_datasets, 'data set')}",
         f"protocol {first['protocol']}",
@@ -172,9 +173,7 @@ def _facts(first: Result, num_methods: int, num_datasets: int) -> list[str]:
     return facts
 
 
-def _dataset(
-    folder: Path, name: str, summary: Mapping[str, Any], measures: Sequence[str]
-) -> DatasetPart:
+def _dataset(folder: Path, name: str, summary: ScoresFile, measures: Sequence[str]) -> DatasetPart:
     results = [result for result in summary["results"] if result["dataset"] == name]
     pairs = [entry for entry in summary["comparisons"] if entry["dataset"] == name]
     pictures = [entry for entry in summary["gallery"] if entry["dataset"] == name]
@@ -219,7 +218,7 @@ def _dataset(
     )
 
 
-def _retention(folder: Path, result: Result) -> RetentionPart:
+def _retention(folder: Path, result: ResultEntry) -> RetentionPart:
     head, lines = retention_cells(result)
     measure = result["robustness"]["measure"]
     curves = retention_curves(result)
@@ -233,7 +232,7 @@ def _retention(folder: Path, result: Result) -> RetentionPart:
     )
 
 
-def _counts(results: Sequence[Result]) -> Iterator[str]:
+def _counts(results: Sequence[ResultEntry]) -> Iterator[str]:
     yield count(results[0]["num_images"], "image")
     for field, text in LEFT_OUT.items():
         numbers = {result["method"]: result.get(field) or 0 for result in results}
@@ -244,14 +243,14 @@ def _counts(results: Sequence[Result]) -> Iterator[str]:
             yield f"{results[0][field]} {text}"
 
 
-def _cell(result: Result, key: str, best: str | None) -> Cell:
+def _cell(result: ResultEntry, key: str, best: str | None) -> Cell:
     shown = format_value(key, result["scores"].get(key))
     ends = result["intervals"].get(key)
     hint = f"95 % interval {ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
     return Cell(shown, hint, shown == best)
 
 
-def _comparisons(pairs: Sequence[Mapping[str, Any]]) -> Comparisons:
+def _comparisons(pairs: Sequence[ComparisonEntry]) -> Comparisons:
     measures = _short(pairs[0]["measures"])
     shown = [
         (
@@ -271,7 +270,7 @@ def _difference(value: Mapping[str, float]) -> Difference:
     )
 
 
-def _breakdown(results: Sequence[Result], division: str, measures: Sequence[str]) -> Breakdown:
+def _breakdown(results: Sequence[ResultEntry], division: str, measures: Sequence[str]) -> Breakdown:
     shown = _short(measures)
     parts = []
     for label, first in results[0]["breakdown"][division].items():
@@ -286,7 +285,7 @@ def _breakdown(results: Sequence[Result], division: str, measures: Sequence[str]
 
 
 def _galleries(
-    folder: Path, entries: Sequence[Mapping[str, Any]]
+    folder: Path, entries: Sequence[GalleryEntry]
 ) -> Iterator[tuple[str, list[Picture]]]:
     for kind, title in KINDS.items():
         pictures = []
@@ -299,5 +298,5 @@ def _galleries(
             yield title, pictures
 
 
-def _short(measures: Sequence[str] | Mapping[str, Any]) -> list[str]:
+def _short(measures: Sequence[str] | Mapping[str, object]) -> list[str]:
     return [key for key in SHORT if key in measures] or list(measures)[:5]

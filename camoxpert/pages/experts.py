@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from camoxpert.pages.render import p_value
+from camoxpert.runs.scores import ResultEntry
 from camoxpert.text import table
-
-Result = Mapping[str, Any]
-"""An entry of ``results`` in ``scores.json`` with ``experts``."""
 
 TITLES = {"object_fraction": "object size"}
 
 
-def expert_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+def expert_cells(result: ResultEntry) -> tuple[list[str], list[list[str]]]:
     """Return head and lines: level, expert, images, share, then a mean per column.
 
     Experts that no image chose are left out. Under each level, the p-values of its columns.
@@ -38,7 +33,7 @@ def expert_cells(result: Result) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
-def expert_text(result: Result) -> str:
+def expert_text(result: ResultEntry) -> str:
     """Lay the table of one data set out in aligned columns."""
     head, lines = expert_cells(result)
     first, *rest = table([head, *lines], left=2).splitlines()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from camoxpert.metrics.presence import PresenceEntry
 from camoxpert.pages import charts
 from camoxpert.pages.render import Chart, draw
 from camoxpert.pages.tables import FORMATS, format_value
-
-Result = Mapping[str, Any]
-"""An entry of ``results`` in ``scores.json``."""
+from camoxpert.runs.scores import ResultEntry, TableEntry, WithPresence
 
 TITLE = "Is anything hidden? images: with an object + without"
 HINTS = {
@@ -36,7 +34,7 @@ class PresencePart:
     remarks: list[str]
 
 
-def presence_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+def presence_rows(results: Sequence[ResultEntry]) -> list[TableEntry]:
     """Return the results of data sets with images without an object, as rows of a score table."""
     return [
         {
@@ -51,7 +49,7 @@ def presence_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def presence_table(results: Sequence[Result], form: str) -> str:
+def presence_table(results: Sequence[ResultEntry], form: str) -> str:
     """Return the table of presence in one of ``tables.FORMATS``; "" if there is nothing to say."""
     rows = presence_rows(results)
     keys = presence_keys(results)
@@ -61,23 +59,23 @@ def presence_table(results: Sequence[Result], form: str) -> str:
     return f"{TITLE}\n{text}" if form == "text" else text
 
 
-def presence_keys(results: Sequence[Result]) -> list[str]:
+def presence_keys(results: Sequence[WithPresence]) -> list[str]:
     """Return the measures that any result has, in their order."""
-    found = [row["scores"] for row in presence_rows(results)]
+    found = [part["scores"] for result in results if (part := result.get("presence"))]
     return [key for key in HINTS if any(key in scores for scores in found)]
 
 
-def with_presence(result: Result) -> dict[str, Any]:
+def with_presence(result: ResultEntry) -> ResultEntry:
     """Return a result whose scores and intervals include those of presence and its counts."""
     found = result.get("presence")
     if not found:
-        return dict(result)
+        return result
     counts = {"Present": found["num_present"], "Empty": found["num_empty"]}
     scores = {**result["scores"], **counts, **found["scores"]}
     return {**result, "scores": scores, "intervals": {**result["intervals"], **found["intervals"]}}
 
 
-def presence_part(results: Sequence[Result], names: Sequence[str]) -> PresencePart | None:
+def presence_part(results: Sequence[WithPresence], names: Sequence[str]) -> PresencePart | None:
     """Return what a page shows; None if every image has an object.
 
     Args:
@@ -85,9 +83,9 @@ def presence_part(results: Sequence[Result], names: Sequence[str]) -> PresencePa
         names: what to call each of them.
     """
     found = [
-        (name, result["presence"])
+        (name, part)
         for name, result in zip(names, results, strict=True)
-        if result.get("presence")
+        if (part := result.get("presence"))
     ]
     if not found:
         return None
@@ -117,7 +115,7 @@ def presence_part(results: Sequence[Result], names: Sequence[str]) -> PresencePa
     )
 
 
-def _cell(part: Mapping[str, Any], key: str) -> tuple[str, str]:
+def _cell(part: PresenceEntry, key: str) -> tuple[str, str]:
     ends = part["intervals"].get(key)
     hint = f"95 % interval {ends[0]:.3f} to {ends[1]:.3f}" if ends else ""
     return format_value(key, part["scores"].get(key)), hint

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from camoxpert.config import changed_settings, config_from_dict, get_setting, leaves, read_yaml
 from camoxpert.errors import ConfigError
@@ -23,9 +23,7 @@ from camoxpert.runs.records import (
     read_info,
     read_records,
 )
-
-Result = Mapping[str, Any]
-"""The result of a data set; see ``run_results``."""
+from camoxpert.runs.scores import RunPicture, RunResult, WithPresence
 
 
 class Measure(NamedTuple):
@@ -68,7 +66,7 @@ class ScoreRow(NamedTuple):
     """A line of the score table; kind ``floor`` is a value to compare with."""
 
     label: str
-    scores: Mapping[str, Any]
+    scores: Mapping[str, float]
     kind: str = ""
 
 
@@ -202,7 +200,7 @@ def _facts(info: RunInfo) -> list[str]:
     return [*facts, f"started {info.get('started', '?')}"]
 
 
-def _tiles(results: Sequence[Result], records: Records) -> list[tuple[str, str]]:
+def _tiles(results: Sequence[RunResult], records: Records) -> list[tuple[str, str]]:
     if results:
         scores, where = results[0]["scores"], f"on {results[0]['dataset']}"
     elif records.best:
@@ -214,7 +212,7 @@ def _tiles(results: Sequence[Result], records: Records) -> list[tuple[str, str]]
     ]
 
 
-def _score_rows(results: Sequence[Result], records: Records) -> Iterator[ScoreRow]:
+def _score_rows(results: Sequence[RunResult], records: Records) -> Iterator[ScoreRow]:
     for result in results:
         missing = len(result.get("unreadable", ()))
         left_out = f", {missing} unreadable left out" if missing else ""
@@ -227,7 +225,7 @@ def _score_rows(results: Sequence[Result], records: Records) -> Iterator[ScoreRo
         yield ScoreRow(label, records.best["scores"], "floor")
 
 
-def _galleries(run_dir: Path, results: Sequence[Result]) -> Iterator[tuple[str, list[Picture]]]:
+def _galleries(run_dir: Path, results: Sequence[RunResult]) -> Iterator[tuple[str, list[Picture]]]:
     for result in results:
         for kind, title in GALLERIES.items():
             pictures = []
@@ -243,24 +241,24 @@ def _galleries(run_dir: Path, results: Sequence[Result]) -> Iterator[tuple[str, 
                 yield f"{result['dataset']}: {title}", pictures
 
 
-def _caption(kind: str, entry: Mapping[str, Any]) -> str:
+def _caption(kind: str, entry: RunPicture) -> str:
     if kind in ("false_alarm", "missed"):
         return ", ".join(f"{entry['measure']} {number(v)}" for v in entry["values"].values())
     values = (("wF", "wFmeasure"), ("S", "Smeasure"), ("MAE", "MAE"))
     return ", ".join(f"{label} {number(entry.get(key))}" for label, key in values)
 
 
-def _presence(results: Sequence[Result], records: Records) -> PresencePart | None:
+def _presence(results: Sequence[RunResult], records: Records) -> PresencePart | None:
     """Return the table of presence: of the test sets and of the validation that chose."""
-    found: list[Result] = list(results)
+    found: list[WithPresence] = list(results)
     names = [str(result["dataset"]) for result in results]
     if records.best and records.best.get("presence"):
-        found.append({"dataset": "", "method": "", "presence": records.best["presence"]})
+        found.append({"presence": records.best["presence"]})
         names.append(f"validation, best: epoch {records.best['epoch']}")
     return presence_part(found, names)
 
 
-def _curves(records: Records, results: Sequence[Result]) -> Iterator[Chart]:
+def _curves(records: Records, results: Sequence[RunResult]) -> Iterator[Chart]:
     if records.train:
         yield draw(lambda: charts.plot_training(records.train), "training loss")
     if records.validation:

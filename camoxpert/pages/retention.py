@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from camoxpert.pages.tables import escape_latex
+from camoxpert.runs.scores import ResultEntry, RobustnessEntry
 from camoxpert.text import table
-
-Result = Mapping[str, Any]
-"""An entry of ``results`` in ``scores.json`` with ``robustness``."""
 
 OVERALL = "mean"
 
 
-def retention_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+def retention_cells(result: ResultEntry) -> tuple[list[str], list[list[str]]]:
     """Return head and lines of one data set: corruption, a cell per severity, mean, interval.
 
     The last line is the mean over the corruptions.
@@ -40,7 +37,7 @@ def retention_cells(result: Result) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
-def retention_curves(result: Result) -> dict[str, dict[int, float]]:
+def retention_curves(result: ResultEntry) -> dict[str, dict[int, float]]:
     """Return corruption -> severity -> retention in the measure of the table."""
     found = result["robustness"]
     curves: dict[str, dict[int, float]] = {}
@@ -52,7 +49,7 @@ def retention_curves(result: Result) -> dict[str, dict[int, float]]:
     return curves
 
 
-def retention_text(results: Sequence[Result], keys: Sequence[str] = ()) -> str:
+def retention_text(results: Sequence[ResultEntry], keys: Sequence[str] = ()) -> str:
     """Lay the retention of every data set out in aligned columns."""
     parts = []
     for result in results:
@@ -62,7 +59,7 @@ def retention_text(results: Sequence[Result], keys: Sequence[str] = ()) -> str:
     return "\n\n".join(parts)
 
 
-def retention_markdown(results: Sequence[Result], keys: Sequence[str] = ()) -> str:
+def retention_markdown(results: Sequence[ResultEntry], keys: Sequence[str] = ()) -> str:
     """Lay the retention of every data set out as Markdown tables."""
     parts = []
     for result in results:
@@ -73,7 +70,7 @@ def retention_markdown(results: Sequence[Result], keys: Sequence[str] = ()) -> s
     return "\n".join(parts)
 
 
-def retention_latex(results: Sequence[Result], keys: Sequence[str] = ()) -> str:
+def retention_latex(results: Sequence[ResultEntry], keys: Sequence[str] = ()) -> str:
     """Lay the retention of every data set out as LaTeX tabulars (need booktabs)."""
     parts = []
     for result in results:
@@ -97,7 +94,7 @@ def retention_latex(results: Sequence[Result], keys: Sequence[str] = ()) -> str:
     return "\n".join(parts)
 
 
-def retention_csv(results: Sequence[Result], keys: Sequence[str]) -> str:
+def retention_csv(results: Sequence[ResultEntry], keys: Sequence[str]) -> str:
     """Return a line per data set, corruption and severity, with full precision.
 
     The first lines of a data set are its clean scores, as severity 0 of ``clean``.
@@ -119,16 +116,16 @@ def retention_csv(results: Sequence[Result], keys: Sequence[str]) -> str:
     return out.getvalue()
 
 
-def _kept(result: Result) -> Iterator[Mapping[str, float]]:
+def _kept(result: ResultEntry) -> Iterator[Mapping[str, float]]:
     return (entry["retention"] for entry in result["robustness"]["scores"])
 
 
-def _both(result: Result) -> tuple[list[list[str]], list[list[str]]]:
+def _both(result: ResultEntry) -> tuple[list[list[str]], list[list[str]]]:
     head, lines = retention_cells(result)
     return [head], lines
 
 
-def _title(result: Result) -> str:
+def _title(result: ResultEntry) -> str:
     measure = result["robustness"]["measure"]
     clean = result["scores"][measure]
     return f"{result['method']} on {result['dataset']}, {measure} {clean:.3f} on clean images"
@@ -138,7 +135,7 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _mean(found: Mapping[str, Any], name: str) -> list[str]:
+def _mean(found: RobustnessEntry, name: str) -> list[str]:
     cells = [_cell(found["means"].get(name))]
     if found["intervals"]:
         low, high = found["intervals"][name]
@@ -146,7 +143,7 @@ def _mean(found: Mapping[str, Any], name: str) -> list[str]:
     return cells
 
 
-RETENTION_FORMATS: Mapping[str, Callable[[Sequence[Result], Sequence[str]], str]] = {
+RETENTION_FORMATS: Mapping[str, Callable[[Sequence[ResultEntry], Sequence[str]], str]] = {
     "text": retention_text,
     "markdown": retention_markdown,
     "latex": retention_latex,

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from camoxpert.pages.render import p_value
 from camoxpert.pages.tables import format_value
+from camoxpert.runs.scores import ResultEntry, ShownTable
 from camoxpert.text import count, table
-
-Result = Mapping[str, Any]
-"""An entry of ``results`` in ``scores.json`` with ``shots``."""
 
 SHOWN = ("IoU", "wFmeasure", "Smeasure", "MAE")
 COMPARED = ("IoU", "wFmeasure")
 """The first of these that was computed is compared with the scores without a reference."""
 
 
-def shot_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+def shot_cells(result: ResultEntry) -> tuple[list[str], list[list[str]]]:
     """Return head and lines: what is shown, and to how many images where not to all, measures,
     difference to no reference, interval, p."""
     return comparison_cells(result["shots"])
 
 
-def comparison_cells(
-    found: Mapping[str, Any], *, base: str = "none"
-) -> tuple[list[str], list[list[str]]]:
+def comparison_cells(found: ShownTable, *, base: str = "none") -> tuple[list[str], list[list[str]]]:
     """Return head and lines of scores by what is shown; see ``shot_cells``.
 
     Args:
@@ -59,7 +54,7 @@ def comparison_cells(
     return head, lines
 
 
-def shot_title(result: Result) -> str:
+def shot_title(result: ResultEntry) -> str:
     """Return what the table is of."""
     found = result["shots"]
     left = found["left_out"]
@@ -70,7 +65,7 @@ def shot_title(result: Result) -> str:
     )
 
 
-def shot_text(results: Sequence[Result]) -> str:
+def shot_text(results: Sequence[ResultEntry]) -> str:
     """Lay the table of every data set out in aligned columns."""
     parts = []
     for result in results:
@@ -80,7 +75,7 @@ def shot_text(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def shot_markdown(results: Sequence[Result]) -> str:
+def shot_markdown(results: Sequence[ResultEntry]) -> str:
     """Lay the table of every data set out in Markdown."""
     return "\n".join(markdown_table(shot_title(r), *shot_cells(r)) for r in results)
 
@@ -92,7 +87,7 @@ def markdown_table(title: str, head: Sequence[str], lines: Sequence[Sequence[str
     return f"{title}\n\n{rows}\n"
 
 
-SHOT_FORMATS: Mapping[str, Callable[[Sequence[Result]], str]] = {
+SHOT_FORMATS: Mapping[str, Callable[[Sequence[ResultEntry]], str]] = {
     "text": shot_text,
     "markdown": shot_markdown,
 }

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from camoxpert.pages.shots import comparison_cells, markdown_table
 from camoxpert.pages.tables import format_value
+from camoxpert.runs.scores import ResultEntry
 from camoxpert.text import count, table
 
-Result = Mapping[str, Any]
-"""An entry of ``results`` in ``scores.json`` with ``modalities``."""
 
-
-def subset_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+def subset_cells(result: ResultEntry) -> tuple[list[str], list[list[str]]]:
     """Return head and lines: what is shown, measures, difference to the photograph alone; below the
     subsets their mean and the worst."""
     found = result["modalities"]
@@ -25,7 +22,7 @@ def subset_cells(result: Result) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
-def subset_title(result: Result) -> str:
+def subset_title(result: ResultEntry) -> str:
     """Return what the table is of."""
     found = result["modalities"]
     lacking = [
@@ -39,7 +36,7 @@ def subset_title(result: Result) -> str:
     )
 
 
-def subset_text(results: Sequence[Result]) -> str:
+def subset_text(results: Sequence[ResultEntry]) -> str:
     """Lay the table of every data set out in aligned columns."""
     parts = []
     for result in results:
@@ -49,12 +46,12 @@ def subset_text(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def subset_markdown(results: Sequence[Result]) -> str:
+def subset_markdown(results: Sequence[ResultEntry]) -> str:
     """Lay the table of every data set out in Markdown."""
     return "\n".join(markdown_table(subset_title(r), *subset_cells(r)) for r in results)
 
 
-SUBSET_FORMATS: Mapping[str, Callable[[Sequence[Result]], str]] = {
+SUBSET_FORMATS: Mapping[str, Callable[[Sequence[ResultEntry]], str]] = {
     "text": subset_text,
     "markdown": subset_markdown,
 }

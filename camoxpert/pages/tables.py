@@ -9,8 +9,8 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
+from camoxpert.runs.scores import DatasetScores, TableEntry
 from camoxpert.text import table
 
 LOWER_IS_BETTER = (
@@ -35,9 +35,7 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
 }
 
-Row = Mapping[str, Any]
-"""``dataset``, ``method``, ``num_images``, ``scores`` (measure -> fraction; HCE: a count) and maybe
-``intervals`` (measure -> two ends)."""
+Row = TableEntry
 
 
 def format_value(key: str, value: float | None) -> str:
@@ -47,7 +45,7 @@ def format_value(key: str, value: float | None) -> str:
     return f"{value:.1f}" if key == "HCE" else f"{value:.3f}"
 
 
-def best_values(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[str, str], str]:
+def best_values(rows: Sequence[DatasetScores], keys: Sequence[str]) -> dict[tuple[str, str], str]:
     """Return (data set, measure) -> the best value as it is shown; ties at that precision share it.
 
     Data sets with a single method have no best.
@@ -122,7 +120,7 @@ def csv_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)
     for row in rows:
-        line = [row["dataset"], row["method"], row["num_images"]]
+        line: list[object] = [row["dataset"], row["method"], row["num_images"]]
         line += [row["scores"].get(key) for key in keys]
         if with_intervals:
             ends = row.get("intervals") or {}

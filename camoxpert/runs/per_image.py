@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from camoxpert.runs.scores import RunResult
 from camoxpert.text import file_names
 
 ImageScores = dict[str, dict[str, float]]
 """Image -> measure -> score."""
 
 
-def image_scores(
-    run_dir: Path, results: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
-) -> ImageScores:
+def image_scores(run_dir: Path, results: Sequence[RunResult], result: RunResult) -> ImageScores:
     """Return the scores of the images of one result; {} where its table is missing or damaged.
 
     Images without an object that were left out of the scores have none.

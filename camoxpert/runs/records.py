@@ -7,9 +7,12 @@ must expect missing keys and values of another type.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast
 
 from camoxpert.files import read_json, read_jsonl
+
+if TYPE_CHECKING:
+    from camoxpert.metrics.presence import PresenceEntry
 
 
 class _AtStep(TypedDict):
@@ -46,7 +49,7 @@ class ValidationRecord(_Validation, total=False):
     """
 
     unreadable: list[str]
-    presence: dict[str, Any]
+    presence: PresenceEntry
     guided: dict[str, float]  # with references
     rgb: dict[str, float]  # photographs alone, of a model with other modalities
 

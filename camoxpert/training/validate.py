@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,7 +80,7 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
     if left_out:
         record["unreadable"] = left_out
     if presence is not None:
-        record["presence"] = asdict(presence)
+        record["presence"] = presence.entry()
     measure = deciding_score(record, config.select)
     better = record["best"] = state.best is None or is_better(config.select, measure, state.best)
     if better:

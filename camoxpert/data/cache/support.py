@@ -28,6 +28,7 @@ from camoxpert.data.cache.stages import CORRUPT, NOT_MADE, OTHER_SETTINGS, Stage
 from camoxpert.data.files.image_io import MAX_PIXELS, read_pair
 from camoxpert.errors import DataError
 from camoxpert.files import file_digest, read_json, write_json
+from camoxpert.runs.scores import CacheCounts
 from camoxpert.text import count
 
 STAGE = "support"
@@ -123,7 +124,7 @@ class SupportStats:
             )
         return text
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CacheCounts:
         """Return it for ``run.json`` and other files."""
         return {
             "hits": self.hits,

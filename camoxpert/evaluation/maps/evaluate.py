@@ -20,7 +20,6 @@ from camoxpert.evaluation.maps.score import MapOptions, read_prediction, read_tr
 from camoxpert.evaluation.output import OutputFolder, write_evaluation
 from camoxpert.evaluation.results import (
     EvaluationResult,
-    GalleryEntry,
     MapSource,
     by_dataset,
     deciding_key,
@@ -32,6 +31,7 @@ from camoxpert.evaluation.results import (
 from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.presence import are_stretched
 from camoxpert.pages.pictures import comparison_panel
+from camoxpert.runs.scores import GalleryEntry
 from camoxpert.text import file_names
 
 METHODS_SHOWN = 5
