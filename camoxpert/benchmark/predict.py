@@ -42,6 +42,7 @@ from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo, find_photos
 from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import FORMAT, Checkpoint
+from camoxpert.runs.jobs import JobSummary
 from camoxpert.runs.share import write_shared
 from camoxpert.runtime.device import Precision, device_name, wait_for
 from camoxpert.text import count as counted
@@ -138,7 +139,7 @@ def run(
 
 def measure(case: Case, rounds: int, title: str) -> dict[str, Any]:
     """Time all variants in turns; print and return images per second, ratios and shares."""
-    engine_runs: list[dict[str, Any]] = []
+    engine_runs: list[JobSummary] = []
     fresh = (case.scratch / f"{number}" for number in count())
     inputs = _prepared(case)
 

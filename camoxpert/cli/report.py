@@ -123,11 +123,11 @@ def _comparison(paths: list[Path], options: argparse.Namespace) -> int:
 
 
 def _predictions(folder: Path, page: Path) -> None:
-    from camoxpert.files import read_json
     from camoxpert.inference.ledger import Ledger
     from camoxpert.inference.photos import SUMMARY
     from camoxpert.inference.prediction import KINDS
     from camoxpert.pages.predictions import write_predictions_page
+    from camoxpert.runs.jobs import read_summary
 
     ledger = Ledger(folder, KINDS)
     rows = console.track(ledger.rows(), "report", total=len(ledger.index))
@@ -136,7 +136,7 @@ def _predictions(folder: Path, page: Path) -> None:
         rows,
         folder=folder,
         settings=ledger.earlier or {},
-        summary=read_json(folder / SUMMARY),
+        summary=read_summary(folder / SUMMARY),
         finished=ledger.finished,
     )
     console.say(str(page))

@@ -28,6 +28,7 @@ from camoxpert.inference.engine import Chunk, ChunkResult, Spec
 from camoxpert.inference.local import device_facts, find_batch_size, run_chunks
 from camoxpert.inference.schedule import AT_ONCE, Schedule
 from camoxpert.inference.timing import Timing
+from camoxpert.runs.jobs import DeviceFacts, JobSummary, WorkerSummary
 
 SILENCE_SECONDS = 120.0
 POLL_SECONDS = 0.5
@@ -62,7 +63,7 @@ class RayEngine:
         self._ray = import_ray()
         self._schedule: Schedule | None = None
         self._loads: list[float] = []
-        self._summaries: list[dict[str, Any]] = []
+        self._summaries: list[WorkerSummary] = []
         self._names: dict[Any, str] = {}
         self._load_deaths: dict[str, int] = {}
         self._needs: dict[str, float] = {}
@@ -90,7 +91,7 @@ class RayEngine:
                 self._ray.shutdown()
             self._wall = time.monotonic() - started
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JobSummary:
         """Return where the time went, as plain values."""
         return {
             "engine": "ray",
@@ -271,9 +272,9 @@ class _Actor:
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._queue: list[Chunk] = []
-        self._ready: dict[str, Any] | None = None
+        self._ready: dict[str, float] | None = None
         self._timing = Timing()
-        self._facts: dict[str, Any] = {}
+        self._facts: DeviceFacts | None = None
         threading.Thread(target=self._work, daemon=True).start()
 
     def ready(self) -> Any:
@@ -292,10 +293,11 @@ class _Actor:
                 self._changed.wait()
             return self._answer(self._results.pop(chunk.number, None))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> WorkerSummary:
         """Return where the time went."""
         self._timing.end()
-        return self._facts | self._timing.summary()
+        assert self._facts is not None
+        return {"worker": self._arguments[1], **self._facts, **self._timing.summary()}
 
     def _answer(self, value: Any) -> Any:
         if value is not None:
@@ -331,8 +333,7 @@ class _Actor:
         stages = spec.build("cuda" if gpu else "cpu")
         loaded = time.monotonic() - started
         size, reason = find_batch_size(stages, batch_size)
-        self._facts = {"worker": name, "load_seconds": loaded}
-        self._facts |= device_facts(stages.device, size, reason)
+        self._facts = device_facts(stages.device, size, reason, load_seconds=loaded)
         self._timing = Timing()
         with self._changed:
             self._ready = {"batch_size": size, "load_seconds": loaded}

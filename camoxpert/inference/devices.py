@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -28,6 +28,7 @@ from camoxpert.inference.engine import Chunk, ChunkResult, Spec
 from camoxpert.inference.local import device_facts, find_batch_size, run_chunks
 from camoxpert.inference.schedule import AT_ONCE, Schedule
 from camoxpert.inference.timing import Timing
+from camoxpert.runs.jobs import JobSummary, WorkerSummary
 from camoxpert.runtime.host import usable_cores
 
 LOAD_DEATHS = 2
@@ -69,6 +70,14 @@ def choose_devices(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+class _Ready(TypedDict):
+    """What a process says when its model is loaded."""
+
+    batch_size: int
+    load_seconds: float
+    models: int
+
+
 @dataclass
 class _Worker:
     """A process as its parent sees it."""
@@ -77,7 +86,7 @@ class _Worker:
     device: str
     process: BaseProcess
     connection: Connection
-    ready: dict[str, Any] | None = None
+    ready: _Ready | None = None
     ended: bool = False
 
 
@@ -112,7 +121,7 @@ class DeviceEngine:
         self._load_deaths: dict[str, int] = {}
         self._loads: list[float] = []
         self._models = 0
-        self._summaries: list[dict[str, Any]] = []
+        self._summaries: list[WorkerSummary] = []
         self._schedule: Schedule | None = None
         self._wall = 0.0
 
@@ -137,7 +146,7 @@ class DeviceEngine:
                 self._shut_down()
             self._wall = time.monotonic() - started
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JobSummary:
         """Return where the time went, as plain values."""
         return {
             "engine": "devices",
@@ -398,11 +407,12 @@ def _do_chunks(
     stages = spec.build(device)
     loaded = time.monotonic() - started
     size, reason = find_batch_size(stages, batch_size)
-    ready = {"batch_size": size, "load_seconds": loaded, "models": stages.models}
+    ready: _Ready = {"batch_size": size, "load_seconds": loaded, "models": stages.models}
     parent.send("ready", ready)
     timing = Timing()
     for result in run_chunks(stages, handed, size, timing, name):
         parent.send("rows", result)
     timing.end()
-    facts = device_facts(stages.device, size, reason)
-    parent.send("end", {"worker": name, "load_seconds": loaded} | facts | timing.summary())
+    facts = device_facts(stages.device, size, reason, load_seconds=loaded)
+    summary: WorkerSummary = {"worker": name, **facts, **timing.summary()}
+    parent.send("end", summary)

@@ -12,6 +12,7 @@ from camoxpert.errors import DataError
 from camoxpert.inference.engine import ChunkResult, Row
 from camoxpert.inference.ledger import FAILED, Ledger
 from camoxpert.inference.plan import AnyMade, Made, Plan
+from camoxpert.runs.jobs import JobSummary
 from camoxpert.text import count, shorten
 
 SAME = ("digest", "every", "smooth")
@@ -34,7 +35,7 @@ class BatchResult:
     skipped: int = 0
     replaced: int = 0
     failed: list[tuple[Path, str]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: JobSummary = field(default_factory=JobSummary)
 
 
 class Engine(Protocol):
@@ -43,7 +44,7 @@ class Engine(Protocol):
     def results(self, items: Sequence[Any]) -> Iterator[ChunkResult]:
         """Yield the rows of all items, a chunk at a time."""
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JobSummary:
         """Return where the time went."""
 
 

@@ -11,6 +11,7 @@ import torch
 from camoxpert.inference.batching import BatchSize, choose_batch_size
 from camoxpert.inference.engine import Chunk, ChunkResult, ChunkSource, Pipeline, Stages
 from camoxpert.inference.timing import Timing
+from camoxpert.runs.jobs import CudaFacts, DeviceFacts, JobSummary, LoadFacts, WorkerSummary
 
 
 class Chunks:
@@ -56,7 +57,7 @@ class LocalEngine:
         self.stages = stages
         self.batch_size = batch_size
         self.load_seconds = load_seconds
-        self._worker: dict[str, Any] = {}
+        self._workers: list[WorkerSummary] = []
         self._wall = 0.0
 
     def results(self, items: Sequence[Any]) -> Iterator[ChunkResult]:
@@ -76,17 +77,16 @@ class LocalEngine:
         finally:
             timing.end()
             self._wall = time.monotonic() - started
-            facts = device_facts(self.stages.device, size, reason)
-            self._worker = {"worker": name, "load_seconds": self.load_seconds} | facts
-            self._worker |= timing.summary()
+            facts = device_facts(self.stages.device, size, reason, load_seconds=self.load_seconds)
+            self._workers = [{"worker": name, **facts, **timing.summary()}]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JobSummary:
         """Return where the time went, as plain values."""
         return {
             "engine": "local",
             "wall_seconds": self._wall,
             "model_loads": self.stages.models,
-            "workers": [self._worker],
+            "workers": self._workers,
         }
 
 
@@ -107,14 +107,19 @@ def run_chunks(
         yield from pipeline.results()
 
 
-def device_facts(device: torch.device, batch_size: int, reason: str) -> dict[str, Any]:
+def device_facts(
+    device: torch.device, batch_size: int, reason: str, *, load_seconds: float | None = None
+) -> DeviceFacts:
     """Return what a summary says of a worker's device."""
-    facts: dict[str, Any] = {
+    loading: LoadFacts = {} if load_seconds is None else {"load_seconds": load_seconds}
+    cuda: CudaFacts = {}
+    if device.type == "cuda":
+        cuda["device_name"] = torch.cuda.get_device_name(device)
+        cuda["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return {
+        **loading,
         "device": str(device),
         "batch_size": batch_size,
         "batch_size_reason": reason,
+        **cuda,
     }
-    if device.type == "cuda":
-        facts["device_name"] = torch.cuda.get_device_name(device)
-        facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    return facts

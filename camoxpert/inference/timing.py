@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+
+from camoxpert.runs.jobs import JobSummary, TimingFacts
 
 WARM_UP = 2
 """Forward passes that count as warm-up: libraries choose algorithms and memory is allocated."""
@@ -76,14 +77,14 @@ class Timing:
         """Stop the clock."""
         self._ended = time.monotonic()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> TimingFacts:
         """Return the figures as plain values; seconds, and shares of the wall clock."""
         ended = self._ended or time.monotonic()
         wall = max(ended - self._started, 1e-9)
         loop = dict(self.waits)
         loop["other"] = max(0.0, wall - sum(loop.values()))
         each = sorted(seconds / inputs for seconds, inputs in self._passes[WARM_UP:])
-        summary: dict[str, Any] = {
+        summary: TimingFacts = {
             "images": self.images,
             "wall_seconds": wall,
             "images_per_second": self.images / wall,
@@ -115,7 +116,7 @@ PLACES = {
 }
 
 
-def describe(summary: Mapping[str, Any], places: Mapping[str, str] = PLACES) -> str:
+def describe(summary: JobSummary, places: Mapping[str, str] = PLACES) -> str:
     """Return a line for each worker: images per second and where its time went.
 
     Args:

@@ -38,6 +38,7 @@ from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo
 from camoxpert.inference.timing import Timing
 from camoxpert.inference.tta import Looked
+from camoxpert.runs.jobs import JobSummary, WorkerSummary
 from camoxpert.text import bullet_list
 
 COLUMNS = ("frame", "pts", "seconds", "object_fraction", "confidence")
@@ -342,12 +343,15 @@ class VideoRun:
             known = {"status": "ok", **as_fields(unchanged), "digest": digest}
             yield head | known | {"kinds": list(self.kinds)} | options | facts
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JobSummary:
         """Return where the time went, as plain values; images are frames."""
         self._timing.end()
         facts = device_facts(self.stages.device, self._size, self._reason)
-        worker = {"worker": f"{self.stages.device}, frames of videos"} | facts
-        worker |= self._timing.summary()
+        worker: WorkerSummary = {
+            "worker": f"{self.stages.device}, frames of videos",
+            **facts,
+            **self._timing.summary(),
+        }
         return {
             "engine": "local",
             "wall_seconds": worker["wall_seconds"],

@@ -18,6 +18,7 @@ from camoxpert.metrics.groups import SIZES, size_class
 from camoxpert.pages import charts
 from camoxpert.pages.pictures import fit
 from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, write_page
+from camoxpert.runs.jobs import JobSummary, WorkerSummary
 
 SHOWN = 12
 """Pictures of a gallery."""
@@ -142,7 +143,7 @@ def write_predictions_page(
     *,
     folder: Path,
     settings: Mapping[str, Any],
-    summary: Mapping[str, Any],
+    summary: JobSummary,
     finished: bool,
 ) -> Path:
     """Write the page.
@@ -222,7 +223,7 @@ def _picture(folder: Path, row: Row) -> Picture | None:
     return None
 
 
-def _worker(worker: Mapping[str, Any]) -> WorkerLine:
+def _worker(worker: WorkerSummary) -> WorkerLine:
     shares = worker.get("loop_shares", {})
     parts = (f"{place} {share:.0%}" for place, share in shares.items() if share >= 0.005)
     return WorkerLine(
@@ -233,7 +234,7 @@ def _worker(worker: Mapping[str, Any]) -> WorkerLine:
     )
 
 
-def _stages(workers: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _stages(workers: list[WorkerSummary]) -> list[tuple[str, str]]:
     """Return milliseconds an image of every stage, over all workers."""
     images = sum(worker["images"] for worker in workers)
     seconds: Counter[str] = Counter()

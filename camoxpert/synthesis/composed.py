@@ -13,6 +13,7 @@ from camoxpert import console
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import file_digest
 from camoxpert.inference.job import BatchResult
+from camoxpert.runs.jobs import LeakGuard
 from camoxpert.runtime.host import usable_cores
 from camoxpert.synthesis.compose.cached import Source, backgrounds_of, objects_of
 from camoxpert.synthesis.compose.draw import draw_composition
@@ -217,7 +218,7 @@ def _add(pictures: _Pictures, source: Source, group: str, leak: str) -> None:
         pictures.files[path] = SourceFile(digest, group, leak if path == source.image else "")
 
 
-def _guard(*found: _Pictures) -> dict[str, object]:
+def _guard(*found: _Pictures) -> LeakGuard:
     """Return which test images the sources were compared with."""
     most = max(found, key=lambda pictures: pictures.compared)
     return {"test_sets": list(most.tests), "test_images": most.compared}

@@ -20,6 +20,7 @@ from camoxpert.inference.ledger import Ledger, open_ledger
 from camoxpert.inference.local import LocalEngine
 from camoxpert.inference.plan import Made, make_plan, remove_unfinished
 from camoxpert.inference.products import Product
+from camoxpert.runs.jobs import JobSummary, SourceNotes
 from camoxpert.synthesis.records import KINDS, PROVENANCE, TABLE, Head, write_provenance
 from camoxpert.text import count
 
@@ -63,7 +64,7 @@ class Job:
     head: Head
     items: Sequence[Made]
     spec: Spec
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: SourceNotes = field(default_factory=SourceNotes)
 
 
 class _Counted:
@@ -84,7 +85,7 @@ class _Counted:
                     self.caches.setdefault(stage, Counter())[outcome] += 1
             yield result
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JobSummary:
         counts = {stage: dict(counter) for stage, counter in self.caches.items()}
         return self.engine.summary() | {"caches": counts}
 
@@ -133,7 +134,11 @@ def make_images(
                     write_provenance(ledger)
         audit(ledger, plan, result, job.product.item)
         if result.summary:
-            result.summary |= {"settings": job.head.fields()} | job.notes
+            result.summary = {
+                **result.summary,
+                "settings": job.head.fields(),
+                **job.notes,
+            }
             write_json(job.output / f"{job.title}.json", result.summary, durable=False)
         if after is not None:
             after(ledger, result)

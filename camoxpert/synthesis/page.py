@@ -9,10 +9,10 @@ from typing import Any
 from camoxpert import console
 from camoxpert.data.files.image_io import read_image, read_mask, read_pair
 from camoxpert.errors import DataError
-from camoxpert.files import read_json
 from camoxpert.inference.job import BatchResult
 from camoxpert.inference.ledger import OK, Ledger
 from camoxpert.pages.synthesis import Example, SynthesisReport, write_synthesis_page
+from camoxpert.runs.jobs import JobSummary, read_summary
 from camoxpert.synthesis.erasing import REMOVED
 from camoxpert.synthesis.reading import difficulty_of
 from camoxpert.synthesis.records import PAGE, flat, shown
@@ -55,7 +55,7 @@ def write_page(ledger: Ledger, result: BatchResult) -> None:
         difficulty["their sources"] = _of_objects(ledger.row(name) for name in made)
     head = ledger.earlier or {}
     kind = str(head.get("made by", "synthesize")).rpartition(" ")[2]
-    summary = result.summary or read_json(ledger.folder / f"{kind}.json")
+    summary = result.summary or read_summary(ledger.folder / f"{kind}.json")
     warnings = []
     if tests:
         warnings.append(
@@ -81,7 +81,7 @@ def write_page(ledger: Ledger, result: BatchResult) -> None:
     write_synthesis_page(ledger.folder / PAGE, report)
 
 
-def _speed(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _speed(summary: JobSummary) -> list[tuple[str, str]]:
     wall = summary.get("wall_seconds")
     if not wall:
         return []
@@ -89,7 +89,7 @@ def _speed(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(f"{images / wall:.1f}", "images per second")]
 
 
-def _timing(summary: Mapping[str, Any]) -> list[str]:
+def _timing(summary: JobSummary) -> list[str]:
     if not summary:
         return []
     images = sum(worker.get("images", 0) for worker in summary["workers"])
@@ -98,10 +98,10 @@ def _timing(summary: Mapping[str, Any]) -> list[str]:
     return [f"The last run made {count(images, 'image')} in {seconds:.1f} s ({names})."]
 
 
-def _provenance(head: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _provenance(head: Mapping[str, Any], summary: JobSummary) -> list[tuple[str, str]]:
     rows = [(name, shown(value)) for name, value in flat(head)]
-    guard = summary.get("leak_guard", {})
-    if guard.get("test_sets"):
+    guard = summary.get("leak_guard")
+    if guard and guard.get("test_sets"):
         text = f"compared with {guard['test_images']} images of {', '.join(guard['test_sets'])}"
         rows.append(("leak guard", text))
     elif summary:

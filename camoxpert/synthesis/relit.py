@@ -17,6 +17,7 @@ from camoxpert.errors import DataError
 from camoxpert.files import why_missing
 from camoxpert.inference.job import BatchResult
 from camoxpert.inference.plan import digest_of
+from camoxpert.runs.jobs import SourceNotes
 from camoxpert.synthesis.job import Job, Work, describe_caches, make_images
 from camoxpert.synthesis.lightsource import Reading, RelightItem, read_source
 from camoxpert.synthesis.masks import Masked, MaskOptions, with_masks
@@ -227,7 +228,7 @@ def _require_cached(items: Sequence[RelightItem], reading: Reading) -> None:
         require_hits(stage, missing)
 
 
-def notes_of(found: Sources, masked: Masked) -> dict[str, object]:
+def notes_of(found: Sources, masked: Masked) -> SourceNotes:
     """Return what the summary says of the sources."""
     return {
         "sources": len(found.pairs),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from camoxpert.inference.timing import describe
+from camoxpert.runs.jobs import JobSummary
 from camoxpert.text import table
 
 PLACES = {
@@ -18,7 +16,7 @@ PLACES = {
 READING, WRITING = ("read", "look up"), ("write",)
 
 
-def describe_stages(summary: Mapping[str, Any]) -> str:
+def describe_stages(summary: JobSummary) -> str:
     """Return a line for each worker, and a table of stages whose shares add up.
 
     Args:
@@ -32,7 +30,7 @@ def describe_stages(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def stage_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def stage_rows(summary: JobSummary) -> list[tuple[str, str, str]]:
     """Return (stage, seconds, share) of all threads of all workers, and their sum."""
     seconds: dict[str, float] = {}
     for worker in summary["workers"]:
@@ -49,7 +47,7 @@ def stage_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [*rows, ("all threads", f"{total:.2f}", "100.0%")]
 
 
-def warm_up(summary: Mapping[str, Any]) -> float | None:
+def warm_up(summary: JobSummary) -> float | None:
     """Return how many seconds the first passes took longer than the usual ones."""
     extra = []
     for worker in summary["workers"]:
