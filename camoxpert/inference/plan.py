@@ -242,7 +242,9 @@ def _left_to_do(
         elif has_changed(ledger, item):
             plan.todo.append(item)
             plan.replaced += 1
-            earlier = Path(ledger.row(item.name)["source"])
+            # Without one the file changed while it was read: nobody knows which one it was.
+            source = ledger.row(item.name)["source"]
+            earlier = Path(os.path.abspath(item.path) if source is None else source)
             if earlier != Path(os.path.abspath(item.path)) and _is_same(
                 ledger, item.name, (earlier, *item.files[1:])
             ):

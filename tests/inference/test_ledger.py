@@ -16,9 +16,12 @@ from camoxpert.inference.ledger import (
     OK,
     Ledger,
     Source,
+    as_fields,
     open_ledger,
 )
+from camoxpert.inference.plan import Settings, make_plan
 from camoxpert.inference.products import TABLE
+from camoxpert.inference.sources import Photo
 
 KINDS = ("map", "mask")
 HEAD = {"model": "abc", "threshold": 0.5}
@@ -202,3 +205,16 @@ def test_what_two_runs_may_differ_in() -> None:
     one, other = row("a"), row("a", seconds={"forward": 9.0}, worker="cuda:1")
     assert one != other and same_work(one) == same_work(other)
     assert same_work(one) != same_work(row("a", digest="e"))
+
+
+def test_a_photo_that_changed_while_it_was_read_is_done_again(tmp_path: Path) -> None:
+    """Its row has a result and no known file; the others are not touched."""
+    photo = tmp_path / "a.jpg"
+    photo.write_bytes(b"new")
+    settings = Settings("abc", "best.pt", 32, "fp32", 0.5)
+    ledger = Ledger(tmp_path / "out", KINDS)
+    (tmp_path / "out").mkdir()
+    ledger.restart(settings.fields())
+    ledger.append([row("a", **as_fields(None)), row("b")])
+    plan = make_plan(ledger, settings, [Photo(photo, "a")], ["mask"], overwrite=False)
+    assert [item.name for item in plan.todo] == ["a"] and plan.replaced == 1
