@@ -30,13 +30,14 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from camoxpert.errors import DataError
 from camoxpert.files import append_here, try_lock, write_whole
 from camoxpert.inference.products import RESULTS, Table
+from camoxpert.runs.jobs import ItemRow, SourceFacts
 
 LEDGER = "predictions.jsonl"
 OK, FAILED = 1, 2
@@ -220,7 +221,7 @@ class Ledger:
         self.earlier = dict(head)
         self._write([json.dumps({"settings": self.earlier}), json.dumps({"commit": 0})])
 
-    def append(self, rows: Sequence[Row]) -> None:
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the rows of a chunk, all or none, and wait until they are on the disk.
 
         Raises:
@@ -248,14 +249,14 @@ class Ledger:
         self._torn, self._changed, self.finished = None, True, False
         return offset
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> ItemRow:
         """Return the last row of an item, read from the file."""
         with self.path.open("rb") as file:
             file.seek(self.index.offset(name))
-            row: Row = json.loads(file.readline())
+            row: ItemRow = json.loads(file.readline())
         return row
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ItemRow]:
         """Yield the last row of every item, read from the file."""
         with self.path.open("rb") as file:
             for name in self.index:
@@ -471,8 +472,13 @@ def _require_own_table(path: Path, table: Table) -> None:
         )
 
 
-def as_fields(source: Source | None) -> Row:
+def as_fields(source: Source | None) -> SourceFacts:
     """Return the fields of a row that describe its source."""
     if source is None:
         return {"source": None, "size": None, "mtime_ns": None, "ctime_ns": None}
-    return asdict(source)
+    return {
+        "source": source.source,
+        "size": source.size,
+        "mtime_ns": source.mtime_ns,
+        "ctime_ns": source.ctime_ns,
+    }

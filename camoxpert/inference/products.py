@@ -9,6 +9,7 @@ from typing import Any
 
 from camoxpert.errors import DataError
 from camoxpert.files import leads_outside
+from camoxpert.runs.jobs import ItemRow
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Table:
 
     name: str
     columns: tuple[str, ...]
-    cells: Callable[[dict[str, Any]], list[str]]
+    cells: Callable[[ItemRow], list[str]]
     command: str
     extra: tuple[str, ...] = ()
 
@@ -37,7 +38,7 @@ class Table:
 TABLE = "results.csv"
 
 
-def table_row(row: dict[str, Any]) -> list[str]:
+def table_row(row: ItemRow) -> list[str]:
     """Return the cells of an item's row of the table of ``predict``, in the order of COLUMNS."""
     return [
         row["item"],

@@ -16,8 +16,9 @@ from typing import TypeVar
 
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.inference.annotations import begin_coco, join_coco
-from camoxpert.inference.ledger import OK, Ledger, Row, open_ledger
+from camoxpert.inference.ledger import OK, Ledger, open_ledger
 from camoxpert.inference.plan import remove_unfinished
+from camoxpert.runs.jobs import ItemRow
 from camoxpert.text import bullet_list, count
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def merge(folder: Path, kinds: Sequence[str]) -> tuple[int, list[tuple[str, str]
         if whole.earlier is None and heads:
             first = next(ledger for ledger in ledgers if ledger.earlier)
             whole.restart(first.earlier or {})
-        waiting: list[Row] = []
+        waiting: list[ItemRow] = []
         order = list(whole.index)
         for row in _alternating([ledger.rows() for ledger in ledgers]):
             order.append(row["item"])
@@ -179,7 +180,7 @@ def _compared(head: Mapping[str, object] | None) -> dict[str, object]:
     return {key: value for key, value in (head or {}).items() if key != "checkpoint"}
 
 
-def _alternating(parts: Sequence[Iterator[Row]]) -> Iterator[Row]:
+def _alternating(parts: Sequence[Iterator[ItemRow]]) -> Iterator[ItemRow]:
     """Yield rows in the order of the undivided items."""
     for row in chain.from_iterable(zip_longest(*parts)):
         if row is not None:

@@ -38,7 +38,7 @@ from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo
 from camoxpert.inference.timing import Timing
 from camoxpert.inference.tta import Looked
-from camoxpert.runs.jobs import JobSummary, WorkerSummary
+from camoxpert.runs.jobs import ItemRow, JobSummary, WorkerSummary
 from camoxpert.text import bullet_list
 
 COLUMNS = ("frame", "pts", "seconds", "object_fraction", "confidence")
@@ -114,7 +114,7 @@ def plan_videos(
 
 
 def _is_complete(
-    ledger: Ledger, name: str, row: Row, kinds: Sequence[str], options: VideoOptions
+    ledger: Ledger, name: str, row: ItemRow, kinds: Sequence[str], options: VideoOptions
 ) -> bool:
     """Return whether everything that a call wants of a video is there."""
     folder = ledger.folder

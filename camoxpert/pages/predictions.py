@@ -18,7 +18,7 @@ from camoxpert.metrics.groups import SIZES, size_class
 from camoxpert.pages import charts
 from camoxpert.pages.pictures import fit
 from camoxpert.pages.render import Chart, Picture, draw, inline_jpeg, write_page
-from camoxpert.runs.jobs import JobSummary, WorkerSummary
+from camoxpert.runs.jobs import ItemRow, JobSummary, WorkerSummary
 
 SHOWN = 12
 """Pictures of a gallery."""
@@ -34,8 +34,6 @@ PLACES = (
 )
 """Pictures by kind: folder and suffix; the first that was written is shown."""
 
-Row = Mapping[str, Any]
-
 
 @dataclass
 class Gallery:
@@ -47,10 +45,10 @@ class Gallery:
     """
 
     title: str
-    rows: list[tuple[float, int, Row]] = field(default_factory=list)
+    rows: list[tuple[float, int, ItemRow]] = field(default_factory=list)
     _order: Any = field(default_factory=counting)
 
-    def offer(self, value: float, row: Row) -> None:
+    def offer(self, value: float, row: ItemRow) -> None:
         """Keep the row if it is among the largest."""
         entry = (value, -next(self._order), row)
         if len(self.rows) < SHOWN:
@@ -58,7 +56,7 @@ class Gallery:
         else:
             heapq.heappushpop(self.rows, entry)
 
-    def best(self) -> list[Row]:
+    def best(self) -> list[ItemRow]:
         """Return the rows, largest first."""
         return [row for _, _, row in sorted(self.rows, reverse=True)]
 
@@ -87,7 +85,7 @@ class Survey:
     largest: Gallery = field(default_factory=lambda: Gallery("Largest objects"))
     empty: Gallery = field(default_factory=lambda: Gallery("Nothing found"))
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ItemRow) -> None:
         """Count a row."""
         self.statuses[str(row["status"])] += 1
         if row["status"] != "ok":
@@ -139,7 +137,7 @@ class PredictionsPage:
 
 def write_predictions_page(
     path: Path,
-    rows: Iterable[Row],
+    rows: Iterable[ItemRow],
     *,
     folder: Path,
     settings: Mapping[str, Any],
@@ -203,7 +201,7 @@ def _tenths(counts: Mapping[int, int]) -> dict[str, int]:
     }
 
 
-def _picture(folder: Path, row: Row) -> Picture | None:
+def _picture(folder: Path, row: ItemRow) -> Picture | None:
     """Return the first picture that was written for an item and still exists."""
     for kind, place, suffix in PLACES:
         path = folder / place / f"{row['item']}{suffix}"

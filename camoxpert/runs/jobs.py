@@ -1,19 +1,95 @@
-"""Folders of results of ``predict`` and ``synthesize``, typed: where the time of a call went.
+"""Folders of results of ``predict`` and ``synthesize``, typed: the rows of their ledgers, and where
+the time of a call went.
 
-Engines give it, ``predict.json`` holds it, and pages read it. A number that was NaN or infinite is
-null in the file.
+Ledgers are ``predictions.jsonl`` and ``synthesis.jsonl``; see ``inference/ledger.py``. Engines say
+where the time went, ``predict.json`` holds it, and pages read it. A number that was NaN or infinite
+is null in the files.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from camoxpert.files import read_json
 
 if TYPE_CHECKING:
     # Annotations are never evaluated, so Python 3.10 need not have it.
     from typing import NotRequired
+
+
+class ImageFacts(TypedDict, total=False):
+    """What a row says of an image that was made or looked at; of a video: the mean of its frames.
+
+    ``confidence`` is of predictions, ``presence`` of models with the presence head.
+    """
+
+    height: int
+    width: int
+    object_fraction: float
+    confidence: float
+    presence: float
+    seconds: dict[str, float]  # by stage
+
+
+class VideoFacts(TypedDict, total=False):
+    """What the row of a video says besides; ``shows`` where a video was written."""
+
+    pictures: int
+    every: int
+    smooth: float
+    shows: str
+
+
+class MadeSource(TypedDict):
+    """A file that an image was made from."""
+
+    role: str
+    path: str
+
+
+class MadeFacts(TypedDict, total=False):
+    """What the row of a made image says besides; each kind of image has some of it."""
+
+    kind: str
+    made: str
+    group: str
+    seed: int
+    index: int
+    parameters: dict[str, Any]  # those that were drawn
+    sources: list[MadeSource]
+    files: dict[str, str]  # kind -> path in the folder
+    sha256: dict[str, str]
+    test_source: str
+    mask_source: str
+    changed_fraction: float
+    difficulty: float | None
+    difficulty_source: float | None
+
+
+class SourceFacts(TypedDict):
+    """The file of an item as it was read; null where there was none, or where it changed then."""
+
+    source: str | None
+    size: int | None
+    mtime_ns: int | None
+    ctime_ns: int | None
+
+
+class ItemRow(SourceFacts, ImageFacts, VideoFacts, MadeFacts):
+    """A row of a ledger: the last attempt at an item.
+
+    ``reason`` is of failures, which have neither ``kinds`` nor facts of an image; ``digest`` is
+    missing where the file was not read.
+    """
+
+    item: str
+    status: Literal["ok", "failed"]
+    attempt: int
+    worker: str
+    digest: NotRequired[str | None]
+    kinds: NotRequired[list[str]]
+    reason: NotRequired[str]
 
 
 class LoadFacts(TypedDict, total=False):

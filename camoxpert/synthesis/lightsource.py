@@ -18,6 +18,7 @@ from camoxpert.data.cache.stages import OFF, StageCache, content_key, settings_k
 from camoxpert.data.files.image_io import read_levels
 from camoxpert.errors import DataError
 from camoxpert.inference.plan import state_of
+from camoxpert.runs.jobs import SourceFacts
 from camoxpert.synthesis.reading import difficulty_of, identified, read_object
 from camoxpert.synthesis.relight.albedo import FLOOR, NOMINAL, SIGMAS
 from camoxpert.synthesis.sources import SourceItem
@@ -91,7 +92,7 @@ class LightSource:
     depth: NDArray[np.float32] | None
     records: list[dict[str, str]]
     digest: str | None
-    state: dict[str, Any]
+    state: SourceFacts
     difficulty: float | None
     keys: dict[str, str]
     outcomes: dict[str, str]

@@ -12,7 +12,7 @@ from camoxpert.errors import DataError
 from camoxpert.inference.job import BatchResult
 from camoxpert.inference.ledger import OK, Ledger
 from camoxpert.pages.synthesis import Example, SynthesisReport, write_synthesis_page
-from camoxpert.runs.jobs import JobSummary, read_summary
+from camoxpert.runs.jobs import ItemRow, JobSummary, read_summary
 from camoxpert.synthesis.erasing import REMOVED
 from camoxpert.synthesis.reading import difficulty_of
 from camoxpert.synthesis.records import PAGE, flat, shown
@@ -48,9 +48,12 @@ def write_page(ledger: Ledger, result: BatchResult) -> None:
             continue
         tests += "test_source" in row
         sources |= {source["path"] for source in row["sources"] if source["role"] in SHOWN_ROLES}
-        for name, key in (("made images", "difficulty"), ("their sources", "difficulty_source")):
-            if row.get(key) is not None:
-                difficulty[name].append(row[key])
+        for name, value in (
+            ("made images", row.get("difficulty")),
+            ("their sources", row.get("difficulty_source")),
+        ):
+            if value is not None:
+                difficulty[name].append(value)
     if not difficulty["their sources"]:
         difficulty["their sources"] = _of_objects(ledger.row(name) for name in made)
     head = ledger.earlier or {}
@@ -111,7 +114,7 @@ def _provenance(head: Mapping[str, Any], summary: JobSummary) -> list[tuple[str,
     return rows
 
 
-def _examples(folder: Path, rows: list[dict[str, Any]]) -> list[Example]:
+def _examples(folder: Path, rows: list[ItemRow]) -> list[Example]:
     found = []
     for row in console.track(rows, "page", total=len(rows)):
         try:
@@ -130,7 +133,7 @@ def _examples(folder: Path, rows: list[dict[str, Any]]) -> list[Example]:
     return found
 
 
-def _of_objects(rows: Iterable[Mapping[str, Any]]) -> list[float]:
+def _of_objects(rows: Iterable[ItemRow]) -> list[float]:
     """Return the difficulties of some objects in the pictures that they were cut from."""
     found: dict[tuple[str, str], float] = {}
     for row in rows:
@@ -148,7 +151,7 @@ def _of_objects(rows: Iterable[Mapping[str, Any]]) -> list[float]:
     return list(found.values())
 
 
-def _caption(row: Mapping[str, Any]) -> str:
+def _caption(row: ItemRow) -> str:
     """Return the name of an image and what matters of its parameters."""
     drawn, words = row["parameters"], []
     if row["kind"] == "relight":

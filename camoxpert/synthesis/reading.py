@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +16,7 @@ from camoxpert.errors import DataError
 from camoxpert.files import file_digest
 from camoxpert.inference.ledger import as_fields
 from camoxpert.inference.plan import Source, joined_digest, state_of
+from camoxpert.runs.jobs import SourceFacts
 from camoxpert.synthesis.compose.difficulty import difficulty
 from camoxpert.synthesis.sources import SourceItem
 
@@ -37,7 +37,7 @@ class Identity:
 
     records: list[dict[str, str]]
     digest: str | None
-    state: dict[str, Any]
+    state: SourceFacts
 
 
 def read_object(

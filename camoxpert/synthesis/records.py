@@ -22,6 +22,7 @@ from camoxpert.files import write_whole
 from camoxpert.inference.ledger import Ledger, as_fields
 from camoxpert.inference.plan import state_of
 from camoxpert.inference.products import Product, Table
+from camoxpert.runs.jobs import ItemRow
 
 Row = dict[str, Any]
 FORMATS = {"jpg": ".jpg", "png": ".png"}
@@ -142,7 +143,7 @@ def failed_row(files: Sequence[Path], reason: str) -> Row:
     return {"status": "failed", **as_fields(state_of(files)), "reason": reason}
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: ItemRow) -> list[str]:
     """Return the cells of an image's row of ``pairs.csv``, in the order of COLUMNS."""
     sources = {source["role"]: source["path"] for source in row["sources"]}
     hard = row.get("difficulty")
@@ -179,9 +180,10 @@ PROVENANCE_KEYS = (
 )
 
 
-def provenance_row(row: Row, head: Mapping[str, Any]) -> Row:
+def provenance_row(row: ItemRow, head: Mapping[str, Any]) -> Row:
     """Return what is told of one image: how it was made, from what, and its hashes."""
-    known = {key: row[key] for key in PROVENANCE_KEYS if key in row}
+    values: Mapping[str, object] = row
+    known = {key: values[key] for key in PROVENANCE_KEYS if key in values}
     return {**row["files"], **known, "settings": head_digest(head)}
 
 
