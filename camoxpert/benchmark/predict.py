@@ -41,7 +41,7 @@ from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo, find_photos
 from camoxpert.models.camoxpert import build_model
-from camoxpert.runs.checkpoint import FORMAT, Checkpoint
+from camoxpert.runs.checkpoint import FORMAT, Checkpoint, CheckpointValues
 from camoxpert.runs.jobs import JobSummary
 from camoxpert.runs.share import write_shared
 from camoxpert.runtime.device import Precision, device_name, wait_for
@@ -318,7 +318,11 @@ def _write_model(folder: Path, config: Config) -> Path:
     """Write a model with random weights as one that can be loaded."""
     started = time.monotonic()
     model = build_model(config.model, sides=(config.data.img_size,))
-    values = {"format": FORMAT, "config": to_dict(config), "model": model.state_dict()}
+    values: CheckpointValues = {
+        "format": FORMAT,
+        "config": to_dict(config),
+        "model": model.state_dict(),
+    }
     write_shared(folder, Checkpoint(folder, config, values))
     console.note(f"a model with random weights in {time.monotonic() - started:.1f} s")
     return folder

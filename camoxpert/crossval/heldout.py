@@ -48,7 +48,13 @@ from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import Item, score
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.scoring import Claim, Row
-from camoxpert.runs.checkpoint import FORMAT, PRESENCE, Checkpoint, load_checkpoint
+from camoxpert.runs.checkpoint import (
+    FORMAT,
+    PRESENCE,
+    Checkpoint,
+    CheckpointValues,
+    load_checkpoint,
+)
 from camoxpert.runs.records import read_records
 from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime.device import choose_device, choose_precision
@@ -218,7 +224,7 @@ def final_weights(run: Path) -> Checkpoint:
         )
     for problem in problems:
         console.warn(problem)
-    values = {
+    values: CheckpointValues = {
         "format": FORMAT,
         "config": newest.values["config"],
         "data_hash": newest.values["data_hash"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from camoxpert.inference.runtimes import Runtime, open_runtime
 from camoxpert.models.camoxpert import ModelOutput
 from camoxpert.models.guidance import Guidance, Reference
 from camoxpert.models.support import NOT_GUIDED
-from camoxpert.runs.checkpoint import FORMAT, Checkpoint
+from camoxpert.runs.checkpoint import FORMAT, Checkpoint, CheckpointValues, StateValues
 from camoxpert.runs.metadata import wrong
 
 MEMORY = ("prototypes_KD", "class_text", "encoder_sha256")
@@ -192,14 +192,15 @@ def open_exported(
     except (KeyError, TypeError, ValueError) as error:
         # What it remembers of its references are arrays as text.
         raise wrong(path, "guidance", about.get("guidance"), "what export wrote") from error
-    values = {
+    values: CheckpointValues = {
         "format": FORMAT,
         "config": about["config"],
         # Where weights are asked for their names or their hash, the file's stands for them.
         "model": {"exported.sha256": torch.tensor(list(bytes.fromhex(digest_of(path))))},
         "ema": None,
         "scores": about.get("scores") or {},
-        "state": about.get("state") or {},
+        # Only those that it was exported with, and they are numbers.
+        "state": cast(StateValues, about.get("state") or {}),
     }
     return Checkpoint(path, config, values), network
 

@@ -9,13 +9,14 @@ from camoxpert.config import QuickConfig, quick_words
 from camoxpert.config.data import RGB
 from camoxpert.runs.checkpoint import FORMAT, SHARED
 from camoxpert.runs.hub import LIBRARY, PREFIX
+from camoxpert.runs.origin import About
 
 TAGS = ("camouflaged-object-detection", "image-segmentation", "mixture-of-experts")
 FIRST = ("Smeasure", "wFmeasure", "meanEm", "maxFm", "MAE", "IoU")
 """Measures of the card's table, in this order; a folder of results has all of them."""
 
 
-def card(about: Mapping[str, Any], repo: str = "") -> str:
+def card(about: About, repo: str = "") -> str:
     """Return the README of shared weights, with the front matter that the Hub reads.
 
     Args:
@@ -72,7 +73,7 @@ def _sensors(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _front_matter(about: Mapping[str, Any], title: str) -> dict[str, Any]:
+def _front_matter(about: About, title: str) -> dict[str, Any]:
     front: dict[str, Any] = {
         "library_name": LIBRARY,
         "pipeline_tag": "image-segmentation",
@@ -80,7 +81,7 @@ def _front_matter(about: Mapping[str, Any], title: str) -> dict[str, Any]:
     }
     if about["license"]:
         front["license"] = _plain(about["license"])
-    origin = about["backbone_weights"] or {}
+    origin: Mapping[str, object] = about["backbone_weights"] or {}
     if origin.get("hub"):
         front["base_model"] = str(origin["hub"])
     results = [
@@ -99,7 +100,7 @@ def _front_matter(about: Mapping[str, Any], title: str) -> dict[str, Any]:
     return front
 
 
-def _measures(about: Mapping[str, Any]) -> list[str]:
+def _measures(about: About) -> list[str]:
     """Return the tables of the test sets and of validation."""
     parts = []
     for row in about["results"] or ():
@@ -125,7 +126,7 @@ def _measures(about: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _training(about: Mapping[str, Any]) -> str:
+def _training(about: About) -> str:
     data, facts, state = about["config"]["data"], about["training"] or {}, about["state"]
     said = [f"Images of {_number(data['img_size'])} px"]
     images = facts.get("images")
@@ -145,8 +146,8 @@ def _training(about: Mapping[str, Any]) -> str:
     return f"{'; '.join(said)}. Hash of the training data (images and masks): {data_hash}."
 
 
-def _licences(about: Mapping[str, Any]) -> str:
-    origin = about["backbone_weights"] or {}
+def _licences(about: About) -> str:
+    origin: Mapping[str, object] = about["backbone_weights"] or {}
     licence = _plain(origin.get("license") or "unknown")
     known = "" if licence == "unknown" else f", licence {licence} as timm records it"
     told = {

@@ -10,7 +10,7 @@ import json
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard, cast
 
 import torch
 
@@ -18,6 +18,11 @@ from camoxpert.config import Config, ModelConfig, config_from_dict
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.files import file_digest, no_path
 from camoxpert.runs.hub import WEIGHTS, fetch, hub_address, hub_name, is_hub_name
+from camoxpert.runs.origin import SharedFacts
+
+if TYPE_CHECKING:
+    # Annotations are never evaluated, so Python 3.10 need not have it.
+    from typing import NotRequired
 
 FORMAT = 1
 BEST = "best.pt"
@@ -25,6 +30,116 @@ INDEX = "index.json"
 SHARED = WEIGHTS
 PRESENCE = "presence."
 """Start of the names of the presence head's tensors."""
+
+
+class StateValues(TypedDict, total=False):
+    """Where a run stands: see ``training.run.TrainState``.
+
+    Of shared weights the first keys of three alone are known, or none: then they are null there.
+    """
+
+    step: int
+    epoch: int
+    position: int
+    images: int
+    best: float | None
+    best_epoch: int
+    stale: int
+    skipped: int
+    skipped_in_a_row: int
+    seconds: float
+
+
+class EmaValues(TypedDict):
+    """The averaged weights, and how often they were updated."""
+
+    weights: dict[str, torch.Tensor]
+    updates: int
+
+
+class RoutingValues(TypedDict):
+    """The routing of an epoch that was stopped midway: see ``training.routing``.
+
+    The first versions counted images, the units of all levels.
+    """
+
+    chosen: torch.Tensor | None
+    mass: torch.Tensor | None
+    units: NotRequired[list[int]]
+    images: NotRequired[int]
+
+
+class RandomStates(TypedDict):
+    """The random states of a process; ``cuda`` where it has a device."""
+
+    cpu: torch.Tensor
+    cuda: NotRequired[torch.Tensor]
+
+
+class BatchValues(TypedDict):
+    """How an optimizer step is taken."""
+
+    size: int
+    steps: int
+    processes: int
+    effective: dict[str, int]  # stage -> images of a step
+
+
+class OverfitValues(TypedDict):
+    """Losses of ``--overfit-batches``: of the steps of this epoch, and of the epochs before."""
+
+    steps: list[float]
+    losses: list[float]
+
+
+class CheckpointValues(SharedFacts):
+    """What ``step_*.pt`` and ``best.pt`` hold, and shared weights besides their tensors.
+
+    Every file has the first three keys, and the next three where training wrote it. ``scores`` are
+    those of evaluated weights; the rest is what a run needs to continue, and is in ``step_*.pt``
+    alone. The first versions wrote neither ``files``, ``routing``, ``other_rngs`` nor ``batch``.
+    """
+
+    format: int
+    config: dict[str, Any]  # nested settings
+    model: dict[str, torch.Tensor]
+    ema: NotRequired[EmaValues | None]
+    data_hash: NotRequired[str | None]
+    state: NotRequired[StateValues]
+    files: NotRequired[dict[str, str]]  # sha256 of the files that settings name, by dotted path
+    optimizer: NotRequired[dict[str, Any]]  # torch's
+    scaler: NotRequired[dict[str, Any]]  # torch's
+    routing: NotRequired[RoutingValues]
+    rng: NotRequired[RandomStates]  # of rank 0
+    other_rngs: NotRequired[list[RandomStates]]
+    batch: NotRequired[BatchValues]
+    scores: NotRequired[dict[str, float]]
+    overfit: NotRequired[OverfitValues]
+
+
+class IndexFacts(TypedDict, total=False):
+    """What the index says of a file besides, where training wrote it.
+
+    ``pending``: the hash of what is about to replace the file, while it does.
+    """
+
+    epoch: int
+    best: float | None
+    data_hash: str
+    torch: str
+    threads: int
+    processes: int
+    stays: bool  # it is never deleted
+    pending: str
+
+
+class IndexEntry(IndexFacts):
+    """An entry of ``index.json``; only files of other programs lack ``bytes``."""
+
+    file: str
+    step: int
+    sha256: str
+    bytes: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -39,14 +154,13 @@ class Checkpoint:
 
     path: Path
     config: Config
-    values: dict[str, Any]
+    values: CheckpointValues
 
     @property
     def evaluated_weights(self) -> dict[str, torch.Tensor]:
         """The weights that validation scored: the EMA where there is one."""
         ema = self.values.get("ema")
-        weights: dict[str, torch.Tensor] = ema["weights"] if ema else self.values["model"]
-        return weights
+        return ema["weights"] if ema else self.values["model"]
 
     @property
     def model_config(self) -> ModelConfig:
@@ -131,9 +245,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return verified(path, values)
 
 
-def verified(path: Path, values: Any) -> Checkpoint:
+def verified(path: Path, values: object) -> Checkpoint:
     """Return what was read as a checkpoint; raises CheckpointError if it is not one."""
-    if not isinstance(values, dict) or "config" not in values or "model" not in values:
+    if not _holds_weights(values):
         raise CheckpointError(
             f"{path} is not a CamoXpert checkpoint. Backbone weights are given with --weights."
         )
@@ -142,7 +256,7 @@ def verified(path: Path, values: Any) -> Checkpoint:
             f"{path} has checkpoint format {values.get('format')}; this version reads format "
             f"{FORMAT}."
         )
-    ema = values.get("ema") or {"weights": {}}
+    ema: Any = values.get("ema") or {"weights": {}}
     held = (values["model"], ema.get("weights") if isinstance(ema, dict) else None)
     if not all(isinstance(w, dict) and all(map(torch.is_tensor, w.values())) for w in held):
         raise CheckpointError(f"{path} is damaged: its weights are not tensors with names.")
@@ -153,7 +267,7 @@ def verified(path: Path, values: Any) -> Checkpoint:
     return Checkpoint(path, config, values)
 
 
-def read_index(folder: Path) -> list[dict[str, Any]]:
+def read_index(folder: Path) -> list[IndexEntry]:
     """Return the entries of ``index.json``, or [] where there is none or it is damaged."""
     try:
         entries = json.loads((folder / INDEX).read_text())
@@ -161,4 +275,19 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
         return []
     if not isinstance(entries, list):
         return []
-    return [e for e in entries if isinstance(e, dict) and {"file", "step", "sha256"} <= e.keys()]
+    return [entry for entry in entries if _is_entry(entry)]
+
+
+def _is_entry(entry: object) -> TypeGuard[IndexEntry]:
+    return isinstance(entry, dict) and {"file", "step", "sha256"} <= entry.keys()
+
+
+def facts_of(entry: IndexEntry) -> IndexFacts:
+    """Return what an entry says of its file, to be said of the one that replaces it."""
+    known = ("file", "step", "bytes", "sha256", "pending")
+    # mypy cannot follow which keys are left.
+    return cast("IndexFacts", {key: value for key, value in entry.items() if key not in known})
+
+
+def _holds_weights(values: object) -> TypeGuard[CheckpointValues]:
+    return isinstance(values, dict) and "config" in values and "model" in values

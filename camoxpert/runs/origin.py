@@ -4,22 +4,101 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 from torch import Tensor
 
 from camoxpert.config import ModelConfig
 from camoxpert.files import file_digest, read_json
+from camoxpert.runs.records import RunInfo, read_info
+from camoxpert.runs.scores import RunResult
+
+if TYPE_CHECKING:
+    # Annotations are never evaluated, so Python 3.10 need not have it.
+    from typing import NotRequired
 
 UNKNOWN = "unknown"
-RUN_FACTS = ("parameters", "gmacs", "images", "started")
-RESULT_FACTS = (
-    *("dataset", "num_images", "num_skipped", "scores", "intervals"),
-    *("protocol", "empty_gt", "img_size", "precision", "data_hash"),
-)
 
 
-def backbone_origin(model: ModelConfig) -> dict[str, str]:
+class BackboneOrigin(TypedDict):
+    """What the backbone of a run started from; see ``backbone_origin``."""
+
+    source: str
+    name: str
+    hub: str
+    license: str
+
+
+class SharedResult(TypedDict):
+    """The test scores of shared weights on a data set; null what the evaluation did not say.
+
+    ``presence``: where some images have no object.
+    """
+
+    dataset: str | None
+    num_images: int | None
+    num_skipped: int | None
+    scores: dict[str, float] | None
+    intervals: dict[str, tuple[float, float]] | None
+    protocol: str | None
+    empty_gt: str | None
+    img_size: int | None
+    precision: str | None
+    data_hash: str | None
+    presence: NotRequired[dict[str, float] | None]
+
+
+class TrainingFacts(TypedDict, total=False):
+    """What ``run.json`` says of the training; each key where it is there, {} without a run."""
+
+    parameters: int
+    gmacs: float
+    images: dict[str, int]
+    started: str
+    versions: dict[str, str | None]
+
+
+class SharedFacts(TypedDict, total=False):
+    """Where shared weights come from: of ``About``, and of a checkpoint that was read from it.
+
+    The first files of shared weights had none of them.
+    """
+
+    backbone_weights: BackboneOrigin | None
+    results: list[SharedResult]
+    training: TrainingFacts
+    calibration: dict[str, float] | None
+    license: str
+
+
+class SharedState(TypedDict):
+    """Where the run of shared weights stood; null: unknown."""
+
+    step: int | None
+    epoch: int | None
+    images: int | None
+
+
+class About(TypedDict):
+    """What is said of shared weights, in ``model.safetensors`` and in ``config.json`` beside it.
+
+    ``share.about_of`` makes it, cards and ``share.read_shared`` read it. Files of older releases
+    lack keys; they are read as checkpoints, whose keys may be missing.
+    """
+
+    format: int
+    config: dict[str, Any]  # nested settings, without paths
+    scores: dict[str, float]  # of the validation
+    state: SharedState
+    data_hash: str | None
+    backbone_weights: BackboneOrigin | None
+    results: list[SharedResult]  # [] without tests
+    training: TrainingFacts
+    calibration: dict[str, float] | None  # None without a presence head
+    license: str
+
+
+def backbone_origin(model: ModelConfig) -> BackboneOrigin:
     """Return what the backbone of a run started from.
 
     Returns:
@@ -27,19 +106,19 @@ def backbone_origin(model: ModelConfig) -> dict[str, str]:
         that of these weights, as far as timm says, else ``unknown``; ``name``: timm's name of
         them; ``hub``: their repository on the Hub, or "".
     """
-    known = {"name": "", "hub": "", "license": UNKNOWN}
+    known: BackboneOrigin = {"name": "", "hub": "", "license": UNKNOWN, "source": "none"}
     if model.init_from:
         return {**known, "source": "model"}
     if model.weights:
         return {**known, "source": "file"}
     if not model.pretrained:
-        return {**known, "source": "none", "license": ""}
+        return {**known, "license": ""}
     import timm
 
     # None for a name that timm does not know or has no weights for.
     found = timm.get_pretrained_cfg(model.backbone) if timm.is_model(model.backbone) else None
     if found is None:
-        return {**known, "source": "none", "license": ""}
+        return {**known, "license": ""}
     return {
         "source": "timm",
         "name": ".".join(part for part in (found.architecture, found.tag) if part),
@@ -48,10 +127,10 @@ def backbone_origin(model: ModelConfig) -> dict[str, str]:
     }
 
 
-def scored(checkpoint: Path) -> list[dict[str, Any]]:
+def scored(checkpoint: Path) -> list[SharedResult]:
     """Return the test scores in a run folder that are of this checkpoint's file."""
     entries = _read(checkpoint, "evaluation/scores.json").get("results")
-    ours = [entry for entry in entries or () if isinstance(entry, dict) and "weights" in entry]
+    ours = [entry for entry in entries or () if _names_its_weights(entry)]
     if not ours or not checkpoint.is_file():
         return []
     digest = file_digest(checkpoint)
@@ -59,7 +138,18 @@ def scored(checkpoint: Path) -> list[dict[str, Any]]:
     for entry in ours:
         # Scores at two sizes are those of another way to use it.
         if entry["weights"] == digest and not str(entry.get("method")).endswith("-zoom"):
-            row = {key: entry.get(key) for key in RESULT_FACTS}
+            row: SharedResult = {
+                "dataset": entry.get("dataset"),
+                "num_images": entry.get("num_images"),
+                "num_skipped": entry.get("num_skipped"),
+                "scores": entry.get("scores"),
+                "intervals": entry.get("intervals"),
+                "protocol": entry.get("protocol"),
+                "empty_gt": entry.get("empty_gt"),
+                "img_size": entry.get("img_size"),
+                "precision": entry.get("precision"),
+                "data_hash": entry.get("data_hash"),
+            }
             presence = entry.get("presence")
             if isinstance(presence, dict):
                 row["presence"] = presence.get("scores")
@@ -67,10 +157,23 @@ def scored(checkpoint: Path) -> list[dict[str, Any]]:
     return kept
 
 
-def training_facts(checkpoint: Path) -> dict[str, Any]:
+def _names_its_weights(entry: object) -> TypeGuard[RunResult]:
+    return isinstance(entry, dict) and "weights" in entry
+
+
+def training_facts(checkpoint: Path) -> TrainingFacts:
     """Return what ``run.json`` says of size, cost, images and versions; {} without a run."""
-    info = _read(checkpoint, "run.json")
-    facts = {key: info[key] for key in RUN_FACTS if key in info}
+    run = _run_of(checkpoint)
+    info: RunInfo = {} if run is None else read_info(run)
+    facts: TrainingFacts = {}
+    if "parameters" in info:
+        facts["parameters"] = info["parameters"]
+    if "gmacs" in info:
+        facts["gmacs"] = info["gmacs"]
+    if "images" in info:
+        facts["images"] = info["images"]
+    if "started" in info:
+        facts["started"] = info["started"]
     versions = info.get("versions")
     if isinstance(versions, dict):
         facts["versions"] = {key: versions.get(key) for key in ("camoxpert", "torch", "timm")}
@@ -87,7 +190,13 @@ def calibration_of(weights: Mapping[str, Tensor]) -> dict[str, float] | None:
     return {part: float(value) for part, value in found.items() if value is not None}
 
 
+def _run_of(checkpoint: Path) -> Path | None:
+    """Return the run folder that holds a checkpoint, or None."""
+    folder = checkpoint.parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
 def _read(checkpoint: Path, name: str) -> dict[str, Any]:
     """Return a JSON file of the run folder that holds a checkpoint; {} without a run."""
-    folder = checkpoint.parent
-    return read_json(folder.parent / name) if folder.name == "checkpoints" else {}
+    run = _run_of(checkpoint)
+    return {} if run is None else read_json(run / name)

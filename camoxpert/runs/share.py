@@ -19,7 +19,14 @@ from camoxpert.runs.card import card
 from camoxpert.runs.checkpoint import SHARED, Checkpoint, verified
 from camoxpert.runs.hub import CARD, LIBRARY, SETTINGS
 from camoxpert.runs.metadata import SHARED_SHAPE, check_shape
-from camoxpert.runs.origin import backbone_origin, calibration_of, scored, training_facts
+from camoxpert.runs.origin import (
+    About,
+    SharedFacts,
+    backbone_origin,
+    calibration_of,
+    scored,
+    training_facts,
+)
 
 # Settings with paths on the author's machine, which are not shared.
 PRIVATE = (
@@ -91,17 +98,23 @@ def save_shared(folder: Path, checkpoint: Checkpoint, *, licence: str = "", repo
     return write_shared(folder, checkpoint, licence=licence, repo=repo)
 
 
-def about_of(checkpoint: Checkpoint, *, licence: str = "") -> dict[str, Any]:
+def about_of(checkpoint: Checkpoint, *, licence: str = "") -> About:
     """Return what is said of shared weights, as JSON holds it."""
     values = checkpoint.values
     state = values.get("state") or {}
     # What was shared before knows its origin, and its run is elsewhere.
-    before = values if checkpoint.path.suffix == ".safetensors" else {}
-    about: dict[str, Any] = {
+    before: SharedFacts = {}
+    if checkpoint.path.suffix == ".safetensors":
+        before = values
+    about: About = {
         "format": values["format"],
         "config": shared_settings(checkpoint.config),
         "scores": values.get("scores", {}),
-        "state": {name: state.get(name) for name in ("step", "epoch", "images")},
+        "state": {
+            "step": state.get("step"),
+            "epoch": state.get("epoch"),
+            "images": state.get("images"),
+        },
         "data_hash": values.get("data_hash"),
         "backbone_weights": before.get("backbone_weights")
         or (backbone_origin(checkpoint.config.model) if not before else None),
@@ -110,7 +123,7 @@ def about_of(checkpoint: Checkpoint, *, licence: str = "") -> dict[str, Any]:
         "calibration": calibration_of(checkpoint.evaluated_weights),
         "license": licence or before.get("license", ""),
     }
-    known: dict[str, Any] = finite(about)
+    known: About = finite(about)
     return known
 
 

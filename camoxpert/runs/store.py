@@ -19,7 +19,16 @@ import torch
 
 from camoxpert.errors import CheckpointError
 from camoxpert.files import file_digest, write_bytes
-from camoxpert.runs.checkpoint import BEST, INDEX, Checkpoint, load_checkpoint, read_index
+from camoxpert.runs.checkpoint import (
+    BEST,
+    INDEX,
+    Checkpoint,
+    CheckpointValues,
+    IndexEntry,
+    IndexFacts,
+    load_checkpoint,
+    read_index,
+)
 
 
 class CheckpointFolder:
@@ -41,11 +50,11 @@ class CheckpointFolder:
 
     def save(
         self,
-        values: Mapping[str, Any],
+        values: CheckpointValues,
         *,
         step: int,
         stays: bool = False,
-        about: Mapping[str, Any] | None = None,
+        about: IndexFacts | None = None,
     ) -> Path:
         """Write a resumable checkpoint and delete the oldest beyond ``keep``.
 
@@ -55,7 +64,9 @@ class CheckpointFolder:
             stays: never delete this one.
             about: further fields of its entry in the index.
         """
-        more = {**(about or {}), **({"stays": True} if stays else {})}
+        more = IndexFacts() if about is None else about.copy()
+        if stays:
+            more["stays"] = True
         path = self._write(f"step_{step:08d}.pt", values, step=step, about=more)
         entries = read_index(self.folder)
         # In the order of writing: a run that went back to an earlier step continues from there.
@@ -79,7 +90,7 @@ class CheckpointFolder:
                     path.unlink(missing_ok=True)
 
     def save_best(
-        self, values: Mapping[str, Any], *, step: int, about: Mapping[str, Any] | None = None
+        self, values: CheckpointValues, *, step: int, about: IndexFacts | None = None
     ) -> Path:
         """Write the evaluated weights."""
         return self._write(BEST, values, step=step, about=about or {})
@@ -87,10 +98,10 @@ class CheckpointFolder:
     def save_weights(
         self,
         name: str,
-        values: Mapping[str, Any],
+        values: CheckpointValues,
         *,
         step: int,
-        about: Mapping[str, Any] | None = None,
+        about: IndexFacts | None = None,
     ) -> Path:
         """Write evaluated weights under a name of their own, in a folder without resumable ones."""
         return self._write(name, values, step=step, about=about or {})
@@ -142,9 +153,7 @@ class CheckpointFolder:
                 f"--checkpoint-dir."
             )
 
-    def _write(
-        self, name: str, values: Mapping[str, Any], *, step: int, about: Mapping[str, Any]
-    ) -> Path:
+    def _write(self, name: str, values: CheckpointValues, *, step: int, about: IndexFacts) -> Path:
         if not self.folder.parent.is_dir():
             raise CheckpointError(
                 f"The run folder {self.folder.parent} is gone: step {step} cannot be saved. It was "
@@ -171,7 +180,13 @@ class CheckpointFolder:
                 before["pending"] = digest
                 self._write_index(entries)
             temporary.replace(path)
-            entry = {"file": name, "step": step, "bytes": size, "sha256": digest, **about}
+            entry: IndexEntry = {
+                "file": name,
+                "step": step,
+                "bytes": size,
+                "sha256": digest,
+                **about,
+            }
             self._write_index([e for e in read_index(self.folder) if e["file"] != name] + [entry])
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError about an unexpected position.
@@ -185,7 +200,7 @@ class CheckpointFolder:
             ) from error
         return path
 
-    def _write_index(self, entries: list[dict[str, Any]]) -> None:
+    def _write_index(self, entries: list[IndexEntry]) -> None:
         write_bytes(self.folder / INDEX, json.dumps(entries, indent=1).encode(), durable=True)
         # The renames themselves must survive a power cut as well.
         handle = os.open(self.folder, os.O_RDONLY)

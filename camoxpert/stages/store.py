@@ -17,7 +17,7 @@ from typing import Any
 from camoxpert import console
 from camoxpert.errors import CheckpointError, DataError
 from camoxpert.files import file_digest, lock, read_json, write_json, write_whole
-from camoxpert.runs.checkpoint import BEST, INDEX, load_checkpoint
+from camoxpert.runs.checkpoint import BEST, INDEX, IndexEntry, load_checkpoint
 from camoxpert.runs.records import read_info
 from camoxpert.stages.key import Facts, differences
 from camoxpert.text import count, shorten
@@ -89,7 +89,7 @@ def keep(root: Path, facts: Facts, run: Path, *, name: str, seconds: float) -> P
         if digest != file_digest(source):
             raise CheckpointError(f"{weights} is not what was copied from {source}.")
         size = weights.stat().st_size
-        entry = {"file": BEST, "step": step, "bytes": size, "sha256": digest}
+        entry: IndexEntry = {"file": BEST, "step": step, "bytes": size, "sha256": digest}
         _write_index(folder, entry)
         about: dict[str, Any] = {
             "name": name,
@@ -128,7 +128,7 @@ def held(root: Path, key: str) -> Iterator[None]:
         yield
 
 
-def _write_index(folder: Path, entry: dict[str, Any]) -> None:
+def _write_index(folder: Path, entry: IndexEntry) -> None:
     import json
 
     write_whole(folder / INDEX, lambda file: file.write(json.dumps([entry], indent=1).encode()))

@@ -14,7 +14,14 @@ from camoxpert.data.files.manifest import Manifest
 from camoxpert.data.loader import build_eval_loader
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import chunks, forward_batch, modalities_of
-from camoxpert.runs.checkpoint import BEST, PRESENCE, Checkpoint, load_checkpoint, read_index
+from camoxpert.runs.checkpoint import (
+    BEST,
+    PRESENCE,
+    Checkpoint,
+    facts_of,
+    load_checkpoint,
+    read_index,
+)
 from camoxpert.runs.info import update_run_json
 from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime.device import Precision
@@ -233,9 +240,8 @@ def calibrate_best(run: Run) -> Fit | None:
         )
         if fit is None:
             return None
-        entry = next((e for e in read_index(store.folder) if e["file"] == BEST), {})
-        known = ("file", "step", "bytes", "sha256", "pending")
-        about = {name: value for name, value in entry.items() if name not in known}
+        entry = next((e for e in read_index(store.folder) if e["file"] == BEST), None)
+        about = None if entry is None else facts_of(entry)
         step = int(checkpoint.values["state"]["step"])
         store.save_best(checkpoint.values, step=step, about=about)
     update_run_json(run.folder, presence=asdict(fit))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from camoxpert.config import to_dict
 from camoxpert.errors import CheckpointError, NumericError, Stopped
-from camoxpert.runs.checkpoint import FORMAT, Checkpoint
+from camoxpert.runs.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    CheckpointValues,
+    EmaValues,
+    IndexFacts,
+    RandomStates,
+)
 from camoxpert.runs.store import CheckpointFolder
 from camoxpert.training.optim import (
     load_optimizer,
@@ -23,20 +28,19 @@ from camoxpert.training.overfit import Overfit
 from camoxpert.training.run import Run, TrainState
 
 
-def snapshot(run: Run) -> dict[str, Any]:
+def snapshot(run: Run) -> CheckpointValues:
     """Return everything a run needs to continue; tensors and plain Python only.
 
     Every rank calls this; the result of rank 0 is the one to save. Moves the routing counts of all
     ranks to rank 0.
     """
-    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    rng: RandomStates = {"cpu": torch.get_rng_state()}
     if run.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(run.device)
     rngs = run.world.gather(rng)
     run.meter.merge(run.world.sum, first=run.world.first)
     batching = run.batching
-    overfit = {} if run.overfit is None else {"overfit": dataclasses.asdict(run.overfit)}
-    return overfit | {
+    values: CheckpointValues = {
         "format": FORMAT,
         "config": to_dict(run.asked),
         "data_hash": run.data.data_hash,
@@ -56,6 +60,12 @@ def snapshot(run: Run) -> dict[str, Any]:
             "effective": images_per_step(run),
         },
     }
+    if run.overfit is not None:
+        values["overfit"] = {
+            "steps": list(run.overfit.steps),
+            "losses": list(run.overfit.losses),
+        }
+    return values
 
 
 def images_per_step(run: Run) -> dict[str, int]:
@@ -64,7 +74,7 @@ def images_per_step(run: Run) -> dict[str, int]:
     return {f"stage {stage.number}": stage.batch_size * slots for stage in run.plan.stages}
 
 
-def evaluated_weights(run: Run, scores: dict[str, float]) -> dict[str, Any]:
+def evaluated_weights(run: Run, scores: dict[str, float]) -> CheckpointValues:
     """Return what evaluation and prediction need: the evaluated weights and the settings."""
     return {
         "format": FORMAT,
@@ -105,7 +115,7 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
         run.scaler.load_state_dict(values["scaler"])
         if run.ema is not None:
             # An EMA that was off before starts at the current weights.
-            fresh = {"weights": values["model"], "updates": 0}
+            fresh: EmaValues = {"weights": values["model"], "updates": 0}
             run.ema.load_state_dict(values["ema"] or fresh)
         if run.guide is not None:
             # Other data has other classes: their memory is that of the references of now.
@@ -251,7 +261,7 @@ class Saver:
             f"command again to continue."
         )
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> IndexFacts:
         return {
             "epoch": self.run.state.epoch,
             "best": self.run.state.best,

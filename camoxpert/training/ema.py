@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from camoxpert.errors import CheckpointError
+from camoxpert.runs.checkpoint import EmaValues
 
 
 def warmed_decay(decay: float, updates: Tensor) -> Tensor:
@@ -54,11 +54,11 @@ class ModelEma:
         for own, new in pairs:
             own.copy_(torch.where(keep > 0, new, own) if own.is_floating_point() else new)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> EmaValues:
         """Return weights (the model's own keys) and the update count."""
         return {"weights": self.module.state_dict(), "updates": int(self.updates)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: EmaValues) -> None:
         """Restore what ``state_dict`` returned; raises CheckpointError if it does not fit."""
         try:
             self.module.load_state_dict(state["weights"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from camoxpert.config import Config
 from camoxpert.models.balance import expert_counts
 from camoxpert.models.experts import expert_names
 from camoxpert.models.router import Routing
+from camoxpert.runs.checkpoint import RoutingValues
 from camoxpert.runs.records import LevelRouting
 
 
@@ -75,17 +75,17 @@ class RoutingMeter:
         self.mass: Tensor | None = None
         self.units = [0] * len(self.levels)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> RoutingValues:
         """Return what was counted so far, for a run that stops in the middle of an epoch."""
         return {"chosen": self.chosen, "mass": self.mass, "units": self.units}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: RoutingValues, device: torch.device) -> None:
         """Continue counting from what ``state_dict`` returned."""
         # The first versions counted images, the units of all levels.
         self.units = list(state.get("units") or [int(state["images"])] * len(self.levels))
-        self.chosen, self.mass = (
-            None if state[name] is None else state[name].to(device) for name in ("chosen", "mass")
-        )
+        chosen, mass = state["chosen"], state["mass"]
+        self.chosen = None if chosen is None else chosen.to(device)
+        self.mass = None if mass is None else mass.to(device)
 
     def merge(self, total: Callable[[Tensor], Tensor], *, first: bool) -> None:
         """Move the counts of all ranks to rank 0; every rank calls this.

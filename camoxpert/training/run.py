@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from camoxpert.config import Config
 from camoxpert.data.samples.batches import Batch
 from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.runs.checkpoint import StateValues
 from camoxpert.runs.log import RunLog
 from camoxpert.runs.records import EventRecord
 from camoxpert.runtime.device import Precision
@@ -57,12 +56,23 @@ class TrainState:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> StateValues:
         """Return all fields as a dictionary."""
-        return dataclasses.asdict(self)
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.position,
+            "images": self.images,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "stale": self.stale,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "seconds": self.seconds,
+        }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+    def from_dict(cls, values: StateValues) -> TrainState:
         """Rebuild from ``to_dict``; raises TypeError for unknown fields."""
         return cls(**values)
 
