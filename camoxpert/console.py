@@ -41,6 +41,7 @@ _NOWHERE = _Nowhere()
 def _stderr() -> TextIO:
     """Return the standard error; ``print`` would write to stdout where there is none."""
     missing = sys.stderr is None or sys.stderr.closed
+    # It has what the callers use of a TextIO: ``write`` and ``flush``.
     return cast(TextIO, _NOWHERE) if missing else sys.stderr
 
 

@@ -148,6 +148,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of settings such as 'optim: {{lr: 3e-4}}'.")
+    # Keys that are not text are refused where they are taken for settings.
     return typing.cast("dict[str, Any]", tree)
 
 

@@ -17,7 +17,7 @@ from camoxpert.metrics.presence import presence_scores
 from camoxpert.metrics.statistics import Scores, confidence_intervals
 from camoxpert.pages.report import quick_sentences
 from camoxpert.runs.info import versions
-from camoxpert.runs.records import read_info
+from camoxpert.runs.records import StageRecord, read_info
 
 FOUND = 0.5
 """IoU below which an object counts as not found."""
@@ -52,7 +52,7 @@ class FoldEntry(TypedDict):
     best_epoch: int | None
     best_scores: dict[str, float]
     hours: float
-    stages: list[dict[str, Any]]
+    stages: list[StageRecord]
 
 
 class Suspect(TypedDict):

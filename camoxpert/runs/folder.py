@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from camoxpert.config import ALIASES, Config, leaves, load_config, quick_name
 from camoxpert.errors import CheckpointError, ConfigError
-from camoxpert.files import read_json, try_lock
+from camoxpert.files import try_lock
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
 from camoxpert.runs.identity import (
     FREE,
@@ -24,6 +24,7 @@ from camoxpert.runs.identity import (
     setting_differences,
     what_is_trained,
 )
+from camoxpert.runs.records import RunInfo, read_info
 from camoxpert.runs.store import CheckpointFolder
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class RunFolder:
 
     path: Path | None = None
     checkpoint: Checkpoint | None = None
-    info: dict[str, Any] = field(default_factory=dict)
+    info: RunInfo = field(default_factory=RunInfo)
     notes: list[str] = field(default_factory=list)
     lock: FileLock | None = None
 
@@ -157,7 +158,7 @@ def find_run(config: Config, *, data_hash: Callable[[], str]) -> RunFolder:
     notes: list[str] = []
     now = file_hashes(config) if wanted == "auto" else {}
     for folder in _candidates(config, now, data_hash) if wanted == "auto" else ():
-        info = read_json(folder / "run.json")
+        info = read_info(folder)
         # With --run-name the user names the run: what differs is then refused, not skipped.
         other = () if config.run.name else _other_files(info, now)
         if other:
@@ -200,7 +201,7 @@ def _named_run(path: Path) -> RunFolder:
         if newest is None:
             raise CheckpointError(f"--resume: {path} holds no checkpoint to continue from.")
         checkpoint = newest
-    return RunFolder(folder, checkpoint, read_json(folder / "run.json"), problems, lock)
+    return RunFolder(folder, checkpoint, read_info(folder), problems, lock)
 
 
 def _locked(folder: Path) -> FileLock | None:
@@ -229,14 +230,14 @@ def _candidates(
         if path.name.startswith(f"{_kind(config)}-") and path not in found
     ]
     for folder in others:
-        info = read_json(folder / "run.json")
+        info = read_info(folder)
         if info and info.get("status") != "finished" and _is_same(folder, info, config, now):
             if _elsewhere(folder, config) and info.get("data_hash") != data_hash():
                 continue
             yield folder
 
 
-def _is_same(folder: Path, info: Mapping[str, Any], config: Config, now: Mapping[str, str]) -> bool:
+def _is_same(folder: Path, info: RunInfo, config: Config, now: Mapping[str, str]) -> bool:
     """Return whether a run has the same settings, but for the place of its data."""
     old = _settings(folder)
     if old is None:
@@ -259,13 +260,13 @@ def _settings(folder: Path) -> Config | None:
         return None
 
 
-def recorded_hashes(info: Mapping[str, Any]) -> dict[str, str]:
+def recorded_hashes(info: RunInfo) -> dict[str, str]:
     """Return the hashes of the files that a run started from, as its records say."""
     known = info.get("files")
     return {str(k): str(v) for k, v in known.items()} if isinstance(known, dict) else {}
 
 
-def _other_files(info: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+def _other_files(info: RunInfo, now: Mapping[str, str]) -> list[str]:
     """Return the settings whose files have other content than those that a run started from."""
     before = recorded_hashes(info)
     return [path for path in before.keys() & now.keys() if before[path] != now[path]]

@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from camoxpert import __version__
 from camoxpert.files import write_json
 from camoxpert.runs.records import RunInfo
+
+if TYPE_CHECKING:
+    # Annotations are never evaluated, so Python 3.10 need not have it.
+    from typing import Unpack
 
 PACKAGES = (
     "torch",
@@ -60,7 +64,7 @@ def write_run_json(
     write_json(run_dir / "run.json", {**info, **(extra or {})})
 
 
-def update_run_json(run_dir: Path, **changed: Any) -> None:
+def update_run_json(run_dir: Path, **changed: Unpack[RunInfo]) -> None:
     """Write further fields of a run, such as how it ended, into its ``run.json``.
 
     Raises:

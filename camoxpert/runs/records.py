@@ -6,13 +6,18 @@ must expect missing keys and values of another type.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast
 
 from camoxpert.files import read_json, read_jsonl
 
 if TYPE_CHECKING:
+    # Annotations are never evaluated, so Python 3.10 need not have it.
+    from typing import NotRequired
+
     from camoxpert.metrics.presence import PresenceEntry
+    from camoxpert.runs.scores import CacheCounts
 
 
 class _AtStep(TypedDict):
@@ -116,8 +121,67 @@ class EventRecord(_Event, total=False):
 Record = TrainRecord | ValidationRecord | RoutingRecord | EventRecord
 
 
+class BatchRecord(TypedDict):
+    """The batching that was chosen: see ``training.batching.Batching``.
+
+    Read back when the run continues; the first versions did not write the last three.
+    """
+
+    size: int
+    steps: int
+    checkpointing: bool
+    reason: str
+    predicted: int | None
+    measured: int | None
+    processes: NotRequired[int]
+    stage2_size: NotRequired[int | None]
+    asked: NotRequired[Sequence[int | None]]
+
+
+class StageRecord(TypedDict):
+    """A stage before this run."""
+
+    name: str
+    key: str
+    verdict: str  # what the cache said
+    seconds: float  # that training took, now or before
+
+
+class EncoderRecord(TypedDict):
+    """The network that describes references: see ``models.support.Facts``."""
+
+    encoder: str
+    weights: str
+    side: int
+    version: int
+
+
+class GuidanceRecord(TypedDict, total=False):
+    """What describes the references of a guided run; {} without guidance, else all of it."""
+
+    encoder: EncoderRecord
+    width: int
+    references: int
+    cache: CacheCounts
+    cache_text: str
+
+
+class FitRecord(TypedDict):
+    """What calibrated the presence head, and its gain: see ``training.calibrate.Fit``."""
+
+    temperature: float
+    bias: float
+    objects: int
+    empty: int
+    before: float
+    after: float
+
+
 class RunInfo(TypedDict, total=False):
-    """The content of ``run.json``."""
+    """The content of ``run.json``.
+
+    A key is there once it is known, and may be missing in files of older releases.
+    """
 
     argv: list[str]
     status: str  # running, finished, stopped or failed
@@ -130,17 +194,17 @@ class RunInfo(TypedDict, total=False):
     data_hash: str
     files: dict[str, str]  # sha256 of the files that settings name, by dotted path
     images: dict[str, int]  # of each kind; "..._per_epoch": how many of them an epoch sees
-    presence: dict[str, float]  # what calibrated the presence head, and its gain
+    presence: FitRecord
     phases: dict[str, float]  # wall seconds
     decisions: list[str]
-    recipe: dict[str, Any]  # dotted path -> value of the settings that the preset filled
+    recipe: dict[str, float]  # dotted path -> value of the settings that the preset filled
     precision: str
     parameters: int
     gmacs: float
-    guidance: dict[str, Any]  # encoder, references, what the cache did; {}: none
+    guidance: GuidanceRecord
     quick: dict[str, str]  # dotted path -> what makes it a quick run; {} for a whole one
-    stages: list[dict[str, Any]]  # the stages before this run: name, key, verdict, seconds
-    batch: dict[str, Any]  # the batching that was chosen, read back when the run continues
+    stages: list[StageRecord]  # before this run
+    batch: BatchRecord
 
 
 class Records(NamedTuple):
@@ -161,6 +225,7 @@ def read_records(path: Path) -> Records:
     """Read ``metrics.jsonl``; a missing file has no records."""
     lines = [line for line in read_jsonl(path) if isinstance(line, dict)]
     kinds = ("train", "validation", "routing", "event")
+    # The kind is all that is checked: the types say what our own lines hold besides.
     return Records(*(cast(Any, [r for r in lines if r.get("kind") == kind]) for kind in kinds))
 
 

@@ -96,6 +96,7 @@ class World:
         self._raise_together(fault)
         sent = [value]
         dist.broadcast_object_list(sent, src=0)
+        # Rank 0 sent what ``call`` returned.
         return cast("T", sent[0])
 
     def in_turn(self, call: Callable[[], T]) -> T:
@@ -114,6 +115,7 @@ class World:
             if (self.local_rank == 0) == turn:
                 value, fault = self._try(call)
             self._raise_together(fault)
+        # None only where T is: a failed call was raised above.
         return cast("T", value)
 
     def agree_to_stop(self) -> int:

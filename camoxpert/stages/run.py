@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 from camoxpert import console
 from camoxpert.config import Config
@@ -15,20 +14,11 @@ from camoxpert.data.cache.choice import cache_root
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.runs.checkpoint import BEST, load_checkpoint
 from camoxpert.runs.info import update_run_json
-from camoxpert.runs.records import read_info
+from camoxpert.runs.records import StageRecord, read_info
 from camoxpert.stages import store
 from camoxpert.stages.chain import Stage
 from camoxpert.stages.key import Facts, facts_of
 from camoxpert.training import session
-
-
-class StageRecord(TypedDict):
-    """A stage in ``run.json`` of the run that it led to."""
-
-    name: str
-    key: str
-    verdict: str  # what the cache said
-    seconds: float  # that training took, now or before
 
 
 @dataclass(frozen=True)

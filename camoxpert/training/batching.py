@@ -9,15 +9,15 @@ cannot be measured in advance: ``--batch-size auto`` takes the default and says 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from camoxpert.config import Config, TrainConfig
 from camoxpert.errors import ConfigError
 from camoxpert.models.camoxpert import CamoXpert
+from camoxpert.runs.records import BatchRecord
 from camoxpert.runtime.device import Precision
 from camoxpert.runtime.processes import World
 from camoxpert.training.trial import measured_bytes, measured_rate, trial_step, unchanged
@@ -63,6 +63,20 @@ class Batching:
     def effective(self) -> int:
         """Images per optimizer step, over all processes."""
         return self.size * self.steps * self.processes
+
+    def record(self) -> BatchRecord:
+        """Return it as ``run.json`` holds it."""
+        return {
+            "size": self.size,
+            "steps": self.steps,
+            "checkpointing": self.checkpointing,
+            "reason": self.reason,
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "processes": self.processes,
+            "stage2_size": self.stage2_size,
+            "asked": self.asked,
+        }
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ def asked_for(train: TrainConfig) -> tuple[int | None, ...]:
     )
 
 
-def keep_effective(train: TrainConfig, continued: Mapping[str, Any], processes: int) -> Batching:
+def keep_effective(train: TrainConfig, continued: BatchRecord, processes: int) -> Batching:
     """Return the batching with which another number of processes takes the steps of a stopped run.
 
     Args:
@@ -242,7 +256,7 @@ def agree_on_batching(
     model: CamoXpert,
     device: torch.device,
     precision: Precision,
-    continued: Mapping[str, Any] | None,
+    continued: BatchRecord | None,
     world: World,
 ) -> Batching:
     """Choose as ``choose_batching`` does, for all processes: what fits the fullest device.
@@ -269,7 +283,7 @@ def choose_batching(
     model: CamoXpert,
     device: torch.device,
     precision: Precision,
-    continued: Mapping[str, Any] | None = None,
+    continued: BatchRecord | None = None,
     *,
     processes: int = 1,
 ) -> Batching:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from camoxpert.runs.checkpoint import (
     read_index,
 )
 from camoxpert.runs.info import update_run_json
+from camoxpert.runs.records import FitRecord
 from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime.device import Precision
 from camoxpert.training.run import Run
@@ -51,6 +52,17 @@ class Fit:
     empty: int
     before: float
     after: float
+
+    def record(self) -> FitRecord:
+        """Return it as ``run.json`` holds it."""
+        return {
+            "temperature": self.temperature,
+            "bias": self.bias,
+            "objects": self.objects,
+            "empty": self.empty,
+            "before": self.before,
+            "after": self.after,
+        }
 
 
 def fit_calibration(logits_N: NDArray[np.float64], labels_N: NDArray[np.float64]) -> Fit:
@@ -244,7 +256,7 @@ def calibrate_best(run: Run) -> Fit | None:
         about = None if entry is None else facts_of(entry)
         step = int(checkpoint.values["state"]["step"])
         store.save_best(checkpoint.values, step=step, about=about)
-    update_run_json(run.folder, presence=asdict(fit))
+    update_run_json(run.folder, presence=fit.record())
     console.say(
         f"presence    calibrated on {fit.objects} images with an object and {fit.empty} without: "
         f"temperature {fit.temperature:.2f}, bias {fit.bias:+.2f}; log loss {fit.before:.3f} -> "

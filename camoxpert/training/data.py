@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from camoxpert import console
 from camoxpert.config import Config, DataConfig, QuickConfig
@@ -78,7 +77,7 @@ def find_data(
     device: str = "cpu",
     write: bool = True,
     kept: Split | None = None,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, float] | None = None,
     presence: str | None = None,
     teacher: str = "",
 ) -> RunData:
@@ -190,7 +189,7 @@ def _choose_recipe(
     kinds: Kinds,
     unlabeled: Manifest,
     world: World,
-    kept: Mapping[str, Any] | None,
+    kept: Mapping[str, float] | None,
 ) -> Recipe:
     """Return the settings with nothing left open, by the number of images that an epoch sees."""
     seen = mix_of(joined(kinds.found.whole, kinds.made, unlabeled), asked.data)

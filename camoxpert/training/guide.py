@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from camoxpert.errors import CheckpointError, DataError
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.guidance import Guidance, Reference, combine
 from camoxpert.models.support import load_support_encoder
+from camoxpert.runs.records import GuidanceRecord
 from camoxpert.runtime.device import upload
 from camoxpert.runtime.processes import World
 from camoxpert.text import count
@@ -54,7 +54,7 @@ class Guide:
     names: tuple[str, ...]
     features_ND: Tensor
     digest: str
-    facts: Mapping[str, Any]
+    facts: GuidanceRecord
     validation: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -209,7 +209,7 @@ def _more_references(config: Config, data: RunData) -> tuple[Pair, ...]:
 
 def _describe(
     config: Config, references: Sequence[Pair], model: CamoXpert
-) -> tuple[Tensor, dict[str, Any], str]:
+) -> tuple[Tensor, GuidanceRecord, str]:
     """Return the features (N, D) of references, NaN for those that show nothing; what the cache
     did; and the digest of the encoder."""
     data = config.data
@@ -225,8 +225,14 @@ def _describe(
                 features_D.copy_(found_D)
             bar.set_postfix_str(cache.stats.short(), refresh=False)
             bar.update()
-    facts = {
-        "encoder": encoder.facts._asdict(),
+    known = encoder.facts
+    facts: GuidanceRecord = {
+        "encoder": {
+            "encoder": known.encoder,
+            "weights": known.weights,
+            "side": known.side,
+            "version": known.version,
+        },
         "width": encoder.width,
         "references": int(features.isfinite().all(1).sum()),
         "cache": cache.stats.to_dict(),
@@ -252,7 +258,7 @@ def _validation_classes(data: RunData, episodes: Episodes) -> dict[str, str]:
 
 
 def _decide(
-    config: Config, data: RunData, episodes: Episodes, facts: Mapping[str, Any], validated: int
+    config: Config, data: RunData, episodes: Episodes, facts: GuidanceRecord, validated: int
 ) -> None:
     support, drawn = config.model.support, config.data.episodes
     side, classes = facts["encoder"]["side"], len(episodes.members)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from camoxpert.models.cost import network_cost
 from camoxpert.models.regions import grid_of
 from camoxpert.runs.folder import recorded_hashes
 from camoxpert.runs.identity import TEACHER, file_hashes
+from camoxpert.runs.records import RunInfo
 from camoxpert.runtime.device import (
     check_architecture,
     choose_device,
@@ -49,9 +49,9 @@ from camoxpert.training.split import Split
 def prepare(
     asked: Config,
     *,
-    continued: Mapping[str, Any] | None = None,
+    continued: RunInfo | None = None,
     kept: Split | None = None,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, float] | None = None,
     presence: str | None = None,
     restored: bool = False,
     write: bool = True,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from camoxpert.config import (
     AugmentConfig,
@@ -70,7 +69,7 @@ class Recipe:
     """
 
     config: Config
-    values: dict[str, Any]
+    values: dict[str, float]
     reason: str
 
 
@@ -79,7 +78,7 @@ def choose_recipe(
     num_images: int,
     *,
     processes: int = 1,
-    kept: Mapping[str, Any] | None = None,
+    kept: Mapping[str, float] | None = None,
 ) -> Recipe:
     """Fill in what the user left open.
 
@@ -102,7 +101,7 @@ def choose_recipe(
     own = any(
         getattr(asked.data.augment, field) != getattr(AugmentConfig(), field) for field in SCALED
     )
-    values: dict[str, Any] = {
+    values: dict[str, float] = {
         "optim.lr": preset.lr if has_weights else preset.lr_from_scratch,
         "optim.backbone_lr_scale": preset.backbone if has_weights else 1.0,
         "train.stage1_epochs": 0,
@@ -131,7 +130,7 @@ def _choose(name: str, steps: int) -> tuple[str, str]:
     return fits, f"about {steps} optimizer steps"
 
 
-def recipe_of_older_version(config: Config) -> dict[str, Any]:
+def recipe_of_older_version(config: Config) -> dict[str, float]:
     """Return what a run of a version without presets had where its settings are unset."""
     has_weights = starts_with_weights(config.model)
     old = {

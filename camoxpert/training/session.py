@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from camoxpert import console, stop
 from camoxpert.config import Config, quick_words, to_yaml
@@ -21,11 +19,12 @@ from camoxpert.errors import (
     NumericError,
     Stopped,
 )
-from camoxpert.files import read_json, require_writable, why_unwritable, write_bytes
+from camoxpert.files import require_writable, why_unwritable, write_bytes
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint
 from camoxpert.runs.folder import RunFolder, find_run
 from camoxpert.runs.info import update_run_json, write_run_json
 from camoxpert.runs.log import RunLog
+from camoxpert.runs.records import read_info
 from camoxpert.runs.share import write_shared
 from camoxpert.runtime.processes import World, join, named_faults
 from camoxpert.training.calibrate import calibrate_best
@@ -147,7 +146,7 @@ def prepare_run(config: Config, folder: RunFolder, world: World, *, write: bool 
     )
 
 
-def _recipe_of(folder: RunFolder) -> Mapping[str, Any] | None:
+def _recipe_of(folder: RunFolder) -> Mapping[str, float] | None:
     """Return what the preset of the stopped run decided; None for a new run."""
     if folder.checkpoint is None:
         return None
@@ -243,7 +242,7 @@ def open_log(
                 argv=argv,
                 device=str(run.device),
                 data_hash=run.data.data_hash,
-                phases=read_json(folder / "run.json").get("phases", {}),
+                phases=read_info(folder).get("phases", {}),
                 extra={
                     "files": run.files,
                     "images": run.data.counts(),
@@ -253,8 +252,8 @@ def open_log(
                     "parameters": run.parameters,
                     "gmacs": run.gmacs,
                     "quick": quick_words(config.train.quick),
-                    "batch": dataclasses.asdict(run.batching),
-                    "guidance": {} if run.guide is None else dict(run.guide.facts),
+                    "batch": run.batching.record(),
+                    "guidance": {} if run.guide is None else run.guide.facts,
                 },
             )
             run.log = RunLog(folder, tensorboard=config.run.tensorboard, resume_step=step)
@@ -345,7 +344,7 @@ def close_run(run: Run, status: str) -> None:
     """Write the final status and the report; an error here must not hide how training ended."""
     info = run.folder / "run.json"
     try:
-        phases = dict(read_json(info).get("phases", {}))
+        phases = dict(read_info(run.folder).get("phases", {}))
         for name, seconds in run.log.phases.items():
             phases[name] = phases.get(name, 0.0) + seconds
         update_run_json(run.folder, status=status, phases=phases)
