@@ -48,7 +48,7 @@ from camoxpert.export.write import (
     write_torch,
 )
 from camoxpert.inference.predictor import Predictor, load_predictor
-from camoxpert.inference.runtimes import Runtime, is_exported, open_runtime
+from camoxpert.inference.runtimes import ExportAbout, Runtime, is_exported, open_runtime
 from camoxpert.models.camoxpert import CamoXpert
 
 EAGER = "eager fp32"
@@ -78,7 +78,7 @@ class Variant:
 class InTorch:
     """A graph in torch behind the call of a runtime."""
 
-    def __init__(self, graph: Callable[..., Sequence[torch.Tensor]], about: dict[str, Any]) -> None:
+    def __init__(self, graph: Callable[..., Sequence[torch.Tensor]], about: ExportAbout) -> None:
         self.graph, self.about = graph, about
         self.title = f"torch {torch.__version__}"
 
@@ -174,7 +174,7 @@ def build_variants(
     graph = ExportGraph(network)
     calibration = calibration_of(predictor, graph, subject.calibration, subject.search)
 
-    def about(name: str, precision: str) -> dict[str, Any]:
+    def about(name: str, precision: str) -> ExportAbout:
         return about_of(predictor, graph, ExportOptions(name, precision))
 
     console.say("writing ONNX, OpenVINO and torch files")
@@ -221,7 +221,7 @@ def build_variants(
         left_out["compiled fp32"] = reason
     else:
         # One image at a time, so that scoring compiles no other batch size.
-        fixed = {**in_torch, "static": [1, predictor.img_size, predictor.img_size]}
+        fixed: ExportAbout = {**in_torch, "static": [1, predictor.img_size, predictor.img_size]}
         variants["compiled fp32"] = Variant(InTorch(reason, fixed), "fp32")
     return variants, left_out
 

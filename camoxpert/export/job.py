@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -59,7 +58,14 @@ from camoxpert.files import file_digest
 from camoxpert.inference.aligned import say_photographs_alone
 from camoxpert.inference.exported import memory_of
 from camoxpert.inference.predictor import Predictor, load_predictor
-from camoxpert.inference.runtimes import LAYOUT, Runtime, is_exported, open_runtime
+from camoxpert.inference.runtimes import (
+    LAYOUT,
+    ExportAbout,
+    PresenceImages,
+    Runtime,
+    is_exported,
+    open_runtime,
+)
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.runs.share import shared_settings
 from camoxpert.text import count
@@ -172,7 +178,7 @@ class Made:
     graph: ExportGraph
     file: Path
     scored: Scored
-    about: dict[str, Any]
+    about: ExportAbout
     nodes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -294,11 +300,11 @@ def about_of(
     graph: ExportGraph,
     options: ExportOptions,
     usage: Usage | None = None,
-) -> dict[str, Any]:
+) -> ExportAbout:
     """Return the metadata of the file."""
     checkpoint, network = predictor.checkpoint, graph.network
     state = checkpoint.values.get("state", {})
-    presence = None
+    presence: PresenceImages | None = None
     if network.presence is not None:
         presence = {"images": int(network.presence.calibration.images)}
     return {
@@ -318,7 +324,11 @@ def about_of(
         "kept_experts": None if usage is None else [list(row) for row in usage.kept],
         "config": shared_settings(checkpoint.config),
         "scores": checkpoint.values.get("scores", {}),
-        "state": {name: state.get(name) for name in ("step", "epoch", "images")},
+        "state": {
+            "step": state.get("step"),
+            "epoch": state.get("epoch"),
+            "images": state.get("images"),
+        },
         "checkpoint_sha256": file_digest(checkpoint.path),
     }
 

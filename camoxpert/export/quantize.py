@@ -21,7 +21,7 @@ from camoxpert.export.write import (
     quiet,
     read_onnx_as_openvino,
 )
-from camoxpert.inference.runtimes import import_library
+from camoxpert.inference.runtimes import ExportAbout, import_library
 
 QUANTISED = ("Conv", "MatMul", "Gemm")
 """ONNX operators that compute in integers."""
@@ -45,7 +45,7 @@ class Quantizer:
         self,
         onnx_file: Path,
         suffix: str,
-        about: Mapping[str, Any],
+        about: ExportAbout,
         calibration: Calibration,
         scratch: Path,
     ) -> None:

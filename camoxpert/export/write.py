@@ -20,7 +20,7 @@ from camoxpert.errors import ConfigError
 from camoxpert.export.graph import ExportGraph
 from camoxpert.export.target import FORMATS, files_of, report_of
 from camoxpert.files import write_json
-from camoxpert.inference.runtimes import ABOUT, ABOUT_FILE, check_library
+from camoxpert.inference.runtimes import ABOUT, ABOUT_FILE, ExportAbout, check_library
 
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
@@ -201,7 +201,7 @@ def write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
         torch.export.save(program, path, extra_files={ABOUT_FILE: "null"})
 
 
-def put_about(path: Path, about: Mapping[str, Any]) -> None:
+def put_about(path: Path, about: ExportAbout) -> None:
     """Write the metadata into an exported file."""
     text = json.dumps(about)
     suffix = path.suffix

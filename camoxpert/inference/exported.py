@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,9 +21,12 @@ from camoxpert.models.guidance import Guidance, Reference
 from camoxpert.models.support import NOT_GUIDED
 from camoxpert.runs.checkpoint import FORMAT, Checkpoint, CheckpointValues, StateValues
 from camoxpert.runs.metadata import wrong
+from camoxpert.runs.origin import SharedState
 
 MEMORY = ("prototypes_KD", "class_text", "encoder_sha256")
 """Buffers of ``Guidance`` that an exported file takes along."""
+STATE: Sequence[Literal["step", "epoch", "images"]] = ("step", "epoch", "images")
+"""What an exported file says of its run."""
 STRIDE = 32
 
 
@@ -52,7 +55,8 @@ class ExportedNetwork(nn.Module):
         self.outputs = [name for name in self.about["outputs"] if name != "probability"]
         self.static: list[int] | None = self.about.get("static")
         self.least_side: int = self.about.get("least_side") or STRIDE
-        self.guidance = _memory(self.about["guidance"]) if self.about.get("guidance") else None
+        memory = self.about.get("guidance")
+        self.guidance = _memory(memory) if memory else None
         self.reference_D: Tensor | None = None
 
     def forward(self, images_BCHW: Tensor, reference: Reference | None = None) -> ModelOutput:
@@ -199,10 +203,19 @@ def open_exported(
         "model": {"exported.sha256": torch.tensor(list(bytes.fromhex(digest_of(path))))},
         "ema": None,
         "scores": about.get("scores") or {},
-        # Only those that it was exported with, and they are numbers.
-        "state": cast(StateValues, about.get("state") or {}),
+        "state": _known(about.get("state")),
     }
     return Checkpoint(path, config, values), network
+
+
+def _known(state: SharedState | None) -> StateValues:
+    """Return where the run of a file stood, as far as the file says."""
+    found: StateValues = {}
+    for key in STATE:
+        value = None if state is None else state.get(key)
+        if value is not None:
+            found[key] = value
+    return found
 
 
 def digest_of(path: Path) -> str:

@@ -139,7 +139,8 @@ class Predictor(Searching):
     def presence_is_calibrated(self) -> bool:
         """Whether images that neither trained nor chose anything calibrated the presence."""
         if self.exported is not None:
-            return bool((self.exported.about.get("presence") or {}).get("images"))
+            presence = self.exported.about.get("presence")
+            return presence is not None and bool(presence.get("images"))
         fitted_on = self.checkpoint.evaluated_weights.get("presence.calibration.images")
         return fitted_on is not None and int(fitted_on) > 0
 

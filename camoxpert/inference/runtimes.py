@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeGuard
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from numpy.typing import NDArray
 from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.runs.hub import is_hub_name
 from camoxpert.runs.metadata import EXPORTED_SHAPE, check_shape, wrong
+from camoxpert.runs.origin import SharedState
+
+if TYPE_CHECKING:
+    # Annotations are never evaluated, so Python 3.10 need not have it.
+    from typing import NotRequired
 
 Array = NDArray[Any]
 ABOUT = "camoxpert"
@@ -32,6 +37,45 @@ ABOUT_FILE = "camoxpert.json"
 """The same inside a ``.pt2`` archive."""
 
 
+class PresenceImages(TypedDict):
+    """The presence head of an exported model: on how many images it was calibrated; 0: not."""
+
+    images: int
+
+
+class ExportAbout(TypedDict):
+    """The metadata of an exported file, and of ``FILE.json`` beside it.
+
+    ``export.job.about_of`` makes it. ``gate`` is missing while the file is being judged; ``int8``
+    is of that precision alone; ``experts_in_branches`` of files without a fixed size; older files
+    have no ``kept_experts``, ``least_side`` (shortest side that it may be given) nor ``files``
+    (name -> sha256), which is in ``FILE.json`` alone.
+    """
+
+    layout: int
+    camoxpert: str  # version
+    format: str
+    precision: str
+    static: list[int] | None  # batch, height, width; None: any
+    sides_are_multiples_of: int
+    least_side: NotRequired[int]
+    img_size: int
+    threshold: float
+    inputs: list[str]
+    outputs: list[str]
+    presence: PresenceImages | None  # None without the head
+    guidance: dict[str, Any] | None  # ``exported.memory_of``; None without guidance
+    kept_experts: NotRequired[list[list[int]] | None]
+    config: dict[str, Any]  # nested settings, without paths
+    scores: dict[str, float]  # of the validation
+    state: SharedState
+    checkpoint_sha256: str
+    experts_in_branches: NotRequired[int]
+    int8: NotRequired[dict[str, Any]]  # what was quantised, and with which images
+    files: NotRequired[dict[str, str]]
+    gate: NotRequired[dict[str, Any]]  # ``export.gate.Gate.fields``
+
+
 class Runtime(Protocol):
     """An exported graph that is ready to run.
 
@@ -41,7 +85,7 @@ class Runtime(Protocol):
     """
 
     title: str
-    about: dict[str, Any]
+    about: ExportAbout
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Return outputs by name."""
@@ -211,7 +255,7 @@ def _not_installed(name: str, reason: str) -> ConfigError:
     return ConfigError(f"Exported models need {name}: pip install 'camoxpert[export]' ({reason}).")
 
 
-def read_about(path: Path, text: str | bytes | None) -> dict[str, Any]:
+def read_about(path: Path, text: str | bytes | None) -> ExportAbout:
     """Return the metadata of an exported file.
 
     Raises:
@@ -219,10 +263,10 @@ def read_about(path: Path, text: str | bytes | None) -> dict[str, Any]:
             version, or holds what cannot be.
     """
     try:
-        about = json.loads(text or "null")
+        about: object = json.loads(text or "null")
     except ValueError:
         about = None
-    if not isinstance(about, dict) or "config" not in about:
+    if not _holds_settings(about):
         raise CheckpointError(
             f"{path} is not a model that `camoxpert export` wrote: it holds no settings."
         )
@@ -240,6 +284,10 @@ def read_about(path: Path, text: str | bytes | None) -> dict[str, Any]:
     if static is not None and (len(static) != 3 or min(static) < 1):
         raise wrong(path, "static", static, "batch, height and width")
     return about
+
+
+def _holds_settings(about: object) -> TypeGuard[ExportAbout]:
+    return isinstance(about, dict) and "config" in about
 
 
 def refuse_code(path: Path) -> None:
