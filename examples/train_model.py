@@ -4,11 +4,12 @@ python examples/train_model.py data/toy runs --epochs 20
 """
 
 import argparse
+from typing import Any
 
 import camoxpert
 
 
-def main(data: str, runs: str, **settings: object) -> None:
+def main(data: str, runs: str, **settings: Any) -> None:
     """Train with settings given as keywords, named like the flags of the command."""
     result = camoxpert.train(dataset_path=data, checkpoint_dir=runs, **settings)
     print(f"weights in {result.path / 'checkpoints'}")

@@ -176,6 +176,7 @@ def judge(out: Path, model: Any, *, calibrated: bool) -> dict[str, Any]:
         target = out / "evaluation" / place.name
         (result,) = camoxpert.evaluate(model, place, output=target, empty_gt="skip", gallery=6)
         presence = result.presence
+        assert presence is not None, f"{place} has images of one kind only"
         found[place.name] = {
             "scores": {key: result.scores[key] for key in SCORES},
             "with_object": presence.num_present,
