@@ -289,12 +289,12 @@ def _require_same_protocol(
     """Raise ConfigError if the folder's scores cannot stand beside the new ones."""
     for entry in earlier.get("results", ()):
         for flag, there, asked in (
-            ("--protocol", entry["protocol"], scoring.protocol),
-            ("--empty-gt", entry["empty_gt"], scoring.empty_gt),
+            ("protocol", entry["protocol"], scoring.protocol),
+            ("empty-gt", entry["empty_gt"], scoring.empty_gt),
         ):
             if there != asked:
                 raise ConfigError(
-                    f"{target} holds scores with {flag} {there}, and these "
+                    f"{target} holds scores with --{flag} {there}, and these "
                     f"will be with {asked}: one table cannot show both. Name another folder with "
                     "-o."
                 )
