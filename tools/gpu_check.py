@@ -13,17 +13,23 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from camoxpert import text
 from camoxpert.benchmark import data, moe, predict, quality, quality_report, relight, train
+from camoxpert.benchmark.common import interleaved, milliseconds, paired_ratio
 from camoxpert.cli import main
 from camoxpert.config import build_config
 from camoxpert.pages.scored import run_results
 from camoxpert.runs.info import git_commit
-from camoxpert.runtime.device import Precision, device_name
+from camoxpert.runtime.device import Precision, device_name, set_tf32
+from camoxpert.runtime.host import usable_cores
+from camoxpert.training.compiling import compile_model
 
 
 def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
@@ -79,34 +85,73 @@ def decoders(*, smoke: bool) -> dict[str, Any]:
     return dict(quality_report.measure_costs(arms, rounds=1 if smoke else 10))
 
 
-def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
-    """Measure everything, write the JSON file, and return the exit code."""
-    if not torch.cuda.is_available() and not smoke:
-        print("No CUDA device: nothing measured. --smoke runs the same path on a CPU.")
-        return 1
-    device = torch.device("cuda" if torch.cuda.is_available() and not smoke else "cpu")
-    name = "cpu-smoke" if smoke else device_name(device)
+def options(*, smoke: bool) -> dict[str, Any]:
+    """Time the training step under every number format and memory layout, and compiled."""
+    device = torch.device("cpu" if smoke else "cuda")
+    settings = {"model.pretrained": False, "model.backbone": "tiny_test", "data.img_size": 32}
+    if not smoke:
+        settings |= {"model.backbone": "edgenext_base", "data.img_size": 352}
+    half = torch.bfloat16
+    variants: dict[str, tuple[str, torch.dtype | None, bool, str, bool]] = {
+        # name: family, dtype, TF32, memory format, compiled
+        "fp32 without TF32": ("specialist", None, False, "", False),
+        "fp32 with TF32": ("specialist", None, True, "", False),
+        "bf16": ("specialist", half, True, "", False),
+        "bf16, channels-last": ("specialist", half, True, "channels_last", False),
+        "bf16, backbone compiled": ("specialist", half, True, "", True),
+        "bf16, uniform experts": ("uniform", half, True, "", False),
+        "bf16, uniform experts, compiled": ("uniform", half, True, "", True),
+    }
+    if not smoke:
+        variants["fp16"] = ("specialist", torch.float16, True, "", False)
+    calls: dict[str, Callable[[], None]] = {}
+    first_call: dict[str, float] = {}
+    memory: dict[str, int] = {}
+    for name, (family, dtype, tf32, layout, compiled) in variants.items():
+        config = build_config({**settings, "model.expert_family": family})
+        precision = Precision(dtype, False, name)
+        step = train.Step(train.Subject(config, device, precision, batch_size=2 if smoke else 32))
+        if layout:
+            step.model.to(memory_format=torch.channels_last)
+        if compiled and not smoke:
+            compile_model(step.model)
+
+        def call(step: train.Step = step, tf32: bool = tf32) -> None:
+            set_tf32(tf32, device)
+            step.full()
+
+        started = time.perf_counter()
+        call()
+        first_call[name] = time.perf_counter() - started
+        if not smoke:
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            memory[name] = torch.cuda.max_memory_allocated()
+        calls[name] = call
+    seconds = interleaved(calls, rounds=2 if smoke else 15, warmup=2)
+    set_tf32(True, device)
+    found = {
+        name: {
+            "milliseconds": milliseconds(times),
+            "bf16_over_this": paired_ratio(seconds["bf16"], times),
+            "first_call_seconds": first_call[name],
+            "peak_memory_bytes_with_all_models": memory.get(name),
+        }
+        for name, times in seconds.items()
+    }
+    print(text.table([[name, f"{row['milliseconds']:.1f} ms"] for name, row in found.items()]))
+    return found
+
+
+def contents(*, smoke: bool) -> dict[str, Callable[[dict[str, Any]], object]]:
+    """Return the sections of the report in their order; each is given those before it."""
+    device = torch.device("cpu" if smoke else "cuda")
     settings = {"model.pretrained": False, "model.backbone": "tiny_test", "data.img_size": 32}
     if not smoke:
         settings |= {"model.backbone": "edgenext_base", "data.img_size": 352}
     config = build_config(settings)
     precision = Precision(None if smoke else torch.bfloat16, False, "fp32" if smoke else "bf16")
     rounds = 2 if smoke else 15
-    maps = ((2, 4),) if smoke else moe.SIZES
-    result: dict[str, Any] = {
-        "machine": {
-            "device": name,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "commit": git_commit(Path(__file__).parents[1]) or "unknown",
-        "tests_exit_code": tests_exit_code,
-        "moe": moe.run(device=device, sizes=maps, rounds=rounds),
-        "step": train.run(
-            train.Subject(config, device, precision, batch_size=2 if smoke else 32),
-            rounds=rounds,
-        ),
-    }
     sizes = data.Sizes(
         images=16 if smoke else 64,
         height=96 if smoke else 768,
@@ -116,8 +161,6 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         num_workers=2 if smoke else 8,
         rounds=1 if smoke else 5,
     )
-    result["data"] = data.run(sizes, device=device, needed=result["step"]["images_per_second"])
-    result["decoders"] = decoders(smoke=smoke)
     photos = predict.Sizes(
         # Pillow's writing alone takes half a second an image.
         images=4 if smoke else 32,
@@ -125,10 +168,6 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         batch_size=2 if smoke else 16,
         rounds=1,
     )
-    result["predict"] = predict.run(
-        config, photos, device=device, precision=precision, processes=False
-    )
-    result["batch_sizes"] = predict.compare_batch_sizes(config, device, precision)
     # The serial script needs a minute for a Retinex of 1024 pixels.
     pairs = relight.Sizes(
         images=1 if smoke else 4,
@@ -136,15 +175,76 @@ def check(output: Path, *, smoke: bool, tests_exit_code: int | None) -> int:
         retinex_size=64 if smoke else 256,
         rounds=1 if smoke else 2,
     )
-    result["relight"] = relight.run(pairs, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        result["training"] = short_training(Path(folder), smoke=smoke)
+
+    def training(_: object) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            return short_training(Path(folder), smoke=smoke)
+
+    return {
+        "step": lambda _: train.run(
+            train.Subject(config, device, precision, batch_size=2 if smoke else 32), rounds=rounds
+        ),
+        "training": training,
+        "decoders": lambda _: decoders(smoke=smoke),
+        "moe": lambda _: moe.run(
+            device=device, sizes=((2, 4),) if smoke else moe.SIZES, rounds=rounds
+        ),
+        "data": lambda found: data.run(
+            sizes, device=device, needed=found.get("step", {}).get("images_per_second")
+        ),
+        "predict": lambda _: predict.run(
+            config, photos, device=device, precision=precision, processes=False
+        ),
+        "batch_sizes": lambda _: predict.compare_batch_sizes(config, device, precision),
+        "relight": lambda _: relight.run(pairs, device=device),
+        "options": lambda _: options(smoke=smoke),
+    }
+
+
+def check(
+    output: Path, *, smoke: bool, tests_exit_code: int | None, only: Sequence[str] | None
+) -> int:
+    """Measure everything, write the JSON file after each section, and return the exit code.
+
+    A section that fails is recorded with its error, and the others still run.
+    """
+    if not torch.cuda.is_available() and not smoke:
+        print("No CUDA device: nothing measured. --smoke runs the same path on a CPU.")
+        return 1
+    name = "cpu-smoke" if smoke else device_name(torch.device("cuda"))
+    commit = git_commit(Path(__file__).parents[1]) or "unknown"
+    result: dict[str, Any] = {
+        "machine": {
+            "device": name,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cores": usable_cores(),
+        },
+        "commit": commit,
+        "tests_exit_code": tests_exit_code,
+        "seconds": {},
+        "failed": {},
+    }
     output.mkdir(parents=True, exist_ok=True)
     safe = re.sub(r"[^\w.-]+", "-", name).lower()
-    path = output / f"{safe}-{result['commit']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = output / f"{safe}-{commit}.json"
+    for section, measure in contents(smoke=smoke).items():
+        if only and section not in only:
+            continue
+        started = time.perf_counter()
+        print(f"== {section}", flush=True)
+        try:
+            result[section] = measure(result)
+        except Exception:
+            result["failed"][section] = traceback.format_exc()
+            print(result["failed"][section], flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        result["seconds"][section] = round(time.perf_counter() - started, 1)
+        print(f"== {section}: {result['seconds'][section]} s", flush=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written {path}")
-    return 0 if result["training"]["exit_code"] == 0 else 1
+    return 1 if result["failed"] or result.get("training", {}).get("exit_code") else 0
 
 
 if __name__ == "__main__":
@@ -152,5 +252,10 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true", help="small sizes on a CPU")
     parser.add_argument("--tests-exit-code", type=int, default=None)
-    options = parser.parse_args()
-    sys.exit(check(options.output, smoke=options.smoke, tests_exit_code=options.tests_exit_code))
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="leave out the others")
+    given = parser.parse_args()
+    sys.exit(
+        check(
+            given.output, smoke=given.smoke, tests_exit_code=given.tests_exit_code, only=given.only
+        )
+    )

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of under 9 minutes: the GPU tests, a short real training
-# at 352 px with edgenext_base, and the times of its step. Results: $OUT/<gpu>-<commit>.json and logs.
+# at 352 px with edgenext_base, and the times of its step. Results: $OUT/<gpu>-<commit>.json and logs;
+# the file is written after each section, so that a call that is cut off keeps what it measured.
 #
 #   OUT=benchmarks/results tools/gpu_check.sh            on a CUDA machine
+#   tools/gpu_check.sh --only step options               the tests and these sections
 #   tools/gpu_check.sh --smoke                           the same path with small sizes, on a CPU
 #
 # Wheels in the folder .whl are installed first, for a machine without internet access; with
@@ -18,6 +20,8 @@ if [ -d .whl ]; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
+# The package need not be installed.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 status=0
 timeout 180 "$PYTHON" -m pytest -m gpu tests/gpu tests/metrics/test_device.py -o addopts= -p no:cacheprovider -q 2>&1 | tee "$OUT/gpu_tests.log"
