@@ -59,7 +59,7 @@ def label_map(levels: NDArray[Any], path: Path) -> NDArray[np.uint8] | None:
     if coded is None:
         return None
     codes, values = coded
-    present = np.flatnonzero(cv2.calcHist([codes], [0], None, [256], [0, 256])[:, 0])
+    present = np.flatnonzero(cv2.calcHist([codes], [0], None, [256], [0, 256]).ravel())
     full = 65535 if values[present[-1]] > 255 else 255
     middle = [code for code in present if 0 < values[code] < full]
     with_background = bool(values[present[0]] == 0)
@@ -159,8 +159,8 @@ def _are_areas(codes: NDArray[np.uint8], middle: list[Any]) -> bool:
     if not middle:
         return True
     between = _between(codes, 3)
-    counts = cv2.calcHist([codes], [0], None, [256], [0, 256])[middle, 0]
-    ramps = cv2.calcHist([codes], [0], between, [256], [0, 256])[middle, 0]
+    counts = cv2.calcHist([codes], [0], None, [256], [0, 256]).ravel()[middle]
+    ramps = cv2.calcHist([codes], [0], between, [256], [0, 256]).ravel()[middle]
     # Each level has a vote: a label map has few outline levels, a noisy or blurred mask dozens.
     if np.mean(ramps < OUTLINE * counts) < 0.75:
         return False
