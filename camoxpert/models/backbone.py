@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from camoxpert.config import ModelConfig
 from camoxpert.errors import ConfigError
+from camoxpert.models.positions import keep_positions_on_device
 from camoxpert.models.weights import load_weights, offline_if_unreachable
 from camoxpert.text import did_you_mean
 
@@ -139,6 +140,7 @@ class Backbone(nn.Module):
             at_half = 0 if self.half_level is None else info.channels()[self.half_level]
             self.channels = (at_half, *self.channels)
         allow_single_values(self.net)
+        keep_positions_on_device(self.net)
         if config.weights:
             load_weights(self.net, Path(config.weights), name=self.name, options=self._options)
         elif not config.pretrained or config.backbone == TINY:

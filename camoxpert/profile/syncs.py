@@ -35,7 +35,8 @@ class SyncCounter:
     """Counts operators and host syncs in its block, and where the syncs come from.
 
     Counts what would wait on a CUDA device, on any device: reading a value (``item``, ``tolist``,
-    ``bool``), copying to the host, and operators whose result's size depends on values.
+    ``bool``), copying to the host, copies from it that wait, and operators whose result's size
+    depends on values. What is made on the host is only seen where the network is elsewhere.
 
     Attributes:
         operators: number of operators.
@@ -87,7 +88,7 @@ class _Operators(TorchDispatchMode):
         name = str(func).removeprefix("aten.")
         if not self.counter.reading and (
             any(name == waiting or name.startswith(f"{waiting}.") for waiting in WAITING)
-            or _to_host(func, args, kwargs or {})
+            or _crosses(func, args, kwargs or {})
             or _selects_by_mask(name, args)
         ):
             self.counter.note()
@@ -113,14 +114,24 @@ class _Readers(TorchFunctionMode):
             self.counter.reading = False
 
 
-def _to_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if "_to_copy" in str(func):
-        target = kwargs.get("device")
-        source = args[0].device
-        return target is not None and source.type != "cpu" and torch.device(target).type == "cpu"
-    if "copy_" in str(func) and len(args) > 1 and isinstance(args[1], torch.Tensor):
-        return bool(args[1].device.type != "cpu" and args[0].device.type == "cpu")
-    return False
+def _crosses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an operator copies between host and device and waits for it.
+
+    From the host too: a copy that is not ``non_blocking`` waits until the device has done all its
+    work.
+    """
+    name = str(func)
+    if "_to_copy" in name:
+        source, target = args[0].device, kwargs.get("device")
+        non_blocking = bool(kwargs.get("non_blocking"))
+    elif "copy_" in name and len(args) > 1 and isinstance(args[1], torch.Tensor):
+        source, target = args[1].device, args[0].device
+        non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+    else:
+        return False
+    if target is None or (source.type == "cpu") == (torch.device(target).type == "cpu"):
+        return False
+    return source.type != "cpu" or not non_blocking
 
 
 def _selects_by_mask(name: str, args: tuple[Any, ...]) -> bool:

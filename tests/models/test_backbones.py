@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
+from timm.models.edgenext import PositionalEncodingFourier
 
 from camoxpert.config import build_config
 from camoxpert.errors import ConfigError
 from camoxpert.losses import total_loss
-from camoxpert.models.backbone import STRIDES, Backbone
+from camoxpert.models import backbone as backbone_module
+from camoxpert.models.backbone import BACKBONES, STRIDES, TINY, Backbone
 from camoxpert.models.camoxpert import CamoXpert, build_model
+from camoxpert.models.positions import FourierPositions
+from camoxpert.profile.syncs import SyncCounter
 
 # One of a kind: fixed input size, channels-last maps, five levels, windows that divide the map,
 # positions of a fixed grid, tokens, hooks, and levels whose modules timm names otherwise.
@@ -140,3 +148,52 @@ def test_networks_that_take_any_size_are_built_as_before() -> None:
     plain, sized = on_meta("mvitv2_tiny"), on_meta("mvitv2_tiny", 96)
     shapes = [{n: p.shape for n, p in m.state_dict().items()} for m in (plain, sized)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("shape", [(2, 22, 22), (1, 1, 1), (3, 7, 13)])
+def test_position_encodings_are_those_of_timm(shape) -> None:
+    theirs = PositionalEncodingFourier(hidden_dim=32, dim=88)
+    ours = FourierPositions(theirs)
+    expected, found = theirs(shape), ours(shape)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    # Beyond the first row and column it is not constant: the comparison says something.
+    assert shape == (1, 1, 1) or not torch.equal(found[:, :, -1, -1], found[:, :, 0, 0])
+
+
+def step_without_values(settings: dict[str, Any]) -> SyncCounter:
+    """Take a training step on torch's `meta` device and count what comes from the host."""
+    values = {"model.pretrained": False, "model.width": 32, "model.dispatch": "dense"}
+    config = build_config(values | settings)
+    model = build_model(config.model).to("meta").train()
+    images = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device="meta")
+    masks = torch.empty(2, 1, 64, 64, device="meta")
+    # The router switches autocast off, which the meta device does not know.
+    without = mock.patch("torch.autocast", lambda *_, **__: nullcontext())
+    with without, SyncCounter() as counter:
+        loss, _ = total_loss(
+            model(images), masks, config.loss, empty_alone=model.presence is not None
+        )
+        loss.backward()
+    return counter
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"model.backbone": name} for name in BACKBONES if name != TINY),
+        {"model.backbone": "edgenext_xx_small", "model.expert_family": "uniform"},
+        {"model.backbone": "edgenext_xx_small", "model.presence": "on"},
+        {"model.backbone": TINY, "model.routing_grid": 2},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_no_step_brings_anything_from_the_host(settings) -> None:
+    """A copy from the host waits for a GPU; there, torch counts it in tests/gpu."""
+    counter = step_without_values(settings)
+    assert counter.syncs == 0, counter.places
+
+
+def test_what_timm_brings_from_the_host_is_seen(monkeypatch) -> None:
+    monkeypatch.setattr(backbone_module, "keep_positions_on_device", lambda net: None)
+    assert step_without_values({"model.backbone": "edgenext_xx_small"}).syncs == 1

@@ -22,6 +22,28 @@ def test_every_kind_of_sync_is_counted_where_it_is_caused() -> None:
     assert counter.syncs == 0
 
 
+def test_copies_from_the_host_wait_unless_they_need_not() -> None:
+    """The device of these tests is torch's `meta`, which has no values and takes any copy."""
+    there = torch.empty(4, device="meta")
+    for waits in (
+        lambda: torch.zeros(4).to("meta"), lambda: torch.ones(4, dtype=torch.int64).to(there),
+        lambda: torch.zeros(4).to(device="meta", dtype=torch.bool),
+        lambda: there.copy_(torch.ones(4)),
+    ):  # fmt: skip
+        with SyncCounter() as counter:
+            waits()
+        assert counter.syncs == 1, counter.places
+    for goes_on in (
+        lambda: torch.zeros(4).to("meta", non_blocking=True),
+        lambda: there.copy_(torch.ones(4), non_blocking=True),
+        lambda: there.to(torch.bfloat16), lambda: there.copy_(there * 2),
+        lambda: torch.zeros(4).long(),
+    ):  # fmt: skip
+        with SyncCounter() as counter:
+            goes_on()
+        assert counter.syncs == 0, counter.places
+
+
 def test_nothing_is_counted_outside_of_the_block() -> None:
     x = torch.arange(4.0)
     with SyncCounter() as counter:
