@@ -9,6 +9,7 @@ import argparse
 import json
 import platform
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,9 @@ from camoxpert.runtime.device import Precision, device_name, set_tf32
 from camoxpert.runtime.host import usable_cores
 from camoxpert.training.compiling import compile_model
 
+LIMIT = 75
+"""Most seconds of a section, all of which have to fit into one call."""
+
 
 def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
     """Train on generated camouflage through the command line, then profile the same step.
@@ -38,7 +42,7 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
     Returns:
         scores, speed and the profile.
     """
-    size, images, epochs = (32, 16, 1) if smoke else (352, 768, 4)
+    size, images, epochs = (32, 16, 1) if smoke else (352, 192, 8)
     backbone = "tiny_test" if smoke else "edgenext_base"
     data = folder / "data"
     main(["synthesize", "toy", str(data), "--train", str(images), "--test", "4" if smoke else "32",
@@ -81,8 +85,14 @@ def decoders(*, smoke: bool) -> dict[str, Any]:
         "train.device": "cpu" if smoke else "cuda",
         "train.precision": "fp32" if smoke else "bf16",
     }
-    arms = quality.build_arms(build_config(settings), ["moe"] if smoke else None, {})
-    return dict(quality_report.measure_costs(arms, rounds=1 if smoke else 10))
+    names = ["moe", "dense-active", "unet", "fpn", "segformer"]
+    found: dict[str, Any] = {}
+    for name in names[1 : 2 if smoke else None]:
+        # In pairs: each with the mixture, and what was measured before one fails is kept.
+        arms = quality.build_arms(build_config(settings), [names[0], name], {})
+        found[name] = quality_report.measure_costs(arms, rounds=1 if smoke else 7)
+        print(name, found[name], flush=True)
+    return found
 
 
 def options(*, smoke: bool) -> dict[str, Any]:
@@ -92,31 +102,36 @@ def options(*, smoke: bool) -> dict[str, Any]:
     if not smoke:
         settings |= {"model.backbone": "edgenext_base", "data.img_size": 352}
     half = torch.bfloat16
-    variants: dict[str, tuple[str, torch.dtype | None, bool, str, bool]] = {
-        # name: family, dtype, TF32, memory format, compiled
-        "fp32 without TF32": ("specialist", None, False, "", False),
-        "fp32 with TF32": ("specialist", None, True, "", False),
-        "bf16": ("specialist", half, True, "", False),
-        "bf16, channels-last": ("specialist", half, True, "channels_last", False),
-        "bf16, backbone compiled": ("specialist", half, True, "", True),
-        "bf16, uniform experts": ("uniform", half, True, "", False),
-        "bf16, uniform experts, compiled": ("uniform", half, True, "", True),
+    variants: dict[str, tuple[str, torch.dtype | None, str]] = {
+        # name: family of the experts, number format, what else differs
+        "fp32 without TF32": ("specialist", None, "no TF32"),
+        "fp32 with TF32": ("specialist", None, ""),
+        "bf16": ("specialist", half, ""),
+        "bf16, four times the images": ("specialist", half, "more"),
+        "bf16, channels-last": ("specialist", half, "channels-last"),
+        "bf16, uniform experts": ("uniform", half, ""),
+        "bf16, backbone compiled": ("specialist", half, "compiled"),
+        "bf16, uniform experts, compiled": ("uniform", half, "compiled"),
     }
-    if not smoke:
-        variants["fp16"] = ("specialist", torch.float16, True, "", False)
+    if smoke:
+        variants = {name: variants[name] for name in ("fp32 without TF32", "bf16")}
+    else:
+        variants["fp16"] = ("specialist", torch.float16, "")
     calls: dict[str, Callable[[], None]] = {}
     first_call: dict[str, float] = {}
     memory: dict[str, int] = {}
-    for name, (family, dtype, tf32, layout, compiled) in variants.items():
+    sizes: dict[str, int] = {}
+    for name, (family, dtype, other) in variants.items():
         config = build_config({**settings, "model.expert_family": family})
         precision = Precision(dtype, False, name)
-        step = train.Step(train.Subject(config, device, precision, batch_size=2 if smoke else 32))
-        if layout:
+        batch = (2 if smoke else 32) * (4 if other == "more" else 1)
+        step = train.Step(train.Subject(config, device, precision, batch_size=batch))
+        if other == "channels-last":
             step.model.to(memory_format=torch.channels_last)
-        if compiled and not smoke:
+        if other == "compiled":
             compile_model(step.model)
 
-        def call(step: train.Step = step, tf32: bool = tf32) -> None:
+        def call(step: train.Step = step, tf32: bool = other != "no TF32") -> None:
             set_tf32(tf32, device)
             step.full()
 
@@ -127,12 +142,13 @@ def options(*, smoke: bool) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
             call()
             memory[name] = torch.cuda.max_memory_allocated()
-        calls[name] = call
-    seconds = interleaved(calls, rounds=2 if smoke else 15, warmup=2)
+        calls[name], sizes[name] = call, batch
+    seconds = interleaved(calls, rounds=1 if smoke else 7, warmup=0 if smoke else 2)
     set_tf32(True, device)
     found = {
         name: {
             "milliseconds": milliseconds(times),
+            "images_per_second": 1e3 * sizes[name] / milliseconds(times),
             "bf16_over_this": paired_ratio(seconds["bf16"], times),
             "first_call_seconds": first_call[name],
             "peak_memory_bytes_with_all_models": memory.get(name),
@@ -151,7 +167,7 @@ def contents(*, smoke: bool) -> dict[str, Callable[[dict[str, Any]], object]]:
         settings |= {"model.backbone": "edgenext_base", "data.img_size": 352}
     config = build_config(settings)
     precision = Precision(None if smoke else torch.bfloat16, False, "fp32" if smoke else "bf16")
-    rounds = 2 if smoke else 15
+    rounds = 2 if smoke else 7
     sizes = data.Sizes(
         images=16 if smoke else 64,
         height=96 if smoke else 768,
@@ -159,7 +175,7 @@ def contents(*, smoke: bool) -> dict[str, Callable[[dict[str, Any]], object]]:
         img_size=32 if smoke else 352,
         batch_size=8 if smoke else 32,
         num_workers=2 if smoke else 8,
-        rounds=1 if smoke else 5,
+        rounds=1 if smoke else 3,
     )
     photos = predict.Sizes(
         # Pillow's writing alone takes half a second an image.
@@ -201,12 +217,16 @@ def contents(*, smoke: bool) -> dict[str, Callable[[dict[str, Any]], object]]:
     }
 
 
+def _over(number: int, frame: object) -> None:
+    raise TimeoutError(f"the section took longer than {LIMIT} s")
+
+
 def check(
     output: Path, *, smoke: bool, tests_exit_code: int | None, only: Sequence[str] | None
 ) -> int:
     """Measure everything, write the JSON file after each section, and return the exit code.
 
-    A section that fails is recorded with its error, and the others still run.
+    A section that fails or takes too long is recorded with its error, and the others still run.
     """
     if not torch.cuda.is_available() and not smoke:
         print("No CUDA device: nothing measured. --smoke runs the same path on a CPU.")
@@ -225,6 +245,7 @@ def check(
         "seconds": {},
         "failed": {},
     }
+    signal.signal(signal.SIGALRM, _over)
     output.mkdir(parents=True, exist_ok=True)
     safe = re.sub(r"[^\w.-]+", "-", name).lower()
     path = output / f"{safe}-{commit}.json"
@@ -233,11 +254,14 @@ def check(
             continue
         started = time.perf_counter()
         print(f"== {section}", flush=True)
+        signal.alarm(0 if smoke else LIMIT)
         try:
             result[section] = measure(result)
         except Exception:
             result["failed"][section] = traceback.format_exc()
             print(result["failed"][section], flush=True)
+        finally:
+            signal.alarm(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         result["seconds"][section] = round(time.perf_counter() - started, 1)

@@ -31,6 +31,9 @@ pytestmark = [
 ]
 
 
+SCALE = 4096.0
+
+
 def build(backbone: str = "edgenext_xx_small"):
     torch.manual_seed(0)
     settings = {"model.backbone": backbone, "model.pretrained": False, "model.width": 32}
@@ -40,7 +43,7 @@ def build(backbone: str = "edgenext_xx_small"):
 
 @pytest.mark.parametrize("family", ["specialist", "uniform"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
+    ("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)]
 )
 def test_back_ends_agree_on_the_gpu(dtype, tolerance, family) -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -55,11 +58,12 @@ def test_back_ends_agree_on_the_gpu(dtype, tolerance, family) -> None:
         moe.zero_grad()
         with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
             y, _ = moe(x)
-        y.float().square().mean().backward()
+        # Scaled as in training: fp16 has no digits left for the gradients of a mean over pixels.
+        (SCALE * y.float().square().mean()).backward()
         results[name] = (y.detach().float(), [p.grad.clone() for p in moe.parameters()])
     for name in names:
         for a, b in zip(results[name][1], results["loop"][1], strict=True):
-            assert (a - b).norm() <= tolerance * (b.norm() + 1e-6)
+            assert (a - b).norm() <= tolerance * (b.norm() + 1e-6 * SCALE)
         error = (results[name][0] - results["loop"][0]).norm()
         assert error <= tolerance * results["loop"][0].norm()
 

@@ -41,16 +41,36 @@ def test_gpu_check_measures_or_says_that_it_cannot(tmp_path: Path, capsys) -> No
 
     tool = load("gpu_check")
     if not torch.cuda.is_available():
-        assert tool.check(tmp_path, smoke=False, tests_exit_code=None) == 1
+        assert tool.check(tmp_path, smoke=False, tests_exit_code=None, only=None) == 1
         assert "nothing measured" in capsys.readouterr().out
-    assert tool.check(tmp_path, smoke=True, tests_exit_code=0) == 0
+    assert tool.check(tmp_path, smoke=True, tests_exit_code=0, only=None) == 0
     result = json.loads(next(tmp_path.glob("cpu-smoke-*.json")).read_text())
     assert {"full step", "backbone alone", "full step, loop"} <= set(result["step"]["milliseconds"])
     assert {row["family"] for row in result["moe"]["rows"]} == {"specialist", "uniform"}
-    assert result["decoders"]["moe"]["step_ms"] > 0
+    assert result["decoders"]["dense-active"]["moe"]["step_ms"] > 0
+    assert result["options"]["bf16"]["images_per_second"] > 0
+    assert set(result["seconds"]) == set(tool.contents(smoke=True)) and not result["failed"]
     assert result["relight"]["pipeline"]["ratios"]
     assert result["training"]["profile"]["verdict"]
     assert result["training"]["exit_code"] == 0 and result["training"]["scores"]["MAE"] < 1
+
+
+def test_a_gpu_check_keeps_what_it_measured_before_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = load("gpu_check")
+
+    def fail(found: dict[str, object]) -> None:
+        assert found["first"] == 1
+        raise IndexError("as on another version of a library")
+
+    sections = {"first": lambda found: 1, "second": fail, "third": lambda found: 3}
+    monkeypatch.setattr(tool, "contents", lambda *, smoke: sections)
+    for only in (None, ["first", "third"]):
+        code = tool.check(tmp_path, smoke=True, tests_exit_code=0, only=only)
+        result = json.loads(next(tmp_path.glob("cpu-smoke-*.json")).read_text())
+        assert (result["first"], result["third"], code) == (1, 3, 1 if only is None else 0)
+        assert ("IndexError: as on another" in result["failed"].get("second", "")) is (only is None)
 
 
 @pytest.mark.slow
