@@ -25,12 +25,12 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 status=0
 # Interrupted, pytest still says what failed until then.
-timeout -s INT -k 10 170 "$PYTHON" -m pytest -m gpu tests/gpu tests/metrics/test_device.py -o addopts= \
-  -p no:cacheprovider -v --tb=short --timeout=60 --durations=15 2>&1 | tee "$OUT/gpu_tests.log"
+timeout -s INT -k 10 100 "$PYTHON" -m pytest -m gpu tests/gpu tests/metrics/test_device.py -o addopts= \
+  -p no:cacheprovider -v --tb=short -n 6 --timeout=60 --durations=15 2>&1 | tee "$OUT/gpu_tests.log"
 tests="${PIPESTATUS[0]}"
 # 5: no test ran, as on a machine without CUDA.
 [ "$tests" -eq 0 ] || [ "$tests" -eq 5 ] || status=1
 
-timeout 370 "$PYTHON" tools/gpu_check.py --output "$OUT" --tests-exit-code "$tests" "$@" 2>&1 | tee "$OUT/gpu_check.log"
+timeout -k 5 ${SECONDS_LEFT:-420} "$PYTHON" tools/gpu_check.py --output "$OUT" --tests-exit-code "$tests" "$@" 2>&1 | tee "$OUT/gpu_check.log"
 [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
 exit "$status"
