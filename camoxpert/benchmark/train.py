@@ -27,7 +27,7 @@ from camoxpert.models.cost import decoder_cost
 from camoxpert.profile.syncs import SyncCounter
 from camoxpert.runtime.device import Precision, device_name, wait_for
 from camoxpert.training.ema import ModelEma
-from camoxpert.training.optim import build_optimizer
+from camoxpert.training.optim import build_optimizer, set_lr
 
 FULL, BACKBONE = "full step", "backbone alone"
 UNIFORM, LOOP = "full step, uniform experts", "full step, loop"
@@ -69,6 +69,9 @@ class Step:
             build_model(config.model, sides=[config.data.img_size]).to(device).train()
         )
         self.optimizer = build_optimizer(self.model, config.optim)
+        # The weights stay, and with them the choices of experts: cuDNN makes new plans for groups
+        # of a size it has not seen, seconds that belong to the first steps of a training.
+        set_lr(self.optimizer, 0.0)
         self.ema = ModelEma(self.model, 0.999)
         size = config.data.img_size
         self.images = torch.randint(

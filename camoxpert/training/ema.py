@@ -35,6 +35,7 @@ class ModelEma:
         # Counted on the device: the host need not know which steps were skipped.
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.updates = torch.zeros((), dtype=kind, device=device)
+        self._follows: nn.Module | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, keep: Tensor) -> None:
@@ -45,14 +46,30 @@ class ModelEma:
         """
         weight = keep * (1 - warmed_decay(self.decay, self.updates)).to(keep.dtype)
         self.updates += keep
-        averaged: list[Tensor] = list(self.module.parameters())
-        trained: list[Tensor] = [parameter.detach() for parameter in model.parameters()]
-        steps = list(torch._foreach_sub(trained, averaged))
+        if self._follows is not model:
+            self._walk(model)
+        steps = list(torch._foreach_sub(self._trained, self._averaged))
         torch._foreach_mul_(steps, weight)
-        torch._foreach_add_(averaged, steps)
-        pairs = zip(self.module.buffers(), model.buffers(), strict=True)
-        for own, new in pairs:
+        torch._foreach_add_(self._averaged, steps)
+        for own_module, new_module, name in self._buffers:
+            own, new = getattr(own_module, name), getattr(new_module, name)
             own.copy_(torch.where(keep > 0, new, own) if own.is_floating_point() else new)
+
+    def _walk(self, model: nn.Module) -> None:
+        """List the weights of both models once: walking 700 modules takes the host 9 ms a step.
+
+        Buffers are listed by name, as they may be replaced; those that are no part of the state
+        are constants.
+        """
+        self._averaged: list[Tensor] = list(self.module.parameters())
+        self._trained: list[Tensor] = list(model.parameters())
+        self._buffers = [
+            (own, new, name)
+            for own, new in zip(self.module.modules(), model.modules(), strict=True)
+            for name, buffer in own._buffers.items()
+            if buffer is not None and name not in own._non_persistent_buffers_set
+        ]
+        self._follows = model
 
     def state_dict(self) -> EmaValues:
         """Return weights (the model's own keys) and the update count."""

@@ -45,7 +45,9 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
         torch.OutOfMemoryError: see ``accumulate_within_memory``.
     """
     model, optimizer, scaler, config = run.model, run.optimizer, run.scaler, run.config
-    model.train()
+    if not (model.training and model.backbone.training):
+        # It walks through all modules, milliseconds in which a GPU may wait.
+        model.train()
     if not any(p.requires_grad for p in model.backbone.parameters()):
         # Frozen means frozen: batch norm statistics and dropout included.
         model.backbone.eval()

@@ -49,9 +49,11 @@ def test_gpu_check_measures_or_says_that_it_cannot(tmp_path: Path, capsys) -> No
     assert {row["family"] for row in result["moe"]["rows"]} == {"specialist", "uniform"}
     assert result["decoders"]["dense-active"]["moe"]["step_ms"] > 0
     assert result["options"]["bf16"]["images_per_second"] > 0
-    assert set(result["seconds"]) == set(tool.contents(smoke=True)) and not result["failed"]
+    assert (
+        set(result["seconds"]) == set(tool.contents(tmp_path, smoke=True)) and not result["failed"]
+    )
     assert result["relight"]["pipeline"]["ratios"]
-    assert result["training"]["profile"]["verdict"]
+    assert result["profile"]["verdict"]
     assert result["training"]["exit_code"] == 0 and result["training"]["scores"]["MAE"] < 1
 
 
@@ -65,7 +67,7 @@ def test_a_gpu_check_keeps_what_it_measured_before_a_failure(
         raise IndexError("as on another version of a library")
 
     sections = {"first": lambda found: 1, "second": fail, "third": lambda found: 3}
-    monkeypatch.setattr(tool, "contents", lambda *, smoke: sections)
+    monkeypatch.setattr(tool, "contents", lambda folder, *, smoke: sections)
     for only in (None, ["first", "third"]):
         code = tool.check(tmp_path, smoke=True, tests_exit_code=0, only=only)
         result = json.loads(next(tmp_path.glob("cpu-smoke-*.json")).read_text())

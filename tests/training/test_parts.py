@@ -47,6 +47,36 @@ class TestEma:
         ema.update(model, torch.tensor(1.0))
         assert torch.equal(ema.module.running_mean, torch.full((2,), 7.0))
 
+    def test_it_follows_buffers_that_are_replaced_and_other_models(self) -> None:
+        model = nn.BatchNorm1d(2)
+        ema = ModelEma(model, 0.9)
+        ema.update(model, torch.tensor(1.0))
+        model.running_mean = torch.full((2,), 3.0)
+        ema.update(model, torch.tensor(1.0))
+        assert torch.equal(ema.module.running_mean, torch.full((2,), 3.0))
+        other = nn.BatchNorm1d(2)
+        nn.init.constant_(other.weight, 9.0)
+        before = ema.module.weight.clone()
+        ema.update(other, torch.tensor(1.0))
+        assert (ema.module.weight > before).all()
+
+    def test_the_modules_are_walked_once(self, monkeypatch) -> None:
+        """The walk took most of the update's time on a GPU."""
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        ema = ModelEma(model, 0.9)
+        walks, walk = [], nn.Module.named_modules
+
+        def named_modules(self: nn.Module, *given: object, **named: object):
+            walks.append(self)
+            return walk(self, *given, **named)
+
+        monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+        ema.update(model, torch.tensor(1.0))
+        assert walks
+        walks.clear()
+        ema.update(model, torch.tensor(1.0))
+        assert not walks
+
     def test_keys_are_the_models_own(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2))
         ema = ModelEma(model, 0.9)
