@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.folds import words
+from helpers.printed import said
 from helpers.sensors import TINY_WORDS, views
 
 from camoxpert.cli import main
@@ -24,11 +25,6 @@ from camoxpert.training import session
 pytestmark = pytest.mark.slow
 Crossval = Callable[..., int]
 SHORT = ("--folds", "2", "--epochs", "1", "--stage1-epochs", "0", "--no-report")
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    printed = capsys.readouterr()
-    return " ".join((printed.out + printed.err).split())
 
 
 def test_sensors_reach_the_scored_model(tmp_path: Path, monkeypatch) -> None:

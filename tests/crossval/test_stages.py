@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 from helpers.folds import result, words
+from helpers.printed import said
 from helpers.runs import weights_of
 
 import camoxpert
@@ -80,11 +81,6 @@ def two(folder: Path, source: Path, more: str = "") -> Path:
     """Write two stages: the other data set, then the one of the command."""
     first = f"  - name: pretrain\n    data: {{roots: ['{source}']}}\n{more}"
     return chain_file(folder, f"stages:\n{first}  - name: finetune\n    train.epochs: 2\n")
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    printed = capsys.readouterr()
-    return " ".join((printed.out + printed.err).split())
 
 
 def kept(cache: Path, name: str) -> Path:

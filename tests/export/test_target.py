@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.printed import complained
 
 from camoxpert.cli import main
 from camoxpert.data.files.manifest import USUAL
@@ -22,10 +23,6 @@ from camoxpert.export.target import (
 from camoxpert.export.write import move_into_place
 from camoxpert.files import read_json, write_json
 from camoxpert.inference.predictor import load_predictor
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    return " ".join(capsys.readouterr().err.split())
 
 
 def put(target: Path, text: str = "new") -> None:
@@ -61,7 +58,7 @@ def test_other_names_are_refused_before_the_model_is_looked_for(
 ) -> None:
     words = ["export", "nowhere", "-o", str(tmp_path / name)]
     assert main([*words, *(["--format", wanted] if wanted else [])]) == 2
-    assert "ends in" in (text := said(capsys)) or "does not say the format" in text
+    assert "ends in" in (text := complained(capsys)) or "does not say the format" in text
     assert "nowhere" not in text
 
 
@@ -95,7 +92,7 @@ def test_nothing_of_others_is_replaced(
     else:
         file.write_text('{"of": "another program"}')
     assert main(["export", "nowhere", "-o", str(target)]) == 2
-    text = said(capsys)
+    text = complained(capsys)
     if (foreign, kind) == ("m.xml", "folder"):
         assert "is a folder; give a file" in text
     else:

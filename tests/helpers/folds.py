@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,9 @@ def without_clocks(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: without_clocks(v) for k, v in value.items() if k not in CLOCKS}
     return [without_clocks(item) for item in value] if isinstance(value, list) else value
+
+
+def copy(folder: Path, to: Path) -> Path:
+    """Copy a folder; return the copy."""
+    shutil.copytree(folder, to)
+    return to
