@@ -31,6 +31,7 @@ from camoxpert.inference.timing import Timing
 from camoxpert.inference.tta import Looked
 from camoxpert.inference.values import finite_number, whole_number
 from camoxpert.inference.views import ONE_VIEW, ViewOptions, Views, choose_views, prepared
+from camoxpert.inference.weights import cast_weights
 from camoxpert.models.backbone import BACKBONES
 from camoxpert.models.camoxpert import CamoXpert, build_model, require_fit
 from camoxpert.models.modalities import all_there_is, require_known
@@ -88,6 +89,8 @@ class Predictor(Searching):
         self.max_pixels = own if max_pixels is None else whole_number("max_pixels", max_pixels, 1)
         self.zoom, self.exported = zoom, exported
         built = self._built() if exported is None else exported
+        if isinstance(built, CamoXpert):
+            cast_weights(built, precision.dtype)
         self.model: CamoXpert | Zoomed | ExportedNetwork = built
         if zoom:
             # Images are read at the larger size.

@@ -12,6 +12,7 @@ import torch
 import camoxpert
 from camoxpert.config import build_config, to_dict
 from camoxpert.inference.batching import choose_batch_size
+from camoxpert.inference.weights import cast_weights
 from camoxpert.models.camoxpert import build_model
 from camoxpert.runs.checkpoint import FORMAT, Checkpoint
 from camoxpert.runs.share import write_shared
@@ -60,6 +61,22 @@ def test_the_maps_are_those_of_the_cpu(model: Path, photos: Path, tmp_path: Path
         assert result.done == 24
     assert np.abs(maps(tmp_path / "cpu") - maps(tmp_path / "cuda")).max() <= 1
     assert result.summary["workers"][0]["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_cast_once_give_the_same_maps(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    settings = {"model.backbone": "edgenext_xx_small", "model.pretrained": False}
+    network = build_model(build_config(settings).model).cuda().eval()
+    images = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8, device="cuda")
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode(), torch.autocast("cuda", dtype=dtype):
+            return network(images).logits_B1HW.float()
+
+    before = logits()
+    assert cast_weights(network, dtype) > 20
+    assert torch.equal(logits(), before)
 
 
 def test_a_process_of_its_own_does_the_same(model: Path, photos: Path, tmp_path: Path) -> None:
