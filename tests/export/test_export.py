@@ -144,7 +144,11 @@ def allow_more(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("suffix", "word"), [(".onnx", "QuantizeLinear"), (".xml", "FakeQuantize")]
+    ("suffix", "word"),
+    [
+        (".onnx", "QuantizeLinear"),
+        pytest.param(".xml", "FakeQuantize", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_int8_files_keep_their_limit_at_every_shape(
     exported: Path,

@@ -44,7 +44,14 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # Real backbones take minutes to trace.
+        pytest.param(words, marks=() if "tiny" in name else pytest.mark.exhaustive, id=name)
+        for name, words in KINDS.items()
+    ],
+)
 def test_a_traced_program_is_the_network_at_every_shape(settings: tuple[str, ...]) -> None:
     graph = ExportGraph(drawn_network(*settings))
     program = trace(graph, None)

@@ -149,7 +149,9 @@ def test_two_processes_do_what_one_does(undisturbed, by_two) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
-@pytest.mark.parametrize("victims", ["worker", "parent", "both"])
+@pytest.mark.parametrize(
+    "victims", ["worker", pytest.param("parent", marks=pytest.mark.exhaustive), "both"]
+)
 def test_kills_of_several_processes(
     tiny_run: Path, photos: Path, tmp_path: Path, by_two, victims: str
 ) -> None:

@@ -81,8 +81,9 @@ sys.exit(main(["serve", *sys.argv[1:], "--device", "cpu"]))
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("closing", [0.1, 30])
+@pytest.mark.parametrize(
+    ("number", "code", "closing"), [(signal.SIGTERM, 143, 30), (signal.SIGINT, 130, 0.1)]
+)
 def test_a_signal_during_an_analysis_waits_for_it(
     tiny_run: Path, photo: Path, number: int, code: int, closing: float
 ) -> None:
