@@ -7,33 +7,33 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.backbones import WITHOUT_PYRAMID, families
 from torch import Tensor, nn
 
 from camoxpert.config import build_config
+from camoxpert.errors import ConfigError
 from camoxpert.inference.weights import cast_weights
 from camoxpert.models.camoxpert import CamoXpert, build_model
 from camoxpert.profile.syncs import SyncCounter
 
-IMAGES = torch.randint(
-    0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-)
 
-
-def build(settings: dict[str, Any]) -> CamoXpert:
+def build(settings: dict[str, Any], side: int = 64, *, spread: bool = True) -> CamoXpert:
     torch.manual_seed(0)
     values = {"model.backbone": "edgenext_xx_small", "model.pretrained": False, "model.width": 16}
-    model = build_model(build_config(values | settings).model).eval()
+    model = build_model(build_config(values | settings).model, sides=[side]).eval()
     # Where normalisation of initial weights hides the input, all outputs would be equal.
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
+        if spread and isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=0.2)
     return model
 
 
 @torch.inference_mode()
-def logits(model: CamoXpert, dtype: torch.dtype | None) -> Tensor:
+def logits(model: CamoXpert, dtype: torch.dtype | None, side: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
     with nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
-        return model(IMAGES).logits_B1HW
+        return model(images).logits_B1HW
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,23 @@ def test_the_maps_stay_bit_for_bit(settings: dict[str, Any], dtype: torch.dtype)
     assert cast_weights(model, dtype) > 20
     assert torch.equal(logits(model, dtype), before)
     assert before.std() > 0 and not torch.equal(before.float(), exact.float())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", sorted(set(families()) - WITHOUT_PYRAMID))
+def test_the_maps_of_every_family_stay(family: str) -> None:
+    for side in (64, 224, 256):
+        values = {"model.num_experts": 2, "model.backbone": families()[family]}
+        try:
+            # Deep ones would overflow.
+            model = build(values, side, spread=False)
+        except ConfigError:
+            continue
+        before = logits(model, torch.bfloat16, side)
+        assert cast_weights(model, torch.bfloat16) > 20
+        assert torch.equal(logits(model, torch.bfloat16, side), before)
+        return
+    pytest.fail(f"{family} takes none of the sizes")
 
 
 def test_a_fifth_of_the_operators_is_saved() -> None:
