@@ -44,6 +44,11 @@ def test_the_import_is_light_and_every_name_is_there() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] ['camoxpert'] []"
+    # Only who builds a network of timm waits the seconds that it takes to import.
+    code = "import sys, camoxpert.inference.predictor, camoxpert.training.session\n"
+    code += "print({'timm', 'torchvision'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
     for name in camoxpert.__all__:
         assert getattr(camoxpert, name) is not None
     with pytest.raises(AttributeError, match="nothing"):

@@ -31,6 +31,6 @@ tests="${PIPESTATUS[0]}"
 # 5: no test ran, as on a machine without CUDA.
 [ "$tests" -eq 0 ] || [ "$tests" -eq 5 ] || status=1
 
-timeout -k 5 ${SECONDS_LEFT:-420} "$PYTHON" tools/gpu_check.py --output "$OUT" --tests-exit-code "$tests" "$@" 2>&1 | tee "$OUT/gpu_check.log"
+timeout -k 5 "${SECONDS_LEFT:-420}" "$PYTHON" tools/gpu_check.py --output "$OUT" --tests-exit-code "$tests" "$@" 2>&1 | tee "$OUT/gpu_check.log"
 [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
 exit "$status"

@@ -426,6 +426,7 @@ def load_predictor(
     precision: str = "auto",
     max_pixels: int | None = None,
     zoom: bool = False,
+    worker: torch.device | None = None,
 ) -> Predictor:
     """Load a predictor from a checkpoint file, a run folder or a folder of shared weights.
 
@@ -433,6 +434,7 @@ def load_predictor(
         path: where the model is, or ``hf:USER/NAME@REVISION``; or a file that ``export`` wrote.
         device, precision, zoom: as the flags of ``predict``.
         max_pixels: larger images are refused; None: as in training.
+        worker: device whose precision is meant, if other processes do the work; None: ``device``.
 
     Raises:
         CheckpointError: no usable checkpoint at ``path``.
@@ -447,7 +449,7 @@ def load_predictor(
     check_architecture(where)
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision {precision}: use {', '.join(PRECISIONS)}.")
-    chosen = choose_precision(TrainConfig(precision=precision), where)
+    chosen = choose_precision(TrainConfig(precision=precision), worker or where)
     return Predictor(checkpoint, device=where, precision=chosen, max_pixels=max_pixels, zoom=zoom)
 
 
@@ -482,14 +484,15 @@ def load_for(
     Args:
         path: where the model is.
         devices: of the worker processes; empty: this process does the work.
-        device, precision, max_pixels, zoom: see ``load_predictor``; ``auto`` chooses the precision
-            for the first of the devices.
+        device, precision, max_pixels, zoom: see ``load_predictor``; the precision is that of the
+            first of the devices.
     """
-    if devices:
-        device = "cpu"
-        if precision == "auto" and not is_exported(path):
-            first = torch.device(devices[0])
-            precision = choose_precision(TrainConfig(precision="auto"), first).name
+    worker = torch.device(devices[0]) if devices else None
     return load_predictor(
-        path, device=device, precision=precision, max_pixels=max_pixels, zoom=zoom
+        path,
+        device="cpu" if devices else device,
+        precision=precision,
+        max_pixels=max_pixels,
+        zoom=zoom,
+        worker=worker,
     )

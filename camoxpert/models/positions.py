@@ -6,10 +6,10 @@ device. A copy from pageable memory waits until the device has done all its work
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from timm.models import edgenext
 from torch import Tensor, nn
 
 
@@ -55,6 +55,10 @@ class FourierPositions(nn.Module):
 
 def keep_positions_on_device(net: nn.Module) -> None:
     """Replace the position encodings of an EdgeNeXt, in place and without new parameter names."""
+    # timm takes seconds to import, which a mistake in a command need not wait for.
+    edgenext: Any = sys.modules.get("timm.models.edgenext")
+    if edgenext is None:
+        return
     for module in list(net.modules()):
         for name, child in module.named_children():
             if type(child) is edgenext.PositionalEncodingFourier:

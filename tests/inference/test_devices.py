@@ -10,6 +10,7 @@ from inference.fakes import FakeSpec, names, things
 
 from camoxpert.errors import ConfigError, DataError, PeerError
 from camoxpert.inference.devices import DeviceEngine, choose_devices, describe_exit
+from camoxpert.inference.predictor import load_for
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,21 @@ from camoxpert.inference.devices import DeviceEngine, choose_devices, describe_e
 )
 def test_devices_of_this_machine(text: str, found: tuple[str, ...]) -> None:
     assert choose_devices(text) == found
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_the_precision_is_that_of_the_worker_processes(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """A GPU with tensor cores and no bf16, as a T4: this process loads the settings on its CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "T4")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: False)
+    predictor = load_for(tiny_run, ("cuda:0", "cuda:1"), precision=precision)
+    assert (predictor.precision.name, predictor.device.type) == ("fp16", "cpu")
+    with pytest.raises(ConfigError, match="fp16 trains on CUDA only"):
+        load_for(tiny_run, ("cpu",), precision="fp16")
 
 
 def test_devices_of_other_machines(monkeypatch) -> None:

@@ -75,6 +75,41 @@ def test_a_gpu_check_keeps_what_it_measured_before_a_failure(
         assert ("IndexError: as on another" in result["failed"].get("second", "")) is (only is None)
 
 
+def test_a_section_of_a_gpu_check_that_takes_too_long_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handlers of errors on the way, as that around the compiler, must not keep the alarm."""
+    import signal
+
+    import torch
+
+    tool = load("gpu_check")
+
+    def endless(found: dict[str, object]) -> None:
+        try:
+            while True:
+                torch.ones(100).sum()
+        except Exception:
+            pytest.fail("taken for an error of the section's own")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(tool, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(tool, "LONGER", {"first": 1})
+    monkeypatch.setattr(
+        tool, "contents", lambda folder, *, smoke: {"first": endless, "next": lambda found: 2}
+    )
+    timer, handler = signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)
+    try:
+        assert tool.check(tmp_path, smoke=False, tests_exit_code=0, only=None) == 1
+    finally:
+        # pytest-timeout has the same alarm.
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+    result = json.loads(next(tmp_path.glob("a-gpu-*.json")).read_text())
+    assert "longer than it may" in result["failed"]["first"] and result["next"] == 2
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -64,18 +64,28 @@ class TestEma:
         """The walk took most of the update's time on a GPU."""
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         ema = ModelEma(model, 0.9)
-        walks, walk = [], nn.Module.named_modules
+        seen, walk = [], nn.Module.named_modules
 
         def named_modules(self: nn.Module, *given: object, **named: object):
-            walks.append(self)
-            return walk(self, *given, **named)
+            for name, module in walk(self, *given, **named):
+                seen.append(module)
+                yield name, module
 
         monkeypatch.setattr(nn.Module, "named_modules", named_modules)
         ema.update(model, torch.tensor(1.0))
-        assert walks
-        walks.clear()
+        assert model[1] in seen
+        seen.clear()
         ema.update(model, torch.tensor(1.0))
-        assert not walks
+        assert model[1] not in seen, "it looks no further than the first weight"
+
+    def test_weights_that_are_replaced_are_followed(self) -> None:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        ema = ModelEma(model, 0.0)
+        ema.update(model, torch.tensor(1.0))
+        model.load_state_dict({"weight": torch.ones(1, 1)}, assign=True)
+        ema.update(model, torch.tensor(1.0))
+        assert ema.module.weight.item() == 1.0
 
     def test_keys_are_the_models_own(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2))
