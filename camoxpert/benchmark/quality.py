@@ -1,9 +1,9 @@
 """``benchmark quality``: which decoder is best on this data, each at its own best learning rate.
 
 Every arm has the same backbone, weights, data, augmentation, loss, schedule and steps. The rate of
-an arm is the one with the best score on the validation split, of the same rates for all. With it
-the arm is trained on all training images once per seed, and the test sets are scored once. Runs are
-ordinary runs; a contest that was stopped continues where it was.
+an arm is the one with the best mean score on the validation split, of the same rates for all. With
+it the arm is trained on all training images once per seed, and the test sets are scored once. Runs
+are ordinary runs; a contest that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ from camoxpert.training import session
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEARCH_FRACTION = 0.2
 """Share of TRAIN that chooses the rate, where the data has no validation split."""
+CLOSE = 0.02
+"""Scores in validation that are less apart do not tell rates apart: seeds differ by as much."""
 DENSE_ACTIVE, DENSE_TOTAL = "dense-active", "dense-total"
 ARMS = {
     "moe": "the mixture of experts, as the settings say",
@@ -135,6 +138,18 @@ class ArmResult:
         """Whether the best rate is the smallest or largest tried: a better one may lie outside."""
         return len(self.search) > 1 and self.rate in (min(self.search), max(self.search))
 
+    @property
+    def close_rate(self) -> float | None:
+        """Another rate that was nearly as good in validation: a coin flip; None: there is none."""
+        best = self.search.get(self.rate)
+        others = {rate: score for rate, score in self.search.items() if rate != self.rate}
+        near = [
+            (score, rate)
+            for rate, score in others.items()
+            if best is not None and score is not None and best - score < CLOSE
+        ]
+        return max(near)[1] if near else None
+
 
 def build_arms(
     config: Config, names: Sequence[str] | None, own: Mapping[str, Sequence[str]]
@@ -219,6 +234,7 @@ def contest(
     *,
     rates: Sequence[float],
     seeds: Sequence[int],
+    search_seeds: int = 1,
     max_hours: float | None = None,
 ) -> list[ArmResult]:
     """Search the rate of every arm, then train it with every seed; skip what is done.
@@ -227,7 +243,9 @@ def contest(
         arms: contestants.
         folder: receives a folder for each run, and holds those of a contest that was stopped.
         rates: peak learning rates to choose from; a single one is taken as it is.
-        seeds: of the final runs; the first is also that of the search.
+        seeds: of the final runs; the first of them are those of the search.
+        search_seeds: runs with each rate, whose mean score chooses; one is a coin flip between
+            rates that are nearly as good.
         max_hours: after this time the run in progress is saved and the contest stops.
 
     Raises:
@@ -243,14 +261,20 @@ def contest(
                     trial = Trial(arm, rate, seed, final)
                     _is_done(folder / trial.name, trial.config(folder))
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
-    number, total = 0, len(arms) * (len(rates) * searched + len(seeds))
+    tried = seeds[:search_seeds] if searched else ()
+    number, total = 0, len(arms) * (len(rates) * len(tried) + len(seeds))
     results = []
     for arm in arms:
         search: dict[float, float | None] = {}
         for rate in rates if searched else ():
-            number += 1
-            trial = Trial(arm, rate, seeds[0], final=False)
-            search[rate] = _train(trial, folder, f"[{number}/{total}]", deadline)
+            scores = []
+            for seed in tried:
+                number += 1
+                trial = Trial(arm, rate, seed, final=False)
+                scores.append(_train(trial, folder, f"[{number}/{total}]", deadline))
+            known = [score for score in scores if score is not None]
+            # A rate with which training fails is none, however good it is with another seed.
+            search[rate] = statistics.mean(known) if len(known) == len(tried) else None
         best = max(search, key=lambda rate: _or_worst(search[rate])) if searched else rates[0]
         runs = []
         for seed in seeds:

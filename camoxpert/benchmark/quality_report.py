@@ -52,6 +52,7 @@ class ArmEntry(TypedDict):
     rate: float
     search: dict[str, float | None]
     at_the_edge: bool
+    close_rate: float | None
     costs: Costs
     sets: dict[str, SetResult]
 
@@ -128,6 +129,7 @@ def summarise(results: Sequence[ArmResult], costs: dict[str, Costs]) -> list[Arm
                 "rate": result.rate,
                 "search": {f"{rate:g}": score for rate, score in result.search.items()},
                 "at_the_edge": result.at_the_edge,
+                "close_rate": result.close_rate,
                 "costs": costs[result.arm.name],
                 "sets": sets,
             }
@@ -233,6 +235,14 @@ def notes(entries: Sequence[ArmEntry]) -> list[str]:
         lines.append(
             f"! The best rate of {text.shorten(edge, 8)} is the smallest or largest that was "
             "tried; a better one may lie beyond: give more --rates."
+        )
+    close = [
+        f"{entry['arm']} ({entry['close_rate']:g})" for entry in entries if entry["close_rate"]
+    ]
+    if close:
+        lines.append(
+            f"Nearly as good in validation as the rate that was taken: {text.shorten(close, 8)}. "
+            "Which of the two is better is not known; more --search-seeds would tell."
         )
     if number < 3:
         lines.append("Fewer than three seeds say little about other seeds.")

@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seeds", type=int, default=5, help="final runs of each arm [5]")
     group.add_argument(
+        "--search-seeds",
+        type=int,
+        default=1,
+        help="runs with each rate; their mean chooses, where one may be a coin flip [1]",
+    )
+    group.add_argument(
         "--rounds", type=int, default=5, help="timed rounds of steps and inference [5]"
     )
     add_setting_flags(parser)
@@ -62,6 +68,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     """Train all arms, score them, print and write the tables."""
     if options.seeds < 1 or options.rounds < 1:
         raise ConfigError("--seeds and --rounds must be at least 1.")
+    if not 1 <= options.search_seeds <= options.seeds:
+        raise ConfigError("--search-seeds must be at least 1 and at most --seeds.")
     if options.rates is not None and min(options.rates) <= 0:
         raise ConfigError(f"--rates must be above 0; got {min(options.rates):g}.")
     arms = list(options.arms or [])
@@ -91,6 +99,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             folder / "runs",
             rates=rates,
             seeds=seeds,
+            search_seeds=options.search_seeds,
             max_hours=config.train.max_hours,
         )
         console.say("timing steps and inference")
@@ -107,6 +116,7 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
             "batch_size": config.train.batch_size,
             "rates": list(rates),
             "seeds": list(seeds),
+            "search_seeds": options.search_seeds,
         },
     )
     console.say(f"tables and pictures: {folder}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +189,24 @@ class TestContest:
         again = quality.contest([self.arm()], tmp_path, rates=rates, seeds=(1, 2))
         assert again == [result]
 
+    def test_the_mean_over_search_seeds_chooses(
+        self, tmp_path: Path, scored: dict[str, float | None]
+    ) -> None:
+        """By the first seed alone it would be 0.01, with 0.001 a coin flip away."""
+        by_seed = {0.001: (0.75, 0.6), 0.003: (0.7, 0.8), 0.01: (0.76, 0.5), 0.03: (0.9, None)}
+        for rate, (first, second) in by_seed.items():
+            scored[f"moe-lr{rate:g}-search-seed1"] = first
+            scored[f"moe-lr{rate:g}-search-seed2"] = second
+        scored |= {f"moe-lr{rate:g}-seed{seed}": 0.0 for rate in by_seed for seed in (1, 2)}
+        few = tuple(by_seed)[:3]
+        one = quality.contest([self.arm()], tmp_path / "one", rates=few, seeds=(1, 2))[0]
+        assert (one.rate, one.close_rate) == (0.01, 0.001)
+        two = quality.contest(
+            [self.arm()], tmp_path / "two", rates=tuple(by_seed), seeds=(1, 2), search_seeds=2
+        )[0]
+        assert (two.rate, two.close_rate, two.at_the_edge) == (0.003, None, False)
+        assert two.search == pytest.approx({0.001: 0.675, 0.003: 0.75, 0.01: 0.63, 0.03: None})
+
     def test_runs_of_another_contest_are_refused_before_any_training(
         self, tmp_path: Path, scored: dict[str, float | None]
     ) -> None:
@@ -287,6 +306,14 @@ def test_a_whole_contest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {path.name for path in runs} == {"best.pt"}
     assert main(command) == 0
     assert capsys.readouterr().out.count("done before") == 4
+
+
+def test_a_rate_that_was_chosen_by_chance_is_told() -> None:
+    entry: dict[str, Any] = {"arm": "unet", "at_the_edge": False, "close_rate": 0.01}
+    entry["sets"] = {"toy": {"seeds": {"wFmeasure": [0.1, 0.2, 0.3]}}}
+    lines = quality_report.notes([entry])
+    assert "Nearly as good in validation as the rate that was taken: unet (0.01)." in lines[-1]
+    assert len(quality_report.notes([entry | {"close_rate": None}])) == len(lines) - 1
 
 
 def test_a_run_without_test_set_is_named(tmp_path: Path) -> None:
