@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from camoxpert import text
 from camoxpert.benchmark import data, moe, predict, quality, quality_report, relight, train
 from camoxpert.benchmark.common import interleaved, milliseconds, paired_ratio
 from camoxpert.cli import main
@@ -32,7 +31,7 @@ from camoxpert.runtime.device import Precision, device_name, set_tf32
 from camoxpert.runtime.host import usable_cores
 from camoxpert.training.compiling import compile_model
 
-LIMIT, LONGER = 60, {"training": 90, "compiled": 110}
+LIMIT, LONGER = 60, {"options": 100, "training": 90, "compiled": 110}
 """Most seconds of a section, so that none takes the time of all that follow."""
 SECTIONS = (
     *("profile", "options", "decoders", "compiled", "training", "data", "predict", "batch_sizes"),
@@ -96,8 +95,13 @@ def short_training(folder: Path, *, smoke: bool) -> dict[str, Any]:
     return found if code else found | {"scores": run_results(run)[0]["scores"]}
 
 
-def decoders(*, smoke: bool) -> dict[str, Any]:
-    """Time the training step and the inference of our decoder, its dense twins and its peers."""
+def decoders(found: dict[str, Any], *, smoke: bool) -> dict[str, Any]:
+    """Time the training step and the inference of our decoder, its dense twin and its peers.
+
+    Args:
+        found: receives what was measured, also if the time ends before all is.
+        smoke: small sizes on a CPU.
+    """
     settings = {
         "model.backbone": "tiny_test" if smoke else "edgenext_base",
         "data.img_size": 32 if smoke else 352,
@@ -106,17 +110,22 @@ def decoders(*, smoke: bool) -> dict[str, Any]:
         "train.precision": "fp32" if smoke else "bf16",
     }
     names = ["moe", "dense-active", "unet", "fpn", "segformer"]
-    found: dict[str, Any] = {}
     for name in names[1 : 2 if smoke else None]:
-        # In pairs: each with the mixture, and what was measured before one fails is kept.
+        # In pairs, each with the mixture.
         arms = quality.build_arms(build_config(settings), [names[0], name], {})
         found[name] = quality_report.measure_costs(arms, rounds=1 if smoke else 7)
         print(name, found[name], flush=True)
     return found
 
 
-def options(*, smoke: bool, compiled: bool) -> dict[str, Any]:
-    """Time the training step with every number format and memory layout, or compiled."""
+def options(found: dict[str, Any], *, smoke: bool, compiled: bool) -> dict[str, Any]:
+    """Time the training step with every number format and memory layout, or compiled.
+
+    Args:
+        found: receives each variant, in turns with bf16, also if the time ends before all are.
+        smoke: small sizes on a CPU.
+        compiled: the compiled variants instead of the others.
+    """
     device = torch.device("cpu" if smoke else "cuda")
     settings = {"model.pretrained": False, "model.backbone": "tiny_test", "data.img_size": 32}
     if not smoke:
@@ -146,10 +155,9 @@ def options(*, smoke: bool, compiled: bool) -> dict[str, Any]:
             for name, variant in variants.items()
             if name in chosen or ("compiled" in variant[2]) is compiled
         }
-    calls: dict[str, Callable[[], None]] = {}
-    first_call: dict[str, float] = {}
-    memory: dict[str, int] = {}
-    sizes: dict[str, int] = {}
+    # First, as the others are timed in turns with it.
+    variants = {"bf16": variants.pop("bf16"), **variants}
+    plain: Callable[[], None] | None = None
     for name, (family, dtype, other) in variants.items():
         dispatch = "dense" if "dense" in other else "auto"
         config = build_config(
@@ -169,28 +177,21 @@ def options(*, smoke: bool, compiled: bool) -> dict[str, Any]:
 
         started = time.perf_counter()
         call()
-        first_call[name] = time.perf_counter() - started
+        first_call = time.perf_counter() - started
         if "compiled" in other and not any(m._compiled_call_impl for m in step.model.modules()):
             print(f"{name}: the compiler failed, nothing is timed")
             continue
-        if not smoke:
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            memory[name] = torch.cuda.max_memory_allocated()
-        calls[name], sizes[name] = call, batch
-    seconds = interleaved(calls, rounds=1 if smoke else 7, warmup=0 if smoke else 2)
-    set_tf32(True, device)
-    found = {
-        name: {
-            "milliseconds": milliseconds(times),
-            "images_per_second": 1e3 * sizes[name] / milliseconds(times),
-            "bf16_over_this": paired_ratio(seconds["bf16"], times),
-            "first_call_seconds": first_call[name],
-            "peak_memory_bytes_with_all_models": memory.get(name),
+        plain = plain or call
+        calls = {"bf16": plain, name: call}
+        seconds = interleaved(calls, rounds=1 if smoke else 7, warmup=0 if smoke else 2)
+        found[name] = {
+            "milliseconds": milliseconds(seconds[name]),
+            "images_per_second": 1e3 * batch / milliseconds(seconds[name]),
+            "bf16_over_this": paired_ratio(seconds["bf16"], seconds[name]),
+            "first_call_seconds": first_call,
         }
-        for name, times in seconds.items()
-    }
-    print(text.table([[name, f"{row['milliseconds']:.1f} ms"] for name, row in found.items()]))
+        print(f"{name}: {found[name]['milliseconds']:.1f} ms", flush=True)
+    set_tf32(True, device)
     return found
 
 
@@ -234,9 +235,13 @@ def contents(folder: Path, *, smoke: bool) -> dict[str, Callable[[dict[str, Any]
 
     return {
         "profile": lambda _: profiled_step(folder, smoke=smoke),
-        "options": lambda _: options(smoke=smoke, compiled=False),
-        "decoders": lambda _: decoders(smoke=smoke),
-        "compiled": lambda _: options(smoke=smoke, compiled=True),
+        "options": lambda found: options(
+            found.setdefault("options", {}), smoke=smoke, compiled=False
+        ),
+        "decoders": lambda found: decoders(found.setdefault("decoders", {}), smoke=smoke),
+        "compiled": lambda found: options(
+            found.setdefault("compiled", {}), smoke=smoke, compiled=True
+        ),
         "training": lambda _: short_training(folder, smoke=smoke),
         "data": lambda found: data.run(
             sizes,

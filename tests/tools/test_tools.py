@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -62,8 +63,9 @@ def test_a_gpu_check_keeps_what_it_measured_before_a_failure(
 ) -> None:
     tool = load("gpu_check")
 
-    def fail(found: dict[str, object]) -> None:
+    def fail(found: dict[str, Any]) -> None:
         assert found["first"] == 1
+        found.setdefault("second", {})["measured before"] = 2
         raise IndexError("as on another version of a library")
 
     sections = {"first": lambda found: 1, "second": fail, "third": lambda found: 3}
@@ -72,6 +74,7 @@ def test_a_gpu_check_keeps_what_it_measured_before_a_failure(
         code = tool.check(tmp_path, smoke=True, tests_exit_code=0, only=only)
         result = json.loads(next(tmp_path.glob("cpu-smoke-*.json")).read_text())
         assert (result["first"], result["third"], code) == (1, 3, 1 if only is None else 0)
+        assert result.get("second") == ({"measured before": 2} if only is None else None)
         assert ("IndexError: as on another" in result["failed"].get("second", "")) is (only is None)
 
 

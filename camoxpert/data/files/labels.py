@@ -43,6 +43,19 @@ class _Around(NamedTuple):
     """Of the white pixels: within an outline's width of a label."""
 
 
+def count_levels(
+    levels_HW: NDArray[np.uint8], where_HW: NDArray[np.uint8] | None = None
+) -> NDArray[np.float32]:
+    """Return how many pixels have each of the 256 levels, (256,), exact below 2^24 pixels a level.
+
+    Args:
+        levels_HW: grey levels, codes or indices.
+        where_HW: only pixels where this is not 0 are counted; None: all.
+    """
+    # OpenCV 4 returns a column, OpenCV 5 one axis.
+    return np.ravel(cv2.calcHist([levels_HW], [0], where_HW, [256], [0, 256])).astype(np.float32)
+
+
 def label_map(levels: NDArray[Any], path: Path) -> NDArray[np.uint8] | None:
     """Return a label map as a mask of 0, VOID and 255; None for grey masks and photographs.
 
@@ -59,7 +72,7 @@ def label_map(levels: NDArray[Any], path: Path) -> NDArray[np.uint8] | None:
     if coded is None:
         return None
     codes, values = coded
-    present = np.flatnonzero(cv2.calcHist([codes], [0], None, [256], [0, 256]).ravel())
+    present = np.flatnonzero(count_levels(codes))
     full = 65535 if values[present[-1]] > 255 else 255
     middle = [code for code in present if 0 < values[code] < full]
     with_background = bool(values[present[0]] == 0)
@@ -159,8 +172,8 @@ def _are_areas(codes: NDArray[np.uint8], middle: list[Any]) -> bool:
     if not middle:
         return True
     between = _between(codes, 3)
-    counts = cv2.calcHist([codes], [0], None, [256], [0, 256]).ravel()[middle]
-    ramps = cv2.calcHist([codes], [0], between, [256], [0, 256]).ravel()[middle]
+    counts = count_levels(codes)[middle]
+    ramps = count_levels(codes, between)[middle]
     # Each level has a vote: a label map has few outline levels, a noisy or blurred mask dozens.
     if np.mean(ramps < OUTLINE * counts) < 0.75:
         return False

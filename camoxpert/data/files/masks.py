@@ -19,6 +19,7 @@ from camoxpert.data.files.labels import (
     VOC_VOID,
     VOID,
     colour_labels,
+    count_levels,
     has_void,
     label_map,
 )
@@ -115,7 +116,7 @@ def cut_levels(levels: np.ndarray, path: Path, *, lossy: bool) -> np.ndarray:
         return np.where(levels, np.uint8(255), np.uint8(0))
     if levels.dtype == np.uint8:
         # The rule depends on levels only: apply it to 256 of them instead of a million pixels.
-        counts = cv2.calcHist([levels], [0], None, [256], [0, 256]).ravel()
+        counts = count_levels(levels)
         table = _cut(np.arange(256, dtype=np.uint8), counts, path, lossy=lossy)
         return np.ascontiguousarray(cv2.LUT(levels, table))
     return _cut(levels, None, path, lossy=lossy)
@@ -157,7 +158,7 @@ def _palette_levels(image: Image.Image, path: Path) -> np.ndarray:
     palette make every entry black.
     """
     indices: np.ndarray = np.asarray(image)
-    used = np.flatnonzero(cv2.calcHist([indices], [0], None, [256], [0, 256]).ravel())
+    used = np.flatnonzero(count_levels(indices))
     table = _palette(image)
     colours = table[used]
     alike = (colours == colours[0]).all()
@@ -240,7 +241,7 @@ def encoding_of(image: Image.Image, path: Path) -> str:
     levels = stored.levels
     if levels.dtype != np.uint8:
         return "16-bit"
-    used = np.flatnonzero(cv2.calcHist([levels], [0], None, [256], [0, 256]).ravel())
+    used = np.flatnonzero(count_levels(levels))
     if len(used) > 2:
         return "grey outline"
     colour = "" if image.mode == "L" else " in colour"
