@@ -19,7 +19,6 @@ from camoxpert.runs.checkpoint import (
     PRESENCE,
     Checkpoint,
     facts_of,
-    load_checkpoint,
     read_index,
 )
 from camoxpert.runs.info import update_run_json
@@ -229,15 +228,18 @@ def calibrate(
     return fit
 
 
-def calibrate_best(run: Run) -> Fit | None:
+def calibrate_best(run: Run, checkpoint: Checkpoint) -> Fit | None:
     """Calibrate ``best.pt`` of a run and write it again; None where there is nothing to do.
 
+    Args:
+        run: that finished.
+        checkpoint: its ``best.pt``, as read; it holds the calibration afterwards.
+
     Raises:
-        CheckpointError: it cannot be read or written.
+        CheckpointError: it cannot be written.
         Stopped: the command was asked to stop; the same command calibrates.
     """
     store = CheckpointFolder(run.folder / "checkpoints")
-    checkpoint = load_checkpoint(store.folder / BEST)
     if checkpoint.model_config.presence == "off" or not len(run.data.calibration):
         return None
     with run.log.phase("calibration"):

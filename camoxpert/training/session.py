@@ -310,12 +310,15 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
     from camoxpert.pages.tables import text_table
 
     best = run.folder / "checkpoints" / "best.pt"
-    if best.is_file():
-        calibrate_best(run)
-        write_shared(run.folder / "model", load_checkpoint(best))
-    if not (run.config.run.test and run.data.tests):
+    tested = run.config.run.test and bool(run.data.tests)
+    if not best.is_file() and not tested:
         return {}
-    predictor = Predictor(load_checkpoint(best), device=run.device, precision=run.precision)
+    checkpoint = load_checkpoint(best)
+    calibrate_best(run, checkpoint)
+    write_shared(run.folder / "model", checkpoint)
+    if not tested:
+        return {}
+    predictor = Predictor(checkpoint, device=run.device, precision=run.precision)
     try:
         with run.log.phase("testing"):
             results = evaluate_run(
@@ -334,7 +337,7 @@ def share_and_score(run: Run) -> dict[str, dict[str, float]]:
         console.warn(text)
         return {}
     # Again, now that its scores are known.
-    write_shared(run.folder / "model", load_checkpoint(best))
+    write_shared(run.folder / "model", checkpoint)
     rows = [result.to_dict() for result in results] + published_rows(results)
     console.say(text_table(rows, tuple(results[0].scores)))
     return {result.dataset: result.scores for result in results}

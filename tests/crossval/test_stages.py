@@ -322,8 +322,10 @@ class TestTrain:
         self, train: Train, source: Path, tmp_path: Path, capsys
     ) -> None:
         """What fits is taken, by kind of expert; what does not is named as new."""
-        first = two(tmp_path, source, "    model.experts: [edge, texture, hybrid]\n").read_text()
-        last = "    model.experts: [texture, edge, contrast]\n    data.img_size: 64\n"
+        family = "    model.expert_family: specialist\n"
+        kinds = family + "    model.experts: [edge, texture, hybrid]\n"
+        first = two(tmp_path, source, kinds).read_text()
+        last = family + "    model.experts: [texture, edge, contrast]\n    data.img_size: 64\n"
         assert train(chain_file(tmp_path, first + last)) == 0
         printed = capsys.readouterr().out
         init = printed[printed.index("init  ") :].partition("\nmodel ")[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SPECIALISTS
 
 from camoxpert.files import read_json
 from camoxpert.runs.checkpoint import load_checkpoint
@@ -55,7 +56,7 @@ def test_moved_data_continue_and_other_data_do_not(
     assert stopped(*SHORT, "--seed", "3", data=second, out=out) == 75
     third = tmp_path / "c" / "toy"
     shutil.copytree(second, third)
-    mask = next((third).rglob("*.png"))
+    mask = next((third / "TrainDataset").rglob("*.png"))
     mask.write_bytes(mask.read_bytes() + b"\0")
     before = runs_in(out)
     stopped(*SHORT, "--seed", "3", data=third, out=out)
@@ -91,7 +92,7 @@ def test_weights_are_compared_by_content_and_not_needed_again(
 def test_init_from_takes_all_of_an_own_model(
     place: str, stopped, tiny_run: Path, tmp_path: Path, capsys
 ) -> None:
-    words = (*SHORT, "--run-name", "r", "--lr", "1e-9", "optim.min_lr=0")
+    words = (*SHORT, *SPECIALISTS, "--run-name", "r", "--lr", "1e-9", "optim.min_lr=0")
     assert stopped(*words, "--init-from", str(tiny_run / place)) == 75
     said = capsys.readouterr().out
     step = next((tmp_path / "r" / "checkpoints").glob("step_*.pt"))
@@ -120,7 +121,7 @@ def test_init_from_matches_experts_by_kind_and_lists_the_others(
     train, tiny_run: Path, capsys
 ) -> None:
     words = ("--dry-run", "--init-from", str(tiny_run))
-    assert train(*words, "model.experts=[edge, texture, hybrid]") == 0
+    assert train(*words, *SPECIALISTS, "model.experts=[edge, texture, hybrid]") == 0
     said, _, taken = capsys.readouterr().out.partition("taken: ")
     assert "experts.0" in said and "experts.1" not in said, "texture and hybrid moved; edge is new"
     assert "experts.1" in taken and "experts.0" not in taken

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SPECIALISTS
 
 from camoxpert.cli import main
 from camoxpert.config import build_config, load_config
@@ -126,7 +127,7 @@ def test_noise_without_copies_is_an_error() -> None:
 
 
 def test_from_the_command_line(train, tmp_path: Path, capsys) -> None:
-    words = ("--epochs", "1", "--stage1-epochs", "0", "--no-test", "--no-report")
+    words = (*SPECIALISTS, "--epochs", "1", "--stage1-epochs", "0", "--no-test", "--no-report")
     kind = "model.experts=[texture]"
     assert train(*words, "--num-experts", "1", "--top-k", "1", kind, "--run-name", "one") == 0
     capsys.readouterr()

@@ -251,17 +251,22 @@ class SupportCache:
         kept = [parts for parts in (other.split(".") for other in others) if len(parts) == 3]
         if not kept:
             return NOT_MADE
-        nearest = min(kept, key=lambda parts: sum(map(str.__ne__, own, parts)))
-        differs = ["another mask"] if own[0] != nearest[0] else []
-        if own[1] != nearest[1]:
-            facts, then = self.encoder.facts._asdict(), read_json(self._facts_file(nearest[1]))
-            differs += [
+        # Of equally similar ones not the first on the disk, which is another one on each disk.
+        nearest = min((self._differences(own, parts) for parts in kept), key=lambda d: (len(d), d))
+        return f"miss: {' and '.join(nearest)}"
+
+    def _differences(self, own: Sequence[str], kept: Sequence[str]) -> list[str]:
+        """Return in what an entry differs, both given as mask, encoder and device."""
+        differs = ["another mask"] if own[0] != kept[0] else []
+        if own[1] != kept[1]:
+            facts, then = self.encoder.facts._asdict(), read_json(self._facts_file(kept[1]))
+            changed = [
                 text for key, text in FACTS.items() if facts[key] != then.get(key, facts[key])
             ]
-            differs = differs or ["another encoder or other weights"]
-        if own[2] != nearest[2]:
+            differs += changed or ["another encoder or other weights"]
+        if own[2] != kept[2]:
             differs.append("another kind of device")
-        return f"miss: {' and '.join(differs)}"
+        return differs
 
     def _facts_file(self, encoder: str) -> Path:
         assert self.folder is not None
