@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.printed import complained
 from numpy.typing import NDArray
 
 from camoxpert.benchmark import export
@@ -96,6 +97,6 @@ def test_without_a_compiler_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_kind_has_flags_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "--rounds", "1", "export"]) == 2
-    assert "right behind `benchmark`" in capsys.readouterr().err
+    assert "right behind `benchmark`" in complained(capsys)
     assert main(["benchmark", "export", "nowhere", "--rounds", "0"]) == 2
-    assert "--rounds must be at least 1" in capsys.readouterr().err
+    assert "--rounds must be at least 1" in complained(capsys)

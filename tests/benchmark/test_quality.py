@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.printed import complained
 
 from camoxpert.benchmark import quality, quality_report
 from camoxpert.benchmark.common import multiply_adds
@@ -343,4 +344,4 @@ def test_without_names_all_arms_take_part_that_the_backbone_can_have(
 
 def test_quality_has_flags_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "-o", "x.json", "quality"]) == 2
-    assert "right behind" in capsys.readouterr().err
+    assert "right behind" in complained(capsys)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.printed import complained
 
 from camoxpert.config import Config, load_config, to_dict
 from camoxpert.crossval.divide import divide, find_pool
@@ -114,7 +115,7 @@ class TestStart:
         with pytest.raises(DataError, match="5 of 8 images"):
             require_nothing_seen([config], find_pool(config))
         require_nothing_seen([config], part(find_pool(config), -3))
-        assert "too good" in capsys.readouterr().err
+        assert "too good" in complained(capsys)
 
     def test_numbered_images_of_one_size_each(
         self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.printed import complained
 
 from camoxpert import console, stop
 from camoxpert.config import AugmentConfig, DataConfig
@@ -295,7 +296,7 @@ class TestMemory:
     def test_a_cache_in_this_process_needs_forked_workers(self, train, capsys) -> None:
         words = ["--cache", "ram", "data.start_method=spawn", "--num-workers", "1", "--dry-run"]
         assert train(*words) == 2
-        assert "do not share" in capsys.readouterr().err
+        assert "do not share" in complained(capsys)
 
 
 class TestChoice:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.pages import active_parts
+from helpers.printed import complained
 
 import camoxpert
 from camoxpert.cli import main
@@ -64,7 +65,7 @@ class TestChoice:
     def test_maps_have_no_corruptions(self, tmp_path: Path, capsys) -> None:
         words = ["--predictions", str(tmp_path), "--gt", str(tmp_path), "--corruptions", "all"]
         assert main(["evaluate", *words]) == 2
-        assert "--corruptions belongs to a checkpoint" in capsys.readouterr().err
+        assert "--corruptions belongs to a checkpoint" in complained(capsys)
 
 
 class TestLoader:

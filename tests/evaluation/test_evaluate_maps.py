@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers.maps import CAMO, evaluate, listing, pair, summary, write
 from helpers.pages import active_parts
+from helpers.printed import complained
 from PIL import Image
 
 from camoxpert.errors import ConfigError, DataError
@@ -81,7 +82,7 @@ class TestFinding:
         write(world / "data/COD10K/GT/COD10K-NonCAM-5-Other-1.png", np.zeros((36, 48), np.uint8))
         words = ("--predictions", "maps/good/COD10K", "--gt", "data/COD10K/GT")
         assert evaluate(*words) == 0
-        assert "1 images without a camouflaged object are left out" in capsys.readouterr().err
+        assert "1 images without a camouflaged object are left out" in complained(capsys)
         assert evaluate(*words, "--noncam", "include") == 3
         assert "COD10K-NonCAM-5-Other-1" in capsys.readouterr().err
 
@@ -217,7 +218,7 @@ class TestNothingSilently:
         (world / "maps/good/camo").rmdir()
         (world / "maps/good/NC4K").mkdir()
         assert evaluate(*both) == 0
-        assert "no such data set: NC4K" in capsys.readouterr().err
+        assert "no such data set: NC4K" in complained(capsys)
 
     def test_a_set_without_any_object_and_skip(self, world: Path, capsys) -> None:
         for path in (world / "data/CAMO/GT").iterdir():

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.printed import complained
 
 from camoxpert.cli import main
 from camoxpert.data.files.manifest import load_eval
@@ -476,7 +477,7 @@ class TestWhatIsThereAlready:
         out = tmp_path / "out"
         monkeypatch.setattr(Prediction, "save", fails)
         assert main([*words, str(out)]) == 3
-        assert "No space left" in capsys.readouterr().err
+        assert "No space left" in complained(capsys)
         written = [row["image"] for row in self.rows(out)]
         assert written == ["a"]
         assert all((out / "maps" / f"{name}.png").is_file() for name in written)

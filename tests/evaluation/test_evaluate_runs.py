@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import pytest
 from helpers.maps import CAMO, evaluate, listing, pair, write
+from helpers.printed import complained
 
 from camoxpert import stop
 from camoxpert.cli import main
@@ -151,7 +152,7 @@ class TestLedger:
         assert evaluate("--predictions", "maps/good", *words) == 0
         assert evaluate("--predictions", "maps/bad", *words, "--protocol", "raw") == 0
         assert main(["report", "led.jsonl"]) == 3
-        assert "another --protocol" in capsys.readouterr().err
+        assert "another --protocol" in complained(capsys)
 
     def test_resized_maps_are_marked(self, world: Path, capsys) -> None:
         words = ("--gt", "data/CAMO", "--ledger", "led.jsonl", "--no-intervals")
@@ -180,7 +181,7 @@ class TestLedger:
         assert main(["report", "null.jsonl"]) == 3
         Path("half.jsonl").write_text('{"method": "x"}\n')
         assert main(["report", "half.jsonl"]) == 3
-        assert "it needs method, dataset" in capsys.readouterr().err
+        assert "it needs method, dataset" in complained(capsys)
 
     def test_a_checkpoint_goes_into_the_same_ledger(
         self, tiny_run: Path, toy_data: Path, tmp_path: Path, monkeypatch, capsys

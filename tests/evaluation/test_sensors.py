@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.printed import complained
 from helpers.sensors import TINY_WORDS, views
 from PIL import Image
 from torch import nn
@@ -163,7 +164,7 @@ class TestTraining:
     ) -> None:
         shutil.rmtree(data / "TrainDataset" / "Thermal")
         assert command(data, tmp_path) == 3
-        assert "no training image has any" in capsys.readouterr().err
+        assert "no training image has any" in complained(capsys)
 
     def test_from_a_model_of_photographs(
         self, whole: Path, tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
@@ -187,7 +188,7 @@ class TestTraining:
             assert not np.array_equal(taught, before), "and the modalities were learned"
         capsys.readouterr()
         assert command(whole, tmp_path, "--keep-rgb") == 2
-        assert "there is no --init-from" in capsys.readouterr().err
+        assert "there is no --init-from" in complained(capsys)
 
     def test_as_a_teacher_it_looks_at_photographs(
         self, run: Path, toy_data: Path, tmp_path: Path, train: Callable[..., int]
@@ -293,7 +294,7 @@ class TestPredict:
         assert [name for name in maps if maps[name] != again[name]] == [changed.name]
         # Photographs alone are other results.
         assert main(words[:7]) == 2
-        assert "--modality ['depth', 'thermal'], now off" in capsys.readouterr().err
+        assert "--modality ['depth', 'thermal'], now off" in complained(capsys)
 
     def test_wrong_folders(
         self,
@@ -307,7 +308,7 @@ class TestPredict:
         end = [str(photos / "Imgs"), "-o", str(tmp_path / "out")]
         asked = ["--modality", "depth", str(photos / "Depth")]
         assert main(["predict", str(tiny_run), *end, *asked]) == 2
-        assert "photographs alone" in capsys.readouterr().err
+        assert "photographs alone" in complained(capsys)
         for words, code, text in (
             (["--modality", "depth", str(tmp_path / "gone")], 3, "--modality depth: "),
             (

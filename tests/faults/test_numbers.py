@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.printed import complained
 from helpers.runs import TINY_SETTINGS, train_in, weights_of
 
 from camoxpert.config import build_config
@@ -194,7 +195,7 @@ class TestOutOfMemory:
 
         monkeypatch.setattr(torch.optim.AdamW, "step", full)
         assert train("--epochs", "1", "--no-test", "--no-report") == 2
-        assert "Out of memory on cpu: 8 images of 32 px" in capsys.readouterr().err
+        assert "Out of memory on cpu: 8 images of 32 px" in complained(capsys)
 
     def test_in_the_validation(self, run: Run, tmp_path: Path, monkeypatch) -> None:
         from camoxpert.inference import score as validation

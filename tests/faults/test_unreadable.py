@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.printed import complained
 
 from camoxpert import console, stop
 from camoxpert.config import AugmentConfig, DataConfig, build_config
@@ -369,7 +370,7 @@ def test_the_flag(train, data: Path, tmp_path: Path, capsys) -> None:
     load_train([data]).pairs[3].image.write_bytes(b"")
     words = ["--epochs", "2", "--no-test", "--no-report"]
     assert train(*words, data=data) == 3
-    assert "--unreadable skip" in capsys.readouterr().err
+    assert "--unreadable skip" in complained(capsys)
     assert train(*words, "--unreadable", "skip", "--dry-run", data=data) == 0
     assert "1 of 16 images cannot be read and are skipped" in capsys.readouterr().out
 

@@ -190,8 +190,9 @@ def test_shares_of_the_wall_add_up() -> None:
     (worker,) = local.summary()["workers"]
     assert sum(worker["loop_shares"].values()) == pytest.approx(1, abs=0.02)
     assert worker["images"] == 20 and worker["forward_passes"] == 10
-    # On a CPU the loop computes the passes itself.
-    assert worker["device_busy_share"] == pytest.approx(worker["loop_shares"]["forward"], abs=0.01)
+    # On a CPU the loop computes the passes itself. Two clocks are read one after the other, and a
+    # busy machine may stop the process between them.
+    assert worker["device_busy_share"] == pytest.approx(worker["loop_shares"]["forward"], abs=0.1)
     assert len(worker["warm_up_seconds_per_input"]) == 2
     assert worker["forward_seconds_per_input"]["p50"] <= worker["forward_seconds_per_input"]["p95"]
 

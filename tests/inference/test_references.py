@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.printed import complained
 
 from camoxpert import load
 from camoxpert.cli import main
@@ -218,7 +219,7 @@ def test_flags_that_say_nothing_together_are_refused(
     assert main([*base, "--reference", fish, mask, "--reference-class", "fish"]) == 2
     assert main([*base, "--support-weights", "w.pth"]) == 2
     assert main([*base, "--reference", fish, "none.png"]) == 3
-    assert "There is no file none.png" in capsys.readouterr().err
+    assert "There is no file none.png" in complained(capsys)
     assert main(["predict", str(tiny_run), *base[2:], "--reference", fish, mask]) == 2
     assert "trained without guidance" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out" / "predictions.jsonl").exists()

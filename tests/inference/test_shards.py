@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.ledger import same_work
+from helpers.printed import complained
 from inference.test_ledger import KINDS, failed, items, row, started
 
 from camoxpert.cli import main
@@ -132,4 +133,4 @@ def test_parts_end_as_the_undivided_job(
 
 def test_merge_takes_nothing_else(tmp_path: Path, capsys) -> None:
     assert main(["predict", "run", "--merge", "-o", str(tmp_path)]) == 2
-    assert "takes only -o" in capsys.readouterr().err
+    assert "takes only -o" in complained(capsys)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.printed import complained
 
 import camoxpert
 from camoxpert.cli import main
@@ -63,7 +64,7 @@ def test_predict(tiny_run: Path, toy_data: Path, tmp_path: Path, capsys) -> None
     (images,) = (toy_data / "TestDataset").glob("*/Imgs")
     base = ["predict", str(tiny_run), str(images), "--save", "map", "-o"]
     assert main([*base, str(tmp_path / "zoom"), "--zoom"]) == 0
-    assert "32 and 64 px" in capsys.readouterr().err
+    assert "32 and 64 px" in complained(capsys)
     assert main([*base, str(tmp_path / "plain")]) == 0
     assert "zoom" not in capsys.readouterr().err
     names = sorted(path.name for path in (tmp_path / "zoom" / "maps").iterdir())
@@ -80,7 +81,7 @@ def test_predict(tiny_run: Path, toy_data: Path, tmp_path: Path, capsys) -> None
     for own, written in zip(predicted, maps[0], strict=True):
         assert np.array_equal((own * 255).astype(np.uint8), written)
     assert main([*base, str(tmp_path / "plain"), "--zoom"]) == 2
-    assert "image size" in capsys.readouterr().err
+    assert "image size" in complained(capsys)
 
 
 def test_evaluate_stands_beside_the_plain_scores(
@@ -96,4 +97,4 @@ def test_evaluate_stands_beside_the_plain_scores(
     capsys.readouterr()
     words = ["evaluate", "--predictions", str(tmp_path), "--gt", str(tmp_path), "--zoom"]
     assert main(words) == 2
-    assert "--zoom belongs to a checkpoint" in capsys.readouterr().err
+    assert "--zoom belongs to a checkpoint" in complained(capsys)

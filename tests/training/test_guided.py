@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.printed import complained
 from helpers.runs import TINY_SETTINGS, ending, records
 
 from camoxpert.config import build_config
@@ -347,7 +348,7 @@ class TestCommand:
         words = (*SHORT, "--run-name", "r", "--support-encoder", "tiny_test")
         assert stopped(*words, "model.support.side=32", data=scenes, steps=1) == 75
         assert train(*words, "model.support.side=64", data=scenes) == 4
-        assert "model.support.side: 32 -> 64" in capsys.readouterr().err
+        assert "model.support.side: 32 -> 64" in complained(capsys)
 
 
 def test_a_guide_that_was_trained_with_other_weights_is_refused(scenes: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.printed import complained
 from helpers.runs import TINY_SETTINGS, ending, train_in
 
 from camoxpert.cli import main
@@ -335,7 +336,7 @@ class TestResume:
         write_png(first, 255 - read_map(first))
         capsys.readouterr()
         assert train(*words) == 4
-        assert "has other content now" in capsys.readouterr().err
+        assert "has other content now" in complained(capsys)
 
     def test_other_images_without_masks_are_refused_and_moved_ones_are_not(
         self,
