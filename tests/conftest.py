@@ -14,8 +14,8 @@ import torch
 from camoxpert.cli import main
 from camoxpert.runtime.host import available_memory, free_shared_memory
 
-# Like experts have a third fewer tensors to train, write and read; where it matters what an expert
-# computes, a test adds the others.
+# With like experts this model has 158 tensors to train, write and read instead of 290; where it
+# matters what an expert computes, a test adds SPECIALISTS.
 TINY = (
     *("--backbone", "tiny_test", "--no-pretrained", "--img-size", "32", "--batch-size", "8"),
     *("--expert-family", "uniform", "--num-experts", "3", "--num-workers", "0", "--no-tensorboard"),
@@ -30,7 +30,7 @@ SPECIALISTS = ("--expert-family", "specialist")
 LONG = ("faults", "frozen", "training", "models")
 
 ROOM = 4 << 30
-"""Bytes that must be free in memory: the suite has up to 2 GB of files at a time."""
+"""Bytes that must be free there, and twice as many in memory: all files of the suite are 2.3 GB."""
 
 
 def pytest_configure() -> None:

@@ -118,6 +118,24 @@ def test_whatever_features_depend_on_misses_and_says_why(
     assert cache.stats.hits == 3 and cache.encoder.calls == 0
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_reason_is_the_most_similar_entry_in_whatever_order_a_folder_is_listed(
+    references: list[Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turned: bool
+) -> None:
+    folder, facts = tmp_path / "c", Facts()
+    for known in (facts, facts._replace(weights="bb"), facts._replace(encoder="it")):
+        opened(folder, Fake(known)).features(references[:1])
+    listed = Path.glob
+
+    def glob(self: Path, pattern: str) -> list[Path]:
+        return sorted(listed(self, pattern), reverse=turned)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    cache = opened(folder, Fake(facts._replace(side=64)))
+    cache.features(references[:1])
+    assert list(cache.stats.misses) == ["miss: another image size"]
+
+
 def test_the_same_reference_again_is_read_once(
     references: list[Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
