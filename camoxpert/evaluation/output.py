@@ -351,7 +351,7 @@ def write_evaluation(
     for item in scored:
         name = table_of(item.result.method, item.result.dataset)
         write_rows(folder / name, item.table())
-    write_curves(folder / "curves", kept.results, datasets)
+    curves = write_curves(folder / "curves", kept.results, datasets)
     # Tables group rows by data set; a method that came later has its rows behind all others.
     order = list(datasets)
     grouped = sorted(kept.results, key=lambda entry: order.index(entry["dataset"]))
@@ -365,7 +365,7 @@ def write_evaluation(
         "comparisons": [*kept.comparisons, *comparisons],
         "gallery": [*pictures, *gallery],
     }
-    write_evaluation_page(folder / "index.html", summary, keys)
+    write_evaluation_page(folder / "index.html", summary, keys, curves)
     write_json(folder / MARKER, {**summary, "files": sorted([*output.files(), MARKER])})
 
 

@@ -9,11 +9,13 @@ from camoxpert import console
 from camoxpert.files import write_bytes
 from camoxpert.pages import charts, retention, tables
 from camoxpert.pages.presence import presence_table
+from camoxpert.pages.render import Chart, inline_png
 from camoxpert.runs.scores import ResultEntry
 from camoxpert.text import safe_name
 
 SUFFIXES = (("csv", "csv"), ("md", "markdown"), ("tex", "latex"))
 """Endings of table files, and the formats in them."""
+CURVES = "PR, F and E curves"
 
 
 def write_tables(folder: Path, rows: Sequence[tables.Row], keys: Sequence[str]) -> None:
@@ -72,20 +74,31 @@ def write_presence(folder: Path, entries: Sequence[ResultEntry], files: Mapping[
         write_bytes(folder / "presence" / f"{files[dataset]}.png", picture)
 
 
-def write_curves(folder: Path, results: Sequence[ResultEntry], files: Mapping[str, str]) -> None:
+def write_curves(
+    folder: Path, results: Sequence[ResultEntry], files: Mapping[str, str]
+) -> dict[str, Chart]:
     """Write the precision-recall, F and E curves of each data set as PNG, a line per method.
 
     Args:
         folder: receives the files.
         results: entries of ``scores.json``, of any methods and data sets.
         files: data set -> file name without ending.
+
+    Returns:
+        data set -> the same chart for a page.
     """
+    drawn: dict[str, Chart] = {}
     for dataset in dict.fromkeys(result["dataset"] for result in results):
         curves = {r["method"]: r["curves"] for r in results if r["dataset"] == dataset}
         try:
             picture = charts.plot_curves(curves)
         except Exception as error:
             # Matplotlib is missing, or cannot draw a name: the scores must not be lost.
-            console.warn(f"no curves are drawn: {error}")
-            return
+            drawn[dataset] = Chart(CURVES, fault=str(error))
+            continue
+        drawn[dataset] = inline_png(CURVES, picture)
         write_bytes(folder / f"{files[dataset]}.png", picture)
+    faults = [chart.fault for chart in drawn.values() if chart.fault]
+    if faults:
+        console.warn(f"no curves are drawn: {faults[0]}")
+    return drawn

@@ -25,7 +25,7 @@ HALVES = {"photographs alone": "--", "with references": ":"}
 def plot_training(records: Sequence[TrainRecord]) -> bytes:
     """Plot loss, its terms and the learning rate over steps; PNG."""
     train = [r for r in records if r.get("loss") is not None]
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = _figure(2, fixed=True)
     steps = [r["step"] for r in train]
     left.plot(steps, [r["loss"] for r in train], color=COLOURS[0], label="loss", linewidth=1.6)
     names = list(dict.fromkeys(name for r in train for name in r.get("terms", {})))
@@ -41,7 +41,7 @@ def plot_training(records: Sequence[TrainRecord]) -> bytes:
 
 def plot_scores(validation: Sequence[ValidationRecord]) -> bytes:
     """Plot the validation scores over epochs; PNG."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = _figure(2, fixed=True)
     epochs = [r["epoch"] for r in validation]
     for colour, key in zip(COLOURS, ("Smeasure", "wFmeasure", "meanEm", "IoU"), strict=False):
         values = [r["scores"].get(key) for r in validation]
@@ -134,7 +134,7 @@ def plot_routing(record: RoutingRecord) -> bytes:
 
 def plot_curves(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
     """Plot precision-recall, F and E curves, one line per data set or method; PNG."""
-    figure, axes = _figure(3, width=9.6)
+    figure, axes = _figure(3, width=9.6, fixed=True)
     threshold = np.arange(255, -1, -1)
     for index, (name, curve) in enumerate(curves.items()):
         style = _line(index, name)
@@ -303,14 +303,31 @@ def _empty_figure(width: float, height: float) -> Any:
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=130)
     FigureCanvasAgg(figure)
+    figure.patch.set_visible(False)
     return figure
 
 
-def _figure(columns: int, *, width: float = 8.4, height: float = 2.9) -> tuple[Any, Any]:
+def _figure(
+    columns: int, *, width: float = 8.4, height: float = 2.9, fixed: bool = False
+) -> tuple[Any, Any]:
+    """Return a figure and its axes, side by side.
+
+    Args:
+        columns: number of axes.
+        width, height: inches.
+        fixed: the margins have room for a title, a label below, and the numbers of a scale. Else
+            matplotlib measures every text to find them, which takes longer than drawing.
+    """
     figure = _empty_figure(width, height)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    if fixed:
+        axes = figure.subplots(
+            1, columns, squeeze=False, gridspec_kw=_margins(columns, width, height)
+        )[0]
+    else:
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.set_facecolor("none")
         axis.grid(True, color=GREY, alpha=0.2, linewidth=0.6)
@@ -323,6 +340,19 @@ def _figure(columns: int, *, width: float = 8.4, height: float = 2.9) -> tuple[A
     return figure, axes
 
 
+def _margins(columns: int, width: float, height: float) -> dict[str, float]:
+    """Return the margins of ``fixed``, .62 inches for each scale, as shares of the figure."""
+    left, right, below, above = 0.62, 0.15, 0.45, 0.3
+    axis = (width - columns * left - right) / columns
+    return {
+        "left": left / width,
+        "right": 1 - right / width,
+        "bottom": below / height,
+        "top": 1 - above / height,
+        "wspace": left / axis,
+    }
+
+
 def _legend(axis: Any) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, frameon=False, labelcolor=GREY)
@@ -330,5 +360,6 @@ def _legend(axis: Any) -> None:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, transparent=True)
+    # `savefig` draws twice: once to find out where everything is.
+    figure.canvas.print_png(buffer)
     return buffer.getvalue()

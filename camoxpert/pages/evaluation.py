@@ -140,13 +140,16 @@ class EvaluationPage:
     versions: list[tuple[str, str]]
 
 
-def write_evaluation_page(path: Path, summary: ScoresFile, measures: Sequence[str]) -> Path:
+def write_evaluation_page(
+    path: Path, summary: ScoresFile, measures: Sequence[str], curves: Mapping[str, Chart]
+) -> Path:
     """Write the page.
 
     Args:
         path: file; pictures named in the summary are relative to its folder.
         summary: content of scores.json.
         measures: their keys, in the order of the columns.
+        curves: data set -> its chart of curves.
     """
     results = summary["results"]
     names = list(dict.fromkeys(result["dataset"] for result in results))
@@ -155,7 +158,7 @@ def write_evaluation_page(path: Path, summary: ScoresFile, measures: Sequence[st
         facts=_facts(results[0], len(methods), len(names)),
         measures=measures,
         several_methods=len(methods) > 1,
-        datasets=[_dataset(path.parent, name, summary, measures) for name in names],
+        datasets=[_dataset(path.parent, name, summary, measures, curves[name]) for name in names],
         command=shlex.join(["camoxpert", *map(str, summary["command"])]),
         versions=list(summary["versions"].items()),
     )
@@ -173,11 +176,12 @@ def _facts(first: ResultEntry, num_methods: int, num_datasets: int) -> list[str]
     return facts
 
 
-def _dataset(folder: Path, name: str, summary: ScoresFile, measures: Sequence[str]) -> DatasetPart:
+def _dataset(
+    folder: Path, name: str, summary: ScoresFile, measures: Sequence[str], curves: Chart
+) -> DatasetPart:
     results = [result for result in summary["results"] if result["dataset"] == name]
     pairs = [entry for entry in summary["comparisons"] if entry["dataset"] == name]
     pictures = [entry for entry in summary["gallery"] if entry["dataset"] == name]
-    curves = {result["method"]: result["curves"] for result in results}
     best = best_values(results, measures)
     return DatasetPart(
         name=name,
@@ -189,7 +193,7 @@ def _dataset(folder: Path, name: str, summary: ScoresFile, measures: Sequence[st
             for result in results
         ],
         comparisons=_comparisons(pairs) if pairs else None,
-        curves=draw(lambda: charts.plot_curves(curves), "PR, F and E curves"),
+        curves=curves,
         breakdowns=[
             _breakdown(results, division, measures) for division in results[0]["breakdown"]
         ],

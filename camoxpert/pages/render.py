@@ -43,9 +43,14 @@ def write_page(path: Path, template: str, page: object) -> Path:
 def draw(make: Callable[[], bytes], name: str) -> Chart:
     """Return a chart from its PNG; without matplotlib, or with unusable records, say so instead."""
     try:
-        return Chart(name, f"data:image/png;base64,{_base64(make())}")
+        return inline_png(name, make())
     except Exception as error:
         return Chart(name, fault=str(error))
+
+
+def inline_png(name: str, data: bytes) -> Chart:
+    """Return a chart from its PNG file."""
+    return Chart(name, f"data:image/png;base64,{_base64(data)}")
 
 
 def inline_jpeg(data: bytes) -> str:
