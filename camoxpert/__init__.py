@@ -192,7 +192,7 @@ def predict_folder(
 
 
 def train(config: Config | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> Result:
-    """Train a model in two stages, score it and write its report, as ``camoxpert train`` does.
+    """Train a model, score it and write its report, as ``camoxpert train`` does.
 
     Examples:
         >>> camoxpert.train("configs/demo.yaml", dataset_path="data/toy", epochs=2)

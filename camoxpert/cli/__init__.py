@@ -25,7 +25,7 @@ from camoxpert.text import did_you_mean
 
 # Command -> what it does. The module camoxpert.cli.<command> has add_arguments() and run().
 COMMANDS = {
-    "train": "train a model in two stages, then score it and write its report",
+    "train": "train a model, then score it and write its report",
     "crossval": "train K folds and score every image by a model that never saw it",
     "evaluate": "score a checkpoint or any model's maps with the field's measures",
     "predict": "find the hidden objects in images, videos, folders and lists",
