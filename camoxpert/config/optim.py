@@ -37,8 +37,8 @@ class OptimConfig:
     )
     router_bias_rate: float = setting(
         0.0,
-        "balance the experts by a bias on the choice as well, moved by this much per step (0.01 is "
-        "a good rate); 0: by the balance loss alone",
+        "balance the experts by a bias on the choice as well, moved by this much per step (0.001 "
+        "is a good rate); 0: by the balance loss alone",
         flag="--router-bias-rate",
         minimum=0,
     )

@@ -144,13 +144,13 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
 
 
 def require_finite(run: Run) -> None:
-    """Raise NumericError if weights are not finite, or too large for a finite norm.
+    """Raise NumericError if weights or buffers are not finite, or too large for a finite norm.
 
     Waits for the device once; call this before weights are saved.
     """
-    weights = [p.detach() for p in run.model.parameters()]
-    if run.ema is not None:
-        weights += list(run.ema.module.parameters())
+    models = [run.model] if run.ema is None else [run.model, run.ema.module]
+    weights = [p.detach() for model in models for p in model.parameters()]
+    weights += [b for model in models for b in model.buffers() if b.is_floating_point()]
     if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
         raise NumericError(
             f"The weights are no longer finite after step {run.state.step} (epoch "

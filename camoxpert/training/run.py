@@ -19,7 +19,7 @@ from camoxpert.runtime.device import Precision
 from camoxpert.runtime.processes import World
 from camoxpert.stop import Stop
 from camoxpert.training.batching import Batching
-from camoxpert.training.ema import ModelEma
+from camoxpert.training.ema import ModelEma, Statistics
 from camoxpert.training.guide import Guide
 from camoxpert.training.overfit import Overfit
 from camoxpert.training.plan import Plan
@@ -102,6 +102,8 @@ class Run:
         guide: the references that images are shown with, or None.
         overfit: the losses of a run that learns batches by heart, or None.
         ended: why training ends before the plan is done, or "".
+        statistics: the model's buffers, which a skipped step leaves as they were; listed by the
+            first step.
     """
 
     asked: Config
@@ -130,6 +132,7 @@ class Run:
     guide: Guide | None = None
     overfit: Overfit | None = None
     ended: str = ""
+    statistics: Statistics | None = None
 
     @property
     def evaluated_model(self) -> CamoXpert:

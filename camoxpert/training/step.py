@@ -19,6 +19,7 @@ from camoxpert.runtime.processes import no_sync
 from camoxpert.runtime.regions import region
 from camoxpert.stop import STOP_CODES
 from camoxpert.training.compiling import run_eagerly
+from camoxpert.training.ema import Statistics
 from camoxpert.training.modalities import seen_in_training
 from camoxpert.training.run import Run
 
@@ -29,8 +30,8 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
     """Take one optimizer step over the micro-batches of a window.
 
     Every image has the same weight, also in a short last window. On a non-finite loss or gradient
-    in any process, weights, optimizer and EMA of all stay exactly as they were. The device decides
-    this; the host does not wait.
+    in any process, weights, buffers, optimizer and EMA of all stay exactly as they were. The device
+    decides this; the host does not wait.
 
     Args:
         run: what is trained; its meter receives the routing.
@@ -51,6 +52,9 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
     if not any(p.requires_grad for p in model.backbone.parameters()):
         # Frozen means frozen: batch norm statistics and dropout included.
         model.backbone.eval()
+    if run.statistics is None:
+        run.statistics = Statistics(model)
+    before = run.statistics.read()
     values, records = accumulate_within_memory(run, window)
     for routing in records:
         run.meter.update(routing)
@@ -73,6 +77,7 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
             optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]  # the same
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    run.statistics.write(run.statistics.read(), before, finite)
     counts_LE = run.step_counts.counts_LE
     if config.optim.router_bias_rate and counts_LE is not None:
         for level, counts_E in zip(reversed(model.moe_levels), counts_LE, strict=True):

@@ -19,6 +19,7 @@ from camoxpert.files import read_jsonl
 from camoxpert.losses import total_loss
 from camoxpert.runs.store import CheckpointFolder
 from camoxpert.training import step, trainer
+from camoxpert.training.checkpoints import require_finite
 from camoxpert.training.prepare import prepare
 from camoxpert.training.run import Run
 
@@ -68,6 +69,46 @@ def test_a_skipped_step_names_its_images_and_what_they_are_like(run: Run, tmp_pa
         assert 0 < image["mean"] < 255 and 0 < image["object"] < 1
     texts = [r.get("text", "") for r in records]
     assert texts.count("not saved at step 3: its last step was skipped") == 1
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_skipped_step_leaves_batch_norms_as_they_were(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: bool
+) -> None:
+    """A forward pass moves their averages before its loss is known not to be finite."""
+    own = {"model.backbone": "mobilenetv3_small_050", "data.roots": [str(toy_data)]}
+    run = prepare(build_config({**SETTINGS, **own, "train.use_ema": ema, "train.epochs": 1}))
+    number = 0
+
+    def overflow(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * torch.inf if number == 3 else output
+
+    stem = next(m for m in run.model.backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    stem.register_forward_hook(overflow)
+    honest = trainer.train_step
+    seen = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        nonlocal number
+        number += 1
+        before = [buffer.clone() for buffer in run.model.buffers() if buffer.is_floating_point()]
+        values = honest(*args, **options)
+        after = [buffer for buffer in run.model.buffers() if buffer.is_floating_point()]
+        seen.append(all(torch.equal(*pair) for pair in zip(before, after, strict=True)))
+        return values
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    result = go(run, tmp_path / "run")
+    assert result.state.skipped == 1 and seen == [n == 3 for n in range(1, len(seen) + 1)]
+    for model in (run.model, run.evaluated_model):
+        assert all(b.isfinite().all() for b in model.buffers() if b.is_floating_point())
+
+
+def test_buffers_that_are_not_finite_are_not_saved(run: Run) -> None:
+    require_finite(run)
+    next(b for b in run.model.buffers() if b.is_floating_point()).fill_(torch.inf)
+    with pytest.raises(NumericError, match="no longer finite"):
+        require_finite(run)
 
 
 def test_a_save_that_was_owed_follows_the_next_good_step(

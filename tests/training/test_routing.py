@@ -282,7 +282,8 @@ def test_the_alarm_names_the_level_the_expert_and_what_helps() -> None:
     assert "stride 4: d hardly used" in idle and "--router-warmup" in idle
     busy = alarm_for([0] * 22 + [1] * 6 + [2] * 6 + [3] * 6)
     assert "stride 4: a has 55% of the choices" in busy
-    assert alarm_for([0] * 40, images=100) == ""  # too few to judge
+    assert alarm_for([0] * 40, images=99) == ""  # too few to judge
+    assert "stride 4: b, c, d hardly used" in alarm_for([0] * 40, images=100)
     meter = RoutingMeter(["stride 4"], list("ab"))
     meter.update([record_of([0, 1, 1, 0], 2)])
     assert collapse_alarm(meter.summary(), meter.experts, top_k=2) == ""
