@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -35,6 +36,22 @@ def test_results_page_holds_the_scores_of_its_runs(tiny_run: Path) -> None:
     twins[1]["tests"]["toy"]["scores"]["MAE"] = scores["MAE"] + 0.2
     row = tool.means(twins, "toy")[0]
     assert "tiny, mean of 2 seeds" in row and f"{scores['MAE'] + 0.1:.3f}" in row
+
+
+def test_sharper_maps_keep_their_masks(tiny_run: Path, toy_data: Path) -> None:
+    tool = load("sharpness")
+    values = np.float32([0.0, 0.2, 0.5, 0.8, 1.0])
+    # 1 / (1 + 4^2) for twice the logit of .2.
+    assert tool.sharper(values, 2) == pytest.approx([0, 1 / 17, 0.5, 16 / 17, 1], abs=1e-5)
+    assert np.array_equal(tool.sharper(values, 16) > 0.5, values > 0.5)
+    test = next((toy_data / "TestDataset").iterdir())
+    found = tool.measure(test / "Imgs", test / "GT", {"a": [tiny_run], "b": [tiny_run]})
+    first, second = found["arms"]["a"], found["arms"]["b"]
+    own = json.loads((tiny_run / "evaluation" / "scores.json").read_text())["results"][0]["scores"]
+    for key in tool.MEASURES:
+        assert first["mean"]["1"][key] == pytest.approx(own[key], abs=1e-3)
+    assert first["mean"] == second["mean"]
+    assert second["a better by, as trained"] == second["a better by, at its best"] == [0, 0, 0]
 
 
 def test_gpu_check_measures_or_says_that_it_cannot(tmp_path: Path, capsys) -> None:
