@@ -49,8 +49,8 @@ class Router(nn.Module):
         self.norm = nn.LayerNorm(2 * channels)
         self.hidden = nn.Linear(2 * channels, hidden)
         self.gate = nn.Linear(hidden, num_experts)
-        # Nearly uniform at first: otherwise an expert may get no image before it has learned
-        # anything.
+        # Even probabilities at first. The choice is not even: what an expert has before the others
+        # is as large as what differs between images (docs/results.md, "Other experts").
         nn.init.normal_(self.gate.weight, std=0.02)
         nn.init.zeros_(self.gate.bias)
         # Added to the probabilities when experts are chosen, never to the gates; it changes only
