@@ -2,11 +2,12 @@
 
 python tools/sharpness.py IMAGES MASKS -o FILE --arm moe RUN... --arm unet RUN...
 
-Weighted F, MAE and the S-measure look at grey levels; IoU looks at the mask alone. Multiplying the
-logits by a factor changes grey levels and no mask, so it shows what a model would have scored had
-it been surer of the same mask. Arms need runs of equal seeds in equal order. Differences to the
-first arm come with their 95 % interval over seeds and images, each arm at the factor that is best
-for it on these very images: an upper bound, no setting to choose.
+Weighted F, MAE and the S-measure look at grey levels; IoU looks at the mask alone, and moves a
+little because scoring stretches each map to 0..1. Multiplying the logits by a factor changes grey
+levels and no mask, so it shows what a model would have scored had it been surer of the same mask. The runs
+of all arms need the same images. Differences to the first arm come with their 95 % interval over
+seeds and images, each arm at the factor that is best for it on these very images: an upper bound,
+no setting to choose.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 import camoxpert
 from camoxpert.console import say
 from camoxpert.data.files.image_io import read_mask
+from camoxpert.errors import DataError
 from camoxpert.files import write_json
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.statistics import compare_seeds
+from camoxpert.text import shorten
 
 FACTORS = (1, 2, 4, 8, 16)
 MEASURES = ("wFmeasure", "Smeasure", "MAE", "IoU")
@@ -32,13 +35,13 @@ EDGE = 1e-6
 
 
 def sharper(probability_HW: NDArray[np.float32], factor: float) -> NDArray[np.float64]:
-    """Return the probabilities of ``factor`` times the logits."""
+    """Return the probabilities (0..1) of ``factor`` times the logits, (H, W)."""
     clipped = np.clip(probability_HW.astype(np.float64), EDGE, 1 - EDGE)
     return 1 / (1 + ((1 - clipped) / clipped) ** factor)
 
 
 def score_run(run: Path, pairs: Sequence[tuple[Path, Path]]) -> NDArray[np.float64]:
-    """Return scores (factors, measures, images)."""
+    """Return scores (factors, measures, images), the images in the order of their names."""
     model = camoxpert.load(run)
     scorers = [Evaluator(keys=MEASURES) for _ in FACTORS]
     for image, mask in pairs:
@@ -52,9 +55,18 @@ def score_run(run: Path, pairs: Sequence[tuple[Path, Path]]) -> NDArray[np.float
 
 
 def measure(images: Path, masks: Path, arms: dict[str, list[Path]]) -> dict[str, object]:
-    """Return the content of the JSON file."""
+    """Return the content of the JSON file.
+
+    Args:
+        images, masks: folders; a mask has its image's name.
+        arms: name -> run folders, one per seed.
+    """
     found = {path.stem: path for path in sorted(masks.iterdir())}
-    pairs = [(path, found[path.stem]) for path in sorted(images.iterdir())]
+    paths = sorted(images.iterdir())
+    missing = [path.name for path in paths if path.stem not in found]
+    if missing:
+        raise DataError(f"{masks} has no mask for {shorten(missing)}.")
+    pairs = [(path, found[path.stem]) for path in paths]
     scores = {}
     for name, runs in arms.items():
         scores[name] = np.stack([score_run(run, pairs) for run in runs])

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from camoxpert.errors import DataError
+
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
@@ -52,6 +54,8 @@ def test_sharper_maps_keep_their_masks(tiny_run: Path, toy_data: Path) -> None:
         assert first["mean"]["1"][key] == pytest.approx(own[key], abs=1e-3)
     assert first["mean"] == second["mean"]
     assert second["a better by, as trained"] == second["a better by, at its best"] == [0, 0, 0]
+    with pytest.raises(DataError, match="has no mask for"):
+        tool.measure(test / "Imgs", tiny_run, {"a": [tiny_run]})
 
 
 def test_gpu_check_measures_or_says_that_it_cannot(tmp_path: Path, capsys) -> None:
