@@ -4,10 +4,10 @@ python tools/sharpness.py IMAGES MASKS -o FILE --arm moe RUN... --arm unet RUN..
 
 Weighted F, MAE and the S-measure look at grey levels; IoU looks at the mask alone, and moves a
 little because scoring stretches each map to 0..1. Multiplying the logits by a factor changes grey
-levels and no mask, so it shows what a model would have scored had it been surer of the same mask. The runs
-of all arms need the same images. Differences to the first arm come with their 95 % interval over
-seeds and images, each arm at the factor that is best for it on these very images: an upper bound,
-no setting to choose.
+levels and no mask, so it shows what a model would have scored had it been surer of the same mask.
+The runs of all arms need the same images. Differences to the first arm come with their 95 %
+interval over seeds and images, each arm at the factor that is best for it on these very images: an
+upper bound, no setting to choose.
 """
 
 from __future__ import annotations
