@@ -31,6 +31,7 @@ from camoxpert.training.optim import build_optimizer, set_lr
 
 FULL, BACKBONE = "full step", "backbone alone"
 UNIFORM, LOOP = "full step, uniform experts", "full step, loop"
+CHANNELS_LAST = "full step, channels last"
 SINGLE = "{}: one {} expert of equal work"
 
 
@@ -54,6 +55,11 @@ class Subject:
         """Return the step of another model."""
         return Step(replace(self, config=replace(self.config, model=model)))
 
+    def channels_last(self) -> Step:
+        """Return the same step with maps whose channels come last in memory."""
+        train = replace(self.config.train, channels_last=True)
+        return Step(replace(self, config=replace(self.config, train=train)))
+
 
 class Step:
     """A model with everything its training step needs, on made-up images.
@@ -69,6 +75,8 @@ class Step:
         self.model: CamoXpert = (
             build_model(config.model, sides=[config.data.img_size]).to(device).train()
         )
+        if config.train.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.optim)
         # The weights stay, and with them the choices of experts: cuDNN makes new plans for groups
         # of a size it has not seen, seconds that belong to the first steps of a training.
@@ -150,6 +158,8 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
         BACKBONE: ours.backbone,
         UNIFORM: subject.with_model(replace(model, expert_family="uniform", experts=())).full,
     }
+    if not config.train.channels_last:
+        variants[CHANNELS_LAST] = subject.channels_last().full
     if with_loop:
         variants[LOOP] = subject.with_model(replace(model, dispatch="loop")).full
     kind = (model.experts or ("hybrid",))[0]
@@ -174,6 +184,8 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
         "full step over backbone": paired_ratio(seconds[FULL], seconds[BACKBONE]),
         "uniform full step over backbone": paired_ratio(seconds[UNIFORM], seconds[BACKBONE]),
     }
+    if CHANNELS_LAST in variants:
+        ratios["channels last over full step"] = paired_ratio(seconds[CHANNELS_LAST], seconds[FULL])
     for name in pairs:
         ratios[f"{name} over one expert"] = paired_ratio(
             seconds[name], seconds[SINGLE.format(name, kind)]
@@ -229,6 +241,7 @@ def one_expert_of_equal_work(
             top_k=1,
             expert_family="specialist",
             shared_expert="",
+            router_norm="none",
             experts=(model.experts or ("hybrid",))[:1],
             expert_expansion=expansion,
         )

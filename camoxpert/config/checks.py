@@ -293,6 +293,11 @@ def _check_model(model: ModelConfig) -> None:
             f"model.routing_grid {model.routing_grid} routes regions, and with --num-experts 1 "
             f"there is nothing to choose. Raise --num-experts, or leave it out."
         )
+    if model.router_norm != "none" and model.num_experts == 1:
+        raise ConfigError(
+            f"--router-norm {model.router_norm} is for a choice among experts, and with "
+            f"--num-experts 1 there is none. Raise --num-experts, or leave it out."
+        )
     for kind in (*model.experts, *([model.shared_expert] if model.shared_expert else [])):
         if kind not in EXPERT_KINDS:
             raise ConfigError(

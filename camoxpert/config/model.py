@@ -68,6 +68,14 @@ class ModelConfig:
         flag="--routing",
         choices=("lateral", "fused"),
     )
+    router_norm: str = setting(
+        "none",
+        "batch: standardize each expert's logits over the images of a micro-batch, in evaluation "
+        "by running statistics, so that none is ahead for all images and content decides; none: "
+        "logits as they are",
+        flag="--router-norm",
+        choices=("none", "batch"),
+    )
     routing_grid: int = setting(
         1,
         "route regions: each image in up to this many rows and columns of cells, as far as cells "

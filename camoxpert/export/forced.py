@@ -63,6 +63,7 @@ def force(
         kept = list(range(len(level.experts)))
         if isinstance(router, KeptExperts):
             kept, router = router.kept_L.tolist(), router.router
+        router.fold()
         others = [number for number in range(len(level.experts)) if number not in numbers]
         used = [*numbers, *others][: router.top_k]
         gate: nn.Linear = router.gate

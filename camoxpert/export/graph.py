@@ -49,6 +49,7 @@ class ExportGraph(nn.Module):
         self.network.modalities = None
         for index, level in enumerate(self.network.moe_levels):
             level.dispatch = "dense"
+            level.router.fold()
             if kept is not None:
                 prune(level, kept[index])
         fix_padding(self.network)
@@ -149,6 +150,10 @@ class KeptExperts(nn.Module):
         super().__init__()
         self.router, self.top_k = router, router.top_k
         self.register_buffer("kept_L", torch.tensor(list(kept)), persistent=False)
+
+    def fold(self) -> None:
+        """As ``Router.fold``."""
+        self.router.fold()
 
     def forward(self, x_BCHW: Tensor, added_BR: Tensor | None = None) -> Routing:
         """As ``Router.forward``; experts are numbered among those that are left."""

@@ -144,7 +144,7 @@ def model_digest(checkpoint: Checkpoint) -> str:
         # Whether there is a presence head is seen by its weights; they also hold the hash of the
         # support encoder.
         if key not in ("pretrained", "weights", "upcycle_noise", "presence", "support")
-        and (key, value) != ("routing_grid", 1)
+        and (key, value) not in (("routing_grid", 1), ("router_norm", "none"))
     }
     digest = hashlib.sha256(json.dumps(network, sort_keys=True, default=str).encode())
     for name, weight in sorted(checkpoint.evaluated_weights.items()):

@@ -7,7 +7,12 @@ experts chosen per image.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+SMALLEST_VARIANCE = 1e-8
+"""Added to the variance of logits: where all images are alike, noise would decide."""
+FIRST_VARIANCE = 1e-3
 
 
 class Routing(NamedTuple):
@@ -16,7 +21,7 @@ class Routing(NamedTuple):
     With a grid a row is a region; the rows of an image follow each other.
 
     Attributes:
-        logits_BE: gate logits, float32.
+        logits_BE: gate logits, float32; standardized where the router does so.
         probs_BE: softmax over all experts, float32; carries the gradient of the balance loss.
         experts_BK: indices of the chosen experts, int64, most probable first.
         gates_BK: weights of the chosen experts, float32; they sum to 1 for K > 1. For K = 1 the
@@ -30,17 +35,58 @@ class Routing(NamedTuple):
     gates_BK: Tensor
 
 
+class LogitNorm(nn.BatchNorm1d):
+    """Standardizes each expert's logits over images: batch norm without gains.
+
+    Before training, what an expert is ahead for all images is as large as what differs between
+    them, and the balance loss, which sees probabilities, hardly notices: one expert then serves
+    every image. Standardized, none is ahead for all, and content decides. In training the batch's
+    own statistics do that: running ones lag behind a router that learns, and the lag puts one
+    expert ahead again. They are kept for evaluation.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts, eps=SMALLEST_VARIANCE, affine=False)
+        # Near that of a new gate: from 1, a hundred steps would not be enough to get there.
+        self.running_var.fill_(FIRST_VARIANCE)
+
+    def forward(self, logits_BE: Tensor) -> Tensor:
+        """Standardize float32 logits (B, E)."""
+        if self.training and len(logits_BE) > 1:
+            normed: Tensor = super().forward(logits_BE)
+            return normed
+        # One image has no spread.
+        return F.batch_norm(logits_BE, self.running_mean, self.running_var, eps=self.eps)
+
+
+def folded(weight_ER: Tensor, mean_E: Tensor, variance_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights and bias of a gate that decides as one whose logits are standardized."""
+    spread_E = (variance_E + SMALLEST_VARIANCE).sqrt()
+    return weight_ER / spread_E[:, None], -mean_E / spread_E
+
+
 class Router(nn.Module):
     """Content-aware top-k gate over the mean and the spread of an image's features.
 
     The spread (standard deviation over pixels) tells a busy texture from a flat one where the mean
     cannot. Everything runs in float32 even under autocast: bf16 logits flip the top-2 set of some
     images, and then training and evaluation use different experts.
+
+    Args:
+        channels: of the features.
+        num_experts: experts E.
+        top_k: experts per image K.
+        standardize: standardize the logits of each expert over images; see ``LogitNorm``.
     """
 
     bias_E: Tensor
 
-    def __init__(self, channels: int, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self, channels: int, num_experts: int, top_k: int, *, standardize: bool = False
+    ) -> None:
         super().__init__()
         self.top_k = top_k
         # Probability that training hides one expert at random from an image.
@@ -56,6 +102,10 @@ class Router(nn.Module):
         # Added to the probabilities when experts are chosen, never to the gates; it changes only
         # with ``optim.router_bias_rate`` (Wang et al., Auxiliary-Loss-Free Load Balancing, 2024).
         self.register_buffer("bias_E", torch.zeros(num_experts))
+        self.logit_norm = LogitNorm(num_experts) if standardize else None
+        if standardize:
+            # The mean would take it away.
+            self.gate.register_parameter("bias", None)
 
     def forward(self, x_BCHW: Tensor, added_BR: Tensor | None = None) -> Routing:
         """Route a batch of feature maps (B, C, H, W), one decision per image.
@@ -73,7 +123,9 @@ class Router(nn.Module):
             hidden_BR = self.hidden(summary)
             if added_BR is not None:
                 hidden_BR = hidden_BR + added_BR.float()
-            logits_BE = self.gate(torch.nn.functional.gelu(hidden_BR))
+            logits_BE = self.gate(F.gelu(hidden_BR))
+            if self.logit_norm is not None:
+                logits_BE = self.logit_norm(logits_BE)
             hidden_BE = None
             if self.training and self.dropout and self.top_k < logits_BE.shape[1]:
                 hidden_BE = hide_one(logits_BE, self.dropout)
@@ -88,6 +140,18 @@ class Router(nn.Module):
             rate: step, in units of probability.
         """
         self.bias_E += rate * (counts_E.mean() - counts_E).sign()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the standardization into the gate's weights: the same logits, no statistics."""
+        if self.logit_norm is None:
+            return
+        weight_ER, bias_E = folded(
+            self.gate.weight, self.logit_norm.running_mean, self.logit_norm.running_var
+        )
+        self.gate.weight.copy_(weight_ER)
+        self.gate.bias = nn.Parameter(bias_E, requires_grad=self.gate.weight.requires_grad)
+        self.logit_norm = None
 
 
 def first_choices(routing: Routing, images: int) -> Tensor:

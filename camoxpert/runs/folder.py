@@ -86,6 +86,7 @@ ADDED = (
     *("data.teacher", "data.unlabeled", "data.unlabeled_share", "loss.teacher"),
     *("data.test_roots", "loss.size_balance", "loss.uncertainty", "model.decoder"),
     *("model.init_from", "model.upcycle_noise", "model.routing_grid", "model.presence"),
+    "model.router_norm",
     *("model.support.encoder", "model.support.weights", "model.support.side"),
     *("model.support.pretrained", "data.episodes.dropout", "data.episodes.shots"),
     *("data.episodes.references", "data.modalities", "data.modality_dropout"),

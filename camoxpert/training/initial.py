@@ -15,13 +15,17 @@ from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.experts import expert_kinds
 from camoxpert.models.guidance import RESIZED
+from camoxpert.models.router import folded
 from camoxpert.models.stacked import FIELDS
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
 from camoxpert.text import count, shorten
 
 EXPERT = re.compile(r"(decoder\.levels\.\d+\.moe\.)experts\.(\d+)\.(.+)")
 ROUTER = re.compile(r"decoder\.levels\.\d+\.moe\.router\.")
-ROWS = re.compile(r"decoder\.levels\.\d+\.moe\.(router\.gate\.(weight|bias)|router\.bias_E)")
+ROWS = re.compile(
+    r"decoder\.levels\.\d+\.moe\.router\."
+    r"(gate\.(weight|bias)|bias_E|logit_norm\.running_(mean|var))"
+)
 LISTED = 12
 """Parts of the model that a line names."""
 STACKED = re.compile(r"decoder\.levels\.\d+\.moe\.experts\.\w+")
@@ -51,9 +55,11 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
         CheckpointError: nothing fits.
         ConfigError: noise was asked for, and no expert is copied.
     """
-    weights = source.evaluated_weights
+    weights: Mapping[str, Tensor] = source.evaluated_weights
     own = model.state_dict()
     old, new = source.config.model, model.config
+    if old.router_norm != "none" and new.router_norm == "none":
+        weights = without_logit_norm(weights)
     copies = copies_of_one(own, weights, old, new)
     if new.upcycle_noise and not copies:
         raise ConfigError(
@@ -85,6 +91,18 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
         console.decide("", f"taken: {shorten(_parts(n for n in own if n in taken), LISTED)}")
     if any(name.startswith("backbone.net.") for name in own.keys() - taken.keys()):
         console.decide("", f"its backbone is {source.config.model.backbone}")
+
+
+def without_logit_norm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights that decide the same without standardizing the logits of the routers."""
+    made = {name: tensor for name, tensor in weights.items() if ".logit_norm." not in name}
+    for name, mean_E in weights.items():
+        if name.endswith(".logit_norm.running_mean"):
+            root = name.removesuffix("logit_norm.running_mean")
+            made[f"{root}gate.weight"], made[f"{root}gate.bias"] = folded(
+                weights[f"{root}gate.weight"], mean_E, weights[f"{root}logit_norm.running_var"]
+            )
+    return made
 
 
 def copies_of_one(

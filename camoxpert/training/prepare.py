@@ -178,6 +178,11 @@ def _build_network(
         f"{model.describe_decoder()}",
     )
     decide_modalities(model, config)
+    if config.model.router_norm == "batch" and model.moe_levels:
+        console.decide(
+            "router",
+            "the logits of each expert are standardized over the images of a micro-batch",
+        )
     model.set_expert_dropout(config.train.expert_dropout)
     if config.train.expert_dropout and model.moe_levels:
         console.decide(

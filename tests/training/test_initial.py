@@ -139,3 +139,43 @@ def test_from_the_command_line(train, tmp_path: Path, capsys) -> None:
     test = str(next(tmp_path.glob("one"))), "-o", out, "--gallery", "0"
     assert main(["evaluate", *test]) == 0
     assert "expert that each level chose" not in capsys.readouterr().out, "one expert: no table"
+
+
+def normalised(**settings: Any) -> tuple[CamoXpert, Any]:
+    """Return a mixture whose routers standardize their logits, and a checkpoint of it."""
+    model, source = model_of(0, num_experts=4, router_norm="batch", **settings)
+    for level in model.moe_levels:
+        level.router.train()
+    with torch.no_grad():
+        for _ in range(30):
+            model(images().to(torch.uint8))
+    return model.eval(), source
+
+
+def test_standardized_logits_become_weights_where_they_are_not_standardized() -> None:
+    old, source = normalised()
+    shot = images().to(torch.uint8)
+    plain = mixture_of(num_experts=4)
+    start_from(plain, source)
+    with torch.no_grad():
+        expected, found = old(shot).routing, plain(shot).routing
+    for own, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other.logits_BE, own.logits_BE, rtol=1e-3, atol=1e-3)
+    assert any("logit_norm" in name for name in source.evaluated_weights), "it is a copy"
+
+
+def test_statistics_move_with_their_experts() -> None:
+    kinds = ["hybrid", "edge", "texture", "semantic"]
+    old, source = normalised(experts=kinds)
+    new = mixture_of(num_experts=3, router_norm="batch", experts=kinds[:0:-1])
+    start_from(new, source)
+    for one, other in zip(old.moe_levels, new.moe_levels, strict=True):
+        was, now = one.router.logit_norm, other.router.logit_norm
+        assert was is not None and now is not None
+        assert torch.equal(now.running_mean, was.running_mean[[3, 2, 1]])
+        assert torch.equal(now.running_var, was.running_var[[3, 2, 1]])
+    fresh = mixture_of(num_experts=4, router_norm="batch", experts=kinds)
+    start_from(fresh, model_of(0, num_experts=4, experts=kinds)[1])
+    for level in fresh.moe_levels:
+        assert level.router.logit_norm is not None
+        assert not level.router.logit_norm.running_mean.any()

@@ -193,6 +193,36 @@ def test_a_resumed_run_repeats_the_hidden_experts(train, stopped, tmp_path: Path
     assert ends["0.5"] != ends["0"], "negative control"
 
 
+def test_a_resumed_run_goes_on_with_its_statistics(train, stopped, tmp_path: Path, capsys) -> None:
+    words = ("--epochs", "1", "--stage1-epochs", "0", "--no-test", "--no-report", "--run-name", "r")
+    norm = ("--router-norm", "batch")
+    assert train(*words, *norm, out=tmp_path / "whole") == 0
+    assert "the logits of each expert are standardized over the images" in capsys.readouterr().out
+    assert stopped(*words, *norm, steps=2, out=tmp_path / "parts") == 75
+    assert train(*words, *norm, out=tmp_path / "parts") == 0
+    assert train(*words, out=tmp_path / "plain") == 0
+    ends = [ending(tmp_path / name / "r") for name in ("whole", "parts", "plain")]
+    assert ends[0] == ends[1]
+    assert ends[0] != ends[2], "negative control"
+
+
+def test_a_skipped_step_leaves_the_statistics_alone(toy_data: Path) -> None:
+    run = run_of(toy_data, **{"model.router_norm": "batch"})
+    train_step(run, [batch_of()])
+    ends = []
+    for factor in (float("nan"), 1.0):
+        with torch.no_grad():
+            next(run.model.decoder.parameters())[0] *= factor
+        buffers = [b for b in run.model.buffers() if b.is_floating_point()]
+        before = [buffer.clone() for buffer in buffers]
+        values = train_step(run, [batch_of()])
+        ends.append(float(values["skipped"]))
+        same = [torch.equal(a, b) for a, b in zip(before, buffers, strict=True)]
+        assert all(same) == (ends[-1] == 1)
+        next(run.model.decoder.parameters()).data.nan_to_num_()
+    assert ends == [1, 0]
+
+
 def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]]))
     biased = choose(logits, 2, torch.tensor([-0.4, 0.0, 0.0]))
@@ -213,14 +243,13 @@ def batch_of(count: int = 8) -> Batch:
     return Batch(images, (masks * 255).to(torch.uint8), names, [(32, 32)] * count, range(count))
 
 
-def test_bias_balancing_spreads_the_choices(toy_data: Path) -> None:
+def test_both_ways_to_spread_the_choices(toy_data: Path) -> None:
     usages = []
-    for rate in (0.0, 0.02):
-        run = run_of(
-            toy_data, **{"optim.router_bias_rate": rate, "loss.balance": 0.0, "model.top_k": 1}
-        )
+    for settings in ({}, {"optim.router_bias_rate": 0.02}, {"model.router_norm": "batch"}):
+        run = run_of(toy_data, **{"loss.balance": 0.0, "model.top_k": 1, **settings})
         for level in run.model.moe_levels:
-            level.router.gate.bias.data[0] = 1.0  # every image chooses the first expert
+            gate = level.router.gate
+            (gate.weight if gate.bias is None else gate.bias).data[0] += 1  # chosen by every image
         meter = run.meter
         for step in range(40):
             if step == 30:
@@ -229,12 +258,14 @@ def test_bias_balancing_spreads_the_choices(toy_data: Path) -> None:
         usages.append([max(level["usage"]) for level in meter.summary().values()])
     assert min(usages[0]) > 0.9
     assert max(usages[1]) < 0.7
+    assert max(usages[2]) < 0.7
 
 
 @pytest.mark.parametrize(
     ("settings", "syncs"),
     [
         ({}, 1),
+        ({"model.router_norm": "batch"}, 1),
         ({"model.expert_family": "uniform"}, 0),
         ({"model.num_experts": 1, "model.top_k": 1}, 0),
         ({"model.routing": "fused"}, 4),
