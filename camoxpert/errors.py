@@ -33,7 +33,8 @@ class CheckpointError(CamoXpertError):
 
 
 class NumericError(CamoXpertError):
-    """Training met a non-finite loss or gradient that it could not skip."""
+    """Training met a non-finite loss or gradient that it could not skip, or a network's output is
+    not finite."""
 
     exit_code = 5
 

@@ -1,6 +1,8 @@
 """Settings: one tree, sources in order, and errors that suggest the nearest name."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from camoxpert.config import (
     to_dict,
     to_yaml,
 )
+from camoxpert.config.flags import add_setting_flags, read_config
 from camoxpert.errors import ConfigError
 from camoxpert.stages.chain import read_chain
 
@@ -206,3 +209,27 @@ def test_home_folders_in_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert config.run.dir == str(tmp_path / "runs")
     assert config.data.clean_list == str(tmp_path / "clean.csv")
     assert load_config(overrides=["data.clean_list=~no-such-user/x"]).data.clean_list[0] == "~"
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--dataset-path", ["a", "b"]),
+        ("--negatives", ["n"]),
+        ("--synthetic", ["s"]),
+        ("--multi-scale", ["1.0", "1.5"]),
+        ("--modalities", ["depth"]),
+    ],
+)
+def test_an_override_behind_a_list_is_an_override(flag: str, values: list[str]) -> None:
+    """argparse gives it to the list."""
+    parser = argparse.ArgumentParser()
+    add_setting_flags(parser)
+    options, rest = parser.parse_known_args([flag, *values, "model.width=16"])
+    config = read_config(options, rest, beneath={})
+    assert config.model.width == 16
+    (path,) = [leaf.path for leaf in leaves() if leaf.flag == flag]
+    found: Any = config
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert [str(value) for value in found] == values

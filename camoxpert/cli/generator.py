@@ -62,7 +62,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         group,
         (
             *("data.layout", "data.noncam", "data.clean_list", "data.allow_outside"),
-            "data.max_pixels",
+            *("data.resize", "data.max_pixels"),
         ),
     )
     return group
@@ -146,7 +146,7 @@ def source_options(options: argparse.Namespace, *, needed: bool = True) -> Sourc
         options.noncam,
         read_clean_list(options.clean_list),
         options.allow_outside,
-        any_size=True,
+        any_size=options.resize == "bilinear",
     )
     return SourceOptions(
         roots=options.roots,

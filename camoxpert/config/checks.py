@@ -208,6 +208,11 @@ def _check_modalities(config: Config) -> None:
             f"parts of --modalities alone, and there is no {missing}. Add it, or leave --keep-rgb "
             f"out."
         )
+    if config.train.keep_rgb and config.optim.router_bias_rate:
+        raise ConfigError(
+            f"--keep-rgb keeps the choice of experts for photographs, and --router-bias-rate "
+            f"{config.optim.router_bias_rate:g} would move it. Leave out one of the two."
+        )
     beside = {
         f"--decoder {config.model.decoder}": config.model.decoder != "moe",
         f"--support-encoder {config.model.support.encoder}": bool(config.model.support.encoder),

@@ -95,10 +95,11 @@ def read_config(
     types = accepted()
     typed = {path: value for path, value in vars(options).items() if path in types}
     overrides = list(rest)
-    for path in {"data.roots", "data.test_roots", "data.modalities"} & typed.keys():
-        # `--dataset-path A B optim.lr=3e-4`: the list of folders swallows the override.
-        overrides += [root for root in typed[path] if OVERRIDE.fullmatch(root)]
-        typed[path] = [root for root in typed[path] if not OVERRIDE.fullmatch(root)]
+    for path, values in typed.items():
+        if isinstance(values, list):
+            # `--dataset-path A B optim.lr=3e-4`: a list swallows the override behind it.
+            overrides += [value for value in values if OVERRIDE.fullmatch(str(value))]
+            typed[path] = [value for value in values if not OVERRIDE.fullmatch(str(value))]
     flags = {
         path: parse_text(value, types[path], path) if isinstance(value, str) else value
         for path, value in typed.items()

@@ -70,7 +70,7 @@ class ModelConfig:
     )
     router_norm: str = setting(
         "none",
-        "batch: standardize each expert's logits over the images of a micro-batch, in evaluation "
+        "batch: standardise each expert's logits over the images of a micro-batch, in evaluation "
         "by running statistics, so that none is ahead for all images and content decides; none: "
         "logits as they are",
         flag="--router-norm",

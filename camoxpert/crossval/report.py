@@ -26,7 +26,7 @@ from camoxpert.crossval.summary import (
     summarise,
 )
 from camoxpert.data.files.folds import SPLITS, require_same_images
-from camoxpert.data.files.image_io import read_image, read_mask
+from camoxpert.data.files.image_io import read_pair
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.errors import DataError
 from camoxpert.files import read_json, write_bytes, write_json
@@ -377,7 +377,7 @@ def _pictures(
     for one in suspects[:PICTURES]:
         pair = pairs[one["name"]]
         try:
-            image, mask = read_image(pair.image), read_mask(pair.mask)
+            image, mask = read_pair(pair.image, pair.mask, any_size=True)
             found = cv2.imread(
                 str(folder / MAPS / "repeat-1" / f"{one['name']}.png"), cv2.IMREAD_GRAYSCALE
             )

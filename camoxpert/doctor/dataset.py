@@ -9,7 +9,7 @@ from pathlib import Path
 
 from camoxpert.config import DataConfig
 from camoxpert.data.files.jpeg import hears_warnings
-from camoxpert.data.files.manifest import Search, load_training_data
+from camoxpert.data.files.manifest import Search, load_training_data, without_split
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.roots import Root, read_root, with_distinct_names
 from camoxpert.data.files.split import split_validation
@@ -110,7 +110,7 @@ def _read_roots(roots: Sequence[str], search: Search, found: Examination) -> lis
 def _find_pairs(root: Root, found: Examination) -> list[tuple[Pair, str]]:
     """Return (pair, split) for files matched by name; report those without a partner."""
     pairs: list[tuple[Pair, str]] = []
-    for note in root.notes:
+    for note in (*root.notes, *without_split(root.pairings)):
         found.add("warning", "layout", f"{note}.")
     for pairing in root.pairings:
         source, split = pairing.found, pairing.found.source.split

@@ -15,6 +15,7 @@ import numpy as np
 from camoxpert import console
 from camoxpert.data.files.image_io import (
     MAX_PIXELS,
+    ImageHeader,
     pair_orientation,
     probe,
     read_image,
@@ -137,10 +138,7 @@ def inspect_pair(
         if head.format != EXPECTED.get(pair.image.suffix.lower(), head.format):
             facts.oddities.append(f"{head.format} named {pair.image.suffix}")
         if head.orientation != 1:
-            words = (
-                "both turned by EXIF" if turn else "EXIF ignored: the mask fits the stored pixels"
-            )
-            facts.oddities.append(words)
+            facts.oddities.append(_turned(head, mask_head, turn=turn))
         if head.upright != mask_head.upright and turn and not facts.faults:
             facts.oddities.append("the mask has another size and is resized (--resize bilinear)")
         if mask_head.orientation != 1:
@@ -170,6 +168,18 @@ def inspect_pair(
         shown = np.where(mask == 255, np.uint8(255), np.uint8(0))
         facts.thumb_mask = cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
     return facts
+
+
+def _turned(image: ImageHeader, mask: ImageHeader, *, turn: bool) -> str:
+    """Return what EXIF does to an image that it turns, and what the sizes say of its mask."""
+    if not turn:
+        return "EXIF ignored: the mask fits the stored pixels"
+    if mask.orientation != 1:
+        return "both turned by EXIF"
+    if (image.height, image.width) == (mask.height, mask.width):
+        # Square, mirrored, or upside down.
+        return "turned by EXIF, and the sizes cannot tell whether the mask was drawn on it so"
+    return "turned by EXIF, as the mask was drawn"
 
 
 def small_picture(path: Path, *, max_pixels: int) -> np.ndarray:

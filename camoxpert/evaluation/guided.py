@@ -79,7 +79,7 @@ def prepare_shots(
 
     def usable(pair: Pair) -> bool:
         if pair not in described:
-            reference = ReferenceFile(pair.image, pair.mask)
+            reference = ReferenceFile(pair.image, pair.mask, pair.any_size)
             described[pair] = cache.drawn(reference, unreadable=unreadable)
         return described[pair] is not None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -347,7 +347,9 @@ class Maps:
     def add(
         self, model: nn.Module, manifest: Manifest, data: DataConfig, device: torch.device
     ) -> None:
-        """Score a model on images."""
+        """Score a model on images; those of other data sets may have the same names."""
+        pairs = (replace(pair, name=f"{manifest.dataset}/{pair.name}") for pair in manifest.pairs)
+        manifest = replace(manifest, pairs=tuple(pairs))
         loader = build_eval_loader(manifest, data, batch_size=8)
         batches = console.track(loader, f"compare {manifest.dataset}")
         score(model, batches, device=device, evaluator=self.evaluator, seen=self.seen)

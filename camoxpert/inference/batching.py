@@ -63,6 +63,7 @@ class BatchSize:
             self._grown = True
 
 
+@torch.inference_mode()
 def choose_batch_size(
     forward: Callable[[Tensor], object], one: Tensor, device: torch.device
 ) -> tuple[int, str]:

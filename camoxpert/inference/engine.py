@@ -24,12 +24,11 @@ from torch import Tensor
 from camoxpert import stop
 from camoxpert.errors import DataError
 from camoxpert.inference.batching import BatchSize
+from camoxpert.inference.outputs import NOT_FINITE, Outputs, is_finite, on_host
 from camoxpert.inference.timing import Timing
 
 Row = dict[str, Any]
 """A row of the ledger: see ``ledger``."""
-Outputs = Tensor | tuple[Tensor, ...] | list[Any]
-"""Of a batch: a tensor (B, ...), several of them, or a list of B values that are on the host."""
 
 READERS = 2
 """Threads that read and decode beside the device."""
@@ -396,14 +395,16 @@ class Pipeline:
         samples = [computing.sample for computing, _ in places]
         started = time.monotonic()
         if device.type != "cuda":
-            outputs = _on_host(self.stages.forward(stacked.to(device), samples))
+            outputs = on_host(self.stages.forward(stacked.to(device), samples))
             self.batch_size.note_clean()
             return _Launched(places, outputs, started)
         begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         on_device = stacked.pin_memory().to(device, non_blocking=True)
-        begin.record()
-        outputs = _on_host(self.stages.forward(on_device, samples))
-        done.record()
+        # Without a stream, that of the process's first device would be marked, which has no work.
+        stream = torch.cuda.current_stream(device)
+        begin.record(stream)
+        outputs = on_host(self.stages.forward(on_device, samples))
+        done.record(stream)
         self.batch_size.note_clean()
         return _Launched(places, outputs, started, begin, done)
 
@@ -443,6 +444,8 @@ class Pipeline:
 
     def _finish(self, computing: _Computing) -> Row:
         outputs = [found for found in computing.outputs if found is not None]
+        if not all(is_finite(found) for found in outputs):
+            return self.stages.failed(computing.item, NOT_FINITE)
         row = self.stages.finish(computing.item, computing.sample, outputs)
         self.timing.add(row["seconds"])
         row["seconds"] = computing.sample.seconds | {"forward": computing.seconds} | row["seconds"]
@@ -468,22 +471,6 @@ class Pipeline:
                 rows.append({"item": item.name, **row, "worker": self.worker})
             self.timing.count(len(rows))
             yield ChunkResult(work.chunk.number, rows, self.worker)
-
-
-def _on_host(found: Outputs) -> Outputs:
-    """Return outputs on the host; from CUDA they arrive when the stream is done."""
-    if isinstance(found, list):
-        return found
-    if isinstance(found, tuple):
-        return tuple(_copied(part) for part in found)
-    return _copied(found)
-
-
-def _copied(found: Tensor) -> Tensor:
-    if found.device.type != "cuda":
-        return found.cpu()
-    copy = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-    return copy.copy_(found, non_blocking=True)
 
 
 def _result_of(reading: Future[Any]) -> tuple[Any, str]:

@@ -18,6 +18,7 @@ from camoxpert.files import file_digest
 from camoxpert.inference.runtimes import Runtime, open_runtime
 from camoxpert.models.camoxpert import ModelOutput
 from camoxpert.models.guidance import Guidance, Reference
+from camoxpert.models.modalities import Modalities
 from camoxpert.models.support import NOT_GUIDED
 from camoxpert.runs.checkpoint import FORMAT, Checkpoint, CheckpointValues, StateValues
 from camoxpert.runs.metadata import wrong
@@ -59,12 +60,23 @@ class ExportedNetwork(nn.Module):
         self.guidance = _memory(memory) if memory else None
         self.reference_D: Tensor | None = None
 
-    def forward(self, images_BCHW: Tensor, reference: Reference | None = None) -> ModelOutput:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        reference: Reference | None = None,
+        modalities: Modalities | None = None,
+    ) -> ModelOutput:
         """Segment a batch of uint8 images; no side logits and no routing.
 
         Raises:
-            ConfigError: larger images than those of a static graph.
+            ConfigError: larger images than those of a static graph, or modalities, which are no
+                part of an exported graph.
         """
+        if modalities is not None:
+            raise ConfigError(
+                "An exported file takes photographs alone. Use the checkpoint for what other "
+                "sensors saw."
+            )
         height, width = images_BCHW.shape[-2:]
         batch = len(images_BCHW)
         inputs = {"images": self._padded(images_BCHW)}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from camoxpert import stop
 from camoxpert.data.files.labels import split_void
 from camoxpert.data.samples.batches import EvalBatch
+from camoxpert.errors import NumericError
 from camoxpert.metrics import Evaluator
 from camoxpert.metrics.device import DeviceScorer
 from camoxpert.metrics.scoring import Row
@@ -24,7 +25,12 @@ from camoxpert.models.camoxpert import ModelOutput
 from camoxpert.models.guidance import Reference
 from camoxpert.models.modalities import Modalities, all_there_is
 from camoxpert.models.router import Routing, first_choices
-from camoxpert.runtime.device import Precision
+from camoxpert.runtime.device import HostCopy, Precision
+from camoxpert.text import count, shorten
+
+WHERE_FROM = (
+    "In fp16 it may have overflowed: --precision fp32 tells. If not, the weights have diverged."
+)
 
 FORWARD_BATCH = {"cpu": 4}
 """Images per forward pass by device type. On a CPU 4 take 1.3 to 1.8 times the images per second of
@@ -176,16 +182,20 @@ def score(
 
     Raises:
         Stopped: the command was asked to stop.
+        NumericError: a map is not finite.
     """
     training = model.training
     model.eval()
     use_torch = device.type == "cuda" if on_device is None else on_device
-    scorer = DeviceScorer(evaluator) if use_torch else None
+    scorer = DeviceScorer(evaluator, HostCopy) if use_torch else None
     waiting: list[tuple[Item, Tensor]] = []
+    finite: HostCopy | None = None
     size = forward_batch(device)
     labels = groups or {}
 
     def finish(done: list[tuple[Item, Tensor]]) -> None:
+        if finite is not None:
+            require_finite([item.name for item, _ in done], finite.read())
         if scorer is not None:
             rows = scorer.flush()
         else:
@@ -193,7 +203,9 @@ def score(
             for item, map_HW in done:
                 mask, void = split_void(item.mask)
                 label = labels.get(item.name, "")
-                rows.append(evaluator.add(item.name, map_HW.numpy(), mask, void=void, group=label))
+                rows.append(
+                    evaluator.add(item.name, _on_host(map_HW), mask, void=void, group=label)
+                )
         if seen is not None:
             for (item, map_HW), row in zip(done, rows, strict=True):
                 seen(item, partial(_on_host, map_HW), row)
@@ -217,15 +229,30 @@ def score(
             if judged is not None and presence is not None:
                 judged(items, presence[: len(items)])
             finish(waiting)
+            finite = HostCopy(torch.stack([map_HW.isfinite().all() for map_HW in maps]))
             waiting = [(i, (m * 255).to(torch.uint8)) for i, m in zip(items, maps, strict=True)]
             if scorer is not None:
                 for item, map_HW in waiting:
                     mask, void = split_void(item.mask)
                     label = labels.get(item.name, "")
                     scorer.add(item.name, map_HW, mask, void=void, group=label)
+                scorer.send()
         finish(waiting)
     finally:
         model.train(training)
+
+
+def require_finite(names: Sequence[str], finite_B: Tensor) -> None:
+    """Raise NumericError with the names of images whose map is not finite.
+
+    A map of NaN would become one of zeros, and score as if nothing had been found.
+    """
+    broken = [name for name, fine in zip(names, finite_B.numpy(), strict=True) if not fine]
+    if broken:
+        raise NumericError(
+            f"The network's output is not finite for {count(len(broken), 'image')} "
+            f"({shorten(broken)}). {WHERE_FROM}"
+        )
 
 
 def modalities_of(items: Sequence[Item], device: torch.device) -> Modalities | None:

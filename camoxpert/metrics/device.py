@@ -10,8 +10,9 @@ Shape letters: H, W height and width; L 256 grey levels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +29,24 @@ from camoxpert.metrics.weighted import EPS, GAUSSIAN, NEIGHBOURS, PAD, RADIUS
 
 CHUNK_ELEMENTS = 1 << 26
 """Distances in memory at a time: 256 MiB of int32."""
+
+
+class Copy(Protocol):
+    """A copy that is under way."""
+
+    def read(self) -> Tensor:
+        """Return it, on the host, once it is there."""
+
+
+class Unhurried:
+    """Copies when it is read, which waits for all that was launched until then."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    def read(self) -> Tensor:
+        """Return the values on the host."""
+        return self._values.cpu()
 
 
 @dataclass
@@ -55,12 +74,13 @@ class DeviceScorer:
     Args:
         evaluator: receives the scores; its options apply. Of the measures that need pixels, only
             wFmeasure is available here.
+        copy: starts to copy a tensor to the host, so that reading it waits for it alone.
 
     Raises:
         ConfigError: the evaluator's measures include BoundaryIoU or HCE.
     """
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Evaluator, copy: Callable[[Tensor], Copy] | None = None) -> None:
         missing = {"BoundaryIoU", "HCE"} & set(evaluator.keys)
         if missing:
             raise ConfigError(
@@ -69,6 +89,8 @@ class DeviceScorer:
             )
         self.evaluator = evaluator
         self._pending: list[_Pending] = []
+        self._copy = copy or Unhurried
+        self._sent: Copy | None = None
 
     def add(
         self,
@@ -106,16 +128,27 @@ class DeviceScorer:
             counts = torch.cat([counts, weighted[None]])
         self._pending.append(_Pending(name, group, prediction_HW, mask_HW, void_HW, split, counts))
 
+    def send(self) -> None:
+        """Start to copy the numbers of the queued images to the host.
+
+        ``flush`` then waits for them alone, and not for what is launched in between.
+        """
+        if self._pending:
+            self._sent = self._copy(torch.stack([item.numbers for item in self._pending]))
+
     def flush(self) -> list[Row]:
         """Wait for the queued images, add them to the evaluator and return their rows, in order.
 
         Raises:
             DataError: a name was already added.
         """
+        if self._sent is None:
+            self.send()
         waiting, self._pending = self._pending, []
-        if not waiting:
+        sent, self._sent = self._sent, None
+        if sent is None:
             return []
-        numbers = torch.stack([item.numbers for item in waiting]).cpu().numpy()
+        numbers = sent.read().numpy()
         return [self._score(item, row) for item, row in zip(waiting, numbers, strict=True)]
 
     def _score(self, item: _Pending, numbers: NDArray[np.float64]) -> Row:

@@ -51,7 +51,7 @@ class Level(nn.Module):
             dispatch=config.dispatch,
             shared=config.shared_expert,
             grid=config.routing_grid,
-            standardize=config.router_norm == "batch",
+            standardise=config.router_norm == "batch",
         )
         self.head = pointwise(config.width, 1)
 

@@ -187,7 +187,7 @@ class MoE(nn.Module):
         shared: kind of an expert that every image uses beside the chosen ones, or "". It learns
             what all images need from all of them (Dai et al., DeepSeekMoE, ACL 2024, section 3.2).
         grid: an image is routed in up to grid x grid regions; 1: as a whole.
-        standardize: the router standardizes its logits over images.
+        standardise: the router standardises its logits over images.
     """
 
     def __init__(
@@ -202,12 +202,12 @@ class MoE(nn.Module):
         dispatch: str = "auto",
         shared: str = "",
         grid: int = 1,
-        standardize: bool = False,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         hidden = max(8, round(width * expansion / 8) * 8)
         self.norm = LayerNorm2d(width)
-        self.router = Router(width, num_experts, top_k, standardize=standardize)
+        self.router = Router(width, num_experts, top_k, standardise=standardise)
         self.experts: Experts
         if family == "uniform":
             self.experts = UniformExperts(num_experts, width, hidden)

@@ -21,7 +21,7 @@ class Routing(NamedTuple):
     With a grid a row is a region; the rows of an image follow each other.
 
     Attributes:
-        logits_BE: gate logits, float32; standardized where the router does so.
+        logits_BE: gate logits, float32; standardised where the router does so.
         probs_BE: softmax over all experts, float32; carries the gradient of the balance loss.
         experts_BK: indices of the chosen experts, int64, most probable first.
         gates_BK: weights of the chosen experts, float32; they sum to 1 for K > 1. For K = 1 the
@@ -36,11 +36,11 @@ class Routing(NamedTuple):
 
 
 class LogitNorm(nn.BatchNorm1d):
-    """Standardizes each expert's logits over images: batch norm without gains.
+    """Standardises each expert's logits over images: batch norm without gains.
 
     Before training, what an expert is ahead for all images is as large as what differs between
     them, and the balance loss, which sees probabilities, hardly notices: one expert then serves
-    every image. Standardized, none is ahead for all, and content decides. In training the batch's
+    every image. Standardised, none is ahead for all, and content decides. In training the batch's
     own statistics do that: running ones lag behind a router that learns, and the lag puts one
     expert ahead again. They are kept for evaluation.
     """
@@ -54,7 +54,7 @@ class LogitNorm(nn.BatchNorm1d):
         self.running_var.fill_(FIRST_VARIANCE)
 
     def forward(self, logits_BE: Tensor) -> Tensor:
-        """Standardize float32 logits (B, E)."""
+        """Standardise float32 logits (B, E)."""
         if self.training and len(logits_BE) > 1:
             normed: Tensor = super().forward(logits_BE)
             return normed
@@ -63,7 +63,7 @@ class LogitNorm(nn.BatchNorm1d):
 
 
 def folded(weight_ER: Tensor, mean_E: Tensor, variance_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights and bias of a gate that decides as one whose logits are standardized."""
+    """Return weights and bias of a gate that decides as one whose logits are standardised."""
     spread_E = (variance_E + SMALLEST_VARIANCE).sqrt()
     return weight_ER / spread_E[:, None], -mean_E / spread_E
 
@@ -79,13 +79,13 @@ class Router(nn.Module):
         channels: of the features.
         num_experts: experts E.
         top_k: experts per image K.
-        standardize: standardize the logits of each expert over images; see ``LogitNorm``.
+        standardise: standardise the logits of each expert over images; see ``LogitNorm``.
     """
 
     bias_E: Tensor
 
     def __init__(
-        self, channels: int, num_experts: int, top_k: int, *, standardize: bool = False
+        self, channels: int, num_experts: int, top_k: int, *, standardise: bool = False
     ) -> None:
         super().__init__()
         self.top_k = top_k
@@ -102,8 +102,8 @@ class Router(nn.Module):
         # Added to the probabilities when experts are chosen, never to the gates; it changes only
         # with ``optim.router_bias_rate`` (Wang et al., Auxiliary-Loss-Free Load Balancing, 2024).
         self.register_buffer("bias_E", torch.zeros(num_experts))
-        self.logit_norm = LogitNorm(num_experts) if standardize else None
-        if standardize:
+        self.logit_norm = LogitNorm(num_experts) if standardise else None
+        if standardise:
             # The mean would take it away.
             self.gate.register_parameter("bias", None)
 
@@ -143,7 +143,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Put the standardization into the gate's weights: the same logits, no statistics."""
+        """Put the standardisation into the gate's weights: the same logits, no statistics."""
         if self.logit_norm is None:
             return
         weight_ER, bias_E = folded(

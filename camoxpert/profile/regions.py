@@ -129,7 +129,7 @@ class ComponentTimer:
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _read_device(self, root: _Region) -> None:

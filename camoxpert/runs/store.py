@@ -134,6 +134,31 @@ class CheckpointFolder:
             )
         return None, []
 
+    def set_best_aside(self, step: int) -> str:
+        """Rename the best weights if they are of a later step than the one a run goes back to.
+
+        The run may never be as good again, and they are not of what it learns from now on. Without
+        a checkpoint as late as they, nothing goes back: the process died before it wrote that.
+
+        Args:
+            step: of the checkpoint that the run continues from.
+
+        Returns:
+            The new name, or "" if they stay.
+        """
+        entries = read_index(self.folder)
+        best = next((e for e in entries if e["file"] == BEST), None)
+        later = [
+            path for path in self.folder.glob("step_*.pt") if path.name > f"step_{step:08d}.pt"
+        ]
+        path = self.folder / BEST
+        if best is None or best["step"] <= step or not later or not path.is_file():
+            return ""
+        name = f"best_of_step_{best['step']:08d}.pt"
+        path.replace(self.folder / name)
+        self._write_index([e for e in entries if e["file"] != BEST])
+        return name
+
     def require_space(self, size: int, *, others: int = 0) -> None:
         """Raise CheckpointError if the checkpoints of a run will not fit on its disk.
 

@@ -43,6 +43,10 @@ class Precision:
         return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""Names of devices beside those with a number, ``cuda:N``."""
+
+
 def choose_device(name: str, *, index: int = 0) -> torch.device:
     """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
@@ -53,6 +57,8 @@ def choose_device(name: str, *, index: int = 0) -> torch.device:
     Raises:
         ConfigError: the device does not exist; no other one is used instead.
     """
+    if name not in DEVICES and not name.removeprefix("cuda:").isdigit():
+        raise ConfigError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps.")
     if name == "auto":
         return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(name)
@@ -168,6 +174,31 @@ def full_precision() -> Iterator[None]:
     finally:
         for place, mode in zip(places, before, strict=True):
             place.fp32_precision = mode
+
+
+class HostCopy:
+    """A copy of a tensor on the host that is under way: only ``read`` waits, and for it alone.
+
+    Reading a tensor on a CUDA device otherwise waits for all that was launched since it was made.
+
+    Args:
+        values: on any device; not changed afterwards.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._values = values
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> Tensor:
+        """Return the values once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.cpu()
 
 
 def upload(values: np.ndarray, like: Tensor) -> Tensor:

@@ -7,15 +7,23 @@ with its name, or, where that is wanted, marked in the provenance of all that is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from camoxpert import console
 from camoxpert.data.files.csv_paths import TABLE_SUFFIXES
+from camoxpert.data.files.headers import other_sizes
 from camoxpert.data.files.image_io import MAX_PIXELS
 from camoxpert.data.files.layouts import recognise
 from camoxpert.data.files.listing import list_files
-from camoxpert.data.files.manifest import Manifest, Search, load_eval, manifest_of, without
+from camoxpert.data.files.manifest import (
+    Manifest,
+    Search,
+    load_eval,
+    manifest_of,
+    without,
+    without_split,
+)
 from camoxpert.data.files.pairing import Pair, by_name, group_of
 from camoxpert.data.files.provenance import read_origins
 from camoxpert.data.files.roots import Root, read_roots
@@ -24,7 +32,7 @@ from camoxpert.errors import DataError
 from camoxpert.files import why_missing
 from camoxpert.inference.lists import files_in_table
 from camoxpert.synthesis.records import LEDGER
-from camoxpert.text import bullet_list, count, free_name
+from camoxpert.text import bullet_list, count, free_name, shorten
 
 GROUND_TRUTH = "gt"
 """Value of ``--mask-source`` for the masks of the data set."""
@@ -100,11 +108,31 @@ def find_sources(options: SourceOptions, *, what: str = "source") -> Sources:
     pairs = tuple(pair for manifest in train for pair in manifest.pairs)
     if not pairs:
         raise DataError("The clean list leaves no images to make others from.")
+    if options.masks:
+        _judge_sizes(pairs, options)
     search = LeakSearch(tests, options.max_pixels, options.cache)
     leaks = _made_of_tests(pairs, options.roots) | find_leaks(pairs, search)
     sources = Sources(pairs, _names(pairs), leaks, tuple(tests), sum(map(len, tests.values())))
     _judge(sources, options, what)
     return sources
+
+
+def _judge_sizes(pairs: Sequence[Pair], options: SourceOptions) -> None:
+    """Refuse masks of another size than their image, or say which are resized.
+
+    Stretched over an image that shows more, a mask would lie beside the object in all that is made.
+    """
+    asked = tuple(replace(pair, any_size=True) for pair in pairs)
+    found = other_sizes(Manifest(asked, "", "train", ""))
+    if not found:
+        return
+    listed = f"{count(len(found), 'mask')} of another size than the image"
+    if not options.search.any_size:
+        raise DataError(
+            f"{listed}: {shorten(found)}. Where both show the whole picture --resize bilinear "
+            f"resizes the mask."
+        )
+    console.note(f"{listed}, as --resize bilinear allows: {shorten(found)}")
 
 
 def _made_of_tests(pairs: Sequence[Pair], roots: Sequence[str]) -> dict[int, str]:
@@ -178,7 +206,7 @@ def _divided(read: Root) -> tuple[list[Manifest], list[Manifest]]:
 
     Data that holds nothing but test images is returned as both: the guard names it.
     """
-    for note in read.notes:
+    for note in (*read.notes, *without_split(read.pairings)):
         console.note(note)
     by_split: dict[str, list[Manifest]] = {}
     for pairing in read.pairings:

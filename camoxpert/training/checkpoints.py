@@ -112,7 +112,9 @@ def restore(run: Run, checkpoint: Checkpoint, *, restart_epoch: bool = False) ->
         scales = lr_scales(run.model, before.optim, has_weights=learned)
         names = saved_names(values["optimizer"], run.model, scales)
         load_optimizer(run.optimizer, values["optimizer"], names)
-        run.scaler.load_state_dict(values["scaler"])
+        if values["scaler"]:
+            # Empty where the run was in fp32 or bf16; a machine that takes fp16 begins anew.
+            run.scaler.load_state_dict(values["scaler"])
         if run.ema is not None:
             # An EMA that was off before starts at the current weights.
             fresh: EmaValues = {"weights": values["model"], "updates": 0}

@@ -106,7 +106,7 @@ def find_data(
     splits = asked_splits(asked.data)
     found = load_training_data(asked.data.roots, search, validate=uses_given(asked.data))
     made, unlabeled = find_made(asked.data.synthetic, search), find_unlabeled(asked.data.unlabeled)
-    kinds = find_kinds(with_negatives(found, asked), made, asked, presence)
+    kinds = find_kinds(with_negatives(found, asked, write=write), made, asked, presence)
     found, made, whole = kinds.found, kinds.made, kinds.found.whole
     every, data_hash = joined(whole, made, unlabeled), _hash_of(whole, made, unlabeled)
     chosen = _choose_recipe(asked, kinds, unlabeled, world, recipe)

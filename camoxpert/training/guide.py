@@ -220,7 +220,9 @@ def _describe(
     with console.progress("describing references", total=len(references)) as bar:
         for features_D, pair in zip(features, references, strict=True):
             stop.check()
-            found_D = cache.drawn(Shown(pair.image, pair.mask), unreadable=data.unreadable)
+            found_D = cache.drawn(
+                Shown(pair.image, pair.mask, pair.any_size), unreadable=data.unreadable
+            )
             if found_D is not None:
                 features_D.copy_(found_D)
             bar.set_postfix_str(cache.stats.short(), refresh=False)

@@ -15,6 +15,7 @@ from camoxpert.errors import CheckpointError, ConfigError
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.experts import expert_kinds
 from camoxpert.models.guidance import RESIZED
+from camoxpert.models.modalities import PART
 from camoxpert.models.router import folded
 from camoxpert.models.stacked import FIELDS
 from camoxpert.runs.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
@@ -45,7 +46,7 @@ def read_initial(config: Config) -> Checkpoint | None:
         raise CheckpointError(f"--init-from: {error}") from error
 
 
-def start_from(model: CamoXpert, source: Checkpoint) -> None:
+def start_from(model: CamoXpert, source: Checkpoint, *, keep_rgb: bool = False) -> None:
     """Copy the evaluated weights of another model as far as they fit, and print what does not.
 
     Experts are matched by kind, not by number, and the router's outputs with them. A single expert
@@ -53,7 +54,8 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
 
     Raises:
         CheckpointError: nothing fits.
-        ConfigError: noise was asked for, and no expert is copied.
+        ConfigError: noise was asked for, and no expert is copied; or with ``keep_rgb`` something
+            of the photograph model does not fit: it would stay as random as it starts.
     """
     weights: Mapping[str, Tensor] = source.evaluated_weights
     own = model.state_dict()
@@ -74,6 +76,16 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
             f"--init-from: nothing in {source.path} fits this model; its backbone is "
             f"{source.config.model.backbone} and its width {source.config.model.width}."
         )
+    # The class memory is made of a run's own references.
+    memory = {f"guidance.{name}" for name in RESIZED}
+    new_names = [name for name in own if name not in taken and name not in memory]
+    lacking = _parts(name for name in new_names if not name.startswith(PART))
+    if keep_rgb and lacking:
+        raise ConfigError(
+            f"--keep-rgb trains the parts of the modalities alone, and {source.path} lacks others "
+            f"of this model: {shorten(lacking, LISTED)}. They would stay as they start, at random. "
+            f"Give the settings of that model, or leave --keep-rgb out."
+        )
     model.load_state_dict(own | taken)
     if model.presence is not None:
         # That of the other model holds for its weights; this one is calibrated when it is trained.
@@ -81,9 +93,7 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
     console.decide("init", f"{len(taken)} of {len(own)} tensors from {source.path}")
     if copies:
         _decide_copies(_kinds(old)[0], new)
-    # The class memory is made of a run's own references.
-    memory = {f"guidance.{name}" for name in RESIZED}
-    fresh = _parts(name for name in own if name not in taken and name not in memory)
+    fresh = _parts(new_names)
     if fresh:
         console.decide(
             "", f"not in it, or of another kind or size, and new here: {shorten(fresh, LISTED)}"
@@ -94,7 +104,7 @@ def start_from(model: CamoXpert, source: Checkpoint) -> None:
 
 
 def without_logit_norm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights that decide the same without standardizing the logits of the routers."""
+    """Return weights that decide the same without standardising the logits of the routers."""
     made = {name: tensor for name, tensor in weights.items() if ".logit_norm." not in name}
     for name, mean_E in weights.items():
         if name.endswith(".logit_norm.running_mean"):

@@ -56,11 +56,16 @@ class Kinds:
     reason: str
 
 
-def with_negatives(found: TrainingData, config: Config) -> TrainingData:
+def with_negatives(found: TrainingData, config: Config, *, write: bool = True) -> TrainingData:
     """Return the real data with the images of ``--negatives`` after the others.
 
     Where the data comes with a validation split, the same share of them as would be carved joins
-    it.
+    it; copies stay together.
+
+    Args:
+        found: the real data.
+        config: settings.
+        write: keep the copies found in the cache folder.
 
     Raises:
         DataError: as ``find_negatives``.
@@ -71,7 +76,10 @@ def with_negatives(found: TrainingData, config: Config) -> TrainingData:
     whole, given = found.whole, found.given
     if given is not None:
         share = config.data.val_fraction
-        _, validation = split_validation(negatives, share, config.train.seed)
+        families: list[list[int]] = []
+        if share and len(negatives) > 1:
+            families = inseparable(negatives, config.data, write=write)
+        _, validation = split_validation(negatives, share, config.train.seed, families)
         given = replace(given, pairs=given.pairs + validation.pairs)
     whole = replace(
         whole, pairs=whole.pairs + negatives.pairs, notes=(*whole.notes, *negatives.notes)

@@ -45,6 +45,9 @@ from camoxpert.training.routing import RoutingMeter, StepCounts
 from camoxpert.training.run import Run
 from camoxpert.training.split import Split
 
+ROUGH = 8
+"""Fewer images give a rough mean and spread of logits."""
+
 
 def prepare(
     asked: Config,
@@ -121,6 +124,8 @@ def prepare(
     recomputed = model.set_gradient_checkpointing(batching.checkpointing)
     if batching.checkpointing:
         console.decide("checkpoint", f"activations of the {recomputed} are recomputed")
+    if config.model.router_norm == "batch" and model.moe_levels:
+        console.decide("router", describe_router_norm(config, batching))
     plan = _decide_plan(config, batching, data.images_per_epoch(world.size), scale)
     _decide_loss(config)
     if config.train.compile:
@@ -164,7 +169,7 @@ def _build_network(
     model = build_model(settings, sides=image_sides(config.data), modalities=config.data.beside_rgb)
     model.config = config.model
     if source is not None:
-        start_from(model, source)
+        start_from(model, source, keep_rgb=config.train.keep_rgb)
     model = model.to(device)
     if not world.first:
         torch.manual_seed(config.train.seed + 1_000_003 * world.rank)
@@ -178,11 +183,6 @@ def _build_network(
         f"{model.describe_decoder()}",
     )
     decide_modalities(model, config)
-    if config.model.router_norm == "batch" and model.moe_levels:
-        console.decide(
-            "router",
-            "the logits of each expert are standardized over the images of a micro-batch",
-        )
     model.set_expert_dropout(config.train.expert_dropout)
     if config.train.expert_dropout and model.moe_levels:
         console.decide(
@@ -193,6 +193,23 @@ def _build_network(
     if config.model.routing_grid > 1 and model.moe_levels:
         console.decide("regions", _describe_regions(config))
     return model, gmacs
+
+
+def describe_router_norm(config: Config, batching: Batching) -> str:
+    """Return over how many images (regions) a router standardises the logits of its experts.
+
+    Raises:
+        ConfigError: over a single one.
+    """
+    fewest = min(batching.size, batching.stage2_size or batching.size)
+    if fewest == 1 and config.model.routing_grid == 1:
+        raise ConfigError(
+            "--router-norm batch compares the images of a micro-batch, and here it has one. Take "
+            "--batch-size 8 or more, with fewer --accumulation-steps; --gradient-checkpointing "
+            "saves memory; or leave --router-norm out."
+        )
+    text = f"logits of each expert are standardised over the {fewest} images of a micro-batch"
+    return text + (f"; under {ROUGH} their mean and spread are rough" if fewest < ROUGH else "")
 
 
 def _decide_loss(config: Config) -> None:

@@ -52,7 +52,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(steps=1_000, lr=3e-3, backbone=0.3, lr_from_scratch=3e-3, strength=0.0),
+    "tiny": Preset(steps=1_000, lr=5.5e-3, backbone=0.3, lr_from_scratch=3e-3, strength=0.0),
     "standard": Preset(steps=10_000, lr=3e-3, backbone=0.3, lr_from_scratch=2e-3, strength=1.0),
     "full": Preset(steps=math.inf, lr=5e-4, backbone=0.1, lr_from_scratch=1e-3, strength=1.0),
 }

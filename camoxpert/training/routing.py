@@ -182,9 +182,9 @@ def collapse_alarm(
         return ""
     return (
         f"the router favours few experts ({'; '.join(ill)}). What helps, in this order: "
-        "optim.router_bias_rate=0.001, a larger loss.balance (0.1 to 1), --router-warmup 3, fewer "
-        "--num-experts. They even out the choices; on a few hundred images they were not seen to "
-        "improve masks."
+        "--router-norm batch, optim.router_bias_rate=0.001, a larger loss.balance (0.1 to 1), "
+        "--router-warmup 3, fewer --num-experts. They even out the choices; on a few hundred "
+        "images they were not seen to improve masks."
     )
 
 

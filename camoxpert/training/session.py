@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from camoxpert import console, stop
@@ -26,6 +26,7 @@ from camoxpert.runs.info import update_run_json, write_run_json
 from camoxpert.runs.log import RunLog
 from camoxpert.runs.records import read_info
 from camoxpert.runs.share import write_shared
+from camoxpert.runs.store import CheckpointFolder
 from camoxpert.runtime.processes import World, join, named_faults
 from camoxpert.training.calibrate import calibrate_best
 from camoxpert.training.checkpoints import require_space, restore
@@ -214,6 +215,13 @@ def open_folder(run: Run, folder: RunFolder) -> Changes:
     if checkpoint is not None:
         restore(run, checkpoint, restart_epoch=changes.data)
         state = run.state
+        kept = CheckpointFolder(run.folder / "checkpoints")
+        aside = run.world.from_first(lambda: kept.set_best_aside(state.step))
+        if aside:
+            state.best, state.best_epoch, state.stale = None, 0, 0
+            line = f"best.pt is of a later step than {state.step} and is now {aside}"
+            changes = replace(changes, lines=(*changes.lines, line))
+            console.say(f"changed     {line}")
         name = checkpoint.path.name
         console.say(f"resumed     {name}: epoch {state.epoch + 1}, step {state.step}")
     return changes

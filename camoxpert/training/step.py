@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from camoxpert.errors import ConfigError
 from camoxpert.losses import size_weights
 from camoxpert.models.camoxpert import CamoXpert
 from camoxpert.models.router import Routing
+from camoxpert.runtime.device import upload
 from camoxpert.runtime.processes import no_sync
 from camoxpert.runtime.regions import region
 from camoxpert.stop import STOP_CODES
@@ -46,7 +48,13 @@ def train_step(run: Run, window: list[Batch]) -> dict[str, Tensor]:
         torch.OutOfMemoryError: see ``accumulate_within_memory``.
     """
     model, optimizer, scaler, config = run.model, run.optimizer, run.scaler, run.config
-    if not (model.training and model.backbone.training):
+    if config.train.keep_rgb:
+        assert model.modalities is not None
+        if model.training or not model.modalities.training:
+            # The photograph model is kept as it is: nothing in it may follow what is shown here.
+            model.eval()
+            model.modalities.train()
+    elif not (model.training and model.backbone.training):
         # It walks through all modules, milliseconds in which a GPU may wait.
         model.train()
     if not any(p.requires_grad for p in model.backbone.parameters()):
@@ -165,6 +173,9 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
                 shown = shown_beside(run, batch)
             with run.precision.autocast(run.device):
                 output = run.forward(batch.images, *shown)
+            moved = None
+            if run.batching.checkpointing and run.statistics is not None:
+                moved = run.statistics.read()
             counts_LE = counts.add(output.routing)
             target = batch.target()
             taught: dict[str, Tensor | None] = {}
@@ -182,6 +193,9 @@ def accumulate(run: Run, parts: list[Batch]) -> tuple[dict[str, Tensor], list[tu
                 )
             with region("backward"):
                 run.scaler.scale(loss * share).backward()
+            if moved is not None and run.statistics is not None:
+                # What is computed again in the backward pass moves batch norms' averages again.
+                run.statistics.write(moved, moved, moved.new_ones(()))
         records.append(tuple(Routing(*(part.detach() for part in r)) for r in output.routing))
         for name, value in {"loss": loss.detach(), **terms}.items():
             values[name] = values.get(name, 0) + value * share
@@ -211,7 +225,8 @@ def loss_options(run: Run, parts: list[Batch]) -> dict[str, Any]:
         weights = torch.cat(
             [size_weights(part.target(), config.size_balance, part.known()) for part in parts]
         )
-        total = run.world.sum(torch.stack([weights.sum(), weights.new_tensor(float(len(weights)))]))
+        number = weights.new_full((), float(len(weights)))
+        total = run.world.sum(torch.stack([weights.sum(), number]))
         options["size_mean"] = total[0] / total[1]
     return options
 
@@ -223,7 +238,7 @@ def share_values(run: Run, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return values
     request = run.stop.code()
     vector = torch.stack([v.detach().float().reshape(()) for v in values.values()])
-    requests = vector.new_tensor([float(code == request) for code in STOP_CODES])
+    requests = upload(np.array([code == request for code in STOP_CODES]), vector)
     total = world.sum(torch.cat([vector / world.size, requests]))
     names = [*values, *(f"stop {code}" for code in STOP_CODES)]
     return dict(zip(names, total.unbind(), strict=True))

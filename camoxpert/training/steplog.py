@@ -19,6 +19,7 @@ from camoxpert.data.samples.batches import Batch
 from camoxpert.data.unreadable import Unreadable
 from camoxpert.errors import NumericError
 from camoxpert.runs.records import ImageFacts
+from camoxpert.runtime.device import HostCopy
 from camoxpert.runtime.gpu import GpuMonitor
 from camoxpert.training.plan import Stage
 from camoxpert.training.routing import active_experts, collapse_alarm
@@ -34,7 +35,7 @@ class LateReader:
     """Returns the numbers of a step one step later, so that reading never stalls the device."""
 
     def __init__(self) -> None:
-        self._waiting: tuple[list[str], Tensor, StepNote] | None = None
+        self._waiting: tuple[list[str], HostCopy, StepNote] | None = None
 
     def push(
         self, values: dict[str, Tensor], note: StepNote
@@ -42,16 +43,16 @@ class LateReader:
         """Queue this step's scalars; return the previous step's as floats with its note, if any."""
         previous = self.flush()
         stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
-        self._waiting = (list(values), stacked, note)
+        self._waiting = (list(values), HostCopy(stacked), note)
         return previous
 
     def flush(self) -> tuple[dict[str, float], StepNote] | None:
         """Return what is queued, waiting for the device if necessary."""
         if self._waiting is None:
             return None
-        names, stacked, note = self._waiting
+        names, copy, note = self._waiting
         self._waiting = None
-        return dict(zip(names, stacked.tolist(), strict=True)), note
+        return dict(zip(names, copy.read().tolist(), strict=True)), note
 
 
 class Speed:

@@ -7,6 +7,7 @@ from contextlib import closing
 
 from camoxpert import console
 from camoxpert.data.loader import Batches, device_batches
+from camoxpert.runs.checkpoint import BEST
 from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.optim import set_lr
 from camoxpert.training.plan import lr_at
@@ -37,10 +38,29 @@ def train(run: Run) -> TrainState:
     run.log.truncate_after(state.step or -1, epoch_done=not state.position)
     saver, steps, loaders = Saver(run), StepLog(run), Loaders(run)
     with run.stop.deferred(), closing(loaders), steps.open():
+        epochs = 0
         for epoch in epochs_left(run):
             train_epoch(run, epoch, loaders.begin_epoch(epoch), steps, saver)
             finish_epoch(run, epoch, steps, saver)
+            epochs += 1
+        if not epochs and not run.ended:
+            keep_best(run, saver)
     return state
+
+
+def keep_best(run: Run, saver: Saver) -> None:
+    """Write the best weights of a run that is over as it continues, because it got fewer epochs,
+    and that had not reached an epoch that writes them."""
+    best = run.folder / "checkpoints" / BEST
+    if run.world.from_first(best.is_file):
+        return
+    if len(run.data.validation):
+        with memory_explained(run):
+            validate_epoch(run, run.state.epoch - 1, saver)
+        return
+    require_finite(run)
+    run.state.best_epoch = run.state.epoch
+    saver.save_best({})
 
 
 def epochs_left(run: Run) -> Iterator[int]:

@@ -219,3 +219,16 @@ def test_any_damage_ends_in_a_data_error(tmp_path: Path) -> None:
             refused += 1
             assert str(path) in str(error)
     assert refused > 200, "most are refused, and nothing else is raised"
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_sound_cmyk_file_is_read_whatever_its_subsampling(
+    tmp_path: Path, subsampling: int
+) -> None:
+    """simplejpeg cannot name that of these files, which says nothing about their pixels."""
+    picture = Image.fromarray(photo()).convert("CMYK")
+    picture.save(tmp_path / "a.jpg", quality=92, subsampling=subsampling)
+    found = read_image(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as opened:
+        expected = np.asarray(opened.convert("RGB"))
+    assert np.abs(found.astype(int) - expected).max() <= 1

@@ -17,6 +17,7 @@ from camoxpert.data.files.image_io import (
     read_mask,
     read_pair,
     require_whole,
+    rgb_pixels,
     write_jpeg,
     write_png,
 )
@@ -308,3 +309,23 @@ class TestReducedDecoding:
     def test_other_formats_are_decoded_whole(self, tmp_path: Path) -> None:
         Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
         assert read_image(tmp_path / "a.png", at_least=8).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("orientation", [0, 1, 3, 6, 9])
+def test_a_pillow_image_is_turned_as_its_file_is(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    """Pillow turns TIFFs itself as it loads them, and tags may say nonsense."""
+    stored = np.arange(40 * 50 * 3, dtype=np.uint32).reshape(40, 50, 3).astype(np.uint8)
+    path = tmp_path / f"a{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(path, exif=exif, **({"quality": 95} if suffix == ".jpg" else {}))
+    expected = read_image(path)
+    assert expected.shape[:2] == ((50, 40) if orientation == 6 else (40, 50))
+    with Image.open(path) as image:
+        given = rgb_pixels(image)
+    assert given.shape == expected.shape
+    # JPEGs are decoded by two libraries.
+    assert np.abs(given.astype(int) - expected).mean() < 2

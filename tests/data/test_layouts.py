@@ -122,6 +122,27 @@ class TestSplits:
         assert names(load_train([tmp_path])) == ["a"]
         assert [names(m) for m in load_eval(tmp_path).values()] == [["b"]]
 
+    @pytest.mark.parametrize("others", [("ECSSD",), ("CSSD",), ("CSSD", "ECSSD")])
+    def test_beside_duts_a_set_without_a_split_is_not_trained_on(
+        self, tmp_path: Path, others: tuple[str, ...]
+    ) -> None:
+        """Whether its name comes before or after DUTS; what is left out is said."""
+        for number, name in enumerate(("DUTS-TR", "DUTS-TE", *others)):
+            add(tmp_path / f"{name}-Image", tmp_path / f"{name}-Mask", f"image{number}")
+        train = load_train([tmp_path])
+        assert names(train) == ["image0"] and {p.dataset for p in train.pairs} == {"DUTS"}
+        tests = load_eval(tmp_path)
+        assert {name: names(m) for name, m in tests.items()} == {"DUTS": ["image1"]}
+        number = "1 image" if len(others) == 1 else "2 images"
+        for notes in (train.notes, tests["DUTS"].notes):
+            assert f"{number} of {', '.join(others)} without a split are not used" in notes[0]
+
+    def test_sets_without_splits_are_all_used(self, tmp_path: Path) -> None:
+        for name in ("CSSD", "ECSSD"):
+            add(tmp_path / f"{name}-Image", tmp_path / f"{name}-Mask", name)
+        assert names(load_train([tmp_path])) == ["CSSD", "ECSSD"]
+        assert list(load_eval(tmp_path)) == ["CSSD", "ECSSD"]
+
 
 class TestFolders:
     @pytest.mark.parametrize(

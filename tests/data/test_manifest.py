@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from camoxpert.config import DataConfig
 from camoxpert.data.files.headers import require_readable
 from camoxpert.data.files.image_io import write_jpeg, write_png
 from camoxpert.data.files.layouts import class_of
@@ -25,6 +26,7 @@ from camoxpert.data.files.manifest import (
 )
 from camoxpert.data.files.pairing import Pair
 from camoxpert.data.files.split import split_validation
+from camoxpert.doctor.dataset import examine_data
 from camoxpert.errors import ConfigError, DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -116,6 +118,32 @@ class TestLayouts:
         train = load_train([table])
         assert names(train) == ["i/a"] and train.pairs[0].group == "cat"
         assert names(find_test_sets([table])["pairs"]) == ["i/b"]
+
+    def test_rows_without_a_split_beside_others_are_named(self, tmp_path: Path) -> None:
+        add(tmp_path / "i", tmp_path / "m", *"abcd")
+        table = tmp_path / "pairs.csv"
+        for splits, left_out in ((("train", "test", "", "all"), 2), (("", "", "", ""), 0)):
+            rows = [f"i/{n}.jpg,m/{n}.png,{s}" for n, s in zip("abcd", splits, strict=True)]
+            table.write_text("image,mask,split\n" + "\n".join(rows))
+            notes = " ".join(load_train([table]).notes)
+            said = "2 images of pairs without a split are not used, because others have one"
+            assert (said in notes) is bool(left_out)
+            found = examine_data(DataConfig(roots=(str(table),)), copies=False)
+            assert [f.level for f in found.findings if said in f.text] == ["warning"] * (
+                left_out // 2
+            )
+
+    def test_a_group_in_several_splits_is_named(self, tmp_path: Path) -> None:
+        add(tmp_path / "i", tmp_path / "m", *"abcd")
+        table = tmp_path / "pairs.csv"
+        rows = [
+            f"i/{n}.jpg,m/{n}.png,{s},{g}"
+            for n, s, g in zip("abcd", ("train", "val", "train", "test"), "xxyz", strict=True)
+        ]
+        table.write_text("image,mask,split,group\n" + "\n".join(rows))
+        assert "1 group (x) is in more than one split" in " ".join(load_train([table]).notes)
+        table.write_text(table.read_text().replace("val,x", "val,w"))
+        assert "more than one split" not in " ".join(load_train([table]).notes)
 
     @pytest.mark.parametrize("bad", ["../secret.png", "/etc/passwd"])
     def test_csv_stays_in_its_folder(self, tmp_path: Path, bad: str) -> None:

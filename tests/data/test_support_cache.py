@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -202,3 +203,19 @@ def test_a_reference_that_shows_nothing_is_named(
         opened(tmp_path / "c").features([one])
     with pytest.raises(DataError, match="cannot be read"):
         opened(tmp_path / "c").features([Reference(tmp_path / "no.png", one.mask)])
+
+
+def test_a_mask_of_another_size_is_resized_where_that_is_allowed(
+    references: list[Reference], tmp_path: Path
+) -> None:
+    """As the training pairs that references are taken from: --resize bilinear."""
+    one = references[0]
+    mask = cv2.imread(str(one.mask), 0)
+    larger = tmp_path / "larger.png"
+    doubled = cv2.resize(mask, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    cv2.imwrite(str(larger), doubled)
+    cache = opened(tmp_path / "c")
+    with pytest.raises(DataError, match="its mask"):
+        cache.features([Reference(one.image, larger)])
+    found = cache.features([Reference(one.image, larger, any_size=True)])
+    torch.testing.assert_close(found, cache.features([one]))

@@ -189,6 +189,27 @@ class TestTraining:
         capsys.readouterr()
         assert command(whole, tmp_path, "--keep-rgb") == 2
         assert "there is no --init-from" in complained(capsys)
+        assert command(whole, tmp_path, *words, "--keep-rgb", "--router-bias-rate", "0.1") == 2
+        assert "--router-bias-rate 0.1 would move it" in complained(capsys)
+        # What the other model lacks would stay random for good.
+        assert command(whole, tmp_path, *words, "--keep-rgb", "--num-experts", "4") == 2
+        assert "lacks others of this model: decoder.levels.0.moe" in complained(capsys)
+
+    def test_photographs_are_kept_by_routers_with_statistics(
+        self, whole: Path, tmp_path: Path, toy_data: Path
+    ) -> None:
+        image, _ = one(whole)
+        norm = ("--router-norm", "batch", "--no-test", "--no-report")
+        plain = TINY_WORDS[: TINY_WORDS.index("--modalities")]
+        base = ["train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(tmp_path)]
+        assert main([*base, *plain, *norm, "--run-name", "base"]) == 0
+        before = camoxpert.load(tmp_path / "base").predict(image).probability_HW
+        for more, same in ((("--keep-rgb",), True), ((), False)):
+            out = tmp_path / str(same)
+            words = ("--init-from", str(tmp_path / "base"), "--run-name", "kept", "--lr", "3e-3")
+            assert command(whole, out, *words, *norm, *more) == 0
+            after = camoxpert.load(out / "kept").predict(image).probability_HW
+            assert np.array_equal(after, before) == same
 
     def test_as_a_teacher_it_looks_at_photographs(
         self, run: Path, toy_data: Path, tmp_path: Path, train: Callable[..., int]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,12 +14,13 @@ from helpers.drawn import SIDE, drawn_network
 from torch import Tensor
 
 from camoxpert.benchmark.export import InTorch
-from camoxpert.errors import NumericError
+from camoxpert.errors import ConfigError, NumericError
 from camoxpert.export.forced import force, rounds_of
 from camoxpert.export.gate import Agreement, Parity, compare, judge, shapes_for
 from camoxpert.export.graph import ExportGraph
 from camoxpert.inference.exported import ExportedNetwork
 from camoxpert.models import experts
+from camoxpert.models.zoom import Zoomed
 
 SAME = Agreement(50, "generated", {"Smeasure": (0.8, 0.8), "MAE": (0.05, 0.05)}, 1.0, 1.0, "a")
 SHAPES = shapes_for(SIDE, None)
@@ -191,3 +194,37 @@ def test_every_limit_of_int8_is_that_of_the_scores() -> None:
     assert "Smeasure" in judge("int8", Parity(spread=8.0), far).broken[0]
     near = Agreement(50, "", {"Smeasure": (0.8, 0.7951), "MAE": (0, 0.1)}, 0.5, 0.5, "a")
     assert judge("int8", Parity(difference=0.2, spread=8.0), near).broken == []
+
+
+def test_data_sets_may_share_the_names_of_images(tmp_path: Path) -> None:
+    from camoxpert.config import DataConfig
+    from camoxpert.data.files.manifest import load_eval
+    from camoxpert.export.gate import Maps, agreement_of
+    from camoxpert.synthesis.toy import generate_toy
+
+    model = drawn_network("model.backbone=tiny_test", "model.num_experts=2")
+    maps = Maps()
+    for name in ("one", "two"):
+        generate_toy(tmp_path / name, num_train=1, num_test=2, size=SIDE, seed=0)
+        (manifest,) = load_eval(tmp_path / name).values()
+        named = replace(manifest, dataset=name)
+        maps.add(model, named, DataConfig(img_size=SIDE), torch.device("cpu"))
+    assert len(maps.masks) == 4 and agreement_of(maps, maps, "data").iou == 1
+
+
+def test_an_exported_network_takes_two_sizes_as_the_network_does(graph: ExportGraph) -> None:
+    """``predict --zoom`` of an exported file: the network itself is given three inputs."""
+    runtime = run_by(graph, graph)
+    runtime.about |= {"config": {}}
+    images = graph.example(2, SIDE, SIDE)[0]
+    with torch.no_grad():
+        expected = Zoomed(graph.network, SIDE // 2)(images).logits_B1HW
+        exported = ExportedNetwork(runtime, torch.device("cpu"))
+        found = Zoomed(exported, SIDE // 2)(images).logits_B1HW
+        with pytest.raises(ConfigError, match="photographs alone"):
+            exported(images, None, SEEN)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+SEEN: Any = object()
+"""What other sensors saw."""

@@ -122,6 +122,27 @@ class TestFolder:
             for e in read_index(tmp_path)
         ] == [20.0, 30.0]
 
+    def test_going_back_sets_later_best_weights_aside(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, keep=3)
+        for step in (10, 20, 30):
+            folder.save(values(step), step=step)
+        folder.save_best(values(20), step=20)
+        assert folder.set_best_aside(30) == folder.set_best_aside(20) == ""
+        assert folder.set_best_aside(10) == "best_of_step_00000020.pt"
+        names = sorted(path.name for path in tmp_path.glob("best*"))
+        assert names == ["best_of_step_00000020.pt"]
+        assert float(load_checkpoint(tmp_path / names[0]).values["model"]["w"][0]) == 20
+        assert not [entry for entry in read_index(tmp_path) if entry["file"] == "best.pt"]
+
+    def test_best_weights_of_the_step_that_was_not_saved_any_more_stay(
+        self, tmp_path: Path
+    ) -> None:
+        """Killed between the two, the run goes back to the step before and repeats it."""
+        folder = CheckpointFolder(tmp_path)
+        folder.save(values(10), step=10)
+        folder.save_best(values(20), step=20)
+        assert folder.set_best_aside(10) == "" and (tmp_path / "best.pt").is_file()
+
     def test_space_is_asked_for_before_the_first_step(self, tmp_path: Path, monkeypatch) -> None:
         folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
         usage = shutil.disk_usage(tmp_path)
@@ -276,6 +297,18 @@ class TestState:
         assert second.ema is not None and int(second.ema.updates) == 0
         for name, weight in second.ema.module.state_dict().items():
             assert torch.equal(weight, state["model"][name]), name
+
+    def test_a_run_may_go_on_where_fp16_needs_a_scaler(self, stopped_run) -> None:
+        """The stopped run was in fp32, whose scaler is off and has no state."""
+        run, state = stopped_run
+        config = load_config(file=run / "config.yaml")
+        assert state["scaler"] == {}
+        for saved in ({}, {**torch.amp.GradScaler("cpu").state_dict(), "scale": 256.0}):
+            prepared = prepare(config)
+            prepared.scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+            values = {**copy.deepcopy(state), "scaler": saved}
+            restore(prepared, checkpoints.Checkpoint(Path("step.pt"), config, values))
+            assert prepared.scaler.get_scale() == (256 if saved else 1024)
 
     def test_compiling_leaves_the_names_alone(self, stopped_run) -> None:
         run, state = stopped_run

@@ -18,7 +18,7 @@ from camoxpert.data.samples.scenes import relit
 from camoxpert.losses import total_loss
 from camoxpert.models.camoxpert import build_model
 from camoxpert.models.moe import DISPATCH, MoE
-from camoxpert.runtime.device import Precision
+from camoxpert.runtime.device import HostCopy, Precision
 from camoxpert.synthesis.online import OnlineScenes
 from camoxpert.synthesis.toy import generate_toy, toy_pair
 from camoxpert.training.batching import choose_batching
@@ -253,3 +253,40 @@ def test_batches_straight_from_the_cache_arrive_on_the_gpu(tmp_path) -> None:
     for expected, batch in zip(host, batches, strict=True):
         assert batch.names == expected.names and batch.images.device.type == "cuda"
         assert (batch.images.cpu().int() - expected.images.int()).abs().float().mean() < 0.5
+
+
+def test_numbers_read_one_step_late_do_not_wait_for_the_next_step() -> None:
+    from camoxpert.training.steplog import LateReader, StepNote
+
+    reader = LateReader()
+    values = {"loss": torch.full((), 3.0, device="cuda")}
+    reader.push(values, StepNote(1, 1, 1, 0.1, []))
+    torch.cuda.synchronize()
+    # The next step: a second of work, after which its numbers are queued.
+    torch.cuda._sleep(2_000_000_000)
+    launched = torch.cuda.Event()
+    launched.record()
+    read = reader.push(values, StepNote(2, 1, 1, 0.1, []))
+    assert not launched.query(), "reading the first step's numbers waited for the second step"
+    assert read is not None and read[0] == {"loss": 3.0}
+    last = reader.flush()
+    assert launched.query() and last is not None and last[0] == {"loss": 3.0}
+
+
+def test_scores_are_read_while_the_next_forward_pass_runs() -> None:
+    from camoxpert.metrics import Evaluator
+    from camoxpert.metrics.device import DeviceScorer
+
+    scorer = DeviceScorer(Evaluator(keys=("MAE", "Smeasure")), HostCopy)
+    mask = np.zeros((40, 50), np.uint8)
+    mask[10:20, 10:30] = 255
+    for name in ("warm", "measured"):
+        scorer.add(name, torch.from_numpy(mask).cuda(), mask)
+        scorer.send()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2_000_000_000 if name == "measured" else 1)
+        launched = torch.cuda.Event()
+        launched.record()
+        (row,) = scorer.flush()
+    assert not launched.query(), "reading the scores waited for what was launched after them"
+    assert row["MAE"] == 0

@@ -226,3 +226,25 @@ def test_outputs_of_several_tensors_and_values_reach_their_items() -> None:
     Several.as_list = True
     (result,) = run(Several(), things(3), 2, chunk=3)
     assert [row["found"] for row in result.rows] == [f"made of {n}" for n in range(3)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_output_that_is_not_finite_is_a_failed_row(value: float) -> None:
+    """A map of NaN would be saved as one of zeros: nothing is hidden here, and sure of it."""
+
+    class Overflowing(FakeStages):
+        several = False
+
+        def forward(self, inputs: torch.Tensor, samples=()):
+            means = torch.where(inputs.mean((1, 2, 3)) == 1, value, 0.0)
+            return (means, torch.zeros(len(means))) if self.several else means
+
+        def finish(self, item: Thing, sample, outputs: list) -> dict:
+            return {"status": "ok", "seconds": {}}
+
+    for several in (False, True):
+        stages = Overflowing()
+        stages.several = several
+        (result,) = run(stages, things(3), 2, chunk=3)
+        assert [row["status"] for row in result.rows] == ["ok", "failed", "ok"]
+        assert "--precision fp32" in result.rows[1]["reason"]

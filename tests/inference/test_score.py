@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from camoxpert.config import DataConfig
 from camoxpert.data.files.manifest import load_eval
 from camoxpert.data.loader import build_eval_loader
+from camoxpert.errors import NumericError
 from camoxpert.evaluation import model as evaluation
 from camoxpert.evaluation.model import evaluate_model
 from camoxpert.evaluation.options import ScoringOptions
@@ -72,3 +74,23 @@ def test_the_floor_costs_no_distance_transform(tiny_run: Path, toy_data: Path, m
     (whole,) = evaluate_model(load_predictor(tiny_run), {"toy": manifest}, options, batch_size=4)
     before = whole.source.baseline["all_foreground"]
     assert "wFmeasure" in before and floor == {key: before[key] for key in floor}
+
+
+@pytest.mark.parametrize("broken", [0, 3, 7])
+def test_a_map_that_is_not_finite_is_no_score(tiny_run: Path, toy_data: Path, broken: int) -> None:
+    predictor = load_predictor(tiny_run)
+    manifest = load_eval(toy_data)["toy"]
+    size, passes = forward_batch(CPU), []
+
+    class Spoilt(torch.nn.Module):
+        def forward(self, images_BCHW: torch.Tensor, *more: Any) -> Any:
+            output = predictor.network(images_BCHW, *more)
+            passes.append(1)
+            if len(passes) == 1 + broken // size:
+                output.logits_B1HW[broken % size, :, 2, 3] = float("nan")
+            return output
+
+    loader = build_eval_loader(manifest, DataConfig(img_size=32), batch_size=4)
+    with torch.inference_mode(), pytest.raises(NumericError) as raised:
+        score(Spoilt(), loader, device=CPU, evaluator=Evaluator(keys=("MAE",)))
+    assert f"for 1 image ({manifest.pairs[broken].name})" in " ".join(str(raised.value).split())

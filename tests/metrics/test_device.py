@@ -7,7 +7,7 @@ import torch
 
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.metrics import FAST_KEYS, RESULT_KEYS, Evaluator
-from camoxpert.metrics.device import DeviceScorer, joint_counts, squared_distance
+from camoxpert.metrics.device import DeviceScorer, Unhurried, joint_counts, squared_distance
 from camoxpert.metrics.histogram import joint_histogram
 
 DEVICES = [
@@ -58,6 +58,30 @@ def test_both_paths_agree(device, protocol, empty_gt):
         assert ours == theirs
     for key, curve in host.curves().items():
         assert np.array_equal(scorer.evaluator.curves()[key], curve)
+
+
+def test_the_copy_to_the_host_begins_when_the_images_are_queued() -> None:
+    """What is launched between that and ``flush`` is not waited for."""
+    order = []
+
+    class Noted(Unhurried):
+        def __init__(self, values: torch.Tensor) -> None:
+            order.append(f"copy of {len(values)}")
+            super().__init__(values)
+
+        def read(self) -> torch.Tensor:
+            order.append("read")
+            return super().read()
+
+    scorer = DeviceScorer(Evaluator(), Noted)
+    (name, prediction, mask), (other, *more) = list(pairs())[:2]
+    scorer.add(name, torch.from_numpy(prediction), mask)
+    scorer.add(other, torch.from_numpy(more[0]), more[1])
+    scorer.send()
+    order.append("the next forward pass")
+    assert [row["name"] for row in scorer.flush()] == [name, other]
+    assert scorer.flush() == []
+    assert order == ["copy of 2", "the next forward pass", "read"]
 
 
 def test_a_tie_on_the_adaptive_threshold_is_settled_by_the_pixels():

@@ -1,4 +1,4 @@
-"""``--router-norm batch``: logits standardized over images, so that content decides."""
+"""``--router-norm batch``: logits standardised over images, so that content decides."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_one_image_is_judged_by_the_running_statistics() -> None:
 def test_an_expert_ahead_for_all_images_no_longer_serves_all_of_them() -> None:
     x = features_of(64)
     busiest = []
-    for standardize in (False, True):
+    for standardise in (False, True):
         torch.manual_seed(0)
-        router = Router(16, 4, 1, standardize=standardize)
+        router = Router(16, 4, 1, standardise=standardise)
         router.hidden.bias.data.fill_(1.0)
         router.gate.weight.data[2] += 0.1
         for _ in range(60):
@@ -84,9 +84,9 @@ def test_learning_cannot_put_an_expert_ahead() -> None:
     """The gradient of a wish that holds for all images alike is 0; negative control: without."""
     x = features_of(16)
     sizes = []
-    for standardize in (False, True):
+    for standardise in (False, True):
         torch.manual_seed(0)
-        router = Router(16, 4, 2, standardize=standardize)
+        router = Router(16, 4, 2, standardise=standardise)
         router(x).logits_BE[:, 2].sum().backward()
         assert router.gate.weight.grad is not None
         sizes.append(router.gate.weight.grad.abs().max().item())
@@ -130,15 +130,15 @@ def test_back_ends_agree() -> None:
     outputs = []
     for name in ("loop", "sorted", "dense"):
         torch.manual_seed(0)
-        moe = MoE(16, num_experts=4, top_k=2, standardize=True, dispatch=name)
+        moe = MoE(16, num_experts=4, top_k=2, standardise=True, dispatch=name)
         outputs.append(moe(x)[0])
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-5)
 
 
-def test_regions_are_standardized_over_all_cells() -> None:
+def test_regions_are_standardised_over_all_cells() -> None:
     torch.manual_seed(0)
-    moe = MoE(16, num_experts=4, top_k=1, grid=2, standardize=True)
+    moe = MoE(16, num_experts=4, top_k=1, grid=2, standardise=True)
     logits_BE = moe.route(torch.randn(2, 16, 12, 12)).logits_BE
     assert len(logits_BE) == 8
     torch.testing.assert_close(logits_BE.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
@@ -154,7 +154,7 @@ def test_without_it_a_model_is_what_it_was() -> None:
     assert not any(name.endswith("router.gate.bias") for name in own)
 
 
-def test_gates_follow_the_standardized_logits() -> None:
+def test_gates_follow_the_standardised_logits() -> None:
     norm = LogitNorm(3)
     raw = torch.tensor([[9.0, 1.0, 0.0], [7.0, 1.2, 0.02], [8.0, 1.1, 0.01]])
     # The first expert is 6 ahead for the second image: less than for the others.
@@ -162,6 +162,6 @@ def test_gates_follow_the_standardized_logits() -> None:
     assert choose(norm(raw), 1).experts_BK[1].item() != 0
 
 
-def test_a_single_expert_has_nothing_to_standardize() -> None:
+def test_a_single_expert_has_nothing_to_standardise() -> None:
     with pytest.raises(ConfigError, match="--num-experts 1 there is none"):
         load_config(overrides=["model.router_norm=batch", "model.num_experts=1", "model.top_k=1"])

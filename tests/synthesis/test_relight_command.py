@@ -459,3 +459,24 @@ def test_differences_name_nested_settings() -> None:
     assert head.differences(head.fields()) == []
     other = Head({"--seed": 1, "light": {"key": (0.25, 1.0), "strength": 1.0}, "--size": 64})
     assert other.differences(head.fields()) == ["light key 0.5 1, now 0.25 1", "--size off, now 64"]
+
+
+@pytest.mark.parametrize("command", ["relight", "compose", "counterfactual"])
+def test_a_mask_of_another_size_is_refused_as_train_does(
+    tmp_path: Path, capsys, command: str
+) -> None:
+    """Stretched over the image, the mask of a part of it would lie beside the object."""
+    data = tmp_path / "data"
+    generate_toy(data, num_train=6, num_test=0, size=64, seed=4)
+    masks = sorted((data / "TrainDataset" / "GT").iterdir())
+    cropped = masks[0]
+    cv2.imwrite(str(cropped), cv2.imread(str(cropped), 0)[:, :48])
+    words = ["synthesize", command, "--dataset-path", str(data)]
+    assert main([*words, "-o", str(tmp_path / "no")]) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"1 mask of another size than the image: {cropped.stem} (64x64, mask 48x64)" in said
+    assert not (tmp_path / "no").exists()
+    more = ["--resize", "bilinear", "--limit", "2"] if command == "relight" else []
+    if more:
+        assert main([*words, *more, "-o", str(tmp_path / "yes")]) == 0
+        assert "1 mask of another size" in " ".join(capsys.readouterr().err.split())

@@ -142,7 +142,7 @@ def test_from_the_command_line(train, tmp_path: Path, capsys) -> None:
 
 
 def normalised(**settings: Any) -> tuple[CamoXpert, Any]:
-    """Return a mixture whose routers standardize their logits, and a checkpoint of it."""
+    """Return a mixture whose routers standardise their logits, and a checkpoint of it."""
     model, source = model_of(0, num_experts=4, router_norm="batch", **settings)
     for level in model.moe_levels:
         level.router.train()
@@ -152,7 +152,7 @@ def normalised(**settings: Any) -> tuple[CamoXpert, Any]:
     return model.eval(), source
 
 
-def test_standardized_logits_become_weights_where_they_are_not_standardized() -> None:
+def test_standardised_logits_become_weights_where_they_are_not_standardised() -> None:
     old, source = normalised()
     shot = images().to(torch.uint8)
     plain = mixture_of(num_experts=4)

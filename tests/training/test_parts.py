@@ -142,6 +142,11 @@ class TestPrecision:
             choose_device("cuda")
         assert choose_device("auto") == CPU
 
+    @pytest.mark.parametrize("name", ["gpu", "CPU", "cuda:x", "cuda:", "xpu", "meta", "cpu:0", ""])
+    def test_other_names_of_devices_are_refused(self, name: str) -> None:
+        with pytest.raises(ConfigError, match="use auto, cpu, cuda, cuda:N or mps"):
+            choose_device(name)
+
 
 class TestMeters:
     def test_late_reader_is_one_step_behind(self) -> None:

@@ -227,6 +227,21 @@ class TestKinds:
         train, validation = decide_split(found, config, {})
         assert (len(train), len(validation)) == (72 - 14, 14)
 
+    def test_copies_stay_together_beside_a_validation_split(
+        self, toy_data: Path, negatives: Path, tmp_path: Path
+    ) -> None:
+        scenes = sorted(negatives.iterdir())[:5]
+        for number, scene in enumerate(scenes):
+            for copy in range(4):
+                shutil.copy(scene, tmp_path / f"n{number}_{copy}{scene.suffix}")
+        whole = load_train([toy_data])
+        given = replace(whole, pairs=whole.pairs[:4])
+        config = build_config({"data.negatives": [str(tmp_path)], "data.val_fraction": 0.3})
+        found = with_negatives(TrainingData(whole, given), config)
+        assert found.given is not None
+        validated = Counter(pair.name[:2] for pair in found.given.pairs if pair.empty)
+        assert validated and set(validated.values()) == {4}
+
     def test_auto_needs_some_and_the_stopped_run_decides(self, toy_data) -> None:
         whole = load_train([toy_data])
 

@@ -70,7 +70,7 @@ def test_what_the_user_set_wins() -> None:
 
 
 def test_settings_that_contradict_the_preset_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--min-lr 0.1 is above --lr 0.003"):
+    with pytest.raises(ConfigError, match=r"--min-lr 0.1 is above --lr 0.0055"):
         choose_recipe(build_config({"optim.min_lr": 0.1, "train.preset": "tiny"}), 10)
 
 

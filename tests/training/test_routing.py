@@ -197,13 +197,46 @@ def test_a_resumed_run_goes_on_with_its_statistics(train, stopped, tmp_path: Pat
     words = ("--epochs", "1", "--stage1-epochs", "0", "--no-test", "--no-report", "--run-name", "r")
     norm = ("--router-norm", "batch")
     assert train(*words, *norm, out=tmp_path / "whole") == 0
-    assert "the logits of each expert are standardized over the images" in capsys.readouterr().out
+    assert (
+        "logits of each expert are standardised over the 8 images of a micro-batch"
+        in capsys.readouterr().out
+    )
     assert stopped(*words, *norm, steps=2, out=tmp_path / "parts") == 75
     assert train(*words, *norm, out=tmp_path / "parts") == 0
     assert train(*words, out=tmp_path / "plain") == 0
     ends = [ending(tmp_path / name / "r") for name in ("whole", "parts", "plain")]
     assert ends[0] == ends[1]
     assert ends[0] != ends[2], "negative control"
+
+
+def test_what_is_computed_again_moves_no_statistics_again(toy_data: Path) -> None:
+    ends = []
+    for recompute in ("off", "on"):
+        settings = {"model.router_norm": "batch", "model.routing": "fused", "loss.balance": 0.0}
+        run = run_of(toy_data, **settings, **{"train.gradient_checkpointing": recompute})
+        assert run.batching.checkpointing == (recompute == "on")
+        torch.manual_seed(0)
+        for level in run.model.moe_levels:
+            torch.nn.init.normal_(level.router.gate.weight, std=0.1)
+        for _ in range(3):
+            train_step(run, [batch_of()])
+        norms = [level.router.logit_norm for level in run.model.moe_levels]
+        ends.append(
+            [tensor for norm in norms if norm for tensor in (norm.running_mean, norm.running_var)]
+        )
+    assert len(ends[0]) == 8
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_micro_batch_of_one_image_has_nothing_to_compare(toy_data: Path, capsys) -> None:
+    settings = {"model.router_norm": "batch", "train.accumulation_steps": 8}
+    with pytest.raises(ConfigError, match="here it has one"):
+        run_of(toy_data, **settings, **{"train.batch_size": 1})
+    run_of(toy_data, **settings, **{"train.batch_size": 1, "model.routing_grid": 2})
+    capsys.readouterr()
+    run_of(toy_data, **settings, **{"train.batch_size": 4})
+    assert "over the 4 images of a micro-batch; under 8" in capsys.readouterr().out
 
 
 def test_a_skipped_step_leaves_the_statistics_alone(toy_data: Path) -> None:

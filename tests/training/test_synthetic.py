@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -267,7 +268,29 @@ class TestLeaks:
         copy = Path(shutil.copy(tested[1], tmp_path))
         assert part(copy) == "test"
         copy.write_bytes(b"something else of this name")
+        finder = Finder({"test": manifest(tested)})
         assert part(copy) is None
+
+    def test_sources_of_a_data_set_encoded_anew_are_found(
+        self, toy_data: Path, tmp_path: Path
+    ) -> None:
+        """The source is still there, and the run has the same picture in other bytes."""
+        held_out, other = images_of(toy_data)[:2]
+        pair = Pair(held_out.stem, held_out, held_out, "d", "")
+        finder = Finder({"validation": Manifest((pair,), "d", "val", "x")})
+        picture = cv2.imread(str(held_out))
+        larger = cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+        for name, pixels in ((held_out.name, picture), (f"{held_out.stem}.png", larger)):
+            source = tmp_path / name
+            assert cv2.imwrite(str(source), pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+            found = finder.find(source)
+            assert found is not None and found.part == "validation"
+        # The controls: another picture of this name, and this picture by another name.
+        (tmp_path / "more").mkdir()
+        shutil.copy(other, tmp_path / "more" / held_out.name)
+        shutil.copy(held_out, tmp_path / "more" / "renamed.jpg")
+        assert finder.find(tmp_path / "more" / held_out.name) is None
+        assert finder.find(tmp_path / "more" / "renamed.jpg") is None
 
 
 def test_what_contradicts_itself_is_refused(made: Path, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers.runs import records
 
 from camoxpert.cli import main
 from camoxpert.config import load_config
 from camoxpert.data.files.manifest import load_train
 from camoxpert.files import read_jsonl
+from camoxpert.runs.checkpoint import load_checkpoint, read_index
 
 
 class TestCommand:
@@ -77,6 +79,36 @@ class TestCommand:
         stages = [r["text"] for r in records(tmp_path / "x", "event") if "stage" in r["text"]]
         assert len(stages) == len(set(stages)) and stages
         assert train(*words, "--resume", str(tmp_path / "nowhere")) == 4
+
+    @pytest.mark.parametrize("more", [("--val-fraction", "0"), ("--validate-every", "10")])
+    def test_fewer_epochs_than_are_done_end_the_run_with_its_weights(
+        self, train, stopped, tmp_path: Path, more: tuple[str, ...]
+    ) -> None:
+        words = ("--run-name", "x", "--no-report", "--stage1-epochs", "0", *more)
+        assert stopped(*words, "--epochs", "3", steps=7) == 75
+        assert not (tmp_path / "x" / "checkpoints" / "best.pt").exists()
+        assert train(*words, "--epochs", "1") == 0
+        newest = max((tmp_path / "x" / "checkpoints").glob("step_*.pt"))
+        best, last = map(load_checkpoint, (newest.with_name("best.pt"), newest))
+        for name, weight in last.evaluated_weights.items():
+            assert torch.equal(best.evaluated_weights[name], weight), name
+        assert (tmp_path / "x" / "evaluation" / "scores.json").is_file(), "and it is tested"
+
+    def test_going_back_to_an_earlier_step(self, train, stopped, tmp_path: Path, capsys) -> None:
+        """The best weights of what is given up are neither shared nor overwritten."""
+        words = ("--run-name", "x", "--no-test", "--no-report", "--stage1-epochs", "0")
+        words += ("--keep-every", "1", "--val-fraction", "0.2")
+        assert stopped(*words, "--epochs", "5", "--lr", "3e-3", steps=14) == 75
+        folder = tmp_path / "x" / "checkpoints"
+        step = min(folder.glob("step_*.pt"))
+        first = next(e["step"] for e in read_index(folder) if e["file"] == "best.pt")
+        assert first > load_checkpoint(step).values["state"]["step"], "or nothing is tested"
+        assert train(*words, "--epochs", "3", "--lr", "0.2", "--resume", str(step)) == 0
+        said = f"best_of_step_{first:08d}.pt"
+        assert said in capsys.readouterr().out and (folder / said).is_file()
+        scored = [r["step"] for r in records(tmp_path / "x", "validation") if r["best"]]
+        now = next(e["step"] for e in read_index(folder) if e["file"] == "best.pt")
+        assert scored and scored[-1] == now
 
     def test_a_checkpoint_in_no_run_folder_is_refused(
         self, train, stopped, tmp_path: Path, capsys

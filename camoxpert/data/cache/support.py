@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -71,10 +72,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """An image and a mask that show what to look for."""
+    """An image and a mask that show what to look for.
+
+    Attributes:
+        image, mask: files.
+        any_size: the mask may have another size than the image; it is resized.
+    """
 
     image: Path
     mask: Path
+    any_size: bool = False
 
 
 class NothingMarked(DataError):
@@ -280,7 +287,15 @@ class SupportCache:
             write_json(self._facts_file(self._encoder), self.encoder.facts._asdict(), durable=False)
 
     def _encoded(self, reference: Reference) -> NDArray[np.float32]:
-        image_HWC, mask_HW = read_pair(reference.image, reference.mask, max_pixels=self.max_pixels)
+        image_HWC, mask_HW = read_pair(
+            reference.image,
+            reference.mask,
+            max_pixels=self.max_pixels,
+            any_size=reference.any_size,
+        )
+        height, width = image_HWC.shape[:2]
+        if mask_HW.shape != (height, width):
+            mask_HW = cv2.resize(mask_HW, (width, height), interpolation=cv2.INTER_NEAREST)
         image = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
         # Void pixels are not known to be the object.
         mask = torch.from_numpy(mask_HW == 255)[None]

@@ -116,7 +116,10 @@ def read_image(
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
     """Return the pixels of a Pillow image upright, uint8 RGB (H, W, 3), as ``read_image`` does."""
-    return _as_rgb(_upright(image, int(image.getexif().get(ORIENTATION_TAG, 1))))
+    # As a file is read: Pillow turns a TIFF as it loads it, and its header then has no tag.
+    orientation = _orientation(image, None)
+    image.load()
+    return _as_rgb(_upright(image, orientation))
 
 
 def read_mask(
@@ -381,19 +384,30 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
 
 def _header(image: Image.Image, path: Path) -> ImageHeader:
     """Return the header of an opened image; call it before the pixels are loaded."""
+    orientation = _orientation(image, path)
+    return ImageHeader(image.width, image.height, image.format or "", image.mode, orientation)
+
+
+def _orientation(image: Image.Image, path: Path | None) -> int:
+    """Return the turn that an image needs, 1 to 8 as in EXIF; 1 where the tag makes no sense.
+
+    Args:
+        image: opened.
+        path: its file, whose late EXIF block a PNG's header is asked for; None: Pillow's own way.
+    """
+    # Pillow turns TIFFs itself and reports the turned size.
+    if image.format == "TIFF":
+        return 1
     try:
         # Pillow's PNG reader would decode the whole picture here, in search of a late EXIF block.
-        exif = Image.Image.getexif(image)
-        if image.format == "PNG" and not exif:
+        exif = image.getexif() if path is None else Image.Image.getexif(image)
+        if path is not None and image.format == "PNG" and not exif:
             exif = png_exif(path)
         orientation = int(exif.get(ORIENTATION_TAG, 1))
     except (OSError, ValueError, TypeError, SyntaxError, struct.error):
         # The pixels can be sound even if the EXIF block is broken.
-        orientation = 1
-    # Pillow turns TIFFs itself and reports the turned size.
-    if image.format == "TIFF" or not 1 <= orientation <= 8:
-        orientation = 1
-    return ImageHeader(image.width, image.height, image.format or "", image.mode, orientation)
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
 
 
 def _load(image: Image.Image, path: Path) -> Image.Image:

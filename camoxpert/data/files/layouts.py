@@ -295,13 +295,17 @@ def locate(root: Path, source: Source, layout: Layout) -> Iterator[Found]:
             if masks is not None:
                 seen.add(parent)
                 named = source.dataset or (star if "/" in pattern else "") or own
-                # DUTS-TR and DUTS-TE are one data set's splits.
-                said = PART_OF_NAME.search(star) if pattern.startswith("*-") else None
-                if said:
-                    source = replace(source, split="train" if said[1].lower() == "r" else "test")
+                kept = source
+                if pattern.startswith("*-"):
+                    # DUTS-TR and DUTS-TE are one data set's splits.
+                    said = PART_OF_NAME.search(star)
+                    named = PART_OF_NAME.sub("", star) or own
+                    if said:
+                        split = "train" if said[1].lower() == "r" else "test"
+                        kept = replace(source, split=split)
                 # Splits may number their images alike; in one run they need different names.
-                named += "-val" if source.split == "val" else ""
-                yield Found(source, named, images, masks)
+                named += "-val" if kept.split == "val" else ""
+                yield Found(kept, named, images, masks)
 
 
 def _holds_splits(folder: Path) -> bool:

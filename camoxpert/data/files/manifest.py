@@ -12,7 +12,7 @@ from camoxpert.data.files.csv_paths import read_table
 from camoxpert.data.files.pairing import Pair, Pairing
 from camoxpert.data.files.roots import Root, read_roots
 from camoxpert.errors import DataError
-from camoxpert.text import free_name, shorten
+from camoxpert.text import count, free_name, shorten
 
 CleanList = Mapping[tuple[str, str, str], str]
 """(data set, split, name) of each image to leave out -> reason."""
@@ -204,9 +204,23 @@ def _of_split(root: Root, split: str, missing: str) -> list[Manifest]:
         chosen = [p for p in root.pairings if p.found.source.split == wanted]
         if chosen:
             first, *rest = [manifest_of(pairing) for pairing in chosen]
-            return [replace(first, notes=(*root.notes, *first.notes)), *rest]
+            unused = () if wanted == "all" else without_split(root.pairings)
+            return [replace(first, notes=(*root.notes, *unused, *first.notes)), *rest]
     names = ", ".join(sorted(set(splits)))
     raise DataError(f"{root.path} has no {missing.format(names)}")
+
+
+def without_split(pairings: Sequence[Pairing]) -> tuple[str, ...]:
+    """Return a note if some images of a data set have a split and others have none."""
+    rest = [p for p in pairings if p.found.source.split == "all"]
+    if not rest or len(rest) == len(pairings):
+        return ()
+    named = ", ".join(dict.fromkeys(pairing.found.dataset for pairing in rest))
+    number = count(sum(len(pairing.pairs) for pairing in rest), "image")
+    return (
+        f"{number} of {named} without a split are not used, because others have one: name it in "
+        "the column split of a table, or give their folder by itself",
+    )
 
 
 def _by_name(manifests: Sequence[Manifest], search: Search) -> dict[str, Manifest]:

@@ -9,12 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+
+from camoxpert.data.files.image_io import read_image
 from camoxpert.data.files.manifest import Manifest
+from camoxpert.errors import DataError
 from camoxpert.files import path_text, read_jsonl
 
 PROVENANCE = "provenance.jsonl"
 """File in the folder of a made data set: a JSON object for each image, with its path below the
 folder in ``image`` and the files that it was made from in ``sources``, each with its ``path``."""
+
+THUMBNAIL = 16
+"""Side at which pictures of one name are compared, in pixels."""
+MOST_DIFFERENCE, LEAST_CORRELATION = 3.0, 0.95
+"""Mean difference in grey levels and correlation at that side for which they are the same one: of
+180 pictures copies in JPEG of quality 50, or of half the size, had 1.4 at most and 0.996 at least,
+and no other picture had less than 3.9."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +94,33 @@ class Finder:
         ]
         self._by_path = {image.path.resolve(): image for image in known}
         self._by_name: dict[str, list[Known]] = defaultdict(list)
+        self._by_stem: dict[str, list[Known]] = defaultdict(list)
+        self._found: dict[Path, Known | None] = {}
         for image in known:
             self._by_name[image.path.name].append(image)
+            self._by_stem[image.path.stem].append(image)
 
     def find(self, source: Path) -> Known | None:
         """Return the image that a source is; None if the run has no such image.
 
-        It is the same file, or one with the same name and content. Where the source is gone, it is
-        the image whose path ends like it, with the name of the folder at least.
+        It is the same file, or one of the same name with the same bytes or, encoded or sized anew
+        and whatever its suffix, the same picture. Where the source is gone, it is the image whose
+        path ends like it, with the name of the folder at least.
         """
         found = self._by_path.get(source.resolve())
         if found is not None:
             return found
+        if source not in self._found:
+            # Several images are made from one source.
+            self._found[source] = self._find_elsewhere(source)
+        return self._found[source]
+
+    def _find_elsewhere(self, source: Path) -> Known | None:
         namesakes = self._by_name.get(source.name, [])
         if source.is_file():
-            return next((k for k in namesakes if _same_content(k.path, source)), None)
+            same = next((k for k in namesakes if _same_content(k.path, source)), None)
+            others = self._by_stem.get(source.stem, [])
+            return same or next((k for k in others if _same_picture(k.path, source)), None)
         alike = [(_common_end(known.path, source), known) for known in namesakes]
         best = max((number for number, _ in alike), default=0)
         return next((known for number, known in alike if number == best >= 2), None)
@@ -107,6 +131,28 @@ def _same_content(one: Path, other: Path) -> bool:
         return filecmp.cmp(one, other, shallow=False)
     except OSError:
         return False
+
+
+def _same_picture(one: Path, other: Path) -> bool:
+    """Return whether two files show the same picture: small and grey they are nearly equal."""
+    try:
+        first, second = (_thumbnail(path) for path in (one, other))
+    except DataError:
+        return False
+    if np.abs(first - second).mean() > MOST_DIFFERENCE:
+        return False
+    first, second = first - first.mean(), second - second.mean()
+    scale = float(np.sqrt(np.square(first).sum() * np.square(second).sum()))
+    # Two flat pictures of one grey level are the same.
+    return scale < 1 or float((first * second).sum()) / scale >= LEAST_CORRELATION
+
+
+def _thumbnail(path: Path) -> np.ndarray:
+    # Whole: decoded smaller, odd sides stretch, by as much as copies differ.
+    image = read_image(path)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+    return small.astype(np.float32)
 
 
 def _common_end(one: Path, other: Path) -> int:

@@ -38,7 +38,7 @@ class Root:
         path: as given.
         place: the resolved folder, or CSV file, that names its data.
         pairings: one per split and test set.
-        notes: what in the folder is not read.
+        notes: what in the folder is not read, or contradicts itself.
     """
 
     path: Path
@@ -119,7 +119,8 @@ def _read_root(
                 else "not a CSV"
             )
             raise DataError(f"{path} is {kind}. Give a data set folder or a CSV file.")
-        return Root(path, path.resolve(), tuple(_read_csv(path, allow_outside, modalities)))
+        pairings = tuple(_read_csv(path, allow_outside, modalities))
+        return Root(path, path.resolve(), pairings, _divided_groups(pairings))
     recognised = recognise(path, layout, beside=modalities)
     if recognised is None:
         raise DataError(_unknown(path, known))
@@ -260,6 +261,23 @@ def _read_csv(path: Path, allow_outside: bool, modalities: Sequence[str] = ()) -
         )
         for split in order
     ]
+
+
+def _divided_groups(pairings: Sequence[Pairing]) -> tuple[str, ...]:
+    """Return a note if images of one group have different splits."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for pairing in pairings:
+        for pair in pairing.pairs:
+            if pair.series:
+                splits[pair.series].add(pairing.found.source.split)
+    divided = sorted(group for group, of_group in splits.items() if len(of_group) > 1)
+    if not divided:
+        return ()
+    verb = "is" if len(divided) == 1 else "are"
+    return (
+        f"{count(len(divided), 'group')} ({shorten(divided)}) {verb} in more than one split: "
+        "images of one group are both learned from and scored, and such scores are too good",
+    )
 
 
 def _lacking(pairs: Iterable[Pair], modalities: Sequence[str], where: str) -> tuple[str, ...]:
