@@ -271,7 +271,10 @@ def evaluate(
     from camoxpert.evaluation.model import evaluate_model, find_sets
     from camoxpert.evaluation.options import ScoringOptions, choose_corruptions, choose_shots
     from camoxpert.evaluation.output import written_to
+    from camoxpert.inference.values import one_of
 
+    one_of("noncam", noncam, ("exclude", "include"))
+    one_of("resize", resize, ("error", "bilinear"))
     asked = choose_corruptions(
         [corruptions] if isinstance(corruptions, str) else corruptions, severities
     )
@@ -349,7 +352,10 @@ def score_maps(
     from camoxpert.evaluation.maps.score import MapOptions
     from camoxpert.evaluation.options import choose_measures
     from camoxpert.evaluation.output import written_to
+    from camoxpert.inference.values import one_of
 
+    one_of("noncam", noncam, ("exclude", "include"))
+    one_of("resize", resize, ("error", "bilinear"))
     maps, masks = (
         [Path(path).expanduser() for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         for paths in (predictions, gt)
@@ -365,7 +371,9 @@ def score_maps(
         gt_threshold=gt_threshold,
     )
     with written_to(output, options) as folder:
-        tasks = find_tasks(maps, masks, pairing, images=[Path(path) for path in images])
+        tasks = find_tasks(
+            maps, masks, pairing, images=[Path(path).expanduser() for path in images]
+        )
         return evaluate_maps(
             tasks, options, num_workers=num_workers, output=folder, command=("evaluate",)
         )

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -154,6 +155,37 @@ class TestEvaluate:
         assert (tmp_path / "out" / "index.html").is_file()
         with pytest.raises(DataError, match="no file or folder"):
             camoxpert.evaluate(model, tmp_path / "none")
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({"noncam": "Include"}, "noncam must be exclude or include; got 'Include'"),
+            ({"resize": "bilinar"}, "Did you mean bilinear"),
+        ],
+    )
+    def test_a_word_that_is_not_known_is_an_error(
+        self, tiny_run: Path, toy_data: Path, given: dict[str, Any], said: str
+    ) -> None:
+        """The command line has choices; here `Include` meant exclude."""
+        with pytest.raises(ConfigError, match=said):
+            camoxpert.evaluate(tiny_run, toy_data, **given)
+        with pytest.raises(ConfigError, match=said):
+            camoxpert.score_maps(toy_data, toy_data, **given)
+
+    def test_a_threshold_of_numpy_is_as_good(
+        self, model: camoxpert.Predictor, photos: list[Path], tmp_path: Path
+    ) -> None:
+        half = np.float32(0.5)
+        assert camoxpert.predict_folder(model, photos[:1], tmp_path / "a", threshold=half).done == 1
+        with pytest.raises(ConfigError, match="threshold must be a number"):
+            camoxpert.predict_folder(model, photos[:1], tmp_path / "b", threshold="0.5")
+
+    def test_results_go_to_the_home_that_is_meant(
+        self, tiny_run: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        camoxpert.evaluate(tiny_run, toy_data, output="~/scores", gallery=0)
+        assert (tmp_path / "scores" / "scores.json").is_file()
 
     def test_scores_of_maps(self, toy_data: Path) -> None:
         masks = toy_data / "TestDataset" / "toy" / "GT"

@@ -239,7 +239,7 @@ def written_to(
     if target is None:
         yield None
         return
-    with OutputFolder(Path(target), scoring) as folder:
+    with OutputFolder(Path(target).expanduser(), scoring) as folder:
         yield folder
         folder.finish()
 

@@ -52,6 +52,7 @@ from camoxpert.inference.references import Target
 from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
 from camoxpert.inference.tta import Looked
+from camoxpert.inference.values import finite_number
 from camoxpert.inference.video import VIDEO_KINDS, VideoOptions, VideoRun, plan_videos
 from camoxpert.inference.views import ONE_VIEW, ViewOptions
 from camoxpert.text import did_you_mean
@@ -104,6 +105,7 @@ class PhotoOptions:
                     f"Unknown picture {kind!r}.{did_you_mean(kind, KINDS)} Choose from "
                     f"{', '.join(KINDS)}."
                 )
+        object.__setattr__(self, "threshold", finite_number("The threshold", self.threshold))
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"The threshold must be between 0 and 1; {self.threshold:g} is not.")
         for name, number in (("batch size", self.batch_size), ("limit", self.limit)):

@@ -114,6 +114,11 @@ class OnnxRuntime:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # its own types for each kind of damage
             raise damaged(path, "an ONNX model", error) from error
+        if device.type == "cuda" and self._session.get_providers()[0] == "CPUExecutionProvider":
+            raise ConfigError(
+                f"--device {device}: onnxruntime could not load its CUDA libraries and would run "
+                "on the CPU. Install those of its version, or use --device cpu."
+            )
         self.about = read_about(path, self._session.get_modelmeta().custom_metadata_map.get(ABOUT))
         self.title = f"onnxruntime {ort.__version__}, {self._session.get_providers()[0]}"
 

@@ -1,12 +1,14 @@
-"""Numbers that callers of the Python API give; numpy's are as good as Python's."""
+"""Values that callers of the Python API give; numpy's numbers are as good as Python's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 from camoxpert.errors import ConfigError
+from camoxpert.text import did_you_mean
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
@@ -24,3 +26,11 @@ def finite_number(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ConfigError(f"{name} must be a number; got {value!r}.")
     return float(value)
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> str:
+    """Return a value that is one of some words; raise ConfigError for any other."""
+    if value not in known:
+        hint = did_you_mean(str(value), known)
+        raise ConfigError(f"{name} must be {' or '.join(known)}; got {value!r}.{hint}")
+    return str(value)
