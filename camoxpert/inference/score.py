@@ -154,6 +154,7 @@ def score(
     routed: Routed | None = None,
     judged: Judged | None = None,
     on_device: bool | None = None,
+    broken: Callable[[list[str]], None] | None = None,
     references: References | None = None,
     shown: Shown | None = None,
 ) -> None:
@@ -179,10 +180,12 @@ def score(
         references: gives the images of a forward pass what they are searched for.
         shown: which modalities of the images count; None: all that are in the batches.
         on_device: score the maps with the torch path; None: only on CUDA devices.
+        broken: called with names of images whose map is not finite, which then count as if nothing
+            was found; None: they are an error.
 
     Raises:
         Stopped: the command was asked to stop.
-        NumericError: a map is not finite.
+        NumericError: a map is not finite, unless ``broken`` is told.
     """
     training = model.training
     model.eval()
@@ -195,7 +198,7 @@ def score(
 
     def finish(done: list[tuple[Item, Tensor]]) -> None:
         if finite is not None:
-            require_finite([item.name for item, _ in done], finite.read())
+            check_finite([item.name for item, _ in done], finite.read(), broken or refuse)
         if scorer is not None:
             rows = scorer.flush()
         else:
@@ -242,17 +245,27 @@ def score(
         model.train(training)
 
 
-def require_finite(names: Sequence[str], finite_B: Tensor) -> None:
-    """Raise NumericError with the names of images whose map is not finite.
+def check_finite(
+    names: Sequence[str], finite_B: Tensor, broken: Callable[[list[str]], None]
+) -> None:
+    """Tell of images whose map is not finite: it would score as if nothing had been found.
 
-    A map of NaN would become one of zeros, and score as if nothing had been found.
+    Args:
+        names: of the images of a forward pass.
+        finite_B: whether the map of each is finite, on the host.
+        broken: is called with the names of those whose map is not, if there are any.
     """
-    broken = [name for name, fine in zip(names, finite_B.numpy(), strict=True) if not fine]
-    if broken:
-        raise NumericError(
-            f"The network's output is not finite for {count(len(broken), 'image')} "
-            f"({shorten(broken)}). {WHERE_FROM}"
-        )
+    found = [name for name, fine in zip(names, finite_B.numpy(), strict=True) if not fine]
+    if found:
+        broken(found)
+
+
+def refuse(names: list[str]) -> None:
+    """Raise NumericError for images whose map is not finite."""
+    raise NumericError(
+        f"The network's output is not finite for {count(len(names), 'image')} ({shorten(names)}). "
+        f"{WHERE_FROM}"
+    )
 
 
 def modalities_of(items: Sequence[Item], device: torch.device) -> Modalities | None:

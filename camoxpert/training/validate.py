@@ -18,7 +18,7 @@ from camoxpert.data.loader import build_eval_loader
 from camoxpert.data.samples.batches import EvalBatch
 from camoxpert.errors import Stopped
 from camoxpert.evaluation.presence import PresenceMeter
-from camoxpert.inference.score import Item, Shown, forward_batch, score
+from camoxpert.inference.score import WHERE_FROM, Item, Shown, forward_batch, score
 from camoxpert.metrics import Evaluator, is_better
 from camoxpert.metrics.presence import PresenceScores, presence_scores
 from camoxpert.models.guidance import Reference
@@ -26,6 +26,7 @@ from camoxpert.models.modalities import photograph_alone
 from camoxpert.pages.pictures import panel
 from camoxpert.runs.records import ValidationRecord, deciding_score
 from camoxpert.runtime.processes import World
+from camoxpert.text import count, shorten
 from camoxpert.training.checkpoints import Saver, require_finite
 from camoxpert.training.guide import Guide
 from camoxpert.training.run import Run
@@ -195,6 +196,7 @@ def validate(run: Run, guide: Guide | None = None, shown: Shown | None = None) -
         and shown is None,
     )
     left_out: list[str] = []
+    broken: list[str] = []
     meter = PresenceMeter()
 
     def read() -> Iterator[EvalBatch]:
@@ -225,16 +227,18 @@ def validate(run: Run, guide: Guide | None = None, shown: Shown | None = None) -
                 judged=meter.add,
                 references=None if guide is None else partial(remembered, run, guide),
                 shown=shown,
+                broken=broken.extend,
             )
             found = evaluator.state_dict()
     except Stopped:
         pass
     # A share may take longer than the process timeout.
-    own = (found, run.stop.code(), left_out, dict(meter.probabilities()))
+    own = (found, run.stop.code(), left_out, broken, dict(meter.probabilities()))
     parts = world.gather(own, patiently=True)
     if any(part is None for part, *_ in parts):
         run.stop.agree(code for _, code, *_ in parts)
         raise run.stop.stopped()
+    note_broken(run, [name for *_, names, _ in parts for name in names])
     merged = Evaluator(empty_gt=empty_gt(run))
     probabilities: dict[str, float] = {}
     for part, *_, judged in parts:
@@ -243,8 +247,19 @@ def validate(run: Run, guide: Guide | None = None, shown: Shown | None = None) -
         merged.merge(one)
         probabilities |= judged
     presence = presence_scores(merged.claims(), probabilities or None, intervals=False)
-    texts = [text for _, _, left, _ in parts for text in left]
+    texts = [text for _, _, left, *_ in parts for text in left]
     return Validated(merged.results(), texts, presence)
+
+
+def note_broken(run: Run, names: Sequence[str]) -> None:
+    """Warn of validation images whose map is not finite; one bad pass must not end a run."""
+    if names:
+        text = (
+            f"validation: the output is not finite for {count(len(names), 'image')} "
+            f"({shorten(names)}), which count as if nothing was found. {WHERE_FROM}"
+        )
+        run.note_event(text, epoch_end=True)
+        console.note(f"warning     {text}")
 
 
 def remembered(run: Run, guide: Guide, items: Sequence[Item]) -> Reference:

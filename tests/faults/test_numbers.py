@@ -272,3 +272,22 @@ class TestOutOfMemory:
         values = step.train_step(run, [next(iter(loader))])
         assert run.split == 4 and len(kept) == 2 and not any(alive)
         assert float(values["skipped"]) == 0
+
+
+def test_a_validation_map_that_is_not_finite_is_told_and_ends_nothing(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In fp16 a forward pass may overflow that training never took."""
+
+    def spoil(module: torch.nn.Module, given: Any, output: Any) -> None:
+        output.logits_B1HW[0, :, 2, 3] = float("nan")
+
+    handle = run.evaluated_model.register_forward_hook(spoil)
+    go(run, tmp_path / "run")
+    handle.remove()
+    first = run.data.validation.pairs[0].name
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    events = [r for r in records if "output is not finite" in r.get("text", "")]
+    assert [event["epoch"] for event in events] == [1, 2] and f"({first})" in events[0]["text"]
+    assert "count as if nothing was found" in complained(capsys)
+    assert [r["epoch"] for r in records if r["kind"] == "validation"] == [1, 2]
