@@ -38,7 +38,7 @@ class Copy(Protocol):
         """Return it, on the host, once it is there."""
 
 
-class Unhurried:
+class CopyWhenRead:
     """Copies when it is read, which waits for all that was launched until then."""
 
     def __init__(self, values: Tensor) -> None:
@@ -89,7 +89,7 @@ class DeviceScorer:
             )
         self.evaluator = evaluator
         self._pending: list[_Pending] = []
-        self._copy = copy or Unhurried
+        self._copy = copy or CopyWhenRead
         self._sent: Copy | None = None
 
     def add(

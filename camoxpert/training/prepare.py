@@ -46,7 +46,7 @@ from camoxpert.training.run import Run
 from camoxpert.training.split import Split
 
 ROUGH = 8
-"""Fewer images give a rough mean and spread of logits."""
+"""With fewer images the mean and spread of logits are called rough."""
 
 
 def prepare(
@@ -208,7 +208,8 @@ def describe_router_norm(config: Config, batching: Batching) -> str:
             "--batch-size 8 or more, with fewer --accumulation-steps; --gradient-checkpointing "
             "saves memory; or leave --router-norm out."
         )
-    text = f"logits of each expert are standardised over the {fewest} images of a micro-batch"
+    cut = "" if config.model.routing_grid == 1 else "regions of the "
+    text = f"logits of each expert are standardised over the {cut}{fewest} images of a micro-batch"
     return text + (f"; under {ROUGH} their mean and spread are rough" if fewest < ROUGH else "")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.metrics import FAST_KEYS, RESULT_KEYS, Evaluator
-from camoxpert.metrics.device import DeviceScorer, Unhurried, joint_counts, squared_distance
+from camoxpert.metrics.device import CopyWhenRead, DeviceScorer, joint_counts, squared_distance
 from camoxpert.metrics.histogram import joint_histogram
 
 DEVICES = [
@@ -64,7 +64,7 @@ def test_the_copy_to_the_host_begins_when_the_images_are_queued() -> None:
     """What is launched between that and ``flush`` is not waited for."""
     order = []
 
-    class Noted(Unhurried):
+    class Noted(CopyWhenRead):
         def __init__(self, values: torch.Tensor) -> None:
             order.append(f"copy of {len(values)}")
             super().__init__(values)

@@ -118,7 +118,7 @@ def _require_harmless(warning: str, data: bytes) -> None:
     if 0 < number <= MOST_PADDING and not data[-2 - number : -2].strip(b"\0\xff"):
         return
     # simplejpeg's own function may be named first.
-    if not warning.partition("(): ")[2].startswith(HARMLESS) and not warning.startswith(HARMLESS):
+    if not warning.rpartition("(): ")[2].startswith(HARMLESS):
         raise ValueError(warning)
 
 

@@ -218,8 +218,8 @@ def without_split(pairings: Sequence[Pairing]) -> tuple[str, ...]:
     named = ", ".join(dict.fromkeys(pairing.found.dataset for pairing in rest))
     number = count(sum(len(pairing.pairs) for pairing in rest), "image")
     return (
-        f"{number} of {named} without a split are not used, because others have one: name it in "
-        "the column split of a table, or give their folder by itself",
+        f"{number} of {named} without a split are not used, because others have one: write one "
+        "in the column split of a table, or give their folder by itself",
     )
 
 
