@@ -4,14 +4,24 @@ torch's SIGCHLD handler raises wherever the main process happens to be, even in 
 optimizer step. Here a death is noticed only while waiting for a batch. The workers are then
 restarted, once per epoch, from the first batch that was not delivered. Samples are pure functions
 of their position, so nothing else changes. Only this file uses private parts of torch's DataLoader.
+
+A killed worker keeps the locks it held and leaves the message it was writing unfinished, and torch
+waits for both without limit. So workers take no lock that the main process takes (``Latch``), and
+reading a message ends when its writer is dead (``read_from_living``).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import multiprocessing
+import os
 import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -56,11 +66,38 @@ def loader_options(
             "persistent_workers": persistent,
             "prefetch_factor": prefetch,
             "worker_init_fn": start_worker,
-            "multiprocessing_context": start_method,
+            "multiprocessing_context": without_event_lock(start_method),
             # torch looks for dead workers at this interval; ``Supervised`` detects hangs.
             "timeout": min(POLL_SECONDS, timeout or POLL_SECONDS),
         }
     return options
+
+
+class Latch:
+    """A multiprocessing event that is set once, read at any time, and never waited for.
+
+    torch's workers read their event for every batch. ``multiprocessing.Event`` takes a lock for
+    that, which a worker killed at that moment keeps, and the main process then waits for it.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._passed = context.RawValue(ctypes.c_bool, False)
+
+    def is_set(self) -> bool:
+        """Return whether ``set`` was called in any process."""
+        return bool(self._passed.value)
+
+    def set(self) -> None:
+        """Let ``is_set`` be true from now on, in all processes."""
+        self._passed.value = True
+
+
+def without_event_lock(start_method: str) -> BaseContext:
+    """Return the multiprocessing context of a start method, with ``Latch`` as its ``Event``."""
+    plain = multiprocessing.get_context(start_method)
+    made = type(plain)()
+    made.Event = functools.partial(Latch, plain)  # type: ignore[assignment]
+    return made
 
 
 class Supervised(Generic[B]):
@@ -143,6 +180,7 @@ class Supervised(Generic[B]):
             iterator = iter(self.loader)
             self.running[:] = [iterator]
             unwatch(iterator)
+            read_from_living(iterator, self._timeout)
         stop.check()
         return iterator
 
@@ -197,6 +235,35 @@ def unwatch(iterator: Any) -> None:
     if getattr(iterator, "_worker_pids_set", False):
         _remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
+
+
+def read_from_living(iterator: Any, timeout: float) -> None:
+    """Let reading a message end with an EOFError if no worker will finish writing it.
+
+    A message of more than 4 KB can be written in parts while its pipe is full. All workers and the
+    main process hold the writing end, so a writer's death closes nothing.
+
+    Args:
+        iterator: the iterator of a DataLoader whose workers have started, or that has none.
+        timeout: as in ``Supervised``.
+    """
+    if not getattr(iterator, "_workers", None):
+        return
+    reader = iterator._worker_result_queue._reader
+
+    def read(handle: int, count: int) -> bytes:
+        waits = 0
+        while not wait([handle], POLL_SECONDS):
+            if any_dead([iterator]):
+                raise EOFError("it ended while it sent a batch")
+            waits += 1
+            if timeout and waits * POLL_SECONDS >= timeout:
+                raise EOFError(f"{TIMED_OUT} in the middle of a message")
+        return os.read(handle, count)
+
+    # Pipes of Windows have no such method, and end with their writer.
+    if hasattr(reader, "_recv"):
+        reader._recv = functools.partial(reader._recv, read=read)
 
 
 def is_timeout(error: BaseException) -> bool:

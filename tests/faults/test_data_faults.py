@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
+import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +84,39 @@ def kill(loader: Any, worker: int = 0) -> None:
     process.join()
 
 
+def put_state(latch: supervise.Latch, seen: Any) -> None:
+    seen.put(latch.is_set())
+
+
+def locks_of_workers(iterator: Any) -> list[Any]:
+    """Return the locks that all workers share, but that for reading, which only we take."""
+    event, results = iterator._workers_done_event, iterator._worker_result_queue
+    locks = [value for value in vars(event).values() if hasattr(value, "acquire")]
+    locks = [lock for lock in locks if not isinstance(lock, Semaphore)]
+    return [*locks, results._wlock]
+
+
+class StillWaiting(Exception):
+    pass
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Raise StillWaiting in code that has not ended after some seconds."""
+
+    def late(*_: Any) -> None:
+        raise StillWaiting
+
+    handler = signal.signal(signal.SIGALRM, late)
+    # The test runner's own time limit uses the same timer.
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
 class TestDeath:
     @pytest.mark.parametrize("persistent", [True, False])
     @pytest.mark.parametrize("start", [0, 3])
@@ -121,19 +158,73 @@ class TestDeath:
         assert "shared memory" in str(caught.value) and "waited for" in str(caught.value)
         assert not loader.running, "nobody is left behind"
 
-    def test_a_lock_that_the_dead_hold_is_not_waited_for(self, loader_of) -> None:
-        """A worker killed while it checks whether to exit keeps the lock of that check."""
+    @pytest.mark.parametrize("goes_on", [True, False])
+    def test_locks_that_the_dead_hold_are_not_waited_for(self, loader_of, told, goes_on) -> None:
+        """A killed worker keeps the locks it held; some of them it takes for every batch."""
+        expected = epoch_of(loader_of(0), 0)
         loader = loader_of(2)
         loader.set_epoch(0)
         batches = iter(loader)
-        next(batches)
+        found = [digest(next(batches))]
         (iterator,) = loader.running
         workers = list(iterator._workers)
-        iterator._workers_done_event._cond.acquire()
+        for lock in locks_of_workers(iterator):
+            assert lock.acquire(timeout=10)
         kill(loader)
-        batches.close()
-        assert not loader.running
+        with interrupted_after(30):
+            if goes_on:
+                found += [digest(batch) for batch in batches]
+            batches.close()
+        assert found == expected[: len(found)] and len(found) == (12 if goes_on else 1)
+        assert len(told) == goes_on
         assert not any(worker.join(5) or worker.is_alive() for worker in workers)
+
+    def test_control_the_event_of_the_library_is_waited_for(self, loader_of, monkeypatch) -> None:
+        monkeypatch.setattr(supervise, "without_event_lock", multiprocessing.get_context)
+        loader = loader_of(2)
+        batches = iter(loader)
+        next(batches)
+        (iterator,) = loader.running
+        locks = locks_of_workers(iterator)
+        assert len(locks) == 2, "one more than with Latch"
+        for lock in locks:
+            assert lock.acquire(timeout=10)
+        kill(loader)
+        with pytest.raises(StillWaiting), interrupted_after(2):
+            list(batches)
+        for lock in locks:
+            lock.release()
+
+    @pytest.mark.parametrize("killed", [True, False])
+    def test_a_message_that_nobody_finishes(self, loader_of, told, killed) -> None:
+        """A worker killed or hung while its pipe was full leaves half a message in it."""
+        expected = epoch_of(loader_of(0), 0)
+        loader = loader_of(2, worker_timeout=2.0)
+        loader.set_epoch(0)
+        batches = iter(loader)
+        found = [digest(next(batches))]
+        (iterator,) = loader.running
+        results = iterator._worker_result_queue
+        assert results._wlock.acquire(timeout=10)
+        os.write(results._writer.fileno(), struct.pack("!i", 5000) + b"the beginning")
+        if killed:
+            kill(loader)
+        with interrupted_after(30):
+            found += [digest(batch) for batch in batches]
+        assert found == expected
+        assert len(told) == 1 and ("died" if killed else "did not answer in time") in told[0]
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_a_latch_is_seen_by_other_processes(self, method) -> None:
+        context = supervise.without_event_lock(method)
+        latch, seen = context.Event(), context.Queue()
+        for value in (False, True):
+            process = context.Process(target=put_state, args=(latch, seen))
+            process.start()
+            assert seen.get(timeout=60) is value
+            process.join()
+            latch.set()
+        assert latch.is_set()
 
     def test_kept_workers_that_die_between_epochs(self, loader_of, told) -> None:
         loader = loader_of(2)
