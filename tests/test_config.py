@@ -162,6 +162,20 @@ def test_settings_of_earlier_versions_keep_their_meaning(
     assert config_from_dict(saved) == meant
 
 
+def test_two_runs_to_continue_are_one_too_many() -> None:
+    both = {"train.resume": "a", "train.resume_from": "b"}
+    with pytest.raises(ConfigError, match="--resume-from and --resume a contradict"):
+        load_config(flags=both)
+    for other in ("auto", "b"):
+        assert load_config(flags=both | {"train.resume": other}).train.resume == "b"
+
+
+@pytest.mark.parametrize("betas", ["[1.5,0.9]", "[0.9,1.0]", "[-0.1,0.9]"])
+def test_betas_out_of_range(betas: str) -> None:
+    with pytest.raises(ConfigError, match="each is at least 0 and less than 1"):
+        load_config(overrides=[f"optim.betas={betas}"])
+
+
 def test_every_setting_is_documented_and_flags_are_unique() -> None:
     flags = [leaf.flag for leaf in leaves() if leaf.flag]
     assert len(flags) == len(set(flags))

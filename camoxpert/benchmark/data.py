@@ -270,8 +270,9 @@ class PlainDataset(Dataset[Any]):
         if self.decoder == "PIL":
             image, mask = _pil(pair.image, "RGB"), _pil(pair.mask, "L")
         else:
-            image = np.asarray(cv2.imread(str(pair.image)))[..., ::-1]
-            mask = np.asarray(cv2.imread(str(pair.mask), cv2.IMREAD_GRAYSCALE))
+            # Not cv2.imread, which ends the process at a path that is not UTF-8.
+            image = np.asarray(cv2.imdecode(_bytes_of(pair.image), cv2.IMREAD_COLOR))[..., ::-1]
+            mask = np.asarray(cv2.imdecode(_bytes_of(pair.mask), cv2.IMREAD_GRAYSCALE))
         image, mask = resize_pair(image, mask, self.img_size)
         if self.compose is None:
             self.compose = plain_pipeline()
@@ -334,6 +335,10 @@ def one_thread() -> Iterator[None]:
     finally:
         cv2.setNumThreads(before[0])
         torch.set_num_threads(before[1])
+
+
+def _bytes_of(path: Path) -> npt.NDArray[np.uint8]:
+    return np.fromfile(path, np.uint8)
 
 
 def _pil(path: Path, mode: str) -> npt.NDArray[np.uint8]:

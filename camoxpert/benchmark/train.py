@@ -153,6 +153,7 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
         },
     )
     ours = Step(subject)
+    peak = _peak_memory(ours)
     variants = {
         FULL: ours.full,
         BACKBONE: ours.backbone,
@@ -208,9 +209,22 @@ def run(subject: Subject, *, rounds: int = 7, with_loop: bool = True) -> Report:
         "macs_of_one_expert": macs,
         "images_per_second": rate,
     }
-    if subject.device.type == "cuda":
-        report["peak_memory_bytes"] = torch.cuda.max_memory_allocated(subject.device)
+    if peak is not None:
+        report["step_peak_memory_bytes"] = peak
     return report
+
+
+def _peak_memory(step: Step) -> int | None:
+    """Return the most memory that the device holds in a step, in bytes; None on a CPU.
+
+    To be called while no other variant has memory there.
+    """
+    if step.device.type != "cuda":
+        return None
+    step.full()
+    torch.cuda.reset_peak_memory_stats(step.device)
+    step.full()
+    return torch.cuda.max_memory_allocated(step.device)
 
 
 def one_expert_of_equal_work(

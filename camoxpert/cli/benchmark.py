@@ -94,6 +94,8 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     no_overrides(rest)
     if options.rounds < 1 or options.pairs < 1 or min(options.size) < 32:
         raise ConfigError("--rounds and --pairs must be at least 1, --size at least 32.")
+    if options.batch_size < 1:
+        raise ConfigError("--batch-size must be at least 1.")
     if options.files < 0 or 0 < options.files < 64:
         raise ConfigError("--files must be 0 or at least 64: with fewer the start dominates.")
     check_file("-o", options.output)

@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--num-samples", type=int, metavar="N", help="images to make [one for each object]"
     )
-    images.add_argument("--seed", type=int, default=0, help="equal seeds, equal images [0]")
+    images.add_argument(
+        "--seed", type=generator.seed, default=0, help="equal seeds, equal images [0]"
+    )
     images.add_argument(
         "--size",
         type=int,

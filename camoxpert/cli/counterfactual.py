@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     generator.add_source_flags(parser)
     images = parser.add_argument_group("images")
-    images.add_argument("--seed", type=int, default=0, help="equal seeds, equal images [0]")
+    images.add_argument(
+        "--seed", type=generator.seed, default=0, help="equal seeds, equal images [0]"
+    )
     images.add_argument(
         "--size",
         type=int,

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from camoxpert.cli import no_overrides
-from camoxpert.cli.outputs import check_file, check_folder
+from camoxpert.cli.outputs import check_folder, check_table
 from camoxpert.config import Config, DataConfig, check_conflicts
 from camoxpert.config.flags import add_flags
+from camoxpert.doctor.tables import CLEAN, COLUMNS, PAIRS
 from camoxpert.errors import ConfigError, DataError
 
 EXAMPLES = """Exit code 3: training should not start with this data.
@@ -76,9 +77,10 @@ def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:
     check_conflicts(Config(data=data))
     if options.clean_list and not data.roots:
         raise ConfigError("--clean-list needs data to check: camoxpert doctor DIR.")
-    check_file("--clean-list", options.clean_list)
+    check_table("--clean-list", options.clean_list, CLEAN)
     if data.roots:
         check_folder("-o", options.output)
+        check_table("-o", Path(options.output) / PAIRS, COLUMNS)
     from camoxpert.doctor.diagnose import diagnose
 
     sound = diagnose(

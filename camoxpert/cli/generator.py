@@ -68,6 +68,14 @@ def add_source_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return group
 
 
+def seed(text: str) -> int:
+    """Return the value of ``--seed``: 0 or more, as random generators want it."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: a seed is 0 or more")
+    return value
+
+
 def add_result_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Declare what is written."""
     group = parser.add_argument_group("results")

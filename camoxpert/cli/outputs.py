@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from camoxpert.errors import ConfigError
@@ -22,6 +24,24 @@ def check_file(flag: str, file: str | Path | None) -> None:
     if Path(file).is_dir():
         raise ConfigError(f"{flag} {file} is a folder; give a file.")
     _check(flag, file, Path(file).parent, "file")
+
+
+def check_table(flag: str, file: str | Path | None, columns: Sequence[str]) -> None:
+    """Raise ConfigError if a file cannot be written, or is another table than one with these
+    columns: it may be the user's data. None is not checked."""
+    check_file(flag, file)
+    if not file or not Path(file).exists():
+        return
+    try:
+        with Path(file).open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            head = next(csv.reader(stream), [])
+    except (OSError, csv.Error):
+        head = [""]
+    if head and head != list(columns):
+        raise ConfigError(
+            f"{flag}: {file} exists, and it is not a table that this command wrote before. Nothing "
+            f"was started; name another place with {flag}."
+        )
 
 
 def _check(flag: str, named: str | Path, folder: Path, kind: str) -> None:

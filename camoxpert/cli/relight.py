@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--num-samples", type=int, metavar="N", help="images in total, instead of --per-image"
     )
-    images.add_argument("--seed", type=int, default=0, help="equal seeds, equal images [0]")
+    images.add_argument(
+        "--seed", type=generator.seed, default=0, help="equal seeds, equal images [0]"
+    )
     images.add_argument(
         "--size",
         type=int,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from camoxpert import console
-from camoxpert.cli import no_overrides
+from camoxpert.cli import generator, no_overrides
 from camoxpert.cli.outputs import check_folder
 from camoxpert.errors import ConfigError, DataError
 
@@ -65,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scenes that these sensors saw as well, for `train --modalities rgb ...`: each shows "
         "decoys of its own, so that none alone tells what is hidden",
     )
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal data [0]")
+    parser.add_argument(
+        "--seed", type=generator.seed, default=0, help="equal seeds, equal data [0]"
+    )
 
 
 def run(options: argparse.Namespace, rest: list[str], typed: list[str]) -> int:

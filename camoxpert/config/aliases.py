@@ -29,6 +29,8 @@ class Alias:
         flag: the old flag, still accepted.
         shown: how the flag is written where it changes something.
         help: one line for ``--help``.
+        free: the value of the target that leaves the choice open: where it is named, a command that
+            gives the target any other value than that or ours contradicts itself.
     """
 
     path: str
@@ -40,6 +42,7 @@ class Alias:
     flag: str
     shown: str
     help: str
+    free: Any = None
 
 
 ALIASES = (
@@ -75,6 +78,7 @@ ALIASES = (
         flag="--resume-from",
         shown="--resume-from",
         help="as --resume PATH",
+        free="auto",
     ),
 )
 
@@ -84,7 +88,7 @@ def accepted() -> dict[str, Any]:
     return {known.path: known.type for known in leaves()} | {old.path: old.type for old in ALIASES}
 
 
-def merge(merged: dict[str, Any], values: Mapping[str, Any]) -> None:
+def merge(merged: dict[str, Any], values: Mapping[str, Any], *, typed: bool = False) -> None:
     """Put the values of a file or a command over those merged before, old settings translated.
 
     A neutral old setting takes back what it set before: ``--amp`` after ``amp: false`` in a file.
@@ -92,6 +96,7 @@ def merge(merged: dict[str, Any], values: Mapping[str, Any]) -> None:
     Args:
         merged: dotted path -> value of present settings; changed.
         values: dotted path -> value.
+        typed: they are a command's, not those of a file, which may hold every setting.
 
     Raises:
         ConfigError: an old and a present setting contradict each other.
@@ -103,12 +108,13 @@ def merge(merged: dict[str, Any], values: Mapping[str, Any]) -> None:
             continue
         value = coerce(values[alias.path], alias.type, alias.path)
         if value != alias.neutral:
-            given = values.get(alias.target)
-            if given in alias.refuses:
+            given, asked = values.get(alias.target), value if alias.value is None else alias.value
+            other = typed and alias.free is not None and given not in (None, asked, alias.free)
+            if given in alias.refuses or other:
                 raise ConfigError(
                     f"{alias.shown} and --{alias.target.removeprefix('train.')} {given} contradict "
                     f"each other. Give one of them."
                 )
-            merged[alias.target] = value if alias.value is None else alias.value
+            merged[alias.target] = asked
         elif alias.target not in values and merged.get(alias.target) == alias.value:
             merged.pop(alias.target, None)

@@ -146,6 +146,11 @@ def check_conflicts(config: Config) -> None:
                 f"--min-lr {optim.min_lr:g} is above {name} {low_lr:g}; the schedule ends at "
                 f"--min-lr."
             )
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(
+            f"optim.betas {list(optim.betas)}: each is at least 0 and less than 1, as in "
+            f"[0.9,0.999]."
+        )
     if train.expert_dropout and config.model.num_experts <= config.model.top_k:
         raise ConfigError(
             f"train.expert_dropout {train.expert_dropout:g} hides an expert, and --num-experts "

@@ -55,7 +55,8 @@ def load_config(
     if file is not None:
         path = Path(expand_user(str(file)))
         merge(merged, _flatten(read_yaml(path), f" (in {file})"))
-    merge(merged, {**(flags or {}), **dict(_parse_override(text) for text in overrides)})
+    overridden = dict(_parse_override(text) for text in overrides)
+    merge(merged, {**(flags or {}), **overridden}, typed=True)
     config = build_config(merged)
     if conflicts:
         check_conflicts(config)

@@ -26,7 +26,7 @@ from camoxpert.crossval.summary import (
     summarise,
 )
 from camoxpert.data.files.folds import SPLITS, require_same_images
-from camoxpert.data.files.image_io import read_pair
+from camoxpert.data.files.image_io import read_map, read_pair
 from camoxpert.data.files.manifest import Manifest
 from camoxpert.errors import DataError
 from camoxpert.files import read_json, write_bytes, write_json
@@ -121,11 +121,19 @@ def rewrite(folder: Path) -> Path:
         )
     pool = find_pool(here[0])
     require_same_images(found.splits, pool, folder / SPLITS)
-    others = [Path(str(one.get("other"))) for one in earlier.get("comparisons") or ()]
-    for gone in (other for other in others if not other.is_dir()):
-        console.warn(f"{gone} is gone: the page does not compare with it any more")
-    compared = [collect(other) for other in others if other.is_dir()]
+    compared, kept = [], []
+    for difference in earlier.get("comparisons") or ():
+        # Files of older releases know it only from the folder where the command was given.
+        places = [folder / difference.get("place", "."), Path(str(difference.get("other")))]
+        there = [place for place in places if place.resolve() != folder.resolve()]
+        other = next((place for place in there if place.is_dir()), None)
+        if other is not None:
+            compared.append(collect(other))
+            continue
+        kept.append(difference)
+        console.warn(f"{difference.get('other')} is gone: its comparison stays as it was")
     summary = summarise(found, compared, command=[str(w) for w in earlier.get("command") or ()])
+    summary["comparisons"] += kept
     several = len({pair.dataset for pair in pool.pairs}) > 1
     return write_summary(folder, summary, found, pool, several=several)
 
@@ -270,7 +278,8 @@ def remarks(summary: Summary) -> list[str]:
         "deviation over folds mixes both. Folds share most of their training images, so they are "
         "not independent.",
     ]
-    unreadable = sum(len(fold["unreadable"]) for fold in summary["folds"])
+    # Each repeat holds every image out once.
+    unreadable = len({text for fold in summary["folds"] for text in fold["unreadable"]})
     if unreadable:
         lines.append(f"{text.count(unreadable, 'image')} could not be read and have no score.")
     if splits["held_out"] < splits["images"] - unreadable:
@@ -378,12 +387,11 @@ def _pictures(
         pair = pairs[one["name"]]
         try:
             image, mask = read_pair(pair.image, pair.mask, any_size=True)
-            found = cv2.imread(
-                str(folder / MAPS / "repeat-1" / f"{one['name']}.png"), cv2.IMREAD_GRAYSCALE
-            )
+            # Not cv2.imread, which ends the process at a path that is not UTF-8.
+            found = read_map(folder / MAPS / "repeat-1" / f"{one['name']}.png")
         except (DataError, OSError):
             continue
-        if found is None or found.shape != mask.shape:
+        if found.shape != mask.shape:
             continue
         if image.shape[:2] != mask.shape:
             # A mask of another size than its image (--resize bilinear).

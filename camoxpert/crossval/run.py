@@ -29,7 +29,7 @@ from camoxpert.data.files.made import find_made
 from camoxpert.data.files.manifest import Manifest, read_clean_list
 from camoxpert.data.files.unlabeled import NO_IMAGES
 from camoxpert.errors import CheckpointError, Stopped
-from camoxpert.files import read_json
+from camoxpert.files import read_json, try_lock
 from camoxpert.runs.folder import recorded_hashes
 from camoxpert.runs.identity import file_hashes
 from camoxpert.runs.records import read_info
@@ -92,6 +92,7 @@ def train_folds(found: CrossValidation, folds: Sequence[int], argv: Sequence[str
 
 def _train(found: CrossValidation, config: Config, fold: int, argv: Sequence[str]) -> None:
     """Train a fold's run, after the stages that lead to it."""
+    _require_idle(found, fold)
     stages = found.stages_of(fold)
     if not stages:
         _require_own(found, fold, session.run(config, argv=argv).path)
@@ -102,6 +103,23 @@ def _train(found: CrossValidation, config: Config, fold: int, argv: Sequence[str
     ]
     result = run_chain(stages, argv=argv, folder=found.folder / "stages", keep_last=False)
     _require_own(found, fold, result.path)
+
+
+def _require_idle(found: CrossValidation, fold: int) -> None:
+    """Raise CheckpointError if another process trains the fold: this one would train it beside it.
+
+    Only a moment is looked at; ``_require_own`` sees what happens afterwards.
+    """
+    path = found.path(fold)
+    if not path.is_dir():
+        return
+    held = try_lock(path / ".lock")
+    if held is None:
+        raise CheckpointError(
+            f"Fold {found.splits.name_of(fold)} is being trained by another process, in {path}. "
+            f"Let it end and give the same command again, or train other folds with --fold."
+        )
+    held.release()
 
 
 def _require_own(found: CrossValidation, fold: int, trained: Path) -> None:
@@ -177,7 +195,8 @@ def _is_trained(found: CrossValidation, fold: int) -> bool:
                 f"ways, are not folds of one cross-validation. Give another folder with -o, or "
                 f"remove that run."
             )
-    if not (path / "config.yaml").is_file():
+    # It comes last when a run begins: without it nothing was trained.
+    if not (path / "run.json").is_file():
         return False
     info, about = read_info(path), read_json(path / OUT_OF_FOLD / MARKER)
     changes = _changes(found, fold, about)

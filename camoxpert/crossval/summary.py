@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -71,6 +72,7 @@ class Difference(TypedDict):
     """This method minus another one on the same folds."""
 
     other: str
+    place: str  # of the other's folder, relative to that of this one
     measures: dict[str, dict[str, float]]  # difference, low, high, p_value
     folds: dict[str, Spread]  # of the differences of folds
     images: int  # scored by both
@@ -258,6 +260,7 @@ def _difference(found: Collected, other: Collected) -> Difference:
     gaps = [{k: one[k] - two[k] for k in measures if k in one and k in two} for one, two in pairs]
     return {
         "other": str(other.folder),
+        "place": os.path.relpath(other.folder, found.folder),
         "measures": {key: dict(value._asdict()) for key, value in measures.items()},
         "folds": spread(gaps),
         "images": len(names),

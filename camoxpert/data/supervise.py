@@ -17,6 +17,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +129,7 @@ class Supervised(Generic[B]):
         self._sampler = sampler
         self._names = names
         self._timeout = timeout
+        self._unpinned: list[BaseException] = []
         # Workers ignore SIGTERM (see start_worker), which is how the interpreter ends its children:
         # without this an exception that keeps a loader alive would hang the exit.
         self._finalizer = weakref.finalize(self, end_workers, self.running)
@@ -181,6 +183,7 @@ class Supervised(Generic[B]):
             self.running[:] = [iterator]
             unwatch(iterator)
             read_from_living(iterator, self._timeout)
+            self._unpinned = errors_of_pinning(iterator)
         stop.check()
         return iterator
 
@@ -220,6 +223,8 @@ class Supervised(Generic[B]):
             try:
                 return next(iterator)
             except RuntimeError as error:
+                if self._unpinned:
+                    raise self._unpinned.pop() from error
                 waits += 1
                 patient = not self._timeout or waits * self.loader.timeout < self._timeout
                 if not is_timeout(error) or not patient:
@@ -249,6 +254,11 @@ def read_from_living(iterator: Any, timeout: float) -> None:
     """
     if not getattr(iterator, "_workers", None):
         return
+    # Nothing that must arrive is ever put there from here, and a dead worker may hold its lock.
+    iterator._worker_result_queue.cancel_join_thread()
+    if hasattr(iterator, "_pin_memory_thread"):
+        # A thread of its own reads there, an error would end it loudly, and ours waits for nobody.
+        return
     reader = iterator._worker_result_queue._reader
 
     def read(handle: int, count: int) -> bytes:
@@ -264,6 +274,25 @@ def read_from_living(iterator: Any, timeout: float) -> None:
     # Pipes of Windows have no such method, and end with their writer.
     if hasattr(reader, "_recv"):
         reader._recv = functools.partial(reader._recv, read=read)
+
+
+def errors_of_pinning(iterator: Any) -> list[BaseException]:
+    """Return a list that gets the error that ends torch's thread for pinned memory, if it has one.
+
+    That thread reads what workers send. Reading what a dead worker sent fails there, and nobody
+    handles it: Python would print a traceback, and who waits for batches would learn nothing.
+    """
+    errors: list[BaseException] = []
+
+    def keep(_: threading.Thread) -> None:
+        error = sys.exc_info()[1]
+        if error is not None:
+            errors.append(error)
+
+    thread = getattr(iterator, "_pin_memory_thread", None)
+    if thread is not None:
+        thread._invoke_excepthook = keep
+    return errors
 
 
 def is_timeout(error: BaseException) -> bool:

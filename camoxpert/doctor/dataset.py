@@ -18,6 +18,7 @@ from camoxpert.doctor.families import inseparable
 from camoxpert.doctor.finding import Finding
 from camoxpert.doctor.inspect import MaskShape, PairFacts, identical_files, inspect_pairs
 from camoxpert.doctor.registration import check_modalities
+from camoxpert.doctor.tables import CLEAN
 from camoxpert.errors import DataError
 from camoxpert.files import write_rows
 from camoxpert.metrics.groups import SIZES
@@ -339,5 +340,4 @@ def _key(facts: PairFacts) -> tuple[str, str, str]:
 
 def write_clean_list(path: Path, rows: Sequence[tuple[str, str, str, str]]) -> None:
     """Write the images to leave out, for ``--clean-list`` of train and evaluate."""
-    columns = ("dataset", "split", "name", "reason")
-    write_rows(path, [dict(zip(columns, row, strict=True)) for row in rows], columns)
+    write_rows(path, [dict(zip(CLEAN, row, strict=True)) for row in rows], CLEAN)

@@ -11,6 +11,7 @@ from camoxpert.data.files.image_io import write_jpeg
 from camoxpert.doctor.dataset import Examination
 from camoxpert.doctor.finding import Finding
 from camoxpert.doctor.inspect import PairFacts, small_picture
+from camoxpert.doctor.tables import COLUMNS, PAIRS
 from camoxpert.files import write_json, write_rows
 from camoxpert.metrics.groups import SIZES
 from camoxpert.pages.doctor import CopyPair, DataPart, DoctorReport, write_doctor_page
@@ -47,7 +48,7 @@ def write_report(
         write_jpeg(folder / f"contact_sheet_{number}.jpg", part.sheet)
     entries = [asdict(finding) for finding in findings]
     write_json(folder / "findings.json", {"roots": list(roots), "findings": entries})
-    write_rows(folder / "pairs.csv", [_row(facts) for facts in found.facts])
+    write_rows(folder / PAIRS, [_row(facts) for facts in found.facts], COLUMNS)
     report = DoctorReport(roots, found.layouts, findings, parts, _copies(found, max_pixels))
     return write_doctor_page(folder / "doctor.html", report)
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from camoxpert.data.files.image_io import write_jpeg
 from camoxpert.metrics.scoring import Claim, Row
 from camoxpert.runs.scores import GalleryEntry
-from camoxpert.text import safe_name
 
 Picture = NDArray[np.uint8]
 SHOWN = ("wFmeasure", "Smeasure", "MAE")
@@ -87,8 +86,8 @@ class Gallery:
         push = heapq.heappush if len(heap) < self.size else heapq.heapreplace
         push(heap, (key, next(self._order), row, measure, value, picture()))
 
-    def write(self, output: Path, dataset: str, method: str) -> list[GalleryEntry]:
-        """Write ``images/DATASET_best_1.jpg`` and so on under ``output``; return their entries.
+    def write(self, output: Path, dataset: str, method: str, file: str) -> list[GalleryEntry]:
+        """Write ``images/FILE_best_1.jpg`` and so on under ``output``; return their entries.
 
         Missed objects are shown where there are images without one.
         """
@@ -98,7 +97,7 @@ class Gallery:
                 continue
             ordered = sorted(heap, reverse=True)
             for rank, (_, _, row, measure, value, picture) in enumerate(ordered, 1):
-                path = output / "images" / f"{safe_name(dataset)}_{kind}_{rank}.jpg"
+                path = output / "images" / f"{file}_{kind}_{rank}.jpg"
                 write_jpeg(path, picture)
                 entries.append(
                     {

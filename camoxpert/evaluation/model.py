@@ -177,7 +177,7 @@ def evaluate_model(
     prepared = {}
     if shots is not None:
         prepared = prepare_shots(predictor, sets, shots, unreadable=unreadable)
-    files = file_names(sets)
+    files = file_names(sets) if output is None else output.picture_names(sets)
     scored = []
     gallery: list[GalleryEntry] = []
     for name, manifest in sets.items():
@@ -237,7 +237,7 @@ def evaluate_model(
             item = replace(item, result=replace(item.result, modalities=by_subset))
         scored.append(item)
         if output is not None:
-            gallery += pictures.write(output.unfinished, name, method)
+            gallery += pictures.write(output.unfinished, name, method, files[name])
     if output is not None:
         write_evaluation(output, scored, gallery, intervals=options.intervals, command=command)
     return [item.result for item in scored]
@@ -365,9 +365,11 @@ def _score_set(
             weights=file_digest(predictor.checkpoint.path),
             img_size=predictor.img_size,
             precision=predictor.precision.name,
+            zoom=predictor.zoom,
             baseline={"all_foreground": _results(everything)},
         ),
     )
+    scored = replace(scored, result=replace(scored.result, split=manifest.split))
     if experts is None:
         return scored
     chosen = experts.columns()

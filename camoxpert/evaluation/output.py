@@ -25,7 +25,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -152,15 +152,21 @@ class OutputFolder:
         self._old = _own_files(self.target)
         self.earlier = _earlier(self.target) if self._old else {}
 
-    def keep(self, name: str) -> bool:
-        """Keep a file of the earlier evaluation, by its relative name; False if it is not there.
+    def picture_names(self, datasets: Iterable[str]) -> dict[str, str]:
+        """Return a file name without ending for each data set, which none of the earlier has."""
+        earlier = [entry["dataset"] for entry in self.earlier.get("results", ())]
+        return file_names([*earlier, *datasets])
+
+    def keep(self, name: str, new_name: str = "") -> bool:
+        """Keep a file of the earlier evaluation, by its relative name; False if it is not there, or
+        if this evaluation has written a file of its new name.
 
         A symlink is not followed: it could bring any file into the results.
         """
         if self.target is None or name not in self._old:
             return False
-        source, place = self.target / name, self.unfinished / name
-        if source.is_symlink() or not source.is_file():
+        source, place = self.target / name, self.unfinished / (new_name or name)
+        if source.is_symlink() or not source.is_file() or place.exists():
             return False
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, place)
@@ -345,8 +351,9 @@ def write_evaluation(
     def table_of(method: str, dataset: str) -> str:
         return f"per_image/{methods[method]}/{datasets[dataset]}.csv"
 
-    for entry in kept.results:
-        output.keep(table_of(entry["method"], entry["dataset"]))
+    _keep_tables(output, table_of)
+    for place, entry in enumerate(kept.results):
+        kept.results[place] = _with_picture(output, entry)
     pictures = [entry for entry in kept.gallery if output.keep(str(entry["panel"]))]
     for item in scored:
         name = table_of(item.result.method, item.result.dataset)
@@ -367,6 +374,30 @@ def write_evaluation(
     }
     write_evaluation_page(folder / "index.html", summary, keys, curves)
     write_json(folder / MARKER, {**summary, "files": sorted([*output.files(), MARKER])})
+
+
+def _keep_tables(output: OutputFolder, table_of: Callable[[str, str], str]) -> None:
+    """Keep the earlier tables of images, under names that may be others now."""
+    earlier = output.earlier.get("results", ())
+    methods = file_names(entry["method"] for entry in earlier)
+    datasets = file_names(entry["dataset"] for entry in earlier)
+    for entry in earlier:
+        name = f"per_image/{methods[entry['method']]}/{datasets[entry['dataset']]}.csv"
+        with contextlib.suppress(KeyError):
+            # A KeyError: nothing of this method or data set stays.
+            output.keep(name, table_of(entry["method"], entry["dataset"]))
+
+
+def _with_picture(output: OutputFolder, entry: ResultEntry) -> ResultEntry:
+    """Keep an earlier result's picture of corruptions, or return the result without one."""
+    robustness = entry.get("robustness")
+    if not robustness or not robustness["picture"]:
+        return entry
+    picture = robustness["picture"]
+    # Another method's picture of the same images may already be there.
+    if output.keep(picture) or picture in output.files():
+        return entry
+    return {**entry, "robustness": {**robustness, "picture": ""}}
 
 
 class _Kept(NamedTuple):
@@ -392,6 +423,11 @@ def _kept(earlier: EarlierScores, entries: Sequence[ResultEntry]) -> _Kept:
     for old in earlier.get("results", ()):
         pair = (old["method"], old["dataset"])
         if pair in new:
+            if new[pair]["data_hash"] != old.get("data_hash"):
+                console.note(
+                    f"The earlier scores of {old['method']} on {old['dataset']} were those of "
+                    "other images: they are replaced."
+                )
             results.append(new.pop(pair))
             gone.add(pair)
         elif old["method"] in weights and old.get("weights") != weights[old["method"]]:

@@ -45,6 +45,7 @@ class ModelSource:
         precision: fp32, bf16 or fp16.
         baseline: ``all_foreground``: the scores of marking every pixel as object, which a model
             has to beat.
+        zoom: images were looked at in two sizes.
     """
 
     checkpoint: str
@@ -52,6 +53,7 @@ class ModelSource:
     img_size: int
     precision: str
     baseline: dict[str, dict[str, float]]
+    zoom: bool = False
 
     def entry(self) -> SourceEntry:
         """Return it as ``scores.json`` holds it."""
@@ -61,6 +63,7 @@ class ModelSource:
             "img_size": self.img_size,
             "precision": self.precision,
             "baseline": self.baseline,
+            "zoom": self.zoom,
         }
 
 
@@ -113,6 +116,7 @@ class EvaluationResult:
         shots: scores by the number of references; None: not asked for.
         modalities: scores by what the model is shown of each image; None: it takes photographs
             alone, or the images have nothing else.
+        split: of the images: test, val or train; all: the data set has none. "": maps.
     """
 
     dataset: str
@@ -134,6 +138,7 @@ class EvaluationResult:
     presence: PresenceScores | None = None
     shots: ShotTable | None = None
     modalities: SubsetTable | None = None
+    split: str = ""
 
     def to_dict(self) -> ResultEntry:
         """Return the entry of ``scores.json``: all values, with those of ``source`` beside them."""
@@ -162,6 +167,7 @@ class EvaluationResult:
             "curves": self.curves,
             "seconds": self.seconds,
             "unreadable": self.unreadable,
+            "split": self.split,
             **asked,
             "num_unreadable": len(self.unreadable),
             **self.source.entry(),

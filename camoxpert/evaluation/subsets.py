@@ -91,6 +91,8 @@ def score_subsets(
         for subset, evaluator in evaluators.items()
         if evaluator.num_images
     )
+    scored = {row["name"] for row in base.rows()}
+    have = counted((pair for pair in manifest.pairs if pair.name in scored), names)
     return SubsetTable(base.num_images, have, rows, *_over(rows))
 
 

@@ -255,18 +255,21 @@ def _cell(result: ResultEntry, key: str, best: str | None) -> Cell:
 
 
 def _comparisons(pairs: Sequence[ComparisonEntry]) -> Comparisons:
-    measures = _short(pairs[0]["measures"])
+    # Pairs of an earlier evaluation may have other measures.
+    measures = _short(list(dict.fromkeys(key for pair in pairs for key in pair["measures"])))
     shown = [
         (
             f"{pair['a']} − {pair['b']}",
-            [_difference(pair["measures"][key]) for key in measures],
+            [_difference(pair["measures"].get(key)) for key in measures],
         )
         for pair in pairs[:PAIRS_SHOWN]
     ]
     return Comparisons(measures, shown, max(0, len(pairs) - PAIRS_SHOWN))
 
 
-def _difference(value: Mapping[str, float]) -> Difference:
+def _difference(value: Mapping[str, float] | None) -> Difference:
+    if value is None:
+        return Difference(text="-", hint="", p_value="")
     return Difference(
         text=f"{value['difference']:+.3f}",
         hint=f"95 % interval {value['low']:+.3f} to {value['high']:+.3f}",

@@ -316,10 +316,9 @@ def _ordered(components: Iterable[str]) -> list[str]:
 
 
 def _doubled(batch: Batch) -> Batch:
+    """Return the batch with every image twice."""
     return replace(
-        batch,
-        images=torch.cat([batch.images, batch.images]),
-        masks=torch.cat([batch.masks, batch.masks]),
+        batch.changed(lambda tensor: torch.cat([tensor, tensor])),
         names=batch.names * 2,
         sizes=batch.sizes * 2,
         indices=[*batch.indices, *batch.indices],

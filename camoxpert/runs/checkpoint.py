@@ -48,6 +48,7 @@ class StateValues(TypedDict, total=False):
     skipped: int
     skipped_in_a_row: int
     seconds: float
+    ended: str
 
 
 class EmaValues(TypedDict):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,15 +216,21 @@ def _locked(folder: Path) -> FileLock | None:
 def _candidates(
     config: Config, now: Mapping[str, str], data_hash: Callable[[], str]
 ) -> Iterator[Path]:
-    """Yield name, name-2, name-3, ... as far as they exist, newest first; then stopped runs with
+    """Yield those of name, name-2, name-3, ... that exist, newest first; then stopped runs with
     the same settings under another name: their paths were written another way."""
     parent, name = Path(config.run.dir), run_name(config)
-    found, folder = [], parent / name
-    while folder.is_dir():
-        found.append(folder)
-        folder = parent / f"{name}-{len(found) + 1}"
-    yield from found[::-1]
-    if config.run.name or not parent.is_dir():
+    if not parent.is_dir():
+        return
+    numbered = re.compile(re.escape(name) + r"-([2-9]|[1-9]\d+)")
+    numbers = {
+        path: int(match[1])
+        for path in parent.iterdir()
+        if (match := numbered.fullmatch(path.name)) and path.is_dir()
+    }
+    found = sorted(numbers, key=numbers.__getitem__, reverse=True)
+    found += [parent / name] if (parent / name).is_dir() else []
+    yield from found
+    if config.run.name:
         return
     others = [
         path

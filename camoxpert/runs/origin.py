@@ -128,7 +128,11 @@ def backbone_origin(model: ModelConfig) -> BackboneOrigin:
 
 
 def scored(checkpoint: Path) -> list[SharedResult]:
-    """Return the test scores in a run folder that are of this checkpoint's file."""
+    """Return the test scores in a run folder that are of this checkpoint's file.
+
+    Scores of images that it was trained or chosen with are none, nor are those at two sizes, which
+    are of another way to use it.
+    """
     entries = _read(checkpoint, "evaluation/scores.json").get("results")
     ours = [entry for entry in entries or () if _names_its_weights(entry)]
     if not ours or not checkpoint.is_file():
@@ -136,8 +140,10 @@ def scored(checkpoint: Path) -> list[SharedResult]:
     digest = file_digest(checkpoint)
     kept = []
     for entry in ours:
-        # Scores at two sizes are those of another way to use it.
-        if entry["weights"] == digest and not str(entry.get("method")).endswith("-zoom"):
+        # Older releases say zoom by the name alone.
+        zoomed = entry.get("zoom") or str(entry.get("method")).endswith("-zoom")
+        other_split = entry.get("split") in ("train", "val")
+        if entry["weights"] == digest and not zoomed and not other_split:
             row: SharedResult = {
                 "dataset": entry.get("dataset"),
                 "num_images": entry.get("num_images"),

@@ -55,5 +55,8 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-DESCRIBING = ("name", "object_fraction", "num_objects", "texture", "contrast", "presence")
+DESCRIBING = (
+    *("name", "object_fraction", "num_objects", "texture", "contrast", "presence"),
+    "mask_fraction",
+)
 """Columns that are not scores."""

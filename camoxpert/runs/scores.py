@@ -149,6 +149,7 @@ class SourceEntry(TypedDict, total=False):
     weights: str
     img_size: int
     precision: str
+    zoom: bool
     baseline: dict[str, dict[str, float]]
     num_missing: int
     num_extra: int
@@ -173,6 +174,7 @@ class ResultEntry(AskedTables, SourceEntry):
     seconds: float
     unreadable: Sequence[str]
     num_unreadable: int
+    split: NotRequired[str]  # not in files of older releases
 
 
 class ComparisonEntry(TypedDict):
@@ -239,6 +241,7 @@ class RunResult(AskedTables, SourceEntry, total=False):
     seconds: float
     unreadable: Sequence[str]
     num_unreadable: int
+    split: str
     gallery: dict[str, list[RunPicture]]
 
 

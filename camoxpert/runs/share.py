@@ -74,8 +74,9 @@ def write_shared(
     weights = {name: t.contiguous() for name, t in checkpoint.evaluated_weights.items()}
     try:
         metadata = {LIBRARY: json.dumps(about)}
-        write_bytes(folder / SHARED, save(weights, metadata), durable=True)
+        # The settings first: a folder that holds them is known to be ours.
         write_json(folder / SETTINGS, {"library_name": LIBRARY, **about})
+        write_bytes(folder / SHARED, save(weights, metadata), durable=True)
         write_bytes(folder / CARD, card(about, repo).encode(errors="replace"))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}.") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ from camoxpert.runs.checkpoint import (
     load_checkpoint,
     read_index,
 )
+
+NUMBERED = re.compile(r"step_\d{8,}\.pt")
+"""Names of resumable checkpoints; others are the user's."""
 
 
 class CheckpointFolder:
@@ -78,16 +82,34 @@ class CheckpointFolder:
         self._forget_strays()
         return path
 
-    def _forget_strays(self) -> None:
-        """Remove files left by a process that died between writing the index and deleting them.
+    def _adopt(self) -> None:
+        """List the files of a lost index, old ones for good: it knew which of them were to stay."""
+        if read_index(self.folder):
+            return
+        entries: list[IndexEntry] = [
+            {
+                "file": path.name,
+                "step": int(path.stem.removeprefix("step_")),
+                "bytes": path.stat().st_size,
+                "sha256": file_digest(path),
+            }
+            for path in self._numbered()
+        ]
+        for entry in entries[: -self.keep]:
+            entry["stays"] = True
+        if entries:
+            self._write_index(entries)
 
-        Not while the index is new: if it was lost, those files are all that is left.
-        """
+    def _numbered(self) -> list[Path]:
+        """Return the files whose names this class gives to resumable checkpoints, by step."""
+        return sorted(p for p in self.folder.glob("step_*.pt") if NUMBERED.fullmatch(p.name))
+
+    def _forget_strays(self) -> None:
+        """Remove files left by a process that died between writing the index and deleting them."""
         listed = {e["file"] for e in read_index(self.folder)}
-        if len(listed - {BEST}) >= self.keep:
-            for path in self.folder.glob("step_*.pt"):
-                if path.name not in listed:
-                    path.unlink(missing_ok=True)
+        for path in self._numbered():
+            if path.name not in listed:
+                path.unlink(missing_ok=True)
 
     def save_best(
         self, values: CheckpointValues, *, step: int, about: IndexFacts | None = None
@@ -186,6 +208,7 @@ class CheckpointFolder:
             )
         self.folder.mkdir(exist_ok=True)
         self.clean()
+        self._adopt()
         path = self.folder / name
         temporary = path.with_suffix(".pt.tmp")
         needed = tensor_bytes(values)

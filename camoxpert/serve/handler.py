@@ -208,7 +208,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, answer: Answer) -> None:
         self.close_connection = True
-        self.connection.settimeout(self.server.patience.send)
+        # The limit of a socket is for all that is sent at once, not for a piece of it.
+        longer = len(answer.body) / MOST_BYTES
+        self.connection.settimeout(self.server.patience.send * (1 + longer))
         self.send_response(answer.status)
         for header in answer.all_headers:
             self.send_header(*header)

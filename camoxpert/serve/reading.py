@@ -24,7 +24,7 @@ class Patience:
         head: for the request line and the headers.
         body: for all of a body; by default 20 MB at 3 Mbit/s.
         work: for the image to be worked on, and those before it.
-        send: for all of an answer to be taken.
+        send: for all of an answer to be taken, and as long again for every 20 MB of it.
         rest: for the rest of a body that was refused. A connection that is closed before is an
             error to a browser, which then shows no answer.
         closing: for answers to be taken when the server is stopped; the image that is being

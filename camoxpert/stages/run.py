@@ -13,6 +13,7 @@ from camoxpert.config import Config
 from camoxpert.data.cache.choice import cache_root
 from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.runs.checkpoint import BEST, load_checkpoint
+from camoxpert.runs.folder import run_name
 from camoxpert.runs.info import update_run_json
 from camoxpert.runs.records import StageRecord, read_info
 from camoxpert.stages import store
@@ -181,8 +182,16 @@ def _obtain(
 
 def _run_folder(one: Planned, folder: Path | None) -> Path:
     """Return where a stage before the last is trained; the name says what it depends on."""
-    place = folder or Path(one.stage.config.run.dir)
-    return place / f"{one.stage.name}-{one.facts.key}"
+    config = _named(one, folder)
+    return Path(config.run.dir) / run_name(config)
+
+
+def _named(one: Planned, folder: Path | None) -> Config:
+    """Return the settings of a stage before the last, with the name and place of its run."""
+    config = one.stage.config
+    place = str(folder or config.run.dir)
+    name = f"{one.stage.name}-{one.facts.key}"
+    return replace(config, run=replace(config.run, dir=place, name=name))
 
 
 def _finished(run: Path) -> Path | None:
@@ -201,9 +210,7 @@ def _train(
     one: Planned, parent: str, deadline: _Deadline, argv: Sequence[str], folder: Path | None
 ) -> Path:
     """Train a stage as a run of its own; return its folder."""
-    config = _starting_from(one.stage.config, parent, deadline)
-    path = _run_folder(one, folder)
-    config = replace(config, run=replace(config.run, dir=str(path.parent), name=path.name))
+    config = _starting_from(_named(one, folder), parent, deadline)
     return session.run(config, argv=argv).path
 
 

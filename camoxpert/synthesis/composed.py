@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from camoxpert import console
+from camoxpert.data.files.image_io import probe
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import file_digest
 from camoxpert.inference.job import BatchResult
@@ -99,21 +100,29 @@ def compose_sources(
         DataError: no sources, a source is a test image, or files cannot be written.
         Stopped: the command was asked to stop.
     """
-    pictures = _pictures(sources, masks) if sources.roots else _Pictures()
-    cutouts = _cutouts(sources, options.cutouts)
-    given = _backgrounds(sources, options.backgrounds)
+    lists = [
+        sources,
+        *(replace(sources, roots=r, masks=False) for r in (options.cutouts, options.backgrounds)),
+    ]
+    pictures = _pictures(sources, masks, beside=lists[1:]) if sources.roots else _Pictures()
+    cutouts = _unmasked(lists[1], "cut-out", beside=[lists[0], lists[2]])
+    given = _unmasked(lists[2], "background", beside=lists[:2])
     objects = [*pictures.sources, *cutouts.sources]
     grounds = given.sources or pictures.sources
     if not grounds:
         raise ConfigError(
             "Cut-outs need backgrounds: --backgrounds DIR names folders of images or data sets."
         )
-    files = pictures.files | cutouts.files | given.files
+    files = _all_files(pictures, cutouts, given)
     broken = [*pictures.broken, *cutouts.broken, *given.broken]
     shared = grounds is pictures.sources
-    objects = _sound(objects, broken, cut=True)
+    objects = _sound(objects, broken, sources.max_pixels, cut=True)
     whole = {source.image for source in objects}
-    grounds = [s for s in grounds if s.image in whole] if shared else _sound(grounds, broken)
+    grounds = (
+        [s for s in grounds if s.image in whole]
+        if shared
+        else (_sound(grounds, broken, sources.max_pixels))
+    )
     if not objects or not grounds:
         what = "background" if objects else "object"
         raise DataError(f"No {what} is left to compose images of: {broken[0][0]}: {broken[0][1]}")
@@ -168,10 +177,22 @@ def compose_sources(
     return ComposeResult(make_images(job, work, after=write_page if options.page else None), broken)
 
 
-def _pictures(options: SourceOptions, masks: MaskOptions) -> _Pictures:
+def _all_files(*found: _Pictures) -> dict[str, SourceFile]:
+    """Return the files of all pictures; one that any list knows as a test image stays that."""
+    files: dict[str, SourceFile] = {}
+    for pictures in found:
+        for path, known in pictures.files.items():
+            if path not in files or not files[path].leak:
+                files[path] = known
+    return files
+
+
+def _pictures(
+    options: SourceOptions, masks: MaskOptions, beside: Sequence[SourceOptions]
+) -> _Pictures:
     """Return the pictures of data sets, with masks."""
-    found = find_sources(options, what="source")
-    masked = with_masks(found.pairs, masks)
+    found = find_sources(options, what="source", beside=beside)
+    masked = with_masks(found.pairs, found.names, masks)
     pictures = _Pictures(
         tests=found.tests,
         compared=found.compared,
@@ -186,18 +207,12 @@ def _pictures(options: SourceOptions, masks: MaskOptions) -> _Pictures:
     return pictures
 
 
-def _cutouts(options: SourceOptions, roots: Sequence[str]) -> _Pictures:
-    """Return RGBA pictures, whose alpha is their mask."""
-    return _unmasked(options, roots, "cut-out") if roots else _Pictures()
-
-
-def _backgrounds(options: SourceOptions, roots: Sequence[str]) -> _Pictures:
-    """Return backgrounds: with the masks of data sets, or without any."""
-    return _unmasked(options, roots, "background") if roots else _Pictures()
-
-
-def _unmasked(options: SourceOptions, roots: Sequence[str], what: str) -> _Pictures:
-    found = find_sources(replace(options, roots=roots, masks=False), what=what)
+def _unmasked(options: SourceOptions, what: str, beside: Sequence[SourceOptions]) -> _Pictures:
+    """Return RGBA pictures, whose alpha is their mask, or backgrounds: with the masks of data sets,
+    or without any."""
+    if not options.roots:
+        return _Pictures()
+    found = find_sources(options, what=what, beside=beside)
     pictures = _Pictures(tests=found.tests, compared=found.compared)
     for position, (name, pair) in enumerate(zip(found.names, found.pairs, strict=True)):
         mask = str(pair.mask) if pair.labeled and what == "background" else ""
@@ -225,15 +240,22 @@ def _guard(*found: _Pictures) -> LeakGuard:
 
 
 def _sound(
-    sources: Sequence[Source], broken: list[tuple[object, str]], *, cut: bool = False
+    sources: Sequence[Source],
+    broken: list[tuple[object, str]],
+    max_pixels: int,
+    *,
+    cut: bool = False,
 ) -> list[Source]:
-    """Return the pictures that can be decoded; add the others to ``broken``.
+    """Return the pictures that can be decoded and are not too large; add the others to ``broken``.
 
     ``cut``: objects are cut from them, so that those without a mask must be RGBA pictures.
     """
 
     def why(source: Source) -> str:
         try:
+            for path in (source.image, source.mask):
+                if path:
+                    probe(path, max_pixels=max_pixels)
             if cut and not source.mask:
                 read_picture(source.name, source.image)
             else:

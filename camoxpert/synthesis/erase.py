@@ -39,6 +39,10 @@ SEARCHED = 192
 """Longer side of the picture in which pieces are looked for."""
 SMALLEST = 8
 """A part of at most this many pixels along its longer side is not divided further."""
+AROUND = 24
+"""Pixels around a part that is diffused: what lies further away has no influence on it."""
+MOST_PARTS = 500
+"""A hole in more parts than this has hardly any pieces to be filled with: a net, a fence."""
 LARGEST_HOLE = 0.6
 """Share of a picture that may be taken out."""
 ALIKE = 1.1
@@ -76,7 +80,7 @@ def erase(
         rng: draws among pieces that fit equally well.
 
     Raises:
-        ValueError: the region covers too much of the picture.
+        ValueError: the region covers too much of the picture, or leaves no pieces to fill it with.
     """
     hole = widened(region)
     if hole.mean() > LARGEST_HOLE:
@@ -174,7 +178,13 @@ class _Filler:
         self._source = self._shrunk(self.pixels)
 
     def fill(self, part: np.ndarray) -> None:
-        """Fill a part of the hole, bool (H, W)."""
+        """Fill a part of the hole, bool (H, W).
+
+        Raises:
+            ValueError: hardly any piece of the background can be copied.
+        """
+        if self.parts >= MOST_PARTS:
+            raise ValueError("the background is in pieces too small to be copied from")
         top, left, bottom, right = box_of(part)
         shift = self._find(part)
         if shift is not None:
@@ -287,10 +297,16 @@ class _Filler:
         self.parts += 1
 
     def _diffuse(self, part: np.ndarray) -> None:
-        image = np.clip(np.rint(self.pixels * 255), 0, 255).astype(np.uint8)
-        unknown = (~self.known | part).astype(np.uint8)
+        # The whole picture would take as long for each of hundreds of small parts.
+        top, left, bottom, right = box_of(part)
+        near = (
+            slice(max(0, top - AROUND), bottom + AROUND),
+            slice(max(0, left - AROUND), right + AROUND),
+        )
+        image = np.clip(np.rint(self.pixels[near] * 255), 0, 255).astype(np.uint8)
+        unknown = (~self.known[near] | part[near]).astype(np.uint8)
         filled = cv2.inpaint(image, unknown, 3, cv2.INPAINT_TELEA)
-        self.pixels[part] = filled[part].astype(np.float32) / 255
+        self.pixels[part] = filled[part[near]].astype(np.float32) / 255
         self.known = self.known | part
         self.parts += 1
         self.smooth += int(part.sum())

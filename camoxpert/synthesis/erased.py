@@ -54,7 +54,7 @@ def erase_sources(
         Stopped: the command was asked to stop.
     """
     found = find_sources(sources)
-    masked = with_masks(found.pairs, masks)
+    masked = with_masks(found.pairs, found.names, masks)
     items = items_of(found, masked)
     product = product_of(options.image_format)
     spec = EraseSpec(

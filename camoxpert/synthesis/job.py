@@ -10,19 +10,19 @@ from typing import Any
 
 from camoxpert import console, stop
 from camoxpert.data.cache.stages import HIT
-from camoxpert.data.files.listing import is_side_file
+from camoxpert.data.files.listing import is_image_name, is_side_file
 from camoxpert.errors import ConfigError
 from camoxpert.files import write_json
 from camoxpert.inference.devices import DeviceEngine
 from camoxpert.inference.engine import ChunkResult, Spec
 from camoxpert.inference.job import BatchResult, Engine, audit, do_items
-from camoxpert.inference.ledger import Ledger, open_ledger
+from camoxpert.inference.ledger import FAILED, Ledger, open_ledger
 from camoxpert.inference.local import LocalEngine
 from camoxpert.inference.plan import Made, make_plan, remove_unfinished
 from camoxpert.inference.products import Product
 from camoxpert.runs.jobs import JobSummary, SourceNotes
-from camoxpert.synthesis.records import KINDS, PROVENANCE, TABLE, Head, write_provenance
-from camoxpert.text import count
+from camoxpert.synthesis.records import FORMATS, KINDS, PROVENANCE, TABLE, Head, write_provenance
+from camoxpert.text import count, shorten
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,15 @@ def make_images(
                 result.summary = engine.summary()
                 if result.summary.get("deaths"):
                     remove_unfinished(job.output, job.product)
+                # What an earlier call made of a source that fails now has no row any more.
+                _remove(job, [i.name for i in plan.todo if ledger.index.status(i.name) == FAILED])
         finally:
             with stop.current().deferred():
                 ledger.finish(order, complete=False)
                 if plan.todo or not (job.output / PROVENANCE).is_file():
                     write_provenance(ledger)
         audit(ledger, plan, result, job.product.item)
+        _note_others(job, ledger)
         if result.summary:
             result.summary = {
                 **result.summary,
@@ -150,13 +153,25 @@ def make_images(
 
 def _require_own_folder(job: Job) -> None:
     """Refuse to put made images among others: they would be mixed with a real data set."""
-    for name in job.product.folders.values():
-        folder = job.output / name
-        if folder.is_dir() and any(not is_side_file(path.name) for path in folder.iterdir()):
+    for folder in (*(job.output / name for name in job.product.folders.values()), job.output):
+        if folder.is_dir() and any(_is_data(path, job) for path in folder.iterdir()):
             raise ConfigError(
                 f"{folder} holds files, and no {job.product.ledger} in {job.output} says that they "
                 "were made. Made images are not put among others: name a new folder with -o."
             )
+
+
+def _is_data(path: Path, job: Job) -> bool:
+    """Return whether a file or folder may belong to a data set that lies in the output already.
+
+    As a data set of another layout it would not be read any more beside what is made.
+    """
+    if is_side_file(path.name):
+        return False
+    if path.is_dir():
+        top = {Path(name).parts[0] for name in job.product.folders.values()}
+        return path.name not in top or path.parent != job.output
+    return path.parent != job.output or is_image_name(path)
 
 
 def _remove_others(job: Job, ledger: Ledger) -> None:
@@ -165,11 +180,31 @@ def _remove_others(job: Job, ledger: Ledger) -> None:
         return
     names = {item.name for item in job.items}
     others = [name for name in ledger.made if name not in names]
-    for name in others:
-        for kind in KINDS:
-            job.product.path(job.output, kind, name).unlink(missing_ok=True)
+    # Those of this call may have been written in another format.
+    _remove(job, ledger.made)
     if others:
         console.note(f"{count(len(others), 'image')} made with other settings are removed")
+
+
+def _remove(job: Job, names: Sequence[str]) -> None:
+    """Remove the files of images, in whichever format they were written."""
+    for name in names:
+        for kind in KINDS:
+            path = job.product.path(job.output, kind, name)
+            for suffix in {path.suffix, *FORMATS.values()}:
+                path.with_name(path.name.removesuffix(path.suffix) + suffix).unlink(missing_ok=True)
+
+
+def _note_others(job: Job, ledger: Ledger) -> None:
+    """Say which images stay whose sources are not among those of this call."""
+    names = {item.name for item in job.items}
+    others = [name for name in ledger.made if name not in names]
+    if others:
+        console.warn(
+            f"{count(len(others), 'image')} of an earlier call stay in {job.output}, and this call "
+            f"would not make them: {shorten(others)}. Their sources are not among those given now, "
+            "or have other names. If they should not be trained on, make all in a new folder"
+        )
 
 
 def _engine(job: Job, work: Work) -> Engine:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert.data.cache.stages import OFF, StageCache, content_key, settings_key
-from camoxpert.data.files.image_io import read_levels
+from camoxpert.data.files.image_io import MAX_PIXELS, read_levels
 from camoxpert.errors import DataError
 from camoxpert.inference.plan import state_of
 from camoxpert.runs.jobs import SourceFacts
@@ -115,7 +115,9 @@ def read_source(item: RelightItem, how: Reading, seconds: dict[str, float]) -> L
     started = time.monotonic()
     before = state_of(item.files)
     pixels, mask = read_object(item, how.size, max_pixels=how.max_pixels, what="relight")
-    depth = None if item.depth is None else read_depth(item.depth, mask.shape)
+    depth = None
+    if item.depth is not None:
+        depth = read_depth(item.depth, mask.shape, max_pixels=how.max_pixels)
     decoded = time.monotonic()
     stacked = np.concatenate([pixels.transpose(2, 0, 1), mask[None]])
     content = [hashlib.sha256(part.tobytes()).hexdigest() for part in (pixels, mask)]
@@ -154,14 +156,21 @@ def _tensor(found: NDArray[Any] | None) -> Tensor | None:
     return None if found is None else torch.from_numpy(found)
 
 
-def read_depth(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def read_depth(
+    path: Path, shape: tuple[int, ...], *, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.float32]:
     """Return a depth map, whose larger values are nearer, at the size of its image.
+
+    What is not a number or infinite is as far away as what is farthest: nobody measured it.
 
     Raises:
         DataError: it cannot be read, or holds a single value.
     """
-    levels = read_levels(path).levels.astype(np.float32)
-    if levels.max() <= levels.min():
+    levels = read_levels(path, max_pixels=max_pixels).levels.astype(np.float32)
+    known = np.isfinite(levels)
+    if known.any():
+        levels = np.where(known, levels, levels[known].min())
+    if not known.any() or levels.max() <= levels.min():
         raise DataError(f"The depth map {path} holds a single value.")
     if levels.shape != shape:
         resized = cv2.resize(levels, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)

@@ -25,7 +25,13 @@ from camoxpert.data.cache.stages import (
     require_hits,
     settings_key,
 )
-from camoxpert.data.files.image_io import probe, read_map, write_png
+from camoxpert.data.files.image_io import (
+    MAX_PIXELS,
+    UNLIMITED,
+    probe,
+    read_map,
+    write_png,
+)
 from camoxpert.data.files.listing import list_files
 from camoxpert.data.files.names import match_names
 from camoxpert.data.files.pairing import Pair, by_name
@@ -107,8 +113,13 @@ def kind_of(source: str) -> str:
     return "model"
 
 
-def with_masks(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
+def with_masks(pairs: Sequence[Pair], names: Sequence[str], options: MaskOptions) -> Masked:
     """Return the sources with masks from where the options say; say what the cache had.
+
+    Args:
+        pairs: the sources.
+        names: of the sources, unique: those of several data sets are told apart by it.
+        options: where masks come from.
 
     Raises:
         ConfigError: a mask is not cached, under ``--strict-cache``; or no source got a mask.
@@ -118,35 +129,35 @@ def with_masks(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
     kind = kind_of(options.source)
     if kind == GROUND_TRUTH:
         return Masked(tuple(pairs))
-    masked = (_from_maps if kind == "maps" else _from_model)(pairs, options)
+    masked = _from_maps(pairs, names, options) if kind == "maps" else _from_model(pairs, options)
     if masked.failed and len(masked.failed) == len(masked.pairs):
         reason = next(iter(masked.failed.values()))
         raise ConfigError(f"--mask-source {options.source} gave no mask: {reason}")
     return masked
 
 
-def _from_maps(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
+def _from_maps(pairs: Sequence[Pair], names: Sequence[str], options: MaskOptions) -> Masked:
     """Cut maps at one half, at the size of their images."""
     root = Path(options.source)
     maps, _ = by_name(list_files(root, nested=True).images, root)
-    matched = match_names(
-        [pair.name for pair in pairs], maps, advice=f"Keep the maps of one kind in {root}."
-    )
+    matched = match_names(names, maps, advice=f"Keep the maps of one kind in {root}.")
     if matched.rule:
         console.note(f"maps in {root} matched by a rule: {matched.rule}")
-    missing = [pair.name for pair in pairs if pair.name not in matched.partner]
+    missing = [name for name in names if name not in matched.partner]
     if missing:
         raise DataError(
             f"--mask-source {root}: {len(missing)} of {len(pairs)} images have no map: "
-            f"{shorten(missing)}. A map must have its image's name."
+            f"{shorten(missing)}. A map must have its image's name; those of several data sets lie "
+            f"in a folder for each."
         )
     found: list[Pair] = []
     failed: dict[Path, str] = {}
     outcomes: Counter[str] = Counter()
     misses: list[tuple[object, str]] = []
     folder = options.folder / "mask" / settings_key({"maps": 1, "cut": CUT})
-    for pair in console.track(pairs, "masks from maps", total=len(pairs)):
-        path = maps[matched.partner[pair.name]]
+    named = zip(pairs, names, strict=True)
+    for pair, name in console.track(named, "masks from maps", total=len(pairs)):
+        path = maps[matched.partner[name]]
         target = folder / f"{content_key(file_digest(path))}.png"
         outcome = _state(target)
         outcomes[outcome] += 1
@@ -154,7 +165,7 @@ def _from_maps(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
             misses.append((pair.image, outcome))
         elif outcome != HIT:
             try:
-                write_png(target, _cut(path))
+                write_png(target, _cut(path, options.max_pixels))
             except DataError as error:
                 failed[pair.image] = str(error)
         found.append(replace(pair, mask=target, any_size=True, labeled=True))
@@ -163,8 +174,9 @@ def _from_maps(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
     return Masked(tuple(found), f"maps in {root}", 0, failed)
 
 
-def _cut(path: Path) -> np.ndarray:
-    return np.where(read_map(path) > CUT, np.uint8(255), np.uint8(0))
+def _cut(path: Path, max_pixels: int | None) -> np.ndarray:
+    map_HW = read_map(path, max_pixels=max_pixels or MAX_PIXELS)
+    return np.where(map_HW > CUT, np.uint8(255), np.uint8(0))
 
 
 def _from_model(pairs: Sequence[Pair], options: MaskOptions) -> Masked:
@@ -224,7 +236,8 @@ def _state(mask: Path) -> str:
     if not mask.is_file():
         return NOT_MADE
     try:
-        probe(mask)
+        # Our own file: it is as large as its image, which was not too large.
+        probe(mask, max_pixels=UNLIMITED)
         require_checksums(mask)
     except (DataError, OSError, ValueError, SyntaxError):
         return CORRUPT

@@ -87,7 +87,7 @@ def relight_sources(
         Stopped: the command was asked to stop.
     """
     found = find_sources(sources)
-    masked = with_masks(found.pairs, masks)
+    masked = with_masks(found.pairs, found.names, masks)
     depth = _depth_maps(options.depth_maps, found)
     items = items_of(found, masked, options, depth)
     product = product_of(options.image_format)
@@ -184,7 +184,7 @@ def _depth_maps(folder: str | None, found: Sources) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"--depth-maps: {why_missing(root, 'folder')}")
     maps, _ = by_name(list_files(root, nested=True).images, root)
-    names = [pair.name for pair in found.pairs]
+    names = list(found.names)
     matched = match_names(names, maps, advice=f"Keep the maps of one kind in {root}.")
     missing = [name for name in names if name not in matched.partner]
     if missing:

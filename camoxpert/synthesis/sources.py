@@ -6,6 +6,7 @@ with its name, or, where that is wanted, marked in the provenance of all that is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from camoxpert.data.files.manifest import (
     Search,
     load_eval,
     manifest_of,
+    read_all,
     without,
     without_split,
 )
 from camoxpert.data.files.pairing import Pair, by_name, group_of
 from camoxpert.data.files.provenance import read_origins
-from camoxpert.data.files.roots import Root, read_roots
+from camoxpert.data.files.roots import Root
 from camoxpert.doctor.leaks import LeakSearch, find_leaks
 from camoxpert.errors import DataError
 from camoxpert.files import why_missing
@@ -80,12 +82,15 @@ class Sources:
     compared: int = 0
 
 
-def find_sources(options: SourceOptions, *, what: str = "source") -> Sources:
+def find_sources(
+    options: SourceOptions, *, what: str = "source", beside: Sequence[SourceOptions] = ()
+) -> Sources:
     """Return the images of training splits, or of data without splits, after the leak guard.
 
     Args:
         options: where they come from.
         what: an image is called in messages.
+        beside: where further sources of the same job come from: their test sets are guarded, too.
 
     Raises:
         DataError: nothing was found, or an image is a test image.
@@ -98,10 +103,11 @@ def find_sources(options: SourceOptions, *, what: str = "source") -> Sources:
         for manifest in theirs:
             tests[free_name(manifest.dataset, tests)] = manifest
     known = {pair.image.resolve() for manifest in tests.values() for pair in manifest.pairs}
-    for manifest in _test_sets(options):
+    for manifest in (*_test_sets(options), *_tests_beside(beside)):
         # The test set of the data itself may be named as well.
         if any(pair.image.resolve() not in known for pair in manifest.pairs):
             tests[free_name(manifest.dataset, tests)] = manifest
+            known |= {pair.image.resolve() for pair in manifest.pairs}
     for manifest in train:
         for note in manifest.notes:
             console.note(note)
@@ -186,19 +192,26 @@ def _read(options: SourceOptions) -> list[tuple[list[Manifest], list[Manifest]]]
         found = None if options.masks else _plain(Path(root), options)
         if found is not None:
             plain[root] = found
-    search = options.search
-    others = iter(
-        read_roots(
-            [root for root in options.roots if root not in plain],
-            layout=search.layout,
-            noncam=search.noncam,
-            allow_outside=search.allow_outside,
-            any_size=search.any_size,
-        )
-    )
+    plain = _distinct(plain)
+    others = iter(read_all([root for root in options.roots if root not in plain], options.search))
     return [
         ([plain[root]], []) if root in plain else _divided(next(others)) for root in options.roots
     ]
+
+
+def _tests_beside(others: Sequence[SourceOptions]) -> list[Manifest]:
+    """Return the test sets in the data of further sources."""
+    found: list[Manifest] = []
+    for options in others:
+        for root in options.roots:
+            if not Path(root).exists():
+                raise DataError(why_missing(root))
+            if not options.masks and _plain(Path(root), options) is not None:
+                continue
+            (read,) = read_all([root], options.search)
+            tested = [p for p in read.pairings if p.found.source.split == "test"]
+            found += [manifest_of(pairing) for pairing in tested]
+    return found
 
 
 def _divided(read: Root) -> tuple[list[Manifest], list[Manifest]]:
@@ -217,6 +230,19 @@ def _divided(read: Root) -> tuple[list[Manifest], list[Manifest]]:
         splits = ", ".join(sorted(by_split))
         raise DataError(f"{read.path} has no training split (found: {splits}).")
     return found, tests
+
+
+def _distinct(plain: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    """Tell folders of the same name apart by the folder above, as data sets are."""
+    doubled = [name for name, n in Counter(m.dataset for m in plain.values()).items() if n > 1]
+    found = {}
+    for root, manifest in plain.items():
+        name = manifest.dataset
+        if name in doubled:
+            name = f"{Path(root).resolve().parent.name}-{name}"
+        pairs = tuple(replace(pair, dataset=name) for pair in manifest.pairs)
+        found[root] = replace(manifest, pairs=pairs, dataset=name)
+    return found
 
 
 def _plain(path: Path, options: SourceOptions) -> Manifest | None:

@@ -146,7 +146,8 @@ def find_data(
             f"{len(unmatched)} of {len(clean)} rows of the clean list name no image here, for "
             f"example {'/'.join(unmatched[0])}",
         )
-    if cache is None and data.cache == "auto" and config.train.quick != QuickConfig():
+    quick = config.train.quick != QuickConfig() and not data.strict_cache
+    if cache is None and data.cache == "auto" and quick:
         console.decide("cache", "none: a quick run decodes what it needs")
     else:
         cache = _decide_cache(cache, verdict, every, config, world, write=write)

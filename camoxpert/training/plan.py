@@ -70,8 +70,9 @@ class Plan:
         return min(step / max(self.steps, 1), 1.0)
 
     def stage_of_epoch(self, epoch: int) -> Stage:
-        """Return the stage that ``epoch`` (from 0) belongs to."""
-        return next(stage for stage in self.stages if epoch < stage.last_epoch)
+        """Return the stage that ``epoch`` (from 0) belongs to, the last one behind its end: a run
+        may have done more epochs than it is to have now."""
+        return next((one for one in self.stages if epoch < one.last_epoch), self.stages[-1])
 
     def step_of(self, epoch: int, done: int) -> int:
         """Return the optimizer step that follows ``done`` steps of an epoch."""

@@ -117,10 +117,19 @@ def choose_recipe(
         f"{word} {values[path]:g}{' (as asked)' if given[path] is not None else ''}"
         for path, word in zip(GOVERNED, SHOWN, strict=True)
     )
+    if not values["train.stage1_epochs"]:
+        shown += _of_stage2(asked)
     config = build_config({**changed_settings(asked), **values})
     # What was unset may contradict what was set: --min-lr 0.1.
     check_conflicts(config)
     return Recipe(config, values, f"{name} ({why}): {shown}")
+
+
+def _of_stage2(asked: Config) -> str:
+    """Return which settings of stage 2 hold for the whole run, as there is no stage 1."""
+    given = (("lr", asked.optim.stage2_lr), ("batch-size", asked.train.stage2_batch_size))
+    texts = [f"--stage2-{flag} {value:g} in place of --{flag}" for flag, value in given if value]
+    return f"; there is no stage 1, so everything takes {' and '.join(texts)}" if texts else ""
 
 
 def _choose(name: str, steps: int) -> tuple[str, str]:

@@ -43,6 +43,7 @@ class TrainState:
         skipped: optimizer steps skipped for non-finite values, in total.
         skipped_in_a_row: the same since the last good step.
         seconds: wall time spent training, over all sessions.
+        ended: why training ends before the plan is done, or "".
     """
 
     step: int = 0
@@ -55,9 +56,11 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    ended: str = ""
 
     def to_dict(self) -> StateValues:
-        """Return all fields as a dictionary."""
+        """Return all fields as a dictionary; without ``ended`` where there is nothing to say."""
+        ended: StateValues = {"ended": self.ended} if self.ended else {}
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -69,6 +72,7 @@ class TrainState:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
+            **ended,
         }
 
     @classmethod
@@ -101,7 +105,6 @@ class Run:
         split: parts into which each micro-batch is split after the device ran out of memory.
         guide: the references that images are shown with, or None.
         overfit: the losses of a run that learns batches by heart, or None.
-        ended: why training ends before the plan is done, or "".
         statistics: the model's buffers, which a skipped step leaves as they were; listed by the
             first step.
     """
@@ -131,7 +134,6 @@ class Run:
     files: dict[str, str] = field(default_factory=dict)
     guide: Guide | None = None
     overfit: Overfit | None = None
-    ended: str = ""
     statistics: Statistics | None = None
 
     @property

@@ -43,7 +43,7 @@ def train(run: Run) -> TrainState:
             train_epoch(run, epoch, loaders.begin_epoch(epoch), steps, saver)
             finish_epoch(run, epoch, steps, saver)
             epochs += 1
-        if not epochs and not run.ended:
+        if not epochs:
             keep_best(run, saver)
     return state
 
@@ -71,10 +71,12 @@ def epochs_left(run: Run) -> Iterator[int]:
 
 def stopped_early(run: Run) -> bool:
     """Return whether validation has not improved for too long; checked between epochs only."""
-    if run.ended:
-        return True
-    patience = run.config.train.early_stopping
-    return bool(patience) and not run.state.position and run.state.stale >= patience
+    state, patience = run.state, run.config.train.early_stopping
+    if state.position:
+        return False
+    # Without a worse validation there is nothing to judge yet.
+    waited = state.epoch - state.best_epoch if state.stale else 0
+    return bool(state.ended) or (bool(patience) and waited >= patience)
 
 
 def train_epoch(run: Run, epoch: int, loader: Batches, steps: StepLog, saver: Saver) -> None:
@@ -117,7 +119,8 @@ def finish_epoch(run: Run, epoch: int, steps: StepLog, saver: Saver) -> None:
     last = epoch + 1 == run.plan.epochs
     steps.share_unreadable()
     if run.overfit is not None:
-        run.ended = run.overfit.end_epoch()
+        # Once more after a stop in the validation of this epoch, which has no steps then.
+        state.ended = run.overfit.end_epoch() or state.ended
     log_routing(run, run.plan.stage_of_epoch(epoch), epoch)
     if not len(run.data.validation):
         state.epoch, state.position = epoch + 1, 0
@@ -132,9 +135,8 @@ def finish_epoch(run: Run, epoch: int, steps: StepLog, saver: Saver) -> None:
     keep_every = run.config.run.keep_every
     saver.save(stays=bool(keep_every) and state.epoch % keep_every == 0, epoch_done=True)
     if stopped_early(run):
-        text = (
-            run.ended or f"early stopping: no better {train.select} since epoch {state.best_epoch}"
-        )
+        stale = f"early stopping: no better {train.select} since epoch {state.best_epoch}"
+        text = state.ended or stale
         run.note_event(text)
         console.say(text)
     elif run.world.agree_to_stop() and not last:

@@ -107,7 +107,7 @@ def validate_epoch(run: Run, epoch: int, saver: Saver) -> None:
         f"{'  best so far' if better else ''}"
     )
     for listener in _listeners:
-        run.ended = listener(state.epoch, measure) or run.ended
+        state.ended = listener(state.epoch, measure) or state.ended
 
 
 def _presence_words(judged: Mapping[str, float]) -> str:

@@ -85,6 +85,8 @@ def test_without_the_baseline_the_error_names_it(monkeypatch, capsys) -> None:
     assert main(["benchmark", "metrics"]) == 2
     assert "pip install pysodmetrics==1.6.2" in " ".join(capsys.readouterr().err.split())
     assert main(["benchmark", "metrics", "--rounds", "0"]) == 2
+    for kind in ("train", "data", "predict"):
+        assert main(["benchmark", kind, "--batch-size", "0"]) == 2
 
 
 def test_what_bounds_it_is_computed() -> None:

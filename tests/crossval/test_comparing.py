@@ -18,7 +18,7 @@ from camoxpert.config import load_config
 from camoxpert.crossval import heldout
 from camoxpert.crossval.collect import collect, compare_methods
 from camoxpert.crossval.heldout import FINAL, OUT_OF_FOLD
-from camoxpert.crossval.report import PAGE
+from camoxpert.crossval.report import PAGE, remarks
 from camoxpert.crossval.summary import spread
 from camoxpert.data.files.folds import read_splits
 from camoxpert.data.files.labels import VOID
@@ -80,6 +80,30 @@ class TestComparison:
         # With itself there is no difference, and no doubt about it.
         same = compare_methods(collect(finished), collect(finished))["wFmeasure"]
         assert tuple(same) == (0.0, 0.0, 0.0, 1.0)
+
+    def test_the_page_finds_the_other_method_from_anywhere(
+        self, crossval: Crossval, finished: Path, tmp_path: Path, monkeypatch, capsys
+    ) -> None:
+        place = tmp_path / "place"
+        ours, theirs = copy(finished, place / "ours"), copy(finished, place / "theirs")
+        monkeypatch.chdir(place)
+        assert crossval(Path("ours"), "--folds", "3", "--compare-with", "theirs") == 0
+        (before,) = read_json(ours / "summary.json")["comparisons"]
+        monkeypatch.chdir(ours)
+        assert main(["report", str(ours)]) == 0
+        assert "gone" not in said(capsys)
+        shutil.move(place, tmp_path / "moved")
+        ours, theirs = (tmp_path / "moved" / name for name in ("ours", "theirs"))
+        monkeypatch.chdir(tmp_path)
+        assert main(["report", str(ours)]) == 0
+        (after,) = read_json(ours / "summary.json")["comparisons"]
+        assert after["measures"] == before["measures"] and after["place"] == before["place"]
+        shutil.rmtree(theirs)
+        for _ in range(2):
+            capsys.readouterr()
+            assert main(["report", str(ours)]) == 0
+            assert "its comparison stays as it was" in said(capsys)
+            assert read_json(ours / "summary.json")["comparisons"] == [after]
 
     def test_other_splits_are_refused_before_training(
         self, crossval: Crossval, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -262,3 +286,8 @@ def test_images_that_cannot_be_read(crossval: Crossval, easy: Path, tmp_path: Pa
     assert summary["splits"]["held_out"] == 17
     assert sum(len(fold["unreadable"]) for fold in summary["folds"]) == 1
     assert "1 image could not be read" in (out / "summary.md").read_text()
+    # Every repeat holds it out once; it is one image.
+    twice = {**summary, "splits": {**summary["splits"], "repeats": 2}}
+    twice["folds"] = [*summary["folds"], *summary["folds"]]
+    assert "1 image could not be read" in remarks(twice)[2]
+    assert "images have no score" not in " ".join(remarks(twice))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from helpers.printed import said
 from helpers.sensors import TINY_WORDS, views
 
 from camoxpert.cli import main
-from camoxpert.crossval import heldout
+from camoxpert.crossval import heldout, run
 from camoxpert.crossval.report import _pictures
 from camoxpert.data.files.manifest import Search, load_train
 from camoxpert.files import file_digest, lock, read_json, write_json
@@ -62,6 +63,11 @@ def test_a_run_in_another_folder_is_not_scored(
     assert crossval(out, *more, "--resume", "never") == 2
     assert "remove its run folder" in said(capsys)
     with lock(out / "fold-1" / ".lock"):
+        assert crossval(out, *more) == 4
+        assert "is being trained by another process" in said(capsys)
+        assert not (out / "fold-1-2").exists(), "nothing is trained beside it"
+        # The other process may begin a moment later.
+        monkeypatch.setattr(run, "_require_idle", lambda found, fold: None)
         assert crossval(out, *more) == 4
     words = said(capsys)
     assert "was trained in" in words and "fold-1-2" in words
@@ -122,3 +128,25 @@ def test_a_mask_of_another_size_than_its_image(tmp_path: Path, easy: Path) -> No
     cv2.imwrite(str(maps / f"{image.stem}.png"), np.full((32, 32), 90, np.uint8))
     suspect = {"name": image.stem, "suspicion": 0.5, "IoU": [0.1]}
     assert len(_pictures(tmp_path, [suspect], pool, several=False)) == 1
+    # In a folder whose name is not UTF-8, as on old disks.
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.move(tmp_path / "maps", odd / "maps")
+    assert len(_pictures(odd, [suspect], pool, several=False)) == 1
+
+
+@pytest.mark.parametrize("left", [("config.yaml",), ("config.yaml", "samples.csv")])
+def test_a_fold_that_was_killed_as_it_began_is_trained(
+    crossval: Crossval, easy: Path, tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    """Its folder has settings and no run.json yet."""
+    out = tmp_path / "cv"
+    assert crossval(out, *SHORT, "--fold", "1") == 0
+    whole = Path(shutil.copytree(out, tmp_path / "whole"))
+    for path in (out / "fold-1").iterdir():
+        if path.name not in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert crossval(out, *SHORT, "--fold", "1") == 0
+    scores = [
+        read_json(folder / "fold-1/out_of_fold/fold.json")["scores"] for folder in (out, whole)
+    ]
+    assert scores[0] == scores[1] and not (out / "fold-1-2").exists()

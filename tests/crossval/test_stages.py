@@ -260,6 +260,11 @@ class TestTrain:
         (run / "checkpoints" / "best.pt").write_bytes(b"no")
         assert train(stages) == 0
         assert len(started) == 5 and len(list((tmp_path / "runs").glob("pretrain-*"))) == 2
+        # Quick runs have names of their own.
+        for number in (7, 8):
+            shutil.rmtree(cache / "stages")
+            assert train(stages, "--data-fraction", "0.5") == 0
+            assert len(started) == number
 
     @pytest.mark.parametrize(
         ("more", "text"),

@@ -310,6 +310,9 @@ class TestChoice:
         assert train(*words, "--seed", "9", "--dry-run") == 0
         assert "hit" in capsys.readouterr().out
         assert train(*words, "--seed", "9", "--img-size", "64", "--strict-cache") == 3
+        quick = ("--img-size", "64", "--data-fraction", "0.5", "--dry-run")
+        assert train(*words, *quick) == 0
+        assert train(*words, *quick, "--strict-cache") == 3, "a quick run is asked for it, too"
 
     def choose(self, monkeypatch, *, disk: int | None, memory: int | None, epochs: int = 5, **k):
         monkeypatch.setattr(choice, "free_disk", lambda folder: disk)

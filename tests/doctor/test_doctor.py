@@ -296,3 +296,36 @@ def test_evaluation_takes_the_clean_list(tiny_run: Path, toy_data: Path, tmp_pat
     assert main(["evaluate", str(tiny_run), *words]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("toy"))
     assert row.split()[2] == "7", "one of eight is left out"
+
+
+class TestOutput:
+    """The doctor replaces its own tables and nothing else."""
+
+    def test_the_data_s_own_table_is_kept(self, data: Path, tmp_path: Path, capsys) -> None:
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        for name in ("pairs.csv", "mine.csv"):
+            rows = [("image", "mask"), *(map(str, train_files(data, n)) for n in range(4))]
+            with (folder / name).open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
+        before = (folder / "pairs.csv").read_bytes()
+        words = ("doctor", str(folder / "mine.csv"), "--val-fraction", "0")
+        assert main([*words, "-o", str(folder)]) == 2
+        assert "pairs.csv exists, and it is not a table that this command wrote" in complained(
+            capsys
+        )
+        for name in ("pairs.csv", "mine.csv"):
+            assert (
+                main([*words, "-o", str(tmp_path / "a"), "--clean-list", str(folder / name)]) == 2
+            )
+            assert (folder / name).read_bytes() == before
+
+    def test_its_own_are_replaced(self, data: Path, tmp_path: Path, capsys) -> None:
+        clean = tmp_path / "clean.csv"
+        words = ("doctor", str(data), "-o", str(tmp_path / "out"), "--clean-list", str(clean))
+        first = main([*words])
+        (tmp_path / "out" / "pairs.csv").write_bytes(
+            (tmp_path / "out" / "pairs.csv").read_bytes().splitlines(keepends=True)[0]
+        )
+        assert main([*words]) == first != 2
+        assert len((tmp_path / "out" / "pairs.csv").read_text().splitlines()) == 27

@@ -186,7 +186,7 @@ class TestEvaluate:
         }  # fmt: skip
         one, other = (json.loads(Path(folder, "scores.json").read_text()) for folder in "ab")
         assert set(one) == set(other)
-        own = {"checkpoint", "weights", "img_size", "precision", "baseline", "experts"}
+        own = {"checkpoint", "weights", "img_size", "precision", "baseline", "zoom", "experts"}
         assert set(one["results"][0]) - own == set(other["results"][0]) - {
             "num_missing", "num_extra", "resize", "gt_threshold",
         }  # fmt: skip

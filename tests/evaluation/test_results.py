@@ -31,7 +31,7 @@ PLAIN = EvaluationResult(
 )
 WHOLE = replace(
     PLAIN,
-    source=ModelSource("best.pt", "cd", 32, "fp32", {"all_foreground": {"IoU": 0.1}}),
+    source=ModelSource("best.pt", "cd", 32, "fp32", {"all_foreground": {"IoU": 0.1}}, zoom=True),
     robustness=Robustness(
         "IoU", (1, 3), 0, (CorruptedScore("fog", 1, {"IoU": 0.4}, {"IoU": 0.8}),),
         {"fog": 0.8}, {"fog": (0.7, 0.9)}, "fog.jpg",
@@ -44,6 +44,7 @@ WHOLE = replace(
         "hits": 1, "misses": {}, "found_seconds": 0.0, "encoded_seconds": 0.0, "saved_seconds": 0.0
     }),
     modalities=SubsetTable(2, {"depth": 1}, (SHOT,), {"IoU": 0.5}, {"IoU": 0.5}),
+    split="val",
 )  # fmt: skip
 PARTS = ("robustness", "experts", "presence", "shots", "modalities")
 

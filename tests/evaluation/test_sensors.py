@@ -202,7 +202,8 @@ class TestTraining:
         norm = ("--router-norm", "batch", "--no-test", "--no-report")
         plain = TINY_WORDS[: TINY_WORDS.index("--modalities")]
         base = ["train", "--dataset-path", str(toy_data), "--checkpoint-dir", str(tmp_path)]
-        assert main([*base, *plain, *norm, "--run-name", "base"]) == 0
+        base += ["--epochs", "1", "--stage1-epochs", "0", *plain]
+        assert main([*base, *norm, "--run-name", "base"]) == 0
         before = camoxpert.load(tmp_path / "base").predict(image).probability_HW
         for more, same in ((("--keep-rgb",), True), ((), False)):
             out = tmp_path / str(same)

@@ -97,14 +97,22 @@ class TestFolder:
 
     def test_strays_go_and_the_last_ones_of_a_lost_index_stay(self, tmp_path: Path) -> None:
         folder = CheckpointFolder(tmp_path)
-        for step in (1, 2):
+        folder.save(values(), step=1, stays=True)
+        for step in (2, 3):
             folder.save(values(), step=step)
+        (tmp_path / "step_mine.pt").write_bytes(b"x")
         (tmp_path / "index.json").unlink()
-        folder.save(values(), step=3)
-        assert len(list(tmp_path.glob("step_*.pt"))) == 3
-        folder.save(values(), step=4)
-        kept = sorted(p.name for p in tmp_path.glob("step_*.pt"))
-        assert kept == ["step_00000003.pt", "step_00000004.pt"]
+        # At the end of an epoch the best weights come first.
+        folder.save_best(values(), step=4)
+        for step in (4, 5, 6):
+            folder.save(values(), step=step)
+            kept = sorted(int(p.stem[5:]) for p in tmp_path.glob("step_0*.pt"))
+            # Which of the old ones were to stay is not known any more: the oldest do.
+            assert kept == [1, step - 1, step]
+        (tmp_path / "step_00000002.pt").write_bytes(b"of a process that died")
+        folder.save(values(), step=7)
+        kept = sorted(int(p.stem[5:]) for p in tmp_path.glob("step_0*.pt"))
+        assert kept == [1, 6, 7] and (tmp_path / "step_mine.pt").is_file()
 
     def test_after_going_back_the_run_goes_on_from_there(self, tmp_path: Path) -> None:
         """Steps 1 to 3, then again from 1: the old step 3 no longer counts."""

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -380,6 +382,26 @@ class TestHang:
             loader = loader_of(1, worker_timeout=seconds)
             assert epoch_of(loader, 0) == expected
         assert not told
+
+
+@pytest.mark.slow
+def test_pinned_batches_of_the_dead_end_the_process_in_two_paragraphs(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    """On CUDA a thread of torch's reads what workers send: it neither prints a traceback nor keeps
+    the process from ending."""
+    root = manifest.pairs[0].image.parents[2]
+    script = Path(__file__).with_name("pinned_workers.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(root)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"},
+    )
+    assert done.returncode == 3 and done.stdout == "DataError\n", done.stderr
+    said = [line for line in done.stderr.splitlines() if line and "Warning" not in line]
+    assert "Traceback" not in done.stderr and said[0].startswith("warning     A data worker died")
 
 
 def test_it_is_said_on_stderr(loader_of, capfd) -> None:

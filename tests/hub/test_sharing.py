@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from safetensors.torch import save
 import camoxpert
 from camoxpert.cli import main
 from camoxpert.errors import ConfigError
+from camoxpert.runs import share
 from camoxpert.runs.checkpoint import load_checkpoint, resolve_checkpoint
 from camoxpert.runs.hub import WEIGHTS
 
@@ -208,6 +211,21 @@ class TestSharing:
         readme.write_text("my project")
         assert main(["share", str(tiny_run), "--save", str(tmp_path)]) == 2
         assert "README.md exists" in complained(capsys) and readme.read_text() == "my project"
+
+    def test_a_save_that_was_killed_is_repeated(
+        self, tiny_run: Path, tmp_path: Path, monkeypatch, capsys
+    ) -> None:
+        def killed(path: Path, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        words = ["share", str(tiny_run), "--save", str(tmp_path / "out")]
+        with monkeypatch.context() as patch:
+            patch.setattr(share, "write_bytes", killed)
+            with contextlib.suppress(KeyboardInterrupt):
+                main(words)
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json"]
+        assert main(words) == 0
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == OURS
 
     def test_push_and_read_back(self, hub: Hub, tiny_run: Path, tmp_path: Path, capsys) -> None:
         words = ["share", str(tiny_run), "--to", "hf:owner/moth", "--license", "mit", "--private"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from helpers.sensors import views
 
 from camoxpert.cli import main
 
@@ -72,3 +74,17 @@ def test_what_references_cost_and_save_adds_up(scenes: Path, tmp_path: Path, cap
     assert [line[-1] for line in lines if line[0] == "sum"] == ["100.0%"]
     shares = [float(line[-1].rstrip("%")) for line in lines if line[0] != "sum"]
     assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_a_step_on_modalities_and_teachers_is_taken_apart(tmp_path: Path) -> None:
+    """Batches are doubled whole: planes of sensors and maps of a teacher, too."""
+    data = views(tmp_path / "data", train=8, test=0, size=32)
+    maps = tmp_path / "maps"
+    shutil.copytree(data / "TrainDataset" / "GT", maps)
+    words = [
+        "profile", "--dataset-path", str(data), "--backbone", "tiny_test", "--no-pretrained",
+        "--img-size", "32", "--batch-size", "2", "--num-workers", "0", "--num-experts", "2",
+        "model.width=16", "--steps", "1", "--val-fraction", "0", "--expert-family", "uniform",
+    ]  # fmt: skip
+    assert main([*words, "--modalities", "rgb", "depth"]) == 0
+    assert main([*words, "--teacher", str(maps)]) == 0

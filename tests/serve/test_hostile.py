@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from PIL import Image
 from camoxpert.data.files import image_io
 from camoxpert.data.files.jpeg import _require_whole_scans
 from camoxpert.errors import ConfigError
-from camoxpert.serve.answers import POLICY
+from camoxpert.serve.answers import POLICY, Answer
 from camoxpert.serve.connections import MOST_CONNECTIONS, Connections
-from camoxpert.serve.handler import threshold_of
+from camoxpert.serve.handler import Handler, threshold_of
 from camoxpert.serve.reading import Patience
 from camoxpert.serve.server import Address, Server
 from camoxpert.serve.uploads import has_many_scans
@@ -407,3 +408,18 @@ def test_an_address_that_cannot_be_listened_on() -> None:
         Server(Address("no-such-host.invalid", 0))
     with pytest.raises(ConfigError, match="cannot listen there"):
         Server(Address("a" * 70, 0))
+
+
+def test_a_larger_answer_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is for the whole answer, which can be several times as large as the image sent."""
+    limits: list[float] = []
+    handler = object.__new__(Handler)
+    handler.connection = SimpleNamespace(settimeout=limits.append)
+    handler.server = SimpleNamespace(patience=Patience(send=60.0))
+    handler.command, handler.wfile = "GET", io.BytesIO()
+    for name in ("send_response", "send_header", "end_headers"):
+        monkeypatch.setattr(handler, name, lambda *_: None)
+    for size in (0, 20_000_000, 70_000_000):
+        handler._send(Answer(b"x" * size, "image/png"))
+    # As an image of 20 MB may take 60 s to come: 270 s for 70 MB are 2 Mbit/s.
+    assert limits == [60.0, 120.0, 270.0]

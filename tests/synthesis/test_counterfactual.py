@@ -12,6 +12,7 @@ import pytest
 from camoxpert.cli import main
 from camoxpert.data.files.image_io import read_image, read_mask, read_pair, write_jpeg, write_png
 from camoxpert.data.files.manifest import load_train
+from camoxpert.synthesis import erase as erasing_module
 from camoxpert.synthesis import reading
 from camoxpert.synthesis.compose.blending import ring_around
 from camoxpert.synthesis.erase import NARROWEST, _Filler, erase, moved_away, widened
@@ -110,6 +111,29 @@ def test_a_large_hole_is_filled_part_by_part() -> None:
     mask[8:52, 8:52] = True
     found = erase(image, mask, mask, np.random.default_rng(0))
     assert found.parts > 1 and found.image.shape == image.shape
+
+
+def test_a_background_in_shreds_is_refused_instead_of_filled_for_hours(monkeypatch) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    bars = np.zeros((200, 200), bool)
+    bars[::17] = True
+    monkeypatch.setattr(erasing_module, "MOST_PARTS", 8)
+    with pytest.raises(ValueError, match="too small to be copied from"):
+        erase(image, bars, bars, np.random.default_rng(1))
+
+
+def test_what_is_diffused_depends_on_its_surroundings_alone(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    image = cv2.GaussianBlur(rng.integers(0, 255, (160, 200, 3), np.uint8), (0, 0), 3)
+    part = np.zeros((160, 200), bool)
+    part[70:77, 90:98] = True
+    found = []
+    for around in (erasing_module.AROUND, 1000):
+        monkeypatch.setattr(erasing_module, "AROUND", around)
+        filler = _Filler(image, part, part, rng)
+        filler._diffuse(part)
+        found.append(filler.pixels[part])
+    assert np.array_equal(*found)
 
 
 @pytest.mark.parametrize("seed", range(5))

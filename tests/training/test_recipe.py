@@ -69,6 +69,14 @@ def test_what_the_user_set_wins() -> None:
     assert to_dict(recipe.config) == to_dict(build_config({**own, "train.preset": "full"}))
 
 
+def test_rates_of_stage_2_without_a_stage_1_are_said() -> None:
+    own = {"optim.lr": 1e-3, "optim.stage2_lr": 1e-5, "train.stage2_batch_size": 2}
+    said = choose_recipe(build_config(own), 10).reason
+    assert "everything takes --stage2-lr 1e-05 in place of --lr and --stage2-batch-size 2" in said
+    with_stage1 = choose_recipe(build_config({**own, "train.stage1_epochs": 3}), 10)
+    assert "stage2" not in with_stage1.reason
+
+
 def test_settings_that_contradict_the_preset_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"--min-lr 0.1 is above --lr 0.0055"):
         choose_recipe(build_config({"optim.min_lr": 0.1, "train.preset": "tiny"}), 10)

@@ -25,6 +25,7 @@ from camoxpert.config import Config, get_setting, load_config, to_yaml
 from camoxpert.errors import CheckpointError, ConfigError, NumericError, Stopped
 from camoxpert.files import read_json, read_jsonl, write_json
 from camoxpert.runs.folder import run_name
+from camoxpert.runs.records import read_info
 from camoxpert.training import session, validate
 from camoxpert.training.sweep import results, search
 from camoxpert.training.sweep.space import Dimension, read_space
@@ -379,6 +380,21 @@ def test_a_listener_ends_a_run(train: Callable[..., int], tmp_path: Path) -> Non
     assert not validate._listeners
 
 
+def test_a_run_that_was_ended_does_not_train_on_after_a_stop(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped between the epoch that ended it and its last word."""
+    words = ("--epochs", "4", "--run-name", "r", "--no-test", "--no-report", "--stage1-epochs", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "share_and_score", lambda *_: (_ for _ in ()).throw(Stopped("x")))
+        with validate.heard_by(lambda epoch, score: "enough" if epoch == 2 else ""):
+            assert train(*words) != 0
+    assert read_info(tmp_path / "r")["status"] != "finished"
+    assert train(*words) == 0
+    assert len(records(tmp_path / "r", "validation")) == 2
+    assert read_info(tmp_path / "r")["status"] == "finished"
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -427,3 +443,5 @@ def test_the_book_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
         return rates
 
     assert drawn("a", 1) == drawn("b", 1) != drawn("c", 2)
+    # Seeds of optuna end at 2 ** 32.
+    assert drawn("d", 12345) != drawn("e", 2**40)

@@ -333,17 +333,22 @@ def assert_same(a: object, b: object) -> None:
         assert a == b
 
 
-def test_early_stopping_ends_a_stale_run(toy_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every", "best", "last"), [(1, 1, 3), (3, 3, 6)])
+def test_early_stopping_ends_a_stale_run(
+    toy_data: Path, tmp_path: Path, every: int, best: int, last: int
+) -> None:
+    """It counts epochs, however often they are validated."""
     run = run_of(
         toy_data,
         train__epochs=9,
         train__early_stopping=2,
+        train__validate_every=every,
         optim__lr=1e-12,
         optim__min_lr=0.0,
         train__use_ema=False,
     )
     train_in(run, tmp_path / "run")
-    assert run.state.epoch == 3 and run.state.best_epoch == 1
+    assert (run.state.epoch, run.state.best_epoch) == (last, best)
     assert any("early stopping" in r["text"] for r in records(tmp_path / "run", "event"))
 
 

@@ -18,6 +18,7 @@ from camoxpert.config import load_config
 from camoxpert.data.files.manifest import load_train
 from camoxpert.files import read_jsonl
 from camoxpert.runs.checkpoint import load_checkpoint, read_index
+from camoxpert.runs.records import read_info
 
 
 class TestCommand:
@@ -81,11 +82,12 @@ class TestCommand:
         assert train(*words, "--resume", str(tmp_path / "nowhere")) == 4
 
     @pytest.mark.parametrize("more", [("--val-fraction", "0"), ("--validate-every", "10")])
+    @pytest.mark.parametrize("steps", [7, 12])
     def test_fewer_epochs_than_are_done_end_the_run_with_its_weights(
-        self, train, stopped, tmp_path: Path, more: tuple[str, ...]
+        self, train, stopped, tmp_path: Path, more: tuple[str, ...], steps: int
     ) -> None:
         words = ("--run-name", "x", "--no-report", "--stage1-epochs", "0", *more)
-        assert stopped(*words, "--epochs", "3", steps=7) == 75
+        assert stopped(*words, "--epochs", "3", steps=steps) == 75
         assert not (tmp_path / "x" / "checkpoints" / "best.pt").exists()
         assert train(*words, "--epochs", "1") == 0
         newest = max((tmp_path / "x" / "checkpoints").glob("step_*.pt"))
@@ -93,6 +95,18 @@ class TestCommand:
         for name, weight in last.evaluated_weights.items():
             assert torch.equal(best.evaluated_weights[name], weight), name
         assert (tmp_path / "x" / "evaluation" / "scores.json").is_file(), "and it is tested"
+
+    def test_a_stopped_run_is_found_where_one_before_it_is_gone(
+        self, train, stopped, tmp_path: Path
+    ) -> None:
+        words = ("--run-name", "x", "--no-test", "--no-report", "--stage1-epochs", "0")
+        assert train(*words, "--epochs", "1") == 0
+        assert stopped(*words, "--epochs", "2", "--seed", "1", steps=3) == 75
+        assert (tmp_path / "x-2").is_dir()
+        shutil.rmtree(tmp_path / "x")
+        assert train(*words, "--epochs", "2", "--seed", "1") == 0
+        assert not (tmp_path / "x").exists()
+        assert read_info(tmp_path / "x-2")["status"] == "finished"
 
     def test_going_back_to_an_earlier_step(self, train, stopped, tmp_path: Path, capsys) -> None:
         """The best weights of what is given up are neither shared nor overwritten."""

@@ -22,6 +22,8 @@ from camoxpert.errors import DataError
 from camoxpert.files import why_missing, write_bytes
 
 MAX_PIXELS = 50_000_000
+UNLIMITED = 1 << 62
+"""``max_pixels`` of files whose size was judged before, or that are our own."""
 # Our own limit is checked from the header; Pillow's warning would only repeat it.
 Image.MAX_IMAGE_PIXELS = None
 ORIENTATION_TAG = 0x0112

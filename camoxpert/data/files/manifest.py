@@ -95,7 +95,7 @@ def load_train(roots: Sequence[str | Path], search: Search = USUAL) -> Manifest:
         DataError: nothing found, no layout matches, missing masks, duplicate names.
         ConfigError: unknown layout name.
     """
-    return _train_of(_read(roots, search), search)
+    return _train_of(read_all(roots, search), search)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def load_training_data(
     Raises:
         DataError, ConfigError: as ``load_train``.
     """
-    read = _read(roots, search)
+    read = read_all(roots, search)
     train = _train_of(read, search)
     manifests = [
         without(manifest_of(pairing), search.clean)
@@ -144,7 +144,7 @@ def find_test_sets(roots: Sequence[str | Path], search: Search = USUAL) -> dict[
     """Return the test sets that come with training data, by name; {} if there are none."""
     found = [
         manifest_of(pairing)
-        for root in _read(roots, search)
+        for root in read_all(roots, search)
         for pairing in root.pairings
         if pairing.found.source.split == "test"
     ]
@@ -161,12 +161,16 @@ def load_eval(
         search: how pairs are found.
         split: train, val or test. Another split is never taken instead.
 
+    Returns:
+        Manifests by name: that of the data set, followed by ``-train`` or ``-val`` where these are
+        not its test images.
+
     Raises:
         DataError: as ``load_train``, or there is no such split.
     """
     roots = [paths] if isinstance(paths, (str, Path)) else paths
     missing = f"{split} split (found: {{}}). Choose another with --split."
-    by_root = [_of_split(root, split, missing) for root in _read(roots, search)]
+    by_root = [_of_split(root, split, missing) for root in read_all(roots, search)]
     names = Counter(name for manifests in by_root for name in {m.dataset for m in manifests})
     for name, number in names.items():
         if number > 1:
@@ -174,7 +178,9 @@ def load_eval(
     return _by_name([manifest for manifests in by_root for manifest in manifests], search)
 
 
-def _read(roots: Sequence[str | Path], search: Search) -> list[Root]:
+def read_all(roots: Sequence[str | Path], search: Search) -> list[Root]:
+    """Return what lies in some data sets, as a search wants it."""
+    """Return what lies in some data sets, as a search wants it."""
     return read_roots(
         roots,
         layout=search.layout,
@@ -226,7 +232,8 @@ def without_split(pairings: Sequence[Pairing]) -> tuple[str, ...]:
 def _by_name(manifests: Sequence[Manifest], search: Search) -> dict[str, Manifest]:
     sets: dict[str, Manifest] = {}
     for manifest in manifests:
-        sets[free_name(manifest.dataset, sets)] = without(manifest, search.clean)
+        other = f"-{manifest.split}" if manifest.split in ("train", "val") else ""
+        sets[free_name(manifest.dataset + other, sets)] = without(manifest, search.clean)
     return sets
 
 

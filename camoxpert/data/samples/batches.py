@@ -59,15 +59,15 @@ class Batch:
         """Return name -> bool (B,): the images of which a modality knows any pixel."""
         return {name: (plane > 0).flatten(1).any(1) for name, plane in self.modalities.items()}
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with every tensor changed."""
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with every tensor changed; names and the like stay."""
         changed = {name: change(tensor) for name, tensor in self.tensors().items()}
         own: dict[str, Any] = {n: t for n, t in changed.items() if n not in self.modalities}
         return replace(self, **own, modalities={name: changed[name] for name in self.modalities})
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory: copies from it to the GPU are asynchronous."""
-        return self._changed(lambda tensor: tensor.pin_memory())
+        return self.changed(lambda tensor: tensor.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
         """Return at most ``parts`` parts of nearly equal size, in order, as views.
@@ -107,7 +107,7 @@ class Batch:
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Batch:
         """Return the batch with its tensors on ``device``."""
-        return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 @dataclass

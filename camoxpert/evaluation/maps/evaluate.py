@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,6 @@ from camoxpert.metrics import HIGHER_IS_BETTER, Evaluator
 from camoxpert.metrics.presence import are_stretched
 from camoxpert.pages.pictures import comparison_panel
 from camoxpert.runs.scores import GalleryEntry
-from camoxpert.text import file_names
 
 METHODS_SHOWN = 5
 
@@ -85,7 +84,7 @@ def evaluate_maps(
         note_void(dataset, next(iter(methods.values())))
     note_presence(scored)
     if output is not None:
-        gallery = write_gallery(output.unfinished, tasks, by_dataset(scored), options)
+        gallery = write_gallery(output, tasks, by_dataset(scored), options)
         write_evaluation(output, scored, gallery, intervals=options.intervals, command=command)
     return [item.result for item in scored]
 
@@ -106,21 +105,27 @@ def refuse_other_images(tasks: Sequence[MapTask]) -> None:
 
 
 def write_gallery(
-    output: Path,
+    output: OutputFolder,
     tasks: Sequence[MapTask],
     scored: Mapping[str, Mapping[str, Evaluator]],
     options: MapOptions,
 ) -> list[GalleryEntry]:
     """Write panels of the best, worst and most disputed images of each data set.
 
-    Best and worst are by the mean over methods; disputed by the spread between them.
+    Best and worst are by the mean over methods; disputed by the spread between them. Images without
+    an object, which many maps score alike, are none of these.
     """
     entries: list[GalleryEntry] = []
-    files = file_names(scored)
+    files = output.picture_names(scored)
     for dataset, methods in scored.items() if options.gallery else ():
-        names = [row["name"] for row in next(iter(methods.values())).rows()]
         key = deciding_key(options.keys)
-        values_MN = np.array([[row[key] for row in e.rows()] for e in methods.values()])
+        rows = [
+            rows
+            for rows in zip(*(e.rows() for e in methods.values()), strict=True)
+            if rows[0]["object_fraction"] and not any(math.isnan(row[key]) for row in rows)
+        ]
+        names = [own[0]["name"] for own in rows]
+        values_MN = np.array([[row[key] for row in own] for own in rows]).T
         shown = ranked(methods)[:METHODS_SHOWN]
         jobs = {
             task.method: {job.name: job for job in task.jobs}
@@ -134,16 +139,15 @@ def write_gallery(
                 key,
                 dict(zip(methods, values_MN[:, index].tolist(), strict=True)),
             )
-            for kind, indices in _choose(values_MN, key, options.gallery).items()
+            for kind, indices in (_choose(values_MN, key, options.gallery) if names else {}).items()
             for index in indices
         ]
         ranks: Counter[str] = Counter()
         for one in [*chosen, *_of_the_other_kind(methods, options.gallery)]:
             ranks[one.kind] += 1
             own_jobs = {method: jobs[method][one.name] for method in shown}
-            path = output / "images" / f"{files[dataset]}_{one.kind}_{ranks[one.kind]}.jpg"
-            write_jpeg(path, _panel(own_jobs, one, options))
-            place = path.relative_to(output).as_posix()
+            place = f"images/{files[dataset]}_{one.kind}_{ranks[one.kind]}.jpg"
+            write_jpeg(output.unfinished / place, _panel(own_jobs, one, options))
             entries.append(
                 {
                     "dataset": dataset,

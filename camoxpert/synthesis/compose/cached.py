@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from camoxpert import console
-from camoxpert.data.files.image_io import probe
+from camoxpert.data.files.image_io import UNLIMITED, probe
 from camoxpert.files import why_unwritable, write_whole
 from camoxpert.runtime.host import usable_cores
 from camoxpert.synthesis.compose.backgrounds import (
@@ -108,7 +108,10 @@ def backgrounds_of(
 
     def look(source: Source) -> Record:
         image, mask = read_masked(source.image, source.mask, at_least=CELLS * CELL)
-        size = probe(source.image).upright
+        size = probe(source.image, max_pixels=UNLIMITED).upright
+        if (image.shape[0] > image.shape[1]) != (size[0] > size[1]):
+            # Stored as its mask is: the rotation of its EXIF was not applied.
+            size = size[1], size[0]
         described = describe(
             source.name, image, mask, source=source.image, mask_source=source.mask, size=size
         )

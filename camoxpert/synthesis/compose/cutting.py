@@ -7,9 +7,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from camoxpert.data.files.image_io import probe
+from camoxpert.data.files.image_io import UNLIMITED, probe
+from camoxpert.data.files.png import require_checksums
 from camoxpert.errors import DataError
 from camoxpert.synthesis.compose.reading import read_masked
 
@@ -101,14 +102,18 @@ def read_cutout(path: str | Path, *, rim: int = RIM) -> Cutout:
         DataError: unreadable, without transparency, or without a pixel that is more than half
             opaque.
     """
-    probe(path)
-    with Image.open(path) as picture:
-        if "A" not in picture.getbands() and "transparency" not in picture.info:
-            raise DataError(
-                f"{path} has no transparency, so its object cannot be told from its background. "
-                "Save it as RGBA, or give the folder of its masks."
-            )
-        pixels = np.asarray(picture.convert("RGBA"))
+    probe(path, max_pixels=UNLIMITED)
+    try:
+        require_checksums(Path(path))
+        with Image.open(path) as picture:
+            if "A" not in picture.getbands() and "transparency" not in picture.info:
+                raise DataError(
+                    f"{path} has no transparency, so its object cannot be told from its "
+                    "background. Save it as RGBA, or give the folder of its masks."
+                )
+            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGBA"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
     alpha = pixels[..., 3]
     if not (alpha > 127).any():
         raise DataError(f"{path} is transparent everywhere: it holds no object.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from camoxpert.data.files.image_io import read_image
+from camoxpert.data.files.image_io import UNLIMITED, read_image
 from camoxpert.synthesis.compose.backgrounds import BackgroundIndex
 from camoxpert.synthesis.compose.blending import (
     AROUND,
@@ -80,12 +80,14 @@ def read_material(
     background, mask = read_masked(
         composition.background_source, composition.background_mask, at_least=least
     )
-    other = composition.distractor_source
+    other, texture = composition.distractor_source, None
+    if other:
+        texture = read_image(other, at_least=composition.height, max_pixels=UNLIMITED)
     return Material(
         object_RGBA=read_object(objects.entries[composition.paste.number]),
         background_RGB=background,
         background_mask=mask,
-        texture_RGB=read_image(other, at_least=composition.height) if other else None,
+        texture_RGB=texture,
     )
 
 

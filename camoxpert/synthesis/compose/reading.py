@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from camoxpert.data.files.image_io import read_image, read_pair
+from camoxpert.data.files.image_io import UNLIMITED, read_image, read_pair
 from camoxpert.data.files.labels import VOID
 
 
@@ -15,6 +15,8 @@ def read_masked(
     source: str | Path, mask: str | Path = "", *, at_least: int | None = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Read an image and its mask at the size of the image as it was decoded.
+
+    Of any size: sources that are too large are left out before, see ``composed``.
 
     Args:
         source, mask: files; mask "": None is returned for it.
@@ -27,8 +29,8 @@ def read_masked(
         DataError: a file is missing or damaged.
     """
     if not mask:
-        return read_image(source, at_least=at_least), None
-    image, found = read_pair(source, mask, at_least=at_least, any_size=True)
+        return read_image(source, at_least=at_least, max_pixels=UNLIMITED), None
+    image, found = read_pair(source, mask, at_least=at_least, any_size=True, max_pixels=UNLIMITED)
     return image, resized_mask(found, image.shape[:2])
 
 

@@ -33,7 +33,8 @@ def log_surround(linear_BCHW: Tensor) -> Tensor:
     size = max(linear_BCHW.shape[-2:])
     total = torch.zeros_like(linear_BCHW)
     for sigma in SIGMAS:
-        total += blur(linear_BCHW, sigma * size / NOMINAL).add_(FLOOR).log_()
+        # Not in place: blur returns its argument where sigma is less than a third of a pixel.
+        total += (blur(linear_BCHW, sigma * size / NOMINAL) + FLOOR).log_()
     return total.div_(len(SIGMAS))
 
 

@@ -118,7 +118,8 @@ class Book:
                 return None
             # A sampler that continues depends on the trials alone, whoever drew them.
             number = len(self.study.trials)
-            self.study.sampler = self._tool.samplers.TPESampler(seed=self.seed * 1_000_003 + number)
+            seed = (self.seed * 1_000_003 + number) % 2**32
+            self.study.sampler = self._tool.samplers.TPESampler(seed=seed)
             trial = self.study.ask()
             for dim in self.space:
                 dim.suggest(trial)
