@@ -29,9 +29,9 @@ def plot_training(records: Sequence[TrainRecord]) -> bytes:
     steps = [r["step"] for r in train]
     left.plot(steps, [r["loss"] for r in train], color=COLOURS[0], label="loss", linewidth=1.6)
     names = list(dict.fromkeys(name for r in train for name in r.get("terms", {})))
-    for colour, name in zip(COLOURS[1:], names, strict=False):
+    for index, name in enumerate(names, start=1):
         values = [r.get("terms", {}).get(name) for r in train]
-        left.plot(steps, values, color=colour, label=name, linewidth=1)
+        left.plot(steps, values, **{**_line(index, name), "linewidth": 1})
     left.set(title="training loss", xlabel="optimizer step")
     right.plot(steps, [r["lr"] for r in train], color=COLOURS[0], linewidth=1.6)
     right.set(title="learning rate (decoder)", xlabel="optimizer step")
@@ -230,6 +230,7 @@ def plot_counts(histograms: Mapping[str, Mapping[str, int]]) -> bytes:
     for axis, (title, counts) in zip(axes, histograms.items(), strict=True):
         names = list(counts)
         if len(names) > 16:
+            title = f"{title} (the largest 16 of {len(names)})"
             names = sorted(names, key=lambda name: -counts[name])[:16]
         axis.barh(names[::-1], [counts[name] for name in names][::-1], color=COLOURS[0])
         axis.set_title(title)

@@ -66,7 +66,7 @@ def panel(
 
     Args:
         image_HWC: uint8 RGB.
-        mask_HW: uint8, 0 or 255.
+        mask_HW: uint8, 0 or 255; nothing is right or wrong where it is neither, as nobody knows.
         probability_HW: float in 0..1.
         stretch: compare the map stretched to its full range, as protocol "pysod" scores it.
         height: of the pictures in the result, pixels.
@@ -76,7 +76,8 @@ def panel(
     """
     low, high = float(probability_HW.min()), float(probability_HW.max())
     cut = (low + high) / 2 if stretch and high > low else 0.5
-    truth, predicted = mask_HW > 127, probability_HW > cut
+    truth = mask_HW > 127
+    predicted = (probability_HW > cut) & (truth | (mask_HW == 0))
     grey = np.repeat((probability_HW * 255).astype(np.uint8)[..., None], 3, axis=2)
     pictures = {
         "image": image_HWC,
@@ -92,6 +93,7 @@ def comparison_panel(
     mask_HW: np.ndarray,
     predictions: Mapping[str, np.ndarray],
     *,
+    void_HW: np.ndarray | None = None,
     height: int = 150,
 ) -> np.ndarray:
     """Put image, truth and the comparison of several maps side by side, with captions.
@@ -100,6 +102,7 @@ def comparison_panel(
         image_HWC: uint8 RGB; None draws on black.
         mask_HW: bool.
         predictions: caption -> what was found, bool, of the mask's size.
+        void_HW: bool, pixels that nobody labelled, where nothing is right or wrong; None: none.
         height: of the pictures in the result, pixels.
 
     Returns:
@@ -109,7 +112,8 @@ def comparison_panel(
     pictures = {} if image_HWC is None else {"image": image_HWC}
     pictures["truth"] = overlay(ground, mask_HW, colour=FALSE_NEGATIVE)
     for caption, found_HW in predictions.items():
-        pictures[caption] = compare(ground, found_HW, mask_HW)
+        judged_HW = found_HW if void_HW is None else found_HW & ~void_HW
+        pictures[caption] = compare(ground, judged_HW, mask_HW)
     return side_by_side(pictures, height)
 
 

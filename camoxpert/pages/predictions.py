@@ -28,11 +28,13 @@ FAILURES = 50
 """Failures that are listed."""
 PLACES = (
     ("overlay", "overlays", ".jpg"),
-    ("cutout", "cutouts", ".png"),
     ("map", "maps", ".png"),
     ("mask", "masks", ".png"),
+    ("cutout", "cutouts", ".png"),
 )
 """Pictures by kind: folder and suffix; the first that was written is shown."""
+BEHIND = 128
+"""Grey behind cut-outs."""
 
 
 @dataclass
@@ -208,11 +210,15 @@ def _picture(folder: Path, row: ItemRow) -> Picture | None:
         if kind not in row.get("kinds", ()) or leads_outside(folder, path):
             continue
         try:
-            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
         except (OSError, cv2.error):
             continue
         if pixels is None:
             continue
+        if pixels.ndim == 3 and pixels.shape[2] == 4:
+            # The photograph is whole below a cut-out's transparency.
+            alpha = pixels[..., 3:] / np.float32(255)
+            pixels = np.rint(pixels[..., :3] * alpha + BEHIND * (1 - alpha)).astype(np.uint8)
         _, data = cv2.imencode(".jpg", fit(pixels, SIDE), [cv2.IMWRITE_JPEG_QUALITY, 85])
         share = f"{row['object_fraction']:.1%}, confidence {row['confidence']:.2f}"
         if "presence" in row:

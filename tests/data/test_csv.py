@@ -42,6 +42,9 @@ def rows(separator: str = ",", *, head: str = "image{}mask", end: str = "\n") ->
         ("a.csv", rows(end="\n\n")),
         ("a.csv", rows("\t").encode("utf-16")),
         ("a.csv", "\n" + rows()),
+        ("a.csv", ("sep=;\r\n" + rows(";", end="\r\n")).encode("utf-8-sig")),
+        ("a.csv", ("sep=\t\r\n" + rows("\t", end="\r\n")).encode("utf-16")),
+        ("a.csv", '"sep=,"\n' + rows()),
         ("a.csv", 'image,mask\n"i/a.jpg","m/a.png"\n"i/b.jpg", "m/b.png"\n'),
     ],
 )
@@ -98,3 +101,8 @@ def test_names_that_are_not_utf8_come_back_as_written(root: Path) -> None:
     assert read_table(root / "a.csv", ("name",), errors="surrogateescape") == [
         (2, {"name": "\udcca\udcfd"})
     ]
+
+
+def test_a_line_of_excel_s_does_not_change_the_numbers_of_lines(root: Path) -> None:
+    (root / "a.csv").write_text("sep=,\n" + rows() + "i/gone.jpg,m/a.png\n")
+    assert [line for line, _ in read_table(root / "a.csv", ("image", "mask"))] == [3, 4, 5]

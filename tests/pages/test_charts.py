@@ -85,3 +85,25 @@ def test_an_evaluation_draws_its_curves_once(
     picture = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
     assert len(drawn) == 1 and picture.shape[1] == round(9.6 * 130)
     assert "data:image/png;base64," in (out / "index.html").read_text()
+
+
+def test_every_term_of_a_loss_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are more terms than colours."""
+    terms = {name: 0.1 * i for i, name in enumerate("abcdefghi", start=1)}
+    records = [{"step": step, "loss": 1.0, "lr": 1e-3, "terms": terms} for step in (1, 2)]
+    drawn = []
+    monkeypatch.setattr(charts, "_png", lambda figure: drawn.append(figure) or b"")
+    charts.plot_training(records)
+    lines = drawn[0].axes[0].lines
+    assert [line.get_label() for line in lines] == ["loss", *"abcdefghi"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 10
+
+
+def test_bars_that_are_left_out_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(charts, "_png", lambda figure: drawn.append(figure) or b"")
+    counts = {f"class {n}": n for n in range(1, 41)}
+    charts.plot_counts({"classes": counts, "few": {"a": 1}})
+    many, few = drawn[0].axes
+    assert many.get_title() == "classes (the largest 16 of 40)" and len(many.patches) == 16
+    assert few.get_title() == "few"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from camoxpert.data.files.labels import VOID
 from camoxpert.pages import pictures
 
 
@@ -40,3 +41,29 @@ def test_panel_has_four_pictures_of_one_height(size: tuple[int, int]) -> None:
     mask[: size[0] // 2] = 255
     picture = pictures.panel(np.zeros((*size, 3), np.uint8), mask, mask / 255.0, height=100)
     assert picture.shape[0] == 120 and (picture.shape[1] + 2) % 4 == 0
+
+
+def test_what_nobody_labelled_is_no_false_alarm() -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4], mask[:, 4:6] = 255, VOID
+    found = np.zeros((8, 8), np.float32)
+    found[:, :6] = 1
+    shown = pictures.panel(image, mask, found, height=64)
+    assert not _shows(shown, pictures.FALSE_POSITIVE)
+    several = pictures.comparison_panel(
+        image, mask == 255, {"a": found > 0.5}, void_HW=mask == VOID, height=64
+    )
+    assert not _shows(several, pictures.FALSE_POSITIVE)
+    # Control: without void the same prediction is too large.
+    mask[mask == VOID] = 0
+    assert _shows(pictures.panel(image, mask, found, height=64), pictures.FALSE_POSITIVE)
+    several = pictures.comparison_panel(image, mask == 255, {"a": found > 0.5}, height=64)
+    assert _shows(several, pictures.FALSE_POSITIVE)
+
+
+def _shows(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    """Return whether pixels are much more of a tint's first channel than of the others."""
+    red, green, blue = (picture[..., channel].astype(int) for channel in range(3))
+    assert colour[0] > max(colour[1:])
+    return bool(((red - green > 40) & (red - blue > 40)).any())

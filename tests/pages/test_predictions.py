@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from camoxpert.data.files.image_io import write_jpeg
-from camoxpert.pages.predictions import FAILURES, SHOWN, Survey, write_predictions_page
+from camoxpert.pages.predictions import (
+    BEHIND,
+    FAILURES,
+    SHOWN,
+    Survey,
+    _picture,
+    write_predictions_page,
+)
 
 
 def row(number: int, fraction: float, confidence: float, **fields) -> dict:
@@ -63,3 +73,18 @@ def test_the_page_shows_pictures_and_escapes_names(tmp_path: Path) -> None:
     assert text.count("p001: 10.0%, confidence 0.90") == 2 * 3 and "p002:" not in text
     assert "forward 75%, other 25%" in text and "250.0 ms" in text and ">4.0<" in text
     assert "threshold" in text and "tile" not in text.split("<h2>Settings")[1]
+
+
+def test_a_cut_out_is_shown_cut_out(tmp_path: Path) -> None:
+    """Below its transparency the file holds the whole photograph."""
+    pixels = np.full((40, 60, 4), 200, np.uint8)
+    pixels[:, 30:, 3], pixels[:, :30, 3] = 255, 0
+    (tmp_path / "cutouts").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "cutouts" / "p001.png")
+    shown = _picture(tmp_path, row(1, 0.5, 0.9, kinds=["cutout"]))
+    assert shown is not None
+    data = base64.b64decode(shown.source.rpartition(",")[2])
+    grey = np.asarray(Image.open(io.BytesIO(data)).convert("L")).astype(int)
+    width = grey.shape[1]
+    assert abs(grey[:, : width // 3].mean() - BEHIND) < 4
+    assert abs(grey[:, -width // 3 :].mean() - 200) < 4

@@ -9,6 +9,8 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from camoxpert.text import did_you_mean
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 DELIMITERS = ",;\t|"
+SEPARATOR_LINE = re.compile(r'\A"?sep=.?"?[,;\t|]*(\r\n|\r|\n)', re.IGNORECASE)
+"""Excel's own first line, which names the mark between cells."""
 Row = tuple[int, dict[str, str]]
 """Line number in the file, and column -> cell."""
 
@@ -33,7 +37,8 @@ def read_table(path: Path, columns: Sequence[str], *, errors: str = "strict") ->
     Raises:
         DataError: bad encoding, a missing column, or a row with too many cells.
     """
-    text = _text_of(path, errors)
+    # An empty line instead: lines keep their numbers.
+    text = SEPARATOR_LINE.sub("\n", _text_of(path, errors))
     first = next((line for line in text.splitlines() if line.strip()), "")
     # What gives the wanted columns is right; a decimal comma in a cell would mislead a guess.
     delimiter = max(DELIMITERS, key=lambda mark: len(set(_header(first, mark)) & set(columns)))
@@ -139,7 +144,9 @@ class ListedFiles:
                 "--allow-outside if you trust it."
             )
         if inside:
-            return file, file.relative_to(self._root).with_suffix("").as_posix()
+            # The name is that of the table: a symlink's target may be called by its content.
+            name = os.path.normpath(written)
+            return file, Path(name).with_suffix("").as_posix()
         parts = [part for part in written.parts if part not in ("..", written.anchor)]
         return file, Path(*parts).with_suffix("").as_posix()
 

@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from camoxpert.data.files.listing import image_files, is_image_name, is_side_file, subfolders
+from camoxpert.data.files.unread import unread
 
 IMAGE_FOLDERS = ("imgs", "image", "images", "img", "im", "jpegimages")
 MASK_FOLDERS = (
@@ -68,6 +70,14 @@ class Layout:
     needs: tuple[str, ...]
     sources: tuple[Source, ...]
     exact: bool = False
+
+
+class Place(NamedTuple):
+    """A path that a pattern names, and what ``*`` and ``<train>`` stand for in it; "" without."""
+
+    path: Path
+    star: str
+    word: str
 
 
 @dataclass(frozen=True)
@@ -246,6 +256,7 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 CSV_LAYOUT = "CSV"
+FOLDER_OF_SETS = "folder of data sets"
 
 
 def recognise(root: Path, name: str = "auto", *, beside: Sequence[str] = ()) -> Recognised | None:
@@ -259,8 +270,21 @@ def recognise(root: Path, name: str = "auto", *, beside: Sequence[str] = ()) -> 
     Returns:
         The layout, its root folder and its sources on disk; None if no layout matches.
     """
-    rows = [layout for layout in LAYOUTS if name in ("auto", layout.name)]
     inner = subfolders(root)
+    found = _recognise(root, inner, name, beside)
+    sets = found is not None and found.root == root and found.layout.name == FOLDER_OF_SETS
+    if sets and name == "auto" and len(inner) == 1:
+        # A folder around data with a training split is no folder of test sets.
+        within = recognise(inner[0], beside=beside)
+        if within is not None and any(f.source.split == "train" for f in within.found):
+            return within
+    return found
+
+
+def _recognise(
+    root: Path, inner: Sequence[Path], name: str, beside: Sequence[str]
+) -> Recognised | None:
+    rows = [layout for layout in LAYOUTS if name in ("auto", layout.name)]
     # CAMO-COCO as distributed holds CAMO and, beside it, images without an object.
     pair = [p for p in inner if p.name in ("Camouflage", "Non-Camouflage")]
     candidates = [*pair[: len(pair) - 1], root]
@@ -269,11 +293,16 @@ def recognise(root: Path, name: str = "auto", *, beside: Sequence[str] = ()) -> 
         candidates.append(inner[0])
     for start in candidates:
         for layout in rows:
+            if layout.exact and name == "auto" and _has_validation(start):
+                # The data sets that these rows name have none; a row that reads it follows.
+                continue
             if any(next(_places(start, n, layout.exact), None) for n in layout.needs):
                 found = [f for source in layout.sources for f in locate(start, source, layout)]
                 if found:
                     places = dict.fromkeys((root, start))
-                    notes = (note for place in places for note in _unread(place, found, beside))
+                    used = [path.resolve() for f in found for path in (f.images, f.masks)]
+                    kinds = (*IMAGE_FOLDERS, *MASK_FOLDERS)
+                    notes = (n for place in places for n in unread(place, used, beside, kinds))
                     return Recognised(layout, start, tuple(found), tuple(dict.fromkeys(notes)))
     return None
 
@@ -284,17 +313,24 @@ def locate(root: Path, source: Source, layout: Layout) -> Iterator[Found]:
     # Resolved, because the folder "." has no name.
     own = root.resolve().name
     for pattern in source.images:
-        for images, star in _places(root, pattern, layout.exact):
+        places = [p for p in _places(root, pattern, layout.exact) if p.path.is_dir()]
+        words = {star: {p.word for p in places if p.star == star} for _, star, _ in places}
+        for images, star, word in places:
             parent = images if pattern.endswith(">") or "*-" in pattern else images.parent
             # A training split is never a test set.
             hidden = pattern.startswith("*/") and split_of(star) in ("train", "val")
             hidden = hidden or (not pattern.endswith(">") and _holds_splits(images))
-            if not images.is_dir() or parent in seen or hidden:
+            if parent in seen or hidden:
                 continue
-            masks = _masks_of(root, source, images, star, layout.exact)
+            alone = len(words[star]) == 1
+            masks = _masks_of(root, source, images, star, word, alone=alone, exact=layout.exact)
             if masks is not None:
                 seen.add(parent)
-                named = source.dataset or (star if "/" in pattern else "") or own
+                named = (star if "/" in pattern else "") or own
+                if _is_called(source.dataset, root, images):
+                    named = source.dataset
+                # test1 and test2 are two data sets.
+                named += "" if alone else f"-{word}"
                 kept = source
                 if pattern.startswith("*-"):
                     # DUTS-TR and DUTS-TE are one data set's splits.
@@ -310,9 +346,7 @@ def locate(root: Path, source: Source, layout: Layout) -> Iterator[Found]:
 
 def _holds_splits(folder: Path) -> bool:
     """Return whether a folder holds splits instead of images."""
-    if not folder.is_dir() or image_files(folder):
-        return False
-    return any(split_of(inner.name) for inner in subfolders(folder))
+    return folder.is_dir() and not image_files(folder) and _has_splits(folder)
 
 
 def flat_pairs(files: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -331,7 +365,7 @@ def flat_pairs(files: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def folders_named(path: Path, names: tuple[str, ...]) -> list[Path]:
     """Return the folders in ``path`` that have one of the names, in their order, in any case."""
-    return [place for name in names for place, _ in _places(path, name, False) if place.is_dir()]
+    return [p.path for name in names for p in _places(path, name, False) if p.path.is_dir()]
 
 
 def is_noncam(stem: str) -> bool:
@@ -354,11 +388,44 @@ def class_of(stem: str) -> str:
     return match.group(1) if match else ""
 
 
-def _masks_of(root: Path, source: Source, images: Path, star: str, exact: bool) -> Path | None:
-    """Return the folder of masks that belongs to a folder of images."""
+def _has_validation(root: Path) -> bool:
+    """Return whether a folder, or a folder of images in it, holds a validation split."""
+    places = [root, *folders_named(root, IMAGE_FOLDERS)]
+    return any(split_of(path.name) == "val" for place in places for path in subfolders(place))
+
+
+def _is_called(dataset: str, root: Path, images: Path) -> bool:
+    """Return whether a folder or the first of its images says that it is a known data set, which
+    others may be laid out like."""
+    files = image_files(images)
+    said = (root.resolve().name, *(path.name for path in files[:1]))
+    # R2C7K has COD10K's names.
+    return bool(dataset) and (
+        dataset == "R2C7K" or any(dataset.lower() in name.lower() for name in said)
+    )
+
+
+def _masks_of(
+    root: Path, source: Source, images: Path, star: str, word: str, *, alone: bool, exact: bool
+) -> Path | None:
+    """Return the folder of masks that belongs to a folder of images.
+
+    Args:
+        root, source, images: where it is looked for, and what for.
+        star, word: what ``*`` and ``<train>`` stand for in the path of the images.
+        alone: no other folder of images is of that split; then its masks may be called otherwise
+            (``test`` and ``testing``), if one folder is.
+        exact: upper and lower case matter.
+    """
     for pattern in source.masks:
-        for masks, _ in _places(root, pattern, exact, star=star):
-            if not masks.is_dir():
+        places = [p for p in _places(root, pattern, exact, star=star) if p.path.is_dir()]
+        same = [p for p in places if p.word.lower() == word.lower() or "<" not in pattern]
+        if not same and alone and len(places) == 1 and pattern not in source.images:
+            same = places
+        for masks, _, _ in same:
+            shared = "<" not in pattern and not split_of(pattern.rpartition("/")[2])
+            if source.split != "all" and shared and _has_splits(masks):
+                # Those of the other splits; this one has none.
                 continue
             # On a case-insensitive disk Imgs and imgs are one folder, and so are GT and gt.
             if not masks.samefile(images):
@@ -368,10 +435,12 @@ def _masks_of(root: Path, source: Source, images: Path, star: str, exact: bool) 
     return None
 
 
-def _places(
-    root: Path, pattern: str, exact: bool, *, star: str | None = None
-) -> Iterator[tuple[Path, str]]:
-    """Yield the paths below ``root`` that a pattern names, each with what ``*`` stands for.
+def _has_splits(folder: Path) -> bool:
+    return any(split_of(inner.name) for inner in subfolders(folder))
+
+
+def _places(root: Path, pattern: str, exact: bool, *, star: str | None = None) -> Iterator[Place]:
+    """Yield the paths below ``root`` that a pattern names.
 
     Args:
         root: where the pattern starts.
@@ -381,18 +450,18 @@ def _places(
     """
     first, _, rest = pattern.partition("/")
     if first == ".":
-        yield root, ""
+        yield Place(root, "", "")
         return
     for name in sorted(path.name for path in root.iterdir()):
         stands = _stands_for(first, name, exact, star)
         if stands is None or is_side_file(name):
             continue
-        path = root / name
+        path, word = root / name, name if first.startswith("<") else ""
         if not rest:
-            yield path, stands
+            yield Place(path, stands, word)
         elif not is_image_name(path) and path.is_dir():
-            inside = _places(path, rest, exact, star=star)
-            yield from ((place, stands + inner) for place, inner in inside)
+            for place, inner, inner_word in _places(path, rest, exact, star=star):
+                yield Place(place, stands + inner, word + inner_word)
 
 
 def _stands_for(pattern: str, name: str, exact: bool, star: str | None) -> str | None:
@@ -406,40 +475,3 @@ def _stands_for(pattern: str, name: str, exact: bool, star: str | None) -> str |
     middle = name[len(before) : len(name) - len(after)]
     same = bool(middle) and name == before + middle + after
     return middle if same and star in (None, middle) else None
-
-
-def _unread(root: Path, found: list[Found], beside: Sequence[str]) -> tuple[str, ...]:
-    """Return a note about the folders in ``root`` that hold images which no source reads."""
-    used = [path.resolve() for f in found for path in (f.images, f.masks)]
-
-    def holds_used(folder: Path) -> bool:
-        return any(p.is_relative_to(folder.resolve()) for p in used)
-
-    left = [p for p in subfolders(root) if not holds_used(p) and not _inside(p, used)]
-    ends = tuple(f"-{name}" for name in beside)
-    left = [p for p in left if not (p.name.lower() in beside or p.name.lower().endswith(ends))]
-    left = [p for p in left if _has_images(p)]
-    notes = []
-    if left:
-        names = ", ".join(p.name for p in left)
-        notes.append(f"{root}: folders with images that are not read: {names}")
-    loose = [] if root.resolve() in used else image_files(root)
-    if loose:
-        notes.append(
-            f"{root}: {len(loose)} images beside the folders are not read: {loose[0].name}"
-        )
-    return tuple(notes)
-
-
-def _inside(path: Path, folders: list[Path]) -> bool:
-    return any(path.resolve().is_relative_to(folder) for folder in folders)
-
-
-def _has_images(folder: Path) -> bool:
-    """Return whether there are images in a folder or one or two levels below it."""
-    level = [folder]
-    for _ in range(3):
-        if any(image_files(place) for place in level):
-            return True
-        level = [inner for place in level for inner in subfolders(place)]
-    return False

@@ -206,7 +206,9 @@ def _train_of(read: Sequence[Root], search: Search) -> Manifest:
 def _of_split(root: Root, split: str, missing: str) -> list[Manifest]:
     """Return the manifests of a split, or of data without splits; ``missing`` ends the message."""
     splits = [pairing.found.source.split for pairing in root.pairings]
-    for wanted in (split, "all"):
+    # Images without a split are trained on where no others are: then they are no test images.
+    free = split == "train" or "train" in splits or set(splits) == {"all"}
+    for wanted in (split, "all") if free else (split,):
         chosen = [p for p in root.pairings if p.found.source.split == wanted]
         if chosen:
             first, *rest = [manifest_of(pairing) for pairing in chosen]
@@ -232,7 +234,8 @@ def without_split(pairings: Sequence[Pairing]) -> tuple[str, ...]:
 def _by_name(manifests: Sequence[Manifest], search: Search) -> dict[str, Manifest]:
     sets: dict[str, Manifest] = {}
     for manifest in manifests:
-        other = f"-{manifest.split}" if manifest.split in ("train", "val") else ""
+        # Validation images have such a name already: they may be numbered like training images.
+        other = "-train" if manifest.split == "train" else ""
         sets[free_name(manifest.dataset + other, sets)] = without(manifest, search.clean)
     return sets
 

@@ -24,7 +24,7 @@ from camoxpert.data.files.layouts import (
 )
 from camoxpert.data.files.listing import ARCHIVE_SUFFIXES, is_side_file
 from camoxpert.data.files.modalities import counted, with_modalities
-from camoxpert.data.files.pairing import Pair, Pairing, pair_files
+from camoxpert.data.files.pairing import Pair, Pairing, pair_files, path_stem
 from camoxpert.errors import ConfigError, DataError
 from camoxpert.files import why_missing
 from camoxpert.text import count, shorten
@@ -159,9 +159,23 @@ def _read_folder(
     path: Path, recognised: Recognised, noncam: str, modalities: Sequence[str]
 ) -> Root:
     pairings = [pair_files(found, recognised.layout.name, noncam) for found in recognised.found]
+    _require_own_masks(pairings)
     if modalities:
         pairings = [with_modalities(pairing, modalities) for pairing in pairings]
     return Root(path, recognised.root.resolve(), tuple(pairings), recognised.notes)
+
+
+def _require_own_masks(pairings: Sequence[Pairing]) -> None:
+    """Raise DataError if one mask is that of images in two folders."""
+    known: dict[Path, Path] = {}
+    for pairing in pairings:
+        for pair in pairing.pairs:
+            other = known.setdefault(pair.mask, pair.image)
+            if other != pair.image:
+                raise DataError(
+                    f"{pair.mask} would be the mask of {other} and of {pair.image}. Put the masks "
+                    f"of each split into a folder of its own, named like that of its images."
+                )
 
 
 def _renamed(root: Root, name: str) -> Root:
@@ -218,6 +232,11 @@ def _read_csv(path: Path, allow_outside: bool, modalities: Sequence[str] = ()) -
         for file_path in (image, mask, *(file for _, file in seen)):
             if not file_path.is_file():
                 raise DataError(f"{path}, line {number}: {why_missing(file_path)}")
+        if mask == image:
+            raise DataError(
+                f"{path}, line {number}: image and mask are the same file, {row['mask']!r}. Name "
+                f"its mask; images without one belong to --unlabeled."
+            )
         written = row.get("split", "")
         split = split_of(written) if written and written.lower() != "all" else "all"
         if not split:
@@ -232,7 +251,7 @@ def _read_csv(path: Path, allow_outside: bool, modalities: Sequence[str] = ()) -
         lines[split, name] = number
         dataset = path.stem + ("-val" if split == "val" else "")
         told = row.get("class", "")
-        group = told or class_of(image.stem)
+        group = told or class_of(path_stem(name))
         splits[split][name] = Pair(
             name,
             image,

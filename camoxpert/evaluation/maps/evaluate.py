@@ -213,8 +213,8 @@ def _choose(values_MN: NDArray[np.float64], key: str, size: int) -> dict[str, ND
 def _panel(jobs: Mapping[str, MapJob], shown: Shown, options: MapOptions) -> NDArray[np.uint8]:
     stretch = options.protocol == "pysod" and shown.measure != MASK_SHARE
     first = next(iter(jobs.values()))
-    mask = read_truth(first, options).mask_HW
-    image = None
+    truth = read_truth(first, options)
+    mask, image = truth.mask_HW, None
     if first.image is not None:
         try:
             image = read_image(first.image, apply_orientation=False)
@@ -229,4 +229,4 @@ def _panel(jobs: Mapping[str, MapJob], shown: Shown, options: MapOptions) -> NDA
         # As in the scores: above one half, of the stretched map under "pysod".
         cut = (low + high) / 2 if stretch and high > low else 127.5
         found[f"{method} {shown.values[method]:.2f}"] = prediction > cut
-    return comparison_panel(image, mask, found)
+    return comparison_panel(image, mask, found, void_HW=truth.void_HW)
