@@ -156,6 +156,7 @@ def predict_folder(
     """
     from pathlib import Path
 
+    from camoxpert.errors import DataError
     from camoxpert.inference.aligned import with_files
     from camoxpert.inference.devices import choose_devices
     from camoxpert.inference.photos import PhotoOptions, predict_photos
@@ -178,6 +179,11 @@ def predict_folder(
         modalities=tuple(sorted(modalities or ())),
     )
     found = look_for_photos([str(Path(path).expanduser()) for path in given], output=place)
+    if found.videos:
+        raise DataError(
+            f"{found.videos[0].path} is a video: `camoxpert predict` predicts those, and this "
+            "function images alone."
+        )
     predictor = (
         load_for(Path(model).expanduser(), options.devices)
         if isinstance(model, (str, Path))

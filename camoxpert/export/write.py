@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ KEPT_IN_FP32 = (
 )
 """ONNX operators that stay in float32 in an fp16 file: norms and what they are made of, because
 variances overflow and small ones vanish; the router's choice; and sizes."""
-FP32_PARTS = (".router", ".presence", ".guidance")
+FP32_PARTS = (".router", ".presence", ".guidance", ".cosines")
 """Parts of the network that compute in float32 in training as well."""
 
 
@@ -133,14 +133,55 @@ def half(model: Any) -> Any:
     )
 
     kept = [node.name for node in model.graph.node if _in_fp32_part(node)]
+    own = {node.name for node in model.graph.node if node.op_type == "Cast"}
     with quiet():
-        return convert_float_to_float16(
+        halved = convert_float_to_float16(
             model,
             keep_io_types=True,
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FP32],
             node_block_list=kept,
             disable_shape_infer=True,
         )
+    _join_kept(halved, own)
+    return halved
+
+
+def _join_kept(model: Any, own: Collection[str]) -> None:
+    """Let nodes that stay in float32 hand their results to one another as they are.
+
+    The converter casts each of their outputs to fp16, and back for the next one: a sum of squares
+    that is over 65504 is infinite in between.
+
+    Args:
+        model: as the converter left it; changed.
+        own: names of the casts that the model had before.
+    """
+    float32, float16 = 1, 10  # onnx.TensorProto.FLOAT and FLOAT16
+    graph = model.graph
+
+    def casts(to: int) -> dict[str, Any]:
+        """Return the converter's casts by their output."""
+        return {
+            node.output[0]: node
+            for node in graph.node
+            if node.op_type == "Cast" and node.name not in own and node.attribute[0].i == to
+        }
+
+    down, up = casts(float16), casts(float32)
+    exact = {o: down[n.input[0]].input[0] for o, n in up.items() if n.input[0] in down}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in exact:
+                node.input[place] = exact[name]
+    used = {name for node in graph.node for name in node.input}
+    used |= {output.name for output in graph.output}
+    # First the casts back, then those that only they read.
+    for group in (up, down):
+        for output, node in group.items():
+            if output not in used:
+                graph.node.remove(node)
+        used = {name for node in graph.node for name in node.input}
+        used |= {output.name for output in graph.output}
 
 
 def part_of(node: Any) -> str:

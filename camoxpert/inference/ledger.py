@@ -280,7 +280,8 @@ class Ledger:
         sequence = [next(ordered) if name in mine else name for name in self.index]
         try:
             with self._table() as add:
-                if self.path.exists() and self.earlier is not None and len(self.index):
+                # Without a row, too: a part that had nothing to do is finished.
+                if self.path.exists() and self.earlier is not None:
                     self._rewrite(sequence, complete, add)
         except OSError as error:
             raise self._unwritable(error) from error

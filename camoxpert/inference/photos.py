@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camoxpert import console, stop
-from camoxpert.errors import CheckpointError, ConfigError
+from camoxpert.errors import CheckpointError, ConfigError, DataError
 from camoxpert.files import write_json
 from camoxpert.inference.aligned import planes_of
 from camoxpert.inference.annotations import (
@@ -37,29 +37,48 @@ from camoxpert.inference.ledger import (
     source_of,
 )
 from camoxpert.inference.local import LocalEngine
+from camoxpert.inference.places import (
+    require_no_frames,
+    require_other_files,
+    require_own_files,
+)
 from camoxpert.inference.plan import (
     Settings,
     digest_of,
     make_plan,
+    merged_ledger,
     model_digest,
     not_merged,
     remove_unfinished,
     state_of,
 )
-from camoxpert.inference.prediction import KINDS, PICTURES, Prediction, emptied
+from camoxpert.inference.prediction import (
+    KINDS,
+    PICTURES,
+    PREDICTIONS,
+    Prediction,
+    emptied,
+)
 from camoxpert.inference.predictor import Predictor, load_predictor
 from camoxpert.inference.references import Target
 from camoxpert.inference.shards import Shard
 from camoxpert.inference.sources import Photo, read_pixels
 from camoxpert.inference.tta import Looked
 from camoxpert.inference.values import finite_number
-from camoxpert.inference.video import VIDEO_KINDS, VideoOptions, VideoRun, plan_videos
+from camoxpert.inference.video import (
+    VIDEO_KINDS,
+    VideoOptions,
+    VideoRun,
+    plan_videos,
+)
 from camoxpert.inference.views import ONE_VIEW, ViewOptions
 from camoxpert.text import did_you_mean
 
 SUMMARY = "predict.json"
 ORIGINAL = ("cutout", "overlay")
 """Pictures that show the photo."""
+LONGEST_JPEG = 65_500
+"""Pixels along a side that OpenCV writes."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +198,11 @@ class PhotoStages:
         before = state_of(photo.files)
         limit = self.predictor.max_pixels
         pixels = read_pixels(photo, max_pixels=limit)
+        if "overlay" in self.kinds and max(pixels.shape[:2]) > LONGEST_JPEG:
+            raise DataError(
+                f"{photo.path} is {max(pixels.shape[:2])} px long, and its overlay a JPEG, which "
+                f"holds {LONGEST_JPEG} at most. Leave overlay out: --save map mask."
+            )
         planes = planes_of(photo, self.predictor.modalities, pixels, max_pixels=limit)
         digest = digest_of(photo.files) if before is not None else None
         decoded = time.monotonic()
@@ -338,25 +362,35 @@ def predict_photos(
         **asdict(options.views),
     )
     views = predictor.views(options.views)
-    shard, merged = options.shard, 0
+    shard, merged, whole = options.shard, 0, None
     if shard is not None:
-        left = not_merged(output, settings, photos, options.kinds)
-        merged = len(photos) - len(left)
-        photos = shard.part(left)
+        # All are divided and not what is left: that differs from moment to moment.
+        own = photos = shard.part(photos)
+        whole = merged_ledger(output, settings)
+        if whole is not None and not options.overwrite:
+            photos = not_merged(whole, own, options.kinds)
+        merged = len(own) - len(photos)
     name = LEDGER if shard is None else shard.ledger
     with open_ledger(output, KINDS, name=name, table=RESULTS if shard is None else None) as ledger:
         if not ledger.finished and shard is None:
             remove_unfinished(output)
         again, kinds = options.overwrite, [kind for kind in options.kinds if kind != "video"]
-        plan = make_plan(ledger, settings, photos, kinds, overwrite=again, others=videos)
         video_kinds = [kind for kind in options.kinds if kind in VIDEO_KINDS]
+        require_other_files(output, photos, kinds, PREDICTIONS)
+        require_no_frames(ledger, photos)
+        for video in videos:
+            require_own_files(ledger, video, video_kinds, overwrite=again)
+        plan = make_plan(
+            ledger, settings, photos, kinds, overwrite=again, others=videos, also=whole
+        )
         films = plan_videos(ledger, videos, video_kinds, options.video, overwrite=again)
+        wanted_items = len(plan.todo) + len(films.todo)
         if options.limit is not None:
             films.todo = films.todo[: max(0, options.limit - len(plan.todo))]
             plan.todo = plan.todo[: options.limit]
         # The annotations of parts are joined when the parts are.
-        wanted = "coco" in kinds and shard is None
-        joined = begin_coco(output, wanted=wanted, changes=bool(plan.todo))
+        owed = "coco" in kinds or any("coco" in ledger.index.has_kinds(n) for n in ledger.index)
+        joined = shard is None and begin_coco(output, wanted=owed, changes=bool(plan.todo))
         result = BatchResult(
             skipped=plan.skipped + films.skipped + merged,
             replaced=plan.replaced + films.replaced,
@@ -375,7 +409,8 @@ def predict_photos(
                     remove_unfinished(output)
             if films.todo:
                 _work_on_videos(predictor, films.todo, ledger, video_kinds, options, result)
-            complete = True
+            # A part that was limited is not one that can be merged.
+            complete = shard is None or len(plan.todo) + len(films.todo) == wanted_items
         finally:
             with stop.current().deferred():
                 ledger.finish((item.name for item in (*photos, *videos)), complete=complete)

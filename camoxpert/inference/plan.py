@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -162,6 +162,7 @@ def make_plan(
     overwrite: bool,
     others: Iterable[Made] = (),
     product: Product = PREDICTIONS,
+    also: Ledger | None = None,
 ) -> Plan[AnyMade]:
     """Return what is left to do; restart the ledger where its settings are not those of the call.
 
@@ -177,6 +178,7 @@ def make_plan(
         overwrite: do all items, and replace what was made with other settings.
         others: items of this call that are planned elsewhere.
         product: what is made of the items.
+        also: another ledger that knows of files in the folder.
 
     Raises:
         ConfigError: the folder holds results of other settings, or of unknown origin.
@@ -195,20 +197,25 @@ def make_plan(
                 f"other settings: {'; '.join(changed)}. Name another folder with -o, or add "
                 f"--overwrite to {product.again}."
             )
-        plan = Plan(list(items)) if changed else _left_to_do(ledger, items, kinds, product)
+        plan = Plan(list(items))
+        if not changed:
+            plan = _left_to_do(ledger, items, kinds, product, also)
     if ledger.earlier is None or changed:
         ledger.restart(settings.fields())
     return plan
 
 
-def not_merged(
-    folder: Path, settings: Settings, photos: Sequence[Photo], kinds: Sequence[str]
-) -> list[Photo]:
-    """Return the photos of a divided job without results from an earlier one that was merged."""
+def merged_ledger(folder: Path, settings: Settings) -> Ledger | None:
+    """Return the ledger of a divided job that was merged, if it has the same settings."""
     whole = Ledger(folder, KINDS, table=None)
-    if whole.earlier is None or settings.differences(whole.earlier):
-        return list(photos)
-    return _left_to_do(whole, photos, kinds, PREDICTIONS).todo
+    same = whole.earlier is not None and not settings.differences(whole.earlier)
+    return whole if same else None
+
+
+def not_merged(whole: Ledger, photos: Sequence[Photo], kinds: Sequence[str]) -> list[Photo]:
+    """Return the photos of a divided job without results in a merged ledger."""
+    # Files that it does not know are judged by the ledger of the part.
+    return _left_to_do(whole, photos, kinds, PREDICTIONS, whole, orderly=False).todo
 
 
 def _warn_of_others(ledger: Ledger, items: Iterable[Made], noun: str) -> None:
@@ -222,17 +229,29 @@ def _warn_of_others(ledger: Ledger, items: Iterable[Made], noun: str) -> None:
 
 
 def _left_to_do(
-    ledger: Ledger, items: Sequence[AnyMade], kinds: Sequence[str], product: Product
+    ledger: Ledger,
+    items: Sequence[AnyMade],
+    kinds: Sequence[str],
+    product: Product,
+    also: Ledger | None,
+    *,
+    orderly: bool | None = None,
 ) -> Plan[AnyMade]:
     plan: Plan[AnyMade] = Plan()
     taken = []
     index = ledger.index
     present = [_Pictures(ledger, product.folders[kind]) for kind in kinds]
+    # A call that was killed may have left files that no row lists yet.
+    if orderly is None:
+        orderly = ledger.earlier is None or ledger.finished
     for item in items:
         status = index.status(item.name)
+        if orderly:
+            known = index.has_kinds(item.name)
+            if also is not None:
+                known |= also.index.has_kinds(item.name)
+            _require_known(ledger, item, set(kinds) - known, kinds, present, product)
         if not status:
-            if ledger.earlier is None:
-                _require_known(ledger, item, kinds, present, product)
             plan.todo.append(item)
         elif status == FAILED:
             if ledger.finished or has_changed(ledger, item):
@@ -265,11 +284,16 @@ def _left_to_do(
 
 
 def _require_known(
-    ledger: Ledger, item: Made, kinds: Sequence[str], present: Sequence[_Pictures], product: Product
+    ledger: Ledger,
+    item: Made,
+    unknown: Collection[str],
+    kinds: Sequence[str],
+    present: Sequence[_Pictures],
+    product: Product,
 ) -> None:
-    """Raise ConfigError if an item has pictures of which nothing is known."""
+    """Raise ConfigError if an item has pictures of the kinds of which nothing is known."""
     for kind, names in zip(kinds, present, strict=True):
-        if item.name in names:
+        if kind in unknown and item.name in names:
             raise ConfigError(
                 f"{product.path(ledger.folder, kind, item.name)} is there already, and no "
                 f"{product.ledger} in {ledger.folder} says how it was made. Name another folder "

@@ -326,7 +326,7 @@ def read_pixels(image: ImageInput, *, max_pixels: int) -> NDArray[np.uint8]:
     if isinstance(image, Photo):
         return read_image(image.path, max_pixels=max_pixels)
     if isinstance(image, (str, Path)):
-        return read_image(image, max_pixels=max_pixels)
+        return read_image(Path(image).expanduser(), max_pixels=max_pixels)
     raise DataError(
         f"A {type(image).__name__} is not an image. Give a path, a uint8 array or a Pillow image."
     )

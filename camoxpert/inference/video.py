@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,13 +25,14 @@ from torch import Tensor
 
 from camoxpert import console, stop
 from camoxpert.errors import ConfigError, DataError
-from camoxpert.files import UMASK, file_digest, leads_outside, write_whole
+from camoxpert.files import UMASK, file_digest, write_whole
 from camoxpert.inference.engine import Row
 from camoxpert.inference.frames import BadVideo, Frame, FrameChunks, VideoFile, VideoWriter
 from camoxpert.inference.ledger import FAILED, Ledger, as_fields, source_of
 from camoxpert.inference.local import device_facts, find_batch_size, run_chunks
+from camoxpert.inference.places import frame_files, times_path
 from camoxpert.inference.plan import Plan, has_changed
-from camoxpert.inference.prediction import PICTURES, TIMES, Prediction, emptied, output_path
+from camoxpert.inference.prediction import PICTURES, Prediction, emptied, output_path
 from camoxpert.inference.predictor import Predictor
 from camoxpert.inference.score import enlarged
 from camoxpert.inference.sources import Photo
@@ -42,7 +42,6 @@ from camoxpert.runs.jobs import ItemRow, JobSummary, WorkerSummary
 from camoxpert.text import bullet_list
 
 COLUMNS = ("frame", "pts", "seconds", "object_fraction", "confidence")
-FRAME_FILE = re.compile(r"\d{6,}\.(png|jpg)")
 VIDEO_KINDS = (*PICTURES, "video")
 """What is written of a video."""
 
@@ -120,31 +119,17 @@ def _is_complete(
     folder = ledger.folder
     if not ledger.index.has_kinds(name).issuperset(kinds):
         return False
-    if not _times_path(folder, name).is_file():
+    if not times_path(folder, name).is_file():
         return False
     for kind in kinds:
         if kind == "video":
             if row.get("shows") != options.shows or not output_path(folder, kind, name).is_file():
                 return False
         else:
-            there = {int(path.stem) for path in _frame_files(folder, kind, name)}
+            there = {int(path.stem) for path in frame_files(folder, kind, name)}
             if there != _numbers(row["pictures"], options.every):
                 return False
     return True
-
-
-def _times_path(folder: Path, name: str) -> Path:
-    path = folder / TIMES / f"{name}.csv"
-    if leads_outside(folder, path):
-        raise DataError(f"{path} would be written outside {folder}. Name another folder with -o.")
-    return path
-
-
-def _frame_files(folder: Path, kind: str, name: str) -> list[Path]:
-    place = output_path(folder, kind, f"{name}/1").parent
-    if not place.is_dir():
-        return []
-    return [path for path in place.iterdir() if FRAME_FILE.fullmatch(path.name)]
 
 
 @dataclass(frozen=True)
@@ -330,7 +315,7 @@ class VideoRun:
             before = source_of(video.path)
             head = {"item": video.name, "worker": str(self.stages.device)}
             try:
-                digest = file_digest(video.path) if before is not None else None
+                digest = _digest_of(video.path) if before is not None else None
                 facts = self._predict(video)
             except BadVideo as error:
                 self._remove(video.name, keep=0)
@@ -361,7 +346,7 @@ class VideoRun:
 
     def _predict(self, video: Photo) -> Row:
         """Predict a video; return what its row says of it."""
-        times = _times_path(self.output, video.name)
+        times = times_path(self.output, video.name)
         times.unlink(missing_ok=True)
         self.stages.restart()
         file, totals = VideoFile(video.path, max_pixels=self.max_pixels), _Totals()
@@ -438,9 +423,16 @@ class VideoRun:
                 continue
             if keep and kind not in self.kinds:
                 continue
-            for path in _frame_files(self.output, kind, name):
+            for path in frame_files(self.output, kind, name):
                 if int(path.stem) not in numbers:
                     path.unlink()
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise BadVideo(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _numbers(pictures: int, every: int) -> set[int]:

@@ -284,7 +284,8 @@ def _size_options(name: str, sides: Sequence[int], options: Mapping[str, Any]) -
             net = _on_meta(name, {**options, **way})
             _check_pyramid(name, list(net.feature_info.reduction()))
             for side in sides:
-                net(torch.zeros(2, 3, side, side, device="meta"))
+                maps = net(torch.zeros(2, 3, side, side, device="meta"))
+                _check_sizes(name, net.feature_info, maps, side)
         except ConfigError:
             raise
         except Exception as error:  # each network has its own way to refuse a size
@@ -391,6 +392,27 @@ def _check_pyramid(name: str, reductions: Sequence[int]) -> None:
             f"{list(STRIDES)} ({missing} missing). Choose another, for example "
             f"{', '.join(list(BACKBONES)[:4])}."
         )
+
+
+def _check_sizes(name: str, info: Any, maps: Sequence[Tensor], side: int) -> None:
+    """Raise ConfigError unless the map at each stride covers the whole image, but for a pixel.
+
+    Convolutions without padding lose the border: resized, such a map would lie beside the image.
+    """
+    for stride in STRIDES:
+        sizes = []
+        for reduction, channels, found in zip(info.reduction(), info.channels(), maps, strict=True):
+            if reduction == stride:
+                last = found.shape[1] != channels
+                sizes.append(tuple(found.shape[1:3] if last else found.shape[2:4]))
+        # A pixel less lies beside the image by half of one.
+        if not any(abs(side // stride - length) <= 1 for length, _ in sizes):
+            raise ConfigError(
+                f"Backbone {name}: its map at stride {stride} is {sizes[-1][0]} x {sizes[-1][1]} "
+                f"for an image of {side} px, not {side // stride} x {side // stride}: it has "
+                f"convolutions without padding, so its maps do not cover the whole image. Choose "
+                f"another, for example {', '.join(list(BACKBONES)[:4])}."
+            )
 
 
 def _no_weights(name: str, error: Exception) -> str:

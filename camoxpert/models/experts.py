@@ -50,6 +50,39 @@ class TextureExpert(nn.Module):
         return y
 
 
+class ChannelCosines(nn.Module):
+    """The cosines of a head's channels over the pixels, in float32 whatever surrounds it.
+
+    With thousands of pixels bf16 loses the lengths, and fp16 overflows. A module, so that exported
+    files of lower precision keep it apart.
+
+    Args:
+        heads: groups of channels.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, query_BDHW: Tensor, key_BDHW: Tensor) -> Tensor:
+        """Return the cosines of each head's query channels with its key channels, (B, h, D, D).
+
+        The lengths divide the few products, not the maps. Products between heads are computed and
+        dropped: views of channels-last maps give one product, heads apart would be copies of the
+        maps.
+        """
+        with torch.autocast(query_BDHW.device.type, enabled=False):
+            query_BND, key_BND = (
+                maps.float().flatten(2).transpose(1, 2) for maps in (query_BDHW, key_BDHW)
+            )
+            products = torch.bmm(query_BND.transpose(1, 2), key_BND)
+            squares = (maps.square().sum(1).clamp_min(1e-24) for maps in (query_BND, key_BND))
+            query_BD, key_BD = (square.rsqrt() for square in squares)
+            cosines = products * query_BD[:, :, None] * key_BD[:, None]
+            heads = cosines.unflatten(2, (self.heads, -1)).unflatten(1, (self.heads, -1))
+            return heads.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
 class AttentionExpert(nn.Module):
     """Cross-covariance attention: channels attend to channels, so the cost is linear in pixels.
 
@@ -62,6 +95,7 @@ class AttentionExpert(nn.Module):
         self.norm = LayerNorm2d(width)
         self.project = pointwise(width, 3 * hidden)
         self.local = depthwise(hidden, 3)
+        self.cosines = ChannelCosines(self.heads)
         self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
         self.leave = pointwise(hidden, width)
 
@@ -69,7 +103,7 @@ class AttentionExpert(nn.Module):
         """Return attended features, (B, C, H, W)."""
         query, key, value = self.project(self.norm(x_BCHW)).chunk(3, dim=1)
         value = value + self.local(value)
-        attention_BhDD = self._scores(query, key).softmax(-1)
+        attention_BhDD = (self.cosines(query, key) * self.temperature).softmax(-1)
         # The attention and the last layer are one small matrix per image, so that the pixels meet
         # one product instead of two.
         leave_hDC = self.leave.weight.flatten(1).t().unflatten(0, (self.heads, -1))
@@ -78,24 +112,6 @@ class AttentionExpert(nn.Module):
         assert self.leave.bias is not None
         y_BNC = torch.baddbmm(self.leave.bias, value_BND, both_BDC)
         return y_BNC.transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
-
-    def _scores(self, query_BDHW: Tensor, key_BDHW: Tensor) -> Tensor:
-        """Return the cosines of a head's channels over the pixels, times temperature, float32.
-
-        With thousands of pixels bf16 loses the lengths, and fp16 overflows. The lengths divide the
-        few products, not the maps. Products between heads are computed and dropped: views of
-        channels-last maps give one product, heads apart would be copies of the maps.
-        """
-        with torch.autocast(query_BDHW.device.type, enabled=False):
-            query_BND, key_BND = (
-                maps.float().flatten(2).transpose(1, 2) for maps in (query_BDHW, key_BDHW)
-            )
-            products = torch.bmm(query_BND.transpose(1, 2), key_BND)
-            squares = (maps.square().sum(1).clamp_min(1e-24) for maps in (query_BND, key_BND))
-            query_BD, key_BD = (square.rsqrt() for square in squares)
-            cosines = products * query_BD[:, :, None] * key_BD[:, None]
-            heads = cosines.unflatten(2, (self.heads, -1)).unflatten(1, (self.heads, -1))
-            return heads.diagonal(dim1=1, dim2=3).movedim(-1, 1) * self.temperature
 
 
 class HybridExpert(nn.Module):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camoxpert.errors import ConfigError
-from camoxpert.models.layers import LayerNorm2d, depthwise, pointwise
+from camoxpert.models.layers import LayerNorm2d, depthwise, pointwise, resize
 from camoxpert.text import did_you_mean
 
 WIDTHS = (24, 32, 48, 64)
@@ -201,7 +201,8 @@ class ModalityBranch(nn.Module):
             gates: Any = self.gates[name]  # a list of them, which ModuleDict does not know
             for level, gate in enumerate(gates):
                 # Of the photograph's own map, so that the order of modalities does not matter.
-                added = gate(features[level], own[level])
+                plane = resize(own[level], features[level].shape[-2:])
+                added = gate(features[level], plane)
                 maps[level] = torch.where(there, maps[level] + added, maps[level])
         absent_B1 = (~seen.rgb_B)[:, None]
         told = torch.cat([absent_B1, seen.present_BM], 1).float()

@@ -11,6 +11,8 @@ WITHOUT_PYRAMID = {
     *("vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam"),
     *("visformer", "vitamin", "volo", "xcit"),
 }
+# Families whose maps lack the border of the image.
+WITHOUT_PADDING = {"inception_resnet_v2", "inception_v3", "inception_v4"}
 # Families that take one size only, or need maps that their windows divide.
 ONE_SIZE = {"efficientformer": 224, "byoanet": 256}
 SMALL = ("test_", "atto", "femto", "pico", "nano", "xxs", "xx_small", "_s0", "_t0", "_b0", "tiny")
