@@ -22,9 +22,9 @@ def require_other_files(
     folder: Path, items: Sequence[Made], kinds: Sequence[str], product: Product
 ) -> None:
     """Raise ConfigError if a result would be written over one of the files that it is made of."""
-    root = os.path.abspath(folder) + os.sep
+    roots = tuple(os.path.abspath(folder / name) + os.sep for name in product.folders.values())
     inside = {path for item in items for path in map(os.path.abspath, item.files)}
-    inside = {path for path in inside if path.startswith(root)}
+    inside = {path for path in inside if path.startswith(roots)}
     for item in items if inside else ():
         for kind in kinds:
             if (

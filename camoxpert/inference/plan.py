@@ -241,12 +241,14 @@ def _left_to_do(
     taken = []
     index = ledger.index
     present = [_Pictures(ledger, product.folders[kind]) for kind in kinds]
-    # A call that was killed may have left files that no row lists yet.
+    # A call that was killed may have left files that no row lists yet. What is made of sources has
+    # a folder of its own.
     if orderly is None:
-        orderly = ledger.earlier is None or ledger.finished
+        orderly = ledger.earlier is None or (ledger.finished and product is PREDICTIONS)
     for item in items:
         status = index.status(item.name)
-        if orderly:
+        # One that was done more than once may have pictures from before its file changed.
+        if orderly and index.attempts(item.name) <= 1 and status != FAILED:
             known = index.has_kinds(item.name)
             if also is not None:
                 known |= also.index.has_kinds(item.name)

@@ -213,12 +213,13 @@ def _in_folder(path: Path, output: Path | None, notes: list[str]) -> list[Photo]
     return [Photo(p, _name_below(p, path)) for p in listing.images]
 
 
-def _is_result(folder: Path, output: Path | None) -> bool:
+def _is_result(folder: Path, output: Path | None, *, film: bool = False) -> bool:
     """Return whether a folder holds pictures that predict wrote, now or in an earlier call.
 
-    Only the folders that predict makes are results: it may write them beside the photos.
+    Only the folders that predict makes are results: it may write them beside the photos. ``film``:
+    whether videos that it wrote are.
     """
-    if folder.name not in OUTPUT_FOLDERS:
+    if folder.name not in (*OUTPUT_FOLDERS, *(("videos",) if film else ())):
         return False
     ours = output is not None and folder.parent.resolve() == output.resolve()
     return ours or is_predict_output(folder.parent)
@@ -256,7 +257,7 @@ def _matching(text: str, output: Path | None, notes: list[str]) -> list[Photo]:
         if p.is_dir()
         or is_side_file(p.name)
         or _of_predict(p)
-        or any(_is_result(folder, output) for folder in p.parents)
+        or any(_is_result(folder, output, film=is_video_name(p)) for folder in p.parents)
     ]
     if hidden:
         notes.append(

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.printed import complained
-from PIL import Image
 
 import camoxpert
 from camoxpert.cli import main
@@ -73,6 +72,20 @@ class TestPhotos:
         own = Path(shutil.copy(image, out / "maps" / "own.png"))
         assert predict(own, "-o", out, "--save", "map", *more) != 0
         assert image.read_bytes() == own.read_bytes() == before
+
+    def test_a_photo_that_is_damaged_later_is_tried_again(
+        self, predict: Predict, photos: Path, tmp_path: Path
+    ) -> None:
+        """Its pictures of before are there, and its row says that it failed."""
+        out = tmp_path / "out"
+        first = min(photos.iterdir())
+        whole = first.read_bytes()
+        assert predict(photos, "-o", out) == 0
+        first.write_bytes(whole[:200])
+        for _ in range(3):
+            assert predict(photos, "-o", out) == 3
+        first.write_bytes(whole)
+        assert predict(photos, "-o", out) == 0
 
     def test_a_side_too_long_for_a_jpeg_is_one_row(
         self, predict: Predict, photos: Path, tmp_path: Path, capsys
@@ -224,6 +237,8 @@ class TestVideos:
     ) -> None:
         out = clip.parents[1] / "out"
         assert predict(clip, "-o", out, "--save", "video") == 0
-        Image.new("RGB", (48, 48)).save(out / "a.png")
-        assert predict(out, "-o", out, "--save", "map") == 0
-        assert not list((out / "videos").glob("videos"))
+        for _ in range(2):
+            assert predict(clip.parents[1] / "**" / "*.mp4", "-o", out, "--save", "video") == 0
+            # The one that was named, and the same one below the folder of the glob.
+            found = {p.relative_to(out).as_posix() for p in (out / "videos").rglob("*.mp4")}
+            assert found == {"videos/clip.mp4", "videos/videos/clip.mp4"}

@@ -293,7 +293,8 @@ def _recognise(
         candidates.append(inner[0])
     for start in candidates:
         for layout in rows:
-            if layout.exact and name == "auto" and _has_validation(start):
+            named = any(source.dataset for source in layout.sources)
+            if named and layout.exact and name == "auto" and _has_validation(start):
                 # The data sets that these rows name have none; a row that reads it follows.
                 continue
             if any(next(_places(start, n, layout.exact), None) for n in layout.needs):

@@ -26,7 +26,7 @@ OUTPUT_TABLE = "results.csv"
 OUTPUT_RECORD = "predictions.jsonl"
 OUTPUT_SUMMARY = "predict.json"
 OUTPUT_COCO = "coco.json"
-OUTPUT_FOLDERS = ("maps", "masks", "cutouts", "overlays", "videos", "coco_parts", "labelme")
+OUTPUT_FOLDERS = ("maps", "masks", "cutouts", "overlays", "coco_parts", "labelme")
 """What ``predict`` writes."""
 OUTPUT_COLUMNS = b"image,height,width"
 SIDE_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"))
