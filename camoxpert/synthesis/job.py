@@ -201,9 +201,9 @@ def _note_others(job: Job, ledger: Ledger) -> None:
     others = [name for name in ledger.made if name not in names]
     if others:
         console.warn(
-            f"{count(len(others), 'image')} of an earlier call stay in {job.output}, and this call "
-            f"would not make them: {shorten(others)}. Their sources are not among those given now, "
-            "or have other names. If they should not be trained on, make all in a new folder"
+            f"{job.output} still holds {count(len(others), 'image')} of an earlier call, which "
+            f"this one would not make: {shorten(others)}. Sources are gone, left out or have other "
+            "names now. To train without such images make all in a new folder"
         )
 
 

@@ -190,6 +190,10 @@ class TestTables:
             write_png(tmp_path / "m" / f"{name}.png", np.full((8, 8), 255, np.uint8))
         rows = [f"l/{name}.jpg,m/{name}.png" for name in ("Crab_001", "Frog_002")]
         (tmp_path / "d.csv").write_text("\n".join(["image,mask", *rows]) + "\n")
+        # Out of the folder and back into it: names never hold two dots.
+        back = f"../{tmp_path.name}/m/Crab_001.png,m/Frog_002.png"
+        (tmp_path / "e.csv").write_text(f"image,mask\n{back}\n")
+        assert [p.name for p in load_train([tmp_path / "e.csv"]).pairs] == ["m/Crab_001"]
         pairs = load_train([tmp_path / "d.csv"]).pairs
         assert [(p.name, p.group) for p in pairs] == [
             ("l/Crab_001", "Crab"),

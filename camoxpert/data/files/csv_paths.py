@@ -145,8 +145,11 @@ class ListedFiles:
             )
         if inside:
             # The name is that of the table: a symlink's target may be called by its content.
-            name = os.path.normpath(written)
-            return file, Path(name).with_suffix("").as_posix()
+            name = Path(os.path.normpath(written))
+            if ".." in name.parts:
+                # Out of the folder and back into it.
+                name = file.relative_to(self._root)
+            return file, name.with_suffix("").as_posix()
         parts = [part for part in written.parts if part not in ("..", written.anchor)]
         return file, Path(*parts).with_suffix("").as_posix()
 

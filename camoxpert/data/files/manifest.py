@@ -180,7 +180,6 @@ def load_eval(
 
 def read_all(roots: Sequence[str | Path], search: Search) -> list[Root]:
     """Return what lies in some data sets, as a search wants it."""
-    """Return what lies in some data sets, as a search wants it."""
     return read_roots(
         roots,
         layout=search.layout,
